@@ -1,0 +1,33 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# The first interpreter that runs and that TensorFlow has wheels for.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): requirements/dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Temper needs Python 3.11, 3.12 or 3.13 (set PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+setup: $(READY) ## Make the virtual environment from the lock
+
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
+lock: ## Resolve the dependencies anew (needs uv)
+	rm -f requirements/*.txt
+	$(LOCK) -o requirements/gateway.txt
+	$(LOCK) -c requirements/gateway.txt --extra tensorflow -o requirements/tensorflow.txt
+	$(LOCK) -c requirements/tensorflow.txt --extra tensorflow --extra dev -o requirements/dev.txt
+
+pb: $(READY) ## Generate serving/pb from proto/
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto

@@ -1,0 +1,264 @@
+"""The `temper` command: `serve`, and a thin client of the HTTP API."""
+
+import io
+import json
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import httpx
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from serving.settings import Settings
+from trainer.spec import Adversarial, Spec
+
+console = Console(highlight=False)
+
+
+class Api:
+    """The service at a URL. Its errors become messages of the command."""
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=300))
+
+    def call(self, method: str, path: str, **arguments: Any) -> Any:
+        """The JSON of a successful answer."""
+        try:
+            answer = self._client.request(method, path, **arguments)
+        except httpx.HTTPError as exc:
+            raise click.ClickException(
+                f"no answer from {self._client.base_url}: {exc} (does `temper serve` run?)"
+            ) from exc
+        if answer.is_success:
+            return answer.json()
+        try:
+            error = answer.json()["error"]
+        except (ValueError, KeyError) as exc:
+            raise click.ClickException(f"{answer.status_code} {answer.reason_phrase}") from exc
+        lines = [f"{error['message']} [{error['code']}]"]
+        for detail in error["details"][:20]:
+            where = next((str(detail[key]) for key in ("file", "index", "class", "field") if key in detail), "")
+            lines.append(f"  {where}: {detail['reason']}")
+        if len(error["details"]) > 20:
+            lines.append(f"  ... and {len(error['details']) - 20} more")
+        raise click.ClickException("\n".join(lines))
+
+
+@click.group()
+@click.option("--url", envvar="TEMPER_URL", help="Address of the service.  [default: TEMPER_HOST and TEMPER_PORT]")
+@click.version_option(package_name="temper")
+@click.pass_context
+def main(context: click.Context, url: str | None) -> None:
+    """Fine-tune a small vision model on few images without overfitting, and serve it."""
+    settings = Settings()
+    context.obj = Api(url or f"http://{settings.host}:{settings.port}")
+
+
+@main.command()
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the gateway.  [default: TEMPER_PORT or 8080]")
+def serve(port: int | None) -> None:
+    """Run the gateway, the workers and the model server."""
+    from api import supervisor
+
+    settings = Settings()
+    supervisor.serve(settings.model_copy(update={"port": port}) if port else settings)
+
+
+def spec_options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for every plain field of the spec, and for those of its parts that are asked for most."""
+    for name, field in reversed(Spec.model_fields.items()):
+        kind = field.annotation
+        if kind in (int, float, str):
+            option = click.option(f"--{name.replace('_', '-')}", type=kind, help=field.description)
+        elif all(isinstance(choice, str) for choice in get_args(kind)):
+            option = click.option(f"--{name}", type=click.Choice(get_args(kind)), help=field.description)
+        else:
+            continue
+        command = option(command)
+    extra = (
+        click.option("--rank", type=int, help="Rank of LoRA."),
+        click.option(
+            "--epsilon", type=float, help=f"Train against FGSM: {Adversarial.model_fields['epsilon'].description}"
+        ),
+        click.option("--patience", type=int, help="Stop early after so many epochs without improvement."),
+        click.option("--spec", "spec_json", help="The whole spec as JSON; the other options go over it."),
+    )
+    for option in extra:
+        command = option(command)
+    return command
+
+
+def _spec(given: dict[str, Any]) -> str | None:
+    """The spec's JSON from the options that were given; None where none was."""
+    try:
+        spec = json.loads(given.pop("spec_json") or "{}")
+    except ValueError as exc:
+        raise click.ClickException(f"--spec is no JSON: {exc}") from exc
+    parts = {
+        "rank": ("lora", "rank"),
+        "epsilon": ("adversarial", "epsilon"),
+        "patience": ("early_stopping", "patience"),
+    }
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in parts:
+            part, key = parts[name]
+            spec[part] = {**(spec.get(part) or {}), key: value}
+        else:
+            spec[name] = value
+    return json.dumps(spec) if spec else None
+
+
+@main.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--model", required=True, help="The model that gets a new version.")
+@click.option("--wait", is_flag=True, help="Show progress until the job has finished.")
+@spec_options
+@click.pass_obj
+def finetune(api: Api, /, path: Path, model: str, wait: bool, **given: Any) -> None:
+    """Fine-tune on PATH: a zip of class folders, such a folder, or an .npz of images and labels."""
+    spec = _spec(given)
+    with _opened(path) as file:
+        fields = {"model": model} | ({"spec": spec} if spec else {})
+        job = api.call("POST", "/finetune", files={"data": (path.name, file)}, data=fields)
+    dataset = job["dataset"]
+    polarity = dataset["polarity"].replace("_", " ")
+    text = f"{dataset['images']} images, {len(dataset['classes'])} classes, {polarity}"
+    console.print(f"[bold]{job['id']}[/] {job['status']}: {text}", soft_wrap=True)
+    if wait:
+        job = follow(lambda: api.call("GET", f"/finetune/{job['id']}"))
+        if job["status"] != "succeeded":
+            raise click.ClickException(f"{job['status']}: {(job['error'] or {}).get('message', '')}")
+        versions = api.call("GET", f"/models/{model}")["versions"]
+        print_report(next(v for v in versions if v["version"] == job["version"])["report"])
+        console.print(f"[bold green]{model}:{job['version']}[/] serves")
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_dir():
+        return path.open("rb")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(path))
+    packed.seek(0)
+    return packed
+
+
+def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Show the progress of the job that `read` gives, until it has finished."""
+    columns = (
+        TextColumn("{task.description:<11}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("queued", total=None, text="")
+        shown = 0
+        while True:
+            job = read()
+            progress = job["progress"]
+            text = ""
+            if progress:
+                text = (
+                    f"epoch {progress['epoch']}/{progress['epochs']}  loss {progress['data_loss']:.3f}"
+                    f"  l1 {progress['l1']:.3f}  l2 {progress['l2']:.3f}  val {progress['validation_accuracy']:.1%}"
+                )
+                if not console.is_terminal and progress["epoch"] != shown:
+                    shown = progress["epoch"]
+                    console.print(text)
+            bar.update(
+                task, description=job["stage"] or job["status"], text=text, total=progress.get("epochs"),
+                completed=progress.get("epoch", 0),
+            )  # fmt: skip
+            if job["finished_at"] is not None:
+                return job
+            time.sleep(0.2)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report card in a few lines."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    validation, gap, attacked = report["validation"], report["generalization_gap"], report["robustness"]
+    table.add_row("validation accuracy", f"{validation['accuracy']:.1%}", f"{validation['images']} images")
+    table.add_row("generalization gap", f"{gap['accuracy']:+.1%}", f"cross-entropy {gap['cross_entropy']:+.3f}")
+    name = f"accuracy under {attacked['attack'].upper()}"
+    table.add_row(name, f"{attacked['accuracy']:.1%}", f"epsilon {attacked['epsilon']:g}")
+    counts = report["parameters"]
+    table.add_row("trained parameters", f"{counts['trained']:,}", f"of {counts['total']:,}")
+    seconds = "  ".join(f"{stage} {value:.2f}" for stage, value in report["seconds"].items())
+    table.add_row("seconds", f"{sum(report['seconds'].values()):.2f}", seconds)
+    console.print(table)
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", required=True, help="The model to ask.")
+@click.option("--version", type=int, help="One of its versions; else the one that went live last.")
+@click.pass_obj
+def predict(api: Api, file: Path, model: str, version: int | None) -> None:
+    """Classify the image in FILE (PNG or JPEG)."""
+    kind = "image/jpeg" if file.suffix.lower() in (".jpg", ".jpeg") else "image/png"
+    wanted = {"model": model} | ({"version": str(version)} if version else {})
+    answer = api.call("POST", "/predict", params=wanted, content=file.read_bytes(), headers={"Content-Type": kind})
+    print_image(Image.open(file))
+    console.print(f"[bold]{answer['predictions'][0]['label']}[/] says {model}:{answer['version']}")
+    ranked = sorted(zip(answer["predictions"][0]["probabilities"], answer["classes"], strict=True), reverse=True)
+    for probability, name in ranked[:5]:
+        console.print(f"  {name:>8} {'█' * round(30 * probability)} {probability:.1%}")
+
+
+def print_image(image: Image.Image, width: int = 28) -> None:
+    """Draw an image in the terminal, two pixels a character."""
+    grey = image.convert("L").resize((width, max(2, round(width * image.height / image.width)) // 2 * 2))
+    shades = " .:-=+*#%@"
+    for y in range(0, grey.height, 2):
+        pairs = ((grey.getpixel((x, y)), grey.getpixel((x, y + 1))) for x in range(width))
+        console.print("".join(shades[int((a + b) / 511 * len(shades))] for a, b in pairs), style="bold")  # type: ignore[operator]
+
+
+@main.command()
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100), help="Most jobs to show.")
+@click.pass_obj
+def jobs(api: Api, limit: int) -> None:
+    """List the newest jobs."""
+    table = Table("job", "model", "version", "status", "stage", "epoch", "started", box=None)
+    for job in api.call("GET", "/finetune", params={"limit": limit})["data"]:
+        progress = job["progress"]
+        began = time.strftime("%F %T", time.localtime(job["started_at"])) if job["started_at"] else ""
+        epoch = f"{progress['epoch']}/{progress['epochs']}" if progress else ""
+        table.add_row(
+            job["id"], job["model"], str(job["version"] or ""), job["status"], job["stage"] or "", epoch, began
+        )
+    console.print(table)
+
+
+@main.command()
+@click.pass_obj
+def models(api: Api) -> None:
+    """List the models that are served."""
+    table = Table("model", "versions", "stable", "classes", box=None)
+    after: dict[str, str] = {}
+    while True:
+        page = api.call("GET", "/models", params={"limit": 100, **after})
+        for model in page["data"]:
+            numbers, classes = ", ".join(map(str, model["versions"])), " ".join(model["classes"])
+            table.add_row(model["name"], numbers, str(model["labels"].get("stable", "")), classes)
+        if not page["has_more"]:
+            break
+        after = {"after": page["data"][-1]["name"]}
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

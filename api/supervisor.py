@@ -1,0 +1,150 @@
+"""`temper serve`: one gateway, the workers and the embedded model server, each started again when it dies."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+
+import click
+import httpx
+
+from serving.settings import EMBEDDED, EMBEDDED_TARGET, Settings
+
+GRACE_S = 10.0
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Sibling:
+    """A process that shall always run."""
+
+    name: str
+    command: list[str]
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    start_at: float = field(default_factory=time.monotonic)
+    delay_s: float = 0.0
+
+    def keep_running(self) -> None:
+        """Start it, or start it again; one that dies young waits, each time twice as long."""
+        now = time.monotonic()
+        if self.process is not None and self.process.poll() is not None:
+            self.delay_s = min(10.0, max(0.5, 2 * self.delay_s)) if now - self.started_at < 10 else 0.0
+            click.echo(f"{self.name} ended ({_reason(self.process.returncode)}); starts again in {self.delay_s:g} s")
+            self.process, self.start_at = None, now + self.delay_s
+        if self.process is None and now >= self.start_at:
+            self.process = subprocess.Popen(
+                self.command, env=dict(self.environment), start_new_session=True, preexec_fn=_end_with_parent
+            )
+            self.started_at = now
+
+    def ask_to_end(self) -> None:
+        """SIGTERM."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def end(self, deadline: float) -> None:
+        """Wait for its end, and force it at the deadline."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _reason(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _end_with_parent() -> None:
+    """In the child: a killed supervisor leaves no orphans that hold its ports."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def serve(settings: Settings) -> None:
+    """Run the service until SIGTERM or SIGINT.
+
+    Raises:
+        click.ClickException: the home or the port is taken.
+    """
+    settings.make_home()
+    lock = (settings.home / "serve.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise click.ClickException(f"another `temper serve` runs in {settings.home.resolve()}") from exc
+    if not _free(settings.host, settings.port):
+        raise click.ClickException(f"{settings.host}:{settings.port} is taken; choose another with --port")
+    environment = _environment(settings)
+    siblings = _siblings(settings, environment)
+    stopped = False
+
+    def stop(_: int, __: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    url, announced = f"http://{settings.host}:{settings.port}", False
+    click.echo(f"Temper starts in {settings.home.resolve()}, model server {environment['TEMPER_MODEL_SERVER']}")
+    while not stopped:
+        for sibling in siblings:
+            sibling.keep_running()
+        if not announced and _ready(url):
+            announced = True
+            click.echo(f"ready at {url} (documentation at {url}/docs)")
+        time.sleep(0.1)
+    for sibling in siblings:
+        sibling.ask_to_end()
+    for sibling in siblings:
+        sibling.end(time.monotonic() + GRACE_S)
+    click.echo("stopped")
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """What the siblings shall read: these settings, with the model server's address decided."""
+    given = {f"TEMPER_{name.upper()}": str(value) for name, value in settings if value is not None}
+    if settings.model_server == EMBEDDED:
+        host, _, port = EMBEDDED_TARGET.rpartition(":")
+        with socket.socket() as probe:
+            probe.bind((host, int(port) if _free(host, int(port)) else 0))
+            given["TEMPER_MODEL_SERVER"] = f"{host}:{probe.getsockname()[1]}"
+    return {**os.environ, **given, "TEMPER_HOME": str(settings.home.resolve()), "PYTHONUNBUFFERED": "1"}
+
+
+def _siblings(settings: Settings, environment: dict[str, str]) -> list[Sibling]:
+    python = sys.executable
+    siblings = [Sibling("gateway", [python, "-m", "api"], environment)]
+    if settings.model_server == EMBEDDED:
+        address = environment["TEMPER_MODEL_SERVER"]
+        siblings.append(Sibling("model server", [python, "-m", "serving", "--address", address], environment))
+    for number in range(settings.workers):
+        siblings.append(Sibling(f"worker {number + 1}", [python, "-m", "trainer"], environment))
+    return siblings
+
+
+def _free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=1).status_code == 200
+    except httpx.HTTPError:
+        return False

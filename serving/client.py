@@ -1,0 +1,186 @@
+"""Client of a model server: TensorFlow Serving's gRPC protocol, and nothing that only the embedded server has."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from serving import errors
+from serving.pb import model_server_pb2 as pb
+
+PREDICT = "/tensorflow.serving.PredictionService/Predict"
+GET_MODEL_STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
+RELOAD_CONFIG = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
+
+DT_FLOAT = 1
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A server that comes back is found within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model answered, and which version it was."""
+
+    version: int
+    logits: np.ndarray  # (n, classes) float32
+    probabilities: np.ndarray  # (n, classes) float32
+
+
+def predict_request(model: str, version: int, images: np.ndarray) -> pb.PredictRequest:
+    """Request for `images` (n, 28, 28, 1) in [0, 1]."""
+    tensor = pb.TensorProto(
+        dtype=DT_FLOAT,
+        tensor_shape=pb.TensorShapeProto(dim=[pb.TensorShapeProto.Dim(size=size) for size in images.shape]),
+        tensor_content=np.ascontiguousarray(images, "<f4").tobytes(),
+    )
+    return pb.PredictRequest(model_spec=_spec(model, version), inputs={"image": tensor})
+
+
+def prediction(response: pb.PredictResponse) -> Prediction:
+    """Decode an answer. TensorFlow Serving sends `float_val`, others may send `tensor_content`."""
+    return Prediction(
+        version=response.model_spec.version.value,
+        logits=_array(response.outputs["logits"]),
+        probabilities=_array(response.outputs["probabilities"]),
+    )
+
+
+def _array(tensor: pb.TensorProto) -> np.ndarray:
+    shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
+    if tensor.tensor_content:
+        return np.frombuffer(tensor.tensor_content, "<f4").reshape(shape)
+    return np.array(tensor.float_val, np.float32).reshape(shape)
+
+
+def _spec(model: str, version: int | None = None) -> pb.ModelSpec:
+    spec = pb.ModelSpec(name=model)
+    if version is not None:
+        spec.version.value = version
+    return spec
+
+
+def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
+    """The error of ours that says what went wrong at `target`."""
+    code, text = exc.code(), exc.details() or ""
+    match code:
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+            return errors.ModelServerUnavailable(f"the model server at {target} cannot be reached")
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return errors.ModelServerTimeout(f"the model server at {target} did not answer in time")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return errors.Overloaded(f"the model server at {target} is overloaded")
+        case grpc.StatusCode.NOT_FOUND:
+            return errors.UnknownModel(text)
+        case _:
+            return errors.ModelServerError(f"the model server at {target} answered {code.name}: {text}")
+
+
+class ModelServer:
+    """The control calls, and a Predict for probes; blocking. Close it, or use it in a `with`."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._channel = grpc.insecure_channel(target, options=OPTIONS)
+        self._predict = self._channel.unary_unary(
+            PREDICT, pb.PredictRequest.SerializeToString, pb.PredictResponse.FromString
+        )
+        self._status = self._channel.unary_unary(
+            GET_MODEL_STATUS, pb.GetModelStatusRequest.SerializeToString, pb.GetModelStatusResponse.FromString
+        )
+        self._reload = self._channel.unary_unary(
+            RELOAD_CONFIG, pb.ReloadConfigRequest.SerializeToString, pb.ReloadConfigResponse.FromString
+        )
+
+    def __enter__(self) -> "ModelServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float = 10.0) -> Prediction:
+        """Answer of one version for `images` (n, 28, 28, 1) in [0, 1]."""
+        try:
+            return prediction(self._predict(predict_request(model, version, images), timeout=timeout_s))
+        except grpc.RpcError as exc:
+            raise translated(exc, self.target) from exc
+
+    def states(self, model: str, timeout_s: float = 5.0) -> dict[int, pb.ModelVersionStatus]:
+        """State of every version that the server has heard of; none for an unknown model."""
+        request = pb.GetModelStatusRequest(model_spec=_spec(model))
+        try:
+            response = self._status(request, timeout=timeout_s)
+        except grpc.RpcError as exc:
+            if exc.code() == grpc.StatusCode.NOT_FOUND:
+                return {}
+            raise translated(exc, self.target) from exc
+        return {status.version: status for status in response.model_version_status}
+
+    def available(self, model: str) -> set[int]:
+        """Versions that the server calls AVAILABLE."""
+        return {v for v, s in self.states(model).items() if s.state == pb.ModelVersionStatus.AVAILABLE}
+
+    def reload(self, root: Path, wanted: Mapping[str, Iterable[int]], timeout_s: float = 60.0) -> None:
+        """Replace what the server serves: for each model exactly these versions, found in `root`/model."""
+        request = pb.ReloadConfigRequest()
+        for model, versions in wanted.items():
+            config = request.config.model_config_list.config.add(
+                name=model, base_path=str(root / model), model_platform="tensorflow"
+            )
+            config.model_version_policy.specific.versions.extend(versions)
+        request.config.model_config_list.SetInParent()
+        try:
+            response = self._reload(request, timeout=timeout_s)
+        except grpc.RpcError as exc:
+            raise translated(exc, self.target) from exc
+        if response.status.error_code:
+            raise errors.ModelServerError(f"reload refused: {response.status.error_message}")
+
+    def wait_until_available(self, model: str, version: int, timeout_s: float = 60.0) -> None:
+        """Return when the version is AVAILABLE; raise `PublishFailed` when it ended or time is up."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            status = self.states(model).get(version)
+            if status and status.state == pb.ModelVersionStatus.AVAILABLE:
+                return
+            ended = status is not None and status.state == pb.ModelVersionStatus.END
+            if ended or time.monotonic() > deadline:
+                state = pb.ModelVersionStatus.State.Name(status.state) if status else "unknown to it"
+                reason = status.status.error_message if status else ""
+                raise errors.PublishFailed(
+                    f"version {version} of {model} is {state} at the model server {self.target}: {reason}"
+                )
+            time.sleep(0.01)
+
+
+class Predictor:
+    """Predict alone, for asyncio; one channel for as long as it is open."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
+        self._predict = self._channel.unary_unary(
+            PREDICT, pb.PredictRequest.SerializeToString, pb.PredictResponse.FromString
+        )
+
+    async def __aenter__(self) -> "Predictor":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
+        """Answer of one version for `images` (n, 28, 28, 1) in [0, 1]."""
+        try:
+            return prediction(await self._predict(predict_request(model, version, images), timeout=timeout_s))
+        except grpc.aio.AioRpcError as exc:
+            raise translated(exc, self.target) from exc

@@ -1,0 +1,66 @@
+"""Configuration of all three processes, read from `TEMPER_*` variables where a process starts."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+EMBEDDED = "embedded"
+EMBEDDED_TARGET = "127.0.0.1:8500"  # where the embedded server listens unless the supervisor found the port taken
+
+
+class Settings(BaseSettings):
+    """All that an operator can set; see the table in the README."""
+
+    model_config = SettingsConfigDict(env_prefix="TEMPER_", frozen=True, protected_namespaces=())
+
+    home: Path = Field(Path("var"), description="Directory of everything that is kept.")
+    host: str = Field("127.0.0.1", description="Address on which the gateway listens.")
+    port: int = Field(8080, ge=0, le=65535, description="Port on which the gateway listens; 0 takes a free one.")
+    model_server: str = Field(EMBEDDED, description="`embedded`, or `host:port` of a TensorFlow Serving.")
+    model_root: Path | None = Field(None, description="The models' directory as the model server sees it.")
+    store: str | None = Field(None, description="SQLAlchemy URL; SQLite in the home by default.")
+    workers: int = Field(1, ge=0, le=64, description="Workers that `temper serve` starts here.")
+    max_upload_bytes: int = Field(256 << 20, ge=1, description="Largest body of POST /finetune.")
+    max_predict_bytes: int = Field(8 << 20, ge=1, description="Largest body of POST /predict.")
+    max_instances: int = Field(1024, ge=1, description="Most images of one POST /predict.")
+    max_pixels: int = Field(1 << 24, ge=784, description="Most pixels of one uploaded image.")
+    max_images: int = Field(200_000, ge=4, description="Most images of one upload.")
+    decode_seconds: int = Field(120, ge=1, description="Longest time that decoding an upload may take.")
+    decode_memory_bytes: int = Field(2 << 30, ge=1 << 28, description="Most memory that decoding an upload may take.")
+    predict_timeout_s: float = Field(10.0, gt=0, description="Longest time that a prediction may take.")
+
+    @property
+    def models(self) -> Path:
+        """Published versions, `<model>/<version>/`, as this process sees them."""
+        return self.home.resolve() / "models"
+
+    @property
+    def staging(self) -> Path:
+        """Unfinished work, on the models' file system so that a rename finishes it."""
+        return self.home.resolve() / "staging"
+
+    @property
+    def datasets(self) -> Path:
+        """Prepared data sets, `<sha256>.npz`."""
+        return self.home.resolve() / "datasets"
+
+    @property
+    def served_root(self) -> Path:
+        """The models' directory as the model server sees it."""
+        return self.model_root or self.models
+
+    @property
+    def store_url(self) -> str:
+        """SQLAlchemy URL of the store."""
+        return self.store or f"sqlite:///{self.home.resolve() / 'temper.db'}"
+
+    @property
+    def target(self) -> str:
+        """Address of the model server."""
+        return EMBEDDED_TARGET if self.model_server == EMBEDDED else self.model_server
+
+    def make_home(self) -> None:
+        """Create the directories that all processes share."""
+        for directory in (self.models, self.staging, self.datasets):
+            directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,243 @@
+"""Real parts for the tests: stores, a model server process, a whole service."""
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from serving.quiet import import_tensorflow
+from serving.store import connect
+
+T = TypeVar("T")
+
+import_tensorflow()
+
+
+def eventually(look: Callable[[], T], what: str, timeout_s: float = 60.0) -> T:
+    """What `look` finds, as soon as it is true."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if found := look():
+                return found
+        time.sleep(0.02)
+    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def png(image: np.ndarray) -> bytes:
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def npz(**arrays: Any) -> bytes:
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    return packed.getvalue()
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's digits: (1797, 28, 28) uint8 light on dark, and (1797,) labels, shuffled."""
+    found = load_digits()
+    order = np.random.default_rng(1).permutation(len(found.target))
+    small = np.rint(found.images / 16 * 255).astype(np.uint8)
+    images = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in small]
+    return np.stack(images)[order], found.target[order]
+
+
+@pytest.fixture(scope="session")
+def digits_zip(digits: tuple[np.ndarray, np.ndarray]) -> bytes:
+    """200 of them as class folders."""
+    images, labels = digits
+    return zipped({f"{labels[i]}/{i}.png": png(images[i]) for i in range(200)})
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of its own."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [Path(shutil.which("initdb") or "")]
+    if not found[-1].is_file():
+        pytest.skip("no PostgreSQL server on this machine (Debian: apt-get install postgresql)")
+    binaries = found[-1].parent
+    data = tmp_path_factory.mktemp("postgresql")
+    as_user = []
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        for folder in (data, *data.parents[:-2]):
+            folder.chmod(0o755)
+        shutil.chown(data, "postgres", "postgres")
+    cluster, port = data / "cluster", free_port()
+    subprocess.run(
+        [*as_user, binaries / "initdb", "--auth=trust", "--username=temper", "--no-sync", "-D", cluster],
+        check=True, capture_output=True, cwd="/",
+    )  # fmt: skip
+    server = subprocess.Popen(
+        [*as_user, binaries / "postgres", "-D", cluster, "-p", str(port), "-k", "", "-h", "127.0.0.1", "-F"],
+        stderr=subprocess.DEVNULL, cwd="/",
+    )  # fmt: skip
+    url = f"postgresql+psycopg://temper@127.0.0.1:{port}/postgres"
+
+    def answers() -> bool:
+        engine = sa.create_engine(url)
+        try:
+            engine.connect().close()
+        except sa.exc.OperationalError:
+            return False
+        finally:
+            engine.dispose()
+        return True
+
+    try:
+        eventually(answers, "PostgreSQL answers")
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+    """An empty store, once of each kind."""
+    if request.param == "sqlite":
+        engine = connect(f"sqlite:///{tmp_path / 'temper.db'}")
+    else:
+        url = request.getfixturevalue("postgresql")
+        bare = sa.create_engine(url)
+        with bare.begin() as connection:
+            connection.execute(sa.text("DROP SCHEMA public CASCADE"))
+            connection.execute(sa.text("CREATE SCHEMA public"))
+        bare.dispose()
+        engine = connect(url)
+    yield engine
+    engine.dispose()
+
+
+@contextlib.contextmanager
+def running_model_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """An embedded model server process that answers."""
+    process = subprocess.Popen([sys.executable, "-m", "serving", "--address", f"127.0.0.1:{port}"])
+    try:
+        eventually(lambda: listens(port), "the model server listens")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="session")
+def model_server() -> Iterator[str]:
+    """Address of an embedded model server process."""
+    port = free_port()
+    with running_model_server(port):
+        yield f"127.0.0.1:{port}"
+
+
+@dataclass
+class Service:
+    """A running `temper serve`."""
+
+    home: Path
+    url: str
+    api: httpx.Client
+    supervisor: subprocess.Popen[bytes]
+
+    def children(self, module: str) -> list[int]:
+        """Process ids of the siblings that run `python -m <module>`."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with contextlib.suppress(OSError):
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    if parent == self.supervisor.pid and module.encode() in (entry / "cmdline").read_bytes().split(
+                        b"\0"
+                    ):
+                        found.append(int(entry.name))
+        return found
+
+    def kill(self, module: str) -> None:
+        """SIGKILL the sibling and wait until it is gone."""
+        (pid,) = self.children(module)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: pid not in self.children(module), f"{module} is gone")
+
+    def ready(self) -> bool:
+        """Does everything answer, with a worker that waits for jobs?"""
+        answer = self.api.get("/readyz")
+        return answer.status_code == 200 and "idle" in answer.json()["workers"].values()
+
+    def finetune(self, data: bytes, model: str, spec: str | None = None) -> httpx.Response:
+        fields = {"model": model} | ({"spec": spec} if spec else {})
+        return self.api.post("/finetune", files={"data": ("data", data)}, data=fields)
+
+    def finished(self, job_id: str, timeout_s: float = 120.0) -> dict[str, Any]:
+        """The job's record, once it has finished."""
+
+        def look() -> dict[str, Any] | None:
+            job: dict[str, Any] = self.api.get(f"/finetune/{job_id}").json()
+            return job if job["finished_at"] else None
+
+        return eventually(look, f"{job_id} finishes", timeout_s)
+
+
+@contextlib.contextmanager
+def running_service(home: Path, **environment: str) -> Iterator[Service]:
+    """A `temper serve` of its own, ready."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "api.cli", "serve", "--port", str(port)],
+        env={**os.environ, "TEMPER_HOME": str(home), **environment},
+    )
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, timeout=60) as api:
+        service = Service(home, url, api, process)
+        try:
+            eventually(service.ready, "the service is ready")
+            yield service
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One service for all tests that leave it as it was."""
+    with running_service(tmp_path_factory.mktemp("home")) as service:
+        yield service

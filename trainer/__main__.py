@@ -1,0 +1,133 @@
+"""`python -m trainer`: a worker. It claims queued jobs and runs them, one at a time, until it is told to stop."""
+
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from contextlib import suppress
+
+from serving.client import ModelServer
+from serving.errors import ModelServerError, TemperError
+from serving.quiet import import_tensorflow
+from serving.registry import Registry
+from serving.settings import Settings
+from serving.store import connect
+from trainer.jobs import Job, Jobs, NotMine
+
+POLL_S = 0.1  # between looks for a job
+RECOVER_S = 2.0  # between looks for jobs of dead workers
+SIGN_S = 1.0  # between signs of life
+
+log = logging.getLogger("temper.worker")
+
+
+class Stopped(BaseException):
+    """The process was asked to end. Raised in the main thread, wherever it is."""
+
+
+def main() -> None:
+    """Run a worker with the settings of the environment."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = Settings()
+    settings.make_home()
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with suppress(Stopped):
+        Worker(settings).work()
+
+
+class Worker:
+    """A worker's loop. Its signs of life come from a thread, so that long work does not look like death."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.id = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
+        engine = connect(settings.store_url)
+        self.jobs, self.registry = Jobs(engine), Registry(engine)
+        self.state = "warming"
+        self.stopped = threading.Event()
+
+    def work(self) -> None:
+        """Until `Stopped` is raised."""
+        signs = threading.Thread(target=self._show_life, name="signs-of-life", daemon=True)
+        signs.start()
+        try:
+            self._work()
+        finally:
+            self.stopped.set()
+            signs.join()
+            self.jobs.forget_worker(self.id)
+
+    def _show_life(self) -> None:
+        while True:
+            try:
+                self.jobs.sign_of_life(self.id, self.state)
+            except Exception:
+                log.exception("worker %s cannot reach the store", self.id)
+            if self.stopped.wait(SIGN_S):
+                return
+
+    def _work(self) -> None:
+        import_tensorflow()
+        import tensorflow as tf
+
+        from trainer.run import clear_leavings, publish_base
+
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+        idle = threading.Event()
+        with ModelServer(self.settings.target) as server:
+            while True:
+                try:
+                    publish_base(self.settings, self.registry, server)
+                    break
+                except ModelServerError as exc:
+                    log.info("worker %s waits for the model server: %s", self.id, exc)
+                    idle.wait(0.2)
+            self.state = "idle"
+            look_for_lost = 0.0
+            log.info("worker %s ready", self.id)
+            while True:
+                if time.monotonic() >= look_for_lost:
+                    look_for_lost = time.monotonic() + RECOVER_S
+                    for lost in self.jobs.recover():
+                        log.info("job %s %s: its worker died", lost.id, lost.status)
+                        with suppress(ModelServerError):
+                            clear_leavings(lost, settings=self.settings, registry=self.registry, server=server)
+                job = self.jobs.claim(self.id)
+                if job is None:
+                    idle.wait(POLL_S)
+                    continue
+                self.state = "busy"
+                self._attempt(job, server)
+                self.state = "idle"
+
+    def _attempt(self, job: Job, server: ModelServer) -> None:
+        """Run a job and write down how it ended."""
+        from trainer.run import run_job
+
+        log.info("job %s begins: %s on %d images", job.id, job.model, job.dataset["images"])
+        try:
+            run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, server=server)
+        except NotMine:
+            self.jobs.finish(job, "cancelled")
+        except TemperError as exc:
+            self.jobs.finish(job, "failed", error={"code": exc.code, "message": exc.message, "param": exc.param})
+        except Stopped:
+            self.jobs.put_back(job)
+            raise
+        except Exception:
+            log.exception("job %s", job.id)
+            message = "the trainer failed; the worker's log tells why"
+            self.jobs.finish(job, "failed", error={"code": "internal_error", "message": message, "param": None})
+        log.info("job %s %s", job.id, self.jobs.get(job.id).status)
+
+
+if __name__ == "__main__":
+    main()

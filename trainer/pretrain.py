@@ -1,0 +1,66 @@
+"""`python -m trainer.pretrain`: train the base model on MNIST's 60,000 training images.
+
+Shifts, turns and scalings make it a base that knows digits of other origins too. The 10,000 test images are looked
+at once, after the last epoch; nothing is chosen by them.
+"""
+
+import json
+import platform
+from pathlib import Path
+
+import click
+import numpy as np
+
+from serving.quiet import import_tensorflow
+
+FOLDER = Path(__file__).parent / "base"
+SETTINGS = {"learning_rate": 1.5e-3, "dropout": 0.05, "shift": 2.0, "rotate": 0.2, "zoom": 0.25}
+
+
+@click.command()
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="mnist.npz; else through keras.datasets.")
+@click.option("--epochs", default=60, show_default=True)
+@click.option("--batch-size", default=64, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", default=FOLDER, type=click.Path(path_type=Path), help="Folder for lenet5.npz and lenet5.json.")
+def main(data: Path | None, epochs: int, batch_size: int, seed: int, out: Path) -> None:
+    """Train LeNet-5 on MNIST and write its weights and their card."""
+    import_tensorflow()
+    import tensorflow as tf
+
+    from trainer.evaluate import accuracy, in_batches
+    from trainer.lenet import initial
+    from trainer.program import Coefficients, Structure, program
+
+    if data is None:
+        (x, y), (x_test, y_test) = tf.keras.datasets.mnist.load_data()
+    else:
+        with np.load(data) as arrays:
+            x, y, x_test, y_test = (arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
+    images, labels = tf.constant(x[..., None] / np.float32(255)), tf.constant(y.astype(np.int32))
+    model = program(Structure("full", 10, augment=True))
+    model.load(initial(10, seed), seed, lora_scale=0.0)
+    steps = -(-len(x) // batch_size)
+    coefficients = Coefficients(total_steps=epochs * steps, batch_size=batch_size, seed=seed, **SETTINGS)
+    rng = np.random.default_rng(seed)
+    for epoch in range(epochs):
+        order = tf.constant(rng.permutation(len(x)).astype(np.int32))
+        terms = model.epoch(images, labels, order, epoch * steps, coefficients)
+        click.echo(f"epoch {epoch + 1}/{epochs}  loss {terms['data_loss']:.4f}")
+    logits = in_batches(lambda part: model.logits(tf.constant(part)), x_test[..., None] / np.float32(255))
+    card = {
+        "model": "LeNet-5, 107,786 parameters",
+        "data": "MNIST, 60,000 training images",
+        "command": f"python -m trainer.pretrain --epochs {epochs} --batch-size {batch_size} --seed {seed}",
+        "settings": SETTINGS,
+        "test_accuracy": round(accuracy(logits, y_test), 4),
+        "made_with": f"TensorFlow {tf.__version__}, Python {platform.python_version()}, CPU",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "lenet5.npz", allow_pickle=False, **model.snapshot())
+    (out / "lenet5.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    click.echo(f"test accuracy {card['test_accuracy']:.2%}")
+
+
+if __name__ == "__main__":
+    main()
