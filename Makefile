@@ -22,6 +22,24 @@ $(READY): requirements/dev.txt pyproject.toml
 
 setup: $(READY) ## Make the virtual environment from the lock
 
+demo: $(READY) ## Fine-tune on real digits and predict, start to finish
+	$(BIN)/python demo.py
+
+serve: $(READY) ## Run the service on port 8080
+	$(BIN)/temper serve
+
+test: $(READY) ## Run the tests
+	$(BIN)/pytest
+
+lint: $(READY) ## Check style, types and the Dockerfile
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+load: $(READY) ## Half a minute of load against a service of its own
+	$(BIN)/python -m load
+
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 lock: ## Resolve the dependencies anew (needs uv)
 	rm -f requirements/*.txt
@@ -31,3 +49,5 @@ lock: ## Resolve the dependencies anew (needs uv)
 
 pb: $(READY) ## Generate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
+
+.PHONY: help setup demo serve test lint load lock pb

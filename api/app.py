@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors as http_errors
 from api.examples import IMAGE_EXAMPLE, SPEC_EXAMPLE
-from api.predicting import MicroBatcher, Routes, images_of
+from api.instances import parse_instances
+from api.predicting import MicroBatcher, Routes
 from api.schemas import (
     Error,
     JobList,
@@ -45,10 +45,9 @@ from serving.publishing import reconcile
 from serving.registry import Registry
 from serving.settings import Settings
 from serving.store import connect
-from trainer.datasets import prepare_upload
-from trainer.images import decode
 from trainer.jobs import Jobs
 from trainer.spec import MODEL_NAME, described, parse_spec
+from trainer.uploads import prepare_upload
 
 log = logging.getLogger("temper.gateway")
 
@@ -294,11 +293,8 @@ def _add_predict(app: FastAPI) -> None:
             pixels = await asyncio.to_thread(_decode, body)
             images = (pixels / pixels.dtype.type(255)).astype("f4").reshape(1, 28, 28, 1)
         elif kind == "application/json" or (not kind and body):
-            wanted = _parsed(body)
-            if len(wanted.instances) > gateway.settings.max_instances:
-                raise TooLarge(f"more than {gateway.settings.max_instances} instances", param="instances")
+            wanted, images = parse_instances(body, gateway.settings.max_instances)
             model, version, label = wanted.model, wanted.version, wanted.label
-            images = images_of(wanted.instances, 1.0 if wanted.range == "unit" else 255.0)
         else:
             raise UnsupportedMediaType(f"Content-Type {kind!r}: send application/json, image/png or image/jpeg")
         if version is not None and label is not None:
@@ -313,14 +309,9 @@ def _add_predict(app: FastAPI) -> None:
         return JSONResponse({"model": model, "version": number, "classes": classes, "predictions": answers})
 
 
-def _parsed(body: bytes) -> PredictRequest:
-    try:
-        return PredictRequest.model_validate_json(body)
-    except ValidationError as exc:
-        raise http_errors.invalid_request(exc.errors(include_url=False)) from exc
-
-
 def _decode(body: bytes) -> Any:
+    from trainer.images import decode  # Pillow is for gateways that get images
+
     try:
         return decode(body, IMAGE_PIXELS)
     except InvalidImage as exc:

@@ -3,49 +3,16 @@
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from serving.client import Predictor
-from serving.errors import InvalidInstances, ModelServerTimeout, Overloaded, UnknownModel
+from serving.errors import ModelServerTimeout, Overloaded, UnknownModel
 from serving.registry import STABLE, Registry, Route
 
 MAX_BATCH = 128  # images a call, unless a single request brings more
 IN_FLIGHT = 2  # calls of one version
 MAX_WAITING = 4096  # images of all requests
-
-SHAPES = ((28, 28), (28, 28, 1), (784,))
-
-
-def images_of(instances: list[Any], scale: float) -> np.ndarray:
-    """JSON instances as (n, 28, 28, 1) float32 in [0, 1]; their values go from 0 to `scale`.
-
-    Raises:
-        InvalidInstances: with the index and the reason of every instance that is none.
-    """
-    images = np.empty((len(instances), 28, 28, 1), np.float32)
-    wrong = []
-    for index, instance in enumerate(instances):
-        try:
-            array = np.array(instance)
-        except (ValueError, OverflowError):
-            wrong.append({"index": index, "reason": "its rows differ in length"})
-            continue
-        if array.dtype.kind not in "iuf":
-            wrong.append({"index": index, "reason": "holds something that is not a number"})
-        elif array.shape not in SHAPES:
-            wrong.append({"index": index, "reason": f"has shape {array.shape}, not (28, 28), (28, 28, 1) or (784,)"})
-        elif not (array.min() >= 0 and array.max() <= scale):  # also where a comparison with NaN is false
-            hint = '; for 0 to 255 say "range": "byte"' if scale == 1 else ""
-            wrong.append({"index": index, "reason": f"has values that are not from 0 to {scale:g}{hint}"})
-        else:
-            images[index] = array.reshape(28, 28, 1) / scale
-    if wrong:
-        first = f"instance {wrong[0]['index']} {wrong[0]['reason']}"
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise InvalidInstances(first + more, param="instances", details=wrong)
-    return images
 
 
 class Routes:

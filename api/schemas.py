@@ -39,7 +39,7 @@ class ErrorBody(BaseModel):
 class Error(BaseModel):
     """The body of every answer that is not a success."""
 
-    error: ErrorBody
+    error: ErrorBody = Field(description="What went wrong.")
 
 
 class JobError(BaseModel):
@@ -138,8 +138,8 @@ class ModelView(BaseModel):
     versions: list[VersionView] = Field(description="Live versions, newest first.")
 
 
-class PredictRequest(BaseModel):
-    """Images to classify."""
+class PredictOptions(BaseModel):
+    """What shall classify the images of a prediction, and how they are written."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -149,6 +149,11 @@ class PredictRequest(BaseModel):
         None, description="A label; without version and label it is `stable`, the version that went live last."
     )
     range: Literal["unit", "byte"] = Field("unit", description="Do pixels go from 0 to 1 or from 0 to 255?")
+
+
+class PredictRequest(PredictOptions):
+    """Images to classify."""
+
     instances: list[Annotated[Any, WithJsonSchema(INSTANCE_SCHEMA)]] = Field(
         min_length=1, description="Images of 28x28, 28x28x1 or 784 numbers."
     )

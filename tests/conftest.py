@@ -30,7 +30,7 @@ T = TypeVar("T")
 import_tensorflow()
 
 
-def eventually(look: Callable[[], T], what: str, timeout_s: float = 60.0) -> T:
+def eventually(look: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
     """What `look` finds, as soon as it is true."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

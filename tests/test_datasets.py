@@ -16,8 +16,9 @@ from PIL import Image
 from serving.errors import InvalidDataset, InvalidImage
 from serving.settings import Settings
 from tests.conftest import npz, png, zipped
-from trainer.datasets import Dataset, prepare_upload, read
+from trainer.datasets import Dataset, read
 from trainer.images import decode, is_dark_on_light, prepare
+from trainer.uploads import prepare_upload
 
 RNG = np.random.default_rng(0)
 DOT = np.zeros((28, 28), np.uint8)
@@ -157,7 +158,7 @@ def bad_uploads() -> dict[str, tuple[bytes, str, list[str]]]:
         "truncated images": (
             zipped({**GOOD, "a/t.png": png(DOT)[:60], "b/t.png": png(DOT)[:-30]}), "broken", ["a/t.png", "b/t.png"],
         ),
-        "no image": (zipped({**GOOD, "a/notes.txt": b"hi", "b/x.svg": b"<svg/>"}), "2 of 6", ["a/notes.txt", "b/x.svg"]),
+        "no image": (zipped({**GOOD, "a/hi.txt": b"hi", "b/x.svg": b"<svg/>"}), "2 of 6", ["a/hi.txt", "b/x.svg"]),
         "one class": (zipped({f"a/{i}.png": png(DOT) for i in range(5)}), "two classes", []),
         "wrapped": (zipped({f"all/{name}": content for name, content in GOOD.items()}), "zip what is inside", []),
         "lone image": (zipped({**GOOD, "c/0.png": png(DOT)}), "only one image", ["c"]),
@@ -214,7 +215,7 @@ def test_the_decoding_process_is_ended_when_its_time_is_up(tmp_path: Path) -> No
     content = zipped({f"{name}/{i}.png": noise for name in "ab" for i in range(12)})
     (tmp_path / "upload").write_bytes(content)
     settings = Settings(home=tmp_path, decode_seconds=1)
-    with pytest.raises(InvalidDataset, match="more than 1 s|processor time"):
+    with pytest.raises(InvalidDataset, match=r"more than 1 s|processor time"):
         asyncio.run(prepare_upload(tmp_path / "upload", tmp_path / "prepared", settings))
     assert not (tmp_path / "prepared").exists()
 

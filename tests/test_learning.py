@@ -1,5 +1,7 @@
 """The mathematics of training, against NumPy oracles."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -17,8 +19,8 @@ def images_and_labels(n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return rng.random((n, 28, 28, 1), np.float32), rng.integers(0, 10, n).astype(np.int32)
 
 
-def coefficients(**values: float) -> Coefficients:
-    return Coefficients(total_steps=10, batch_size=8, learning_rate=values.pop("learning_rate", 1e-3), **values)
+def coefficients(learning_rate: float = 1e-3, **values: Any) -> Coefficients:
+    return Coefficients(total_steps=10, batch_size=8, learning_rate=learning_rate, **values)
 
 
 def one_epoch(model: Program, c: Coefficients, base: dict[str, np.ndarray], seed: int = 0) -> dict[str, float]:
@@ -42,7 +44,8 @@ def numpy_logits(params: dict[str, np.ndarray], images: np.ndarray) -> np.ndarra
     x = x.reshape(len(x), -1)
     for layer in ("dense1", "dense2"):
         x = np.maximum(x @ params[f"{layer}/kernel"].astype(np.float64) + params[f"{layer}/bias"], 0)
-    return x @ params["head/kernel"].astype(np.float64) + params["head/bias"]
+    scores: np.ndarray = x @ params["head/kernel"].astype(np.float64) + params["head/bias"]
+    return scores
 
 
 def test_the_network_has_107786_parameters() -> None:

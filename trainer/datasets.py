@@ -1,10 +1,9 @@
 """Data sets: from an uploaded file, which nobody trusts, to prepared arrays with class names.
 
 `python -m trainer.datasets UPLOAD PREPARED` does it in a process of its own, under limits of memory and time, and
-prints a verdict; `prepare_upload` is how the gateway calls it.
+prints a verdict; `trainer.uploads` is how the gateway calls it.
 """
 
-import asyncio
 import hashlib
 import io
 import json
@@ -249,36 +248,6 @@ def _prepared(images: np.ndarray, max_pixels: int) -> np.ndarray:
     if wrong:
         raise _invalid(f"{len(wrong)} of {len(images)} images cannot be used", wrong)
     return prepared
-
-
-async def prepare_upload(upload: Path, prepared: Path, settings: Settings) -> dict[str, Any]:
-    """Read `upload` in a process of its own and write the data set to `prepared`.
-
-    Returns:
-        The data set as `Dataset.described` does.
-
-    Raises:
-        InvalidDataset: what is wrong with it, or that reading it took more time or memory than allowed.
-    """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "trainer.datasets", str(upload), str(prepared), settings.model_dump_json(),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        cwd=Path(__file__).parent.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        output, _ = await asyncio.wait_for(process.communicate(), settings.decode_seconds)
-    except TimeoutError as exc:
-        raise _invalid(f"reading the file takes more than {settings.decode_seconds} s") from exc
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        raise _invalid("reading the file takes more memory or processor time than allowed")
-    verdict: dict[str, Any] = json.loads(output)
-    if "error" in verdict:
-        raise InvalidDataset(**verdict["error"])
-    return verdict
 
 
 def _main(upload: Path, prepared: Path, settings: Settings) -> dict[str, Any]:
