@@ -14,7 +14,7 @@ import httpx
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from serving.settings import Settings
 from trainer.spec import Adversarial, Spec
@@ -170,9 +170,10 @@ def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             progress = job["progress"]
             text = ""
             if progress:
+                penalties = "".join(f" {name} {progress[name]:.3f}" for name in ("l1", "l2") if progress[name])
                 text = (
-                    f"epoch {progress['epoch']}/{progress['epochs']}  loss {progress['data_loss']:.3f}"
-                    f"  l1 {progress['l1']:.3f}  l2 {progress['l2']:.3f}  val {progress['validation_accuracy']:.1%}"
+                    f"{progress['epoch']}/{progress['epochs']} loss {progress['data_loss']:.3f}{penalties}"
+                    f" val {progress['validation_accuracy']:.1%}"
                 )
                 if not console.is_terminal and progress["epoch"] != shown:
                     shown = progress["epoch"]
@@ -232,10 +233,10 @@ def print_image(image: Image.Image, width: int = 28) -> None:
 @click.pass_obj
 def jobs(api: Api, limit: int) -> None:
     """List the newest jobs."""
-    table = Table("job", "model", "version", "status", "stage", "epoch", "started", box=None)
+    table = Table(Column("job", no_wrap=True), "model", "version", "status", "stage", "epoch", "started", box=None)
     for job in api.call("GET", "/finetune", params={"limit": limit})["data"]:
         progress = job["progress"]
-        began = time.strftime("%F %T", time.localtime(job["started_at"])) if job["started_at"] else ""
+        began = time.strftime("%T", time.localtime(job["started_at"])) if job["started_at"] else ""
         epoch = f"{progress['epoch']}/{progress['epochs']}" if progress else ""
         table.add_row(
             job["id"], job["model"], str(job["version"] or ""), job["status"], job["stage"] or "", epoch, began

@@ -115,10 +115,8 @@ def _environment(settings: Settings) -> dict[str, str]:
     """What the siblings shall read: these settings, with the model server's address decided."""
     given = {f"TEMPER_{name.upper()}": str(value) for name, value in settings if value is not None}
     if settings.model_server == EMBEDDED:
-        host, _, port = EMBEDDED_TARGET.rpartition(":")
-        with socket.socket() as probe:
-            probe.bind((host, int(port) if _free(host, int(port)) else 0))
-            given["TEMPER_MODEL_SERVER"] = f"{host}:{probe.getsockname()[1]}"
+        host, _, usual = EMBEDDED_TARGET.rpartition(":")
+        given["TEMPER_MODEL_SERVER"] = EMBEDDED_TARGET if _free(host, int(usual)) else f"{host}:{_any_port(host)}"
     return {**os.environ, **given, "TEMPER_HOME": str(settings.home.resolve()), "PYTHONUNBUFFERED": "1"}
 
 
@@ -141,6 +139,13 @@ def _free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def _any_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _ready(url: str) -> bool:
