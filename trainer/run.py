@@ -183,8 +183,8 @@ def _structure(spec: Spec, classes: tuple[str, ...]) -> Structure:
 def _fit(fitted: Program, train: Split, validation: Split, spec: Spec, run: Run) -> list[dict[str, float]]:
     """Train; the history holds a record an epoch. With early stopping the best weights are left in place."""
     n = len(train.labels)
-    # A small set still takes ten steps an epoch: with fewer, a default job would end before it has learned anything.
-    batch_size = min(spec.batch_size, max(8, n // 10))
+    # A small set still takes twenty steps an epoch: with fewer, a default job would end before it has learned anything.
+    batch_size = min(spec.batch_size, max(8, n // 20))
     steps = -(-n // batch_size)
     attack = spec.adversarial
     coefficients = Coefficients(

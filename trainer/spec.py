@@ -66,7 +66,9 @@ class Spec(Strict):
     dropout: float = Field(0.2, ge=0, le=0.9, description="Share of the dense units set to zero in training.")
     adversarial: Adversarial | None = Field(None, description="Adversarial training, or null.")
     epochs: int = Field(20, ge=1, le=1000, description="Passes over the training images.")
-    batch_size: int = Field(64, ge=1, le=4096, description="Images a step.")
+    batch_size: int = Field(
+        64, ge=1, le=4096, description="Most images of a step; a small set still takes twenty steps an epoch."
+    )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak rate of Adam; it falls to zero as a cosine.")
     validation_split: float = Field(
         0.2, ge=0.05, le=0.5, description="Share of every class held out for the report; at least one image of each."
