@@ -9,7 +9,7 @@ import uvicorn
 
 from serving.settings import Settings
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 
 
 def give_memory_back() -> None:
@@ -17,6 +17,7 @@ def give_memory_back() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        mallopt(M_ARENA_MAX, 2)
         mallopt(M_TRIM_THRESHOLD, 1 << 16)
 
 

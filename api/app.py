@@ -5,6 +5,7 @@ import contextlib
 import logging
 import secrets
 import shutil
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors as http_errors
@@ -36,6 +38,7 @@ from serving.errors import (
     InvalidImage,
     InvalidRequest,
     InvalidSpec,
+    Overloaded,
     TemperError,
     TooLarge,
     UnknownModel,
@@ -53,11 +56,12 @@ log = logging.getLogger("temper.gateway")
 
 BASE = "lenet5"
 LOOK_S = 0.5  # between looks at the model server and the registry
+DECODERS, MAX_UPLOADS = 2, 32  # uploads that are decoded, and that may be under way, at a time
 IMAGE_PIXELS = 1 << 22  # of an image to predict on: its decoding shares the gateway's memory
 
 After = Annotated[str | None, Query(max_length=100, description="The last item of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Most items of the page.")]
-JobId = Annotated[str, Path(pattern=r"^ftjob-[0-9a-f]{1,64}$", description="The job's id.")]
+JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
 
 
 @dataclass
@@ -70,27 +74,30 @@ class Gateway:
     server: ModelServer
     routes: Routes
     batcher: MicroBatcher
+    decoders: asyncio.Semaphore
+    uploads: int = 0  # being received or decoded
     server_is_up: bool = False
+    server_may_have_forgotten: bool = True
 
     async def look_after(self) -> None:
         """Keep the routes fresh, and the model server at what the registry says whenever it comes back."""
         while True:
             try:
                 await self.routes.refresh()
-                self.server_is_up = await asyncio.to_thread(self._look_at_server)
+                await asyncio.to_thread(self._look_at_server)
             except TemperError as exc:
-                self.server_is_up = False
+                self.server_is_up, self.server_may_have_forgotten = False, True
                 log.debug("model server: %s", exc)
             except Exception:
                 log.exception("looking after the model server")
             await asyncio.sleep(LOOK_S)
 
-    def _look_at_server(self) -> bool:
+    def _look_at_server(self) -> None:
         available = self.server.available(BASE)
-        forgetful = not self.server_is_up or not available
-        if forgetful and self.registry.all():
+        self.server_is_up = True
+        if (self.server_may_have_forgotten or not available) and self.registry.all():
             reconcile(self.settings, self.registry, self.server)
-        return True
+        self.server_may_have_forgotten = False
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -99,12 +106,14 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.make_home()
+        _sweep(settings)
         engine = await asyncio.to_thread(connect, settings.store_url)
         registry = Registry(engine)
         async with Predictor(settings.target) as predictor:
             with ModelServer(settings.target) as server:
                 batcher = MicroBatcher(predictor, settings.predict_timeout_s)
-                gateway = Gateway(settings, Jobs(engine), registry, server, Routes(registry), batcher)
+                decoders = asyncio.Semaphore(DECODERS)
+                gateway = Gateway(settings, Jobs(engine), registry, server, Routes(registry), batcher, decoders)
                 app.state.gateway = gateway
                 looking = asyncio.create_task(gateway.look_after())
                 yield
@@ -113,12 +122,14 @@ def create_app(settings: Settings) -> FastAPI:
                     await looking
         engine.dispose()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # its documentation page needs no other host
         title="Temper",
         version=installed_version("temper"),
         description="Fine-tune a LeNet-5 on few images without overfitting, and predict with the result.",
         lifespan=lifespan,
         separate_input_output_schemas=False,
+        redirect_slashes=False,
+        redoc_url=None,
     )
     app.add_middleware(
         BodyLimit, limits={"/finetune": settings.max_upload_bytes, "/predict": settings.max_predict_bytes}
@@ -158,7 +169,13 @@ class BodyLimit:
                 raise TooLarge(f"the body is larger than {limit} bytes")
             return message
 
-        return await self._app(scope, counted, send)
+        async def refused(message: Message) -> None:  # whatever the route has made of the error
+            if received <= limit:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                await refusal(scope, receive, send)
+
+        return await self._app(scope, counted, refused)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -183,7 +200,7 @@ def _gateway(request: Request) -> Gateway:
 
 
 def _add_finetune(app: FastAPI) -> None:
-    @app.post("/finetune", status_code=202, tags=["fine-tune"], responses=_errors(400, 404, 413, 422, 503))
+    @app.post("/finetune", status_code=202, tags=["fine-tune"], responses=_errors(400, 404, 413, 422, 429, 503))
     async def finetune(
         request: Request,
         response: Response,
@@ -206,7 +223,14 @@ def _add_finetune(app: FastAPI) -> None:
             raise InvalidRequest(f"unknown form fields: {', '.join(extra)}", param=extra[0])
         parsed = parse_spec(spec)
         base = await asyncio.to_thread(_resolve_base, gateway, parsed.base)
-        dataset = await _store_dataset(gateway.settings, data)
+        if gateway.uploads >= MAX_UPLOADS:
+            raise Overloaded(f"{MAX_UPLOADS} uploads are being read already")
+        gateway.uploads += 1
+        try:
+            async with gateway.decoders:
+                dataset = await _store_dataset(gateway.settings, data)
+        finally:
+            gateway.uploads -= 1
         job = await asyncio.to_thread(
             gateway.jobs.create, model=model, base=base, spec=described(parsed), dataset=dataset
         )
@@ -263,6 +287,15 @@ async def _store_dataset(settings: Settings, upload: UploadFile) -> dict[str, An
         raw.unlink(missing_ok=True)
         prepared.unlink(missing_ok=True)
     return {"filename": upload.filename or "", **dataset}
+
+
+def _sweep(settings: Settings) -> None:
+    """Remove what uploads have left behind whose gateway was killed."""
+    for pattern in ("*.upload", "*.npz"):
+        for path in settings.staging.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > settings.decode_seconds:
+                    path.unlink()
 
 
 def _add_predict(app: FastAPI) -> None:

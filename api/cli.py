@@ -12,7 +12,9 @@ from typing import Any, get_args
 import click
 import httpx
 from PIL import Image
+from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
@@ -57,8 +59,16 @@ class Api:
 @click.pass_context
 def main(context: click.Context, url: str | None) -> None:
     """Fine-tune a small vision model on few images without overfitting, and serve it."""
-    settings = Settings()
+    settings = _settings()
     context.obj = Api(url or f"http://{settings.host}:{settings.port}")
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as exc:
+        wrong = "; ".join(f"TEMPER_{str(error['loc'][0]).upper()}: {error['msg']}" for error in exc.errors())
+        raise click.ClickException(wrong) from exc
 
 
 @main.command()
@@ -67,7 +77,7 @@ def serve(port: int | None) -> None:
     """Run the gateway, the workers and the model server."""
     from api import supervisor
 
-    settings = Settings()
+    settings = _settings()
     supervisor.serve(settings.model_copy(update={"port": port}) if port else settings)
 
 
@@ -101,6 +111,8 @@ def _spec(given: dict[str, Any]) -> str | None:
         spec = json.loads(given.pop("spec_json") or "{}")
     except ValueError as exc:
         raise click.ClickException(f"--spec is no JSON: {exc}") from exc
+    if not isinstance(spec, dict):
+        raise click.ClickException("--spec must be a JSON object")
     parts = {
         "rank": ("lora", "rank"),
         "epsilon": ("adversarial", "epsilon"),
@@ -111,7 +123,10 @@ def _spec(given: dict[str, Any]) -> str | None:
             continue
         if name in parts:
             part, key = parts[name]
-            spec[part] = {**(spec.get(part) or {}), key: value}
+            inner = spec.get(part) or {}
+            if not isinstance(inner, dict):
+                raise click.ClickException(f"--spec: {part} must be a JSON object")
+            spec[part] = {**inner, key: value}
         else:
             spec[name] = value
     return json.dumps(spec) if spec else None
@@ -146,7 +161,7 @@ def _opened(path: Path) -> Any:
     if not path.is_dir():
         return path.open("rb")
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
+    with zipfile.ZipFile(packed, "w", strict_timestamps=False) as archive:
         for file in sorted(path.rglob("*")):
             if file.is_file():
                 archive.write(file, file.relative_to(path))
@@ -159,7 +174,7 @@ def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     columns = (
         TextColumn("{task.description:<11}"),
         BarColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bar:
@@ -210,21 +225,22 @@ def print_report(report: dict[str, Any]) -> None:
 def predict(api: Api, file: Path, model: str, version: int | None) -> None:
     """Classify the image in FILE (PNG or JPEG)."""
     kind = "image/jpeg" if file.suffix.lower() in (".jpg", ".jpeg") else "image/png"
-    wanted = {"model": model} | ({"version": str(version)} if version else {})
+    wanted = {"model": model} | ({"version": str(version)} if version is not None else {})
     answer = api.call("POST", "/predict", params=wanted, content=file.read_bytes(), headers={"Content-Type": kind})
     print_image(Image.open(file))
-    console.print(f"[bold]{answer['predictions'][0]['label']}[/] says {model}:{answer['version']}")
+    console.print(f"[bold]{escape(answer['predictions'][0]['label'])}[/] says {model}:{answer['version']}")
     ranked = sorted(zip(answer["predictions"][0]["probabilities"], answer["classes"], strict=True), reverse=True)
     for probability, name in ranked[:5]:
-        console.print(f"  {name:>8} {'█' * round(30 * probability)} {probability:.1%}")
+        console.print(f"  {escape(f'{name:>8}')} {'█' * round(30 * probability)} {probability:.1%}")
 
 
 def print_image(image: Image.Image, width: int = 28) -> None:
     """Draw an image in the terminal, two pixels a character."""
-    grey = image.convert("L").resize((width, max(2, round(width * image.height / image.width)) // 2 * 2))
+    scale = width / max(image.size)
+    grey = image.convert("L").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height / 2)) * 2))
     shades = " .:-=+*#%@"
     for y in range(0, grey.height, 2):
-        pairs = ((grey.getpixel((x, y)), grey.getpixel((x, y + 1))) for x in range(width))
+        pairs = ((grey.getpixel((x, y)), grey.getpixel((x, y + 1))) for x in range(grey.width))
         console.print("".join(shades[int((a + b) / 511 * len(shades))] for a, b in pairs), style="bold")  # type: ignore[operator]
 
 
@@ -253,7 +269,7 @@ def models(api: Api) -> None:
     while True:
         page = api.call("GET", "/models", params={"limit": 100, **after})
         for model in page["data"]:
-            numbers, classes = ", ".join(map(str, model["versions"])), " ".join(model["classes"])
+            numbers, classes = ", ".join(map(str, model["versions"])), escape(" ".join(model["classes"]))
             table.add_row(model["name"], numbers, str(model["labels"].get("stable", "")), classes)
         if not page["has_more"]:
             break

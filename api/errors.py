@@ -1,13 +1,15 @@
 """Our errors as HTTP: one table of statuses, one shape of body, nothing of a traceback."""
 
+import json
 import logging
 from typing import Any
 
 import sqlalchemy as sa
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serving import errors
 
@@ -35,11 +37,19 @@ def status_of(error: errors.TemperError) -> int:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
+class ErrorResponse(JSONResponse):
+    """JSON in ASCII: what a client got wrong may hold text that no encoding can carry."""
+
+    def render(self, content: Any) -> bytes:
+        """Encode the body."""
+        return json.dumps(content).encode()
+
+
 def response(error: errors.TemperError) -> JSONResponse:
     """The answer that tells a client of an error."""
     status = status_of(error)
     headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else None
-    return JSONResponse({"error": error.body()}, status, headers)
+    return ErrorResponse({"error": error.body()}, status, headers)
 
 
 def install(app: FastAPI) -> None:
@@ -58,12 +68,16 @@ def install(app: FastAPI) -> None:
         kinds: dict[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
         code = kinds.get(exc.status_code, "malformed_request")
         body: dict[str, Any] = {"code": code, "message": str(exc.detail), "param": None, "details": []}
-        return JSONResponse({"error": body}, exc.status_code, exc.headers)
+        return ErrorResponse({"error": body}, exc.status_code, exc.headers)
 
     @app.exception_handler(sa.exc.SQLAlchemyError)
     async def store(_: Request, exc: sa.exc.SQLAlchemyError) -> JSONResponse:
         log.error("the store failed: %s", exc)
         return response(errors.StoreUnavailable("the store of jobs and models cannot be reached"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, exc: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody is there to read it
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, exc: Exception) -> JSONResponse:

@@ -32,7 +32,8 @@ def parse_instances(body: bytes, max_instances: int) -> tuple[PredictOptions, np
     if not isinstance(document, simdjson.Object):
         raise InvalidRequest("body: must be a JSON object", param="body")
     try:
-        options = PredictOptions.model_validate({key: _plain(document[key]) for key in document if key != "instances"})
+        fields = {key: _plain(value) for key, value in document.items() if key != "instances"}
+        options = PredictOptions.model_validate(fields)
     except ValidationError as exc:
         raise invalid_request(exc.errors(include_url=False)) from exc
     instances = document.get("instances")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.client import Predictor
-from serving.errors import ModelServerTimeout, Overloaded, UnknownModel
+from serving.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded, UnknownModel
 from serving.registry import STABLE, Registry, Route
 
 MAX_BATCH = 128  # images a call, unless a single request brings more
@@ -122,9 +122,12 @@ class MicroBatcher:
                     waiting.answer.set_result(answer.probabilities[position : position + len(waiting.images)])
                 position += len(waiting.images)
         except Exception as exc:
+            error: Exception = exc
+            if isinstance(exc, UnknownModel):  # the registry knows it: the server has not loaded it yet
+                error = ModelServerUnavailable(f"the model server has not loaded {key[0]}:{key[1]} yet")
             for waiting in batch:
                 if not waiting.answer.done():
-                    waiting.answer.set_exception(exc)
+                    waiting.answer.set_exception(error)
         finally:
             self._in_flight[key] -= 1
             self._send(key)

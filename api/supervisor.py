@@ -1,6 +1,5 @@
 """`temper serve`: one gateway, the workers and the embedded model server, each started again when it dies."""
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -14,11 +13,12 @@ from types import FrameType
 
 import click
 import httpx
+import sqlalchemy as sa
 
+from serving.processes import end_with_parent
 from serving.settings import EMBEDDED, EMBEDDED_TARGET, Settings
 
 GRACE_S = 10.0
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Sibling:
             self.process, self.start_at = None, now + self.delay_s
         if self.process is None and now >= self.start_at:
             self.process = subprocess.Popen(
-                self.command, env=dict(self.environment), start_new_session=True, preexec_fn=_end_with_parent
+                self.command, env=dict(self.environment), start_new_session=True, preexec_fn=end_with_parent
             )
             self.started_at = now
 
@@ -66,18 +66,19 @@ def _reason(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
-def _end_with_parent() -> None:
-    """In the child: a killed supervisor leaves no orphans that hold its ports."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def serve(settings: Settings) -> None:
     """Run the service until SIGTERM or SIGINT.
 
     Raises:
-        click.ClickException: the home or the port is taken.
+        click.ClickException: the home, the port or the store cannot be had.
     """
-    settings.make_home()
+    try:
+        settings.make_home()
+        sa.make_url(settings.store_url).get_dialect()
+    except OSError as exc:
+        raise click.ClickException(f"TEMPER_HOME cannot be used: {exc}") from exc
+    except sa.exc.ArgumentError as exc:
+        raise click.ClickException(f"TEMPER_STORE is no store: {exc}") from exc
     lock = (settings.home / "serve.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -137,9 +137,10 @@ class Registry:
     def routes(self) -> dict[str, "Route"]:
         """Where predictions go, for every model."""
         with self._engine.connect() as connection:
+            # Labels first: what they stand for is live by then, and stays so until the versions are read.
+            names = connection.execute(sa.select(labels)).all()
             columns = (versions.c.model, versions.c.version, versions.c.manifest["classes"])
             rows = connection.execute(sa.select(*columns).where(versions.c.live)).all()
-            names = connection.execute(sa.select(labels)).all()
         routes: dict[str, Route] = {}
         for model, version, classes in rows:
             routes.setdefault(model, Route({}, {})).classes[version] = tuple(classes)

@@ -148,7 +148,7 @@ def bad_uploads() -> dict[str, tuple[bytes, str, list[str]]]:
         "zip bomb": (bomb.getvalue(), "unpacks to", []),
         "path tricks": (
             zipped({**GOOD, "../../x/1.png": png(DOT), "/etc/1.png": png(DOT), "a\\b/1.png": png(DOT)}),
-            "leaves the archive",
+            "leaves the archive or uses backslashes",
             ["../../x/1.png", "/etc/1.png", "a\\b/1.png"],
         ),
         "symbolic link": (link.getvalue(), "symbolic link", ["a/link.png"]),
@@ -233,3 +233,22 @@ def test_a_good_upload_passes_through_the_process(tmp_path: Path) -> None:
     verdict = asyncio.run(prepare_upload(tmp_path / "upload", tmp_path / "prepared", Settings(home=tmp_path)))
     assert verdict == Dataset.load(tmp_path / "prepared").described()
     assert verdict["classes"] == {"a": 2, "b": 2}
+
+
+def test_class_names_may_be_anything_that_prints_and_bytes_must_be_utf8(tmp_path: Path) -> None:
+    images = np.stack([DOT] * 4)
+    assert reading(tmp_path, npz(images=images, labels=np.array(["é".encode()] * 2 + [b"o"] * 2))).classes == ("o", "é")
+    with pytest.raises(InvalidDataset, match="not UTF-8") as caught:
+        reading(tmp_path, npz(images=images, labels=np.array([b"caf\xe9", b"caf\xe8", b"o", b"o"])))
+    assert [detail["index"] for detail in caught.value.details] == [0, 1]
+
+
+def test_an_array_is_refused_by_its_header_before_it_takes_memory(tmp_path: Path) -> None:
+    content = npz(images=np.zeros((4, 28, 28, 8), np.uint8), labels=np.arange(4))
+    with pytest.raises(InvalidDataset, match="must be"):
+        reading(tmp_path, content.replace(b"(4, 28, 28, 8)", b"(9, 28, 28, 8)"))  # the data would be too short
+
+
+def test_images_of_32_bits_are_refused_rather_than_guessed_at() -> None:
+    with pytest.raises(InvalidImage, match="32 bits"):
+        decode(encoded(Image.fromarray(np.ones((28, 28), np.float32)), "TIFF"), 10_000)

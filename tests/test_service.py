@@ -1,8 +1,10 @@
 """The whole service: real processes, HTTP, jobs that train, predictions that name their version."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -230,6 +232,7 @@ TEXT, PNG, FORM = ({"Content-Type": kind} for kind in ("text/plain", "image/png"
         ("{", 400, "malformed_request", None, []),
         ("", 400, "malformed_request", None, []),
         ("[]", 422, "invalid_request", "body", None),
+        ({"model": "lenet5", "a\0b": 1, "instances": [IMAGE]}, 422, "invalid_request", "a\0b", None),
         ({"model": "lenet5"}, 422, "invalid_request", "instances", None),
         ({"model": "lenet5", "instances": []}, 422, "invalid_request", "instances", None),
         ({"model": "lenet5", "instances": [IMAGE], "x": 1}, 422, "invalid_request", "x", None),
@@ -267,7 +270,7 @@ def test_a_bad_prediction_is_refused_with_field_and_indices(
         (("GET", "/nowhere", {}), 404, "not_found"),
         (("DELETE", "/predict", {}), 405, "method_not_allowed"),
         (("GET", "/finetune/ftjob-0", {}), 404, "unknown_job"),
-        (("GET", "/finetune/%20", {}), 422, "invalid_request"),
+        (("GET", "/finetune/%20", {}), 404, "unknown_job"),
         (("POST", "/finetune/ftjob-0/cancel", {}), 404, "unknown_job"),
         (("GET", "/models/nobody", {}), 404, "unknown_model"),
         (("GET", "/finetune?limit=0", {}), 422, "invalid_request"),
@@ -277,6 +280,7 @@ def test_a_bad_prediction_is_refused_with_field_and_indices(
         (("POST", "/predict?model=lenet5", {"content": b"a", "headers": PNG}), 422, "invalid_image"),
         (("POST", "/predict", {"content": b" " * (9 << 20)}), 413, "too_large"),
         (("POST", "/predict", {"content": (b" " * (1 << 20) for _ in range(9))}), 413, "too_large"),
+        (("POST", "/predict/", {"content": b" "}), 404, "not_found"),
         (("POST", "/finetune", {"data": {"model": "m"}}), 422, "invalid_request"),
         (("POST", "/finetune", {"content": b"x", "headers": FORM}), 400, "malformed_request"),
     ],
@@ -482,3 +486,56 @@ def test_the_whole_line_works_on_postgresql(postgresql: str, tmp_path: Path, dig
         assert [service.finished(job_id)["status"] for job_id in ids] == ["succeeded"] * 3
         assert predicted(service, "pg2", digits[0][:1])["version"] == 1
     assert not (tmp_path / "temper.db").exists()
+
+
+def test_a_service_sweeps_what_uploads_have_left_behind(tmp_path: Path, digits_zip: bytes) -> None:
+    (tmp_path / "staging").mkdir()
+    left = tmp_path / "staging" / "0123.upload"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with running_service(tmp_path) as service:
+        assert not left.exists()
+        # Names that mean something to the terminal, to scikit-learn's report and to nobody.
+        images = np.stack([DOT] * 8)
+        labels = np.repeat(["[/x]", "accuracy", "macro avg", "b"], 2)
+        done = service.finished(service.finetune(npz(x=images, y=labels), "odd", QUICK).json()["id"])
+        assert done["status"] == "succeeded"
+        (version,) = service.api.get("/models/odd").json()["versions"]
+        rows = version["report"]["validation"]["classification_report"]
+        assert set(rows["classes"]) == set(labels)
+        assert "[/x]" in temper(service, "models").stdout
+        refused = service.finetune(npz(x=images, y=np.array(["\ud800"] * 4 + ["b"] * 4)), "odd")
+        assert refused.status_code == 422
+        # A client that hangs up in the middle is no failure of ours.
+        with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as client:
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n{")
+        large = (b"--X\r\nContent-Disposition: form-data; name=data; filename=a\r\n\r\n" if i == 0 else bytes(1 << 20)
+                 for i in range(260))  # fmt: skip
+        answer = service.api.post(
+            "/finetune", content=large, headers={"Content-Type": "multipart/form-data; boundary=X"}
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+
+
+def test_an_upload_ends_with_its_gateway(own: Service, tmp_path: Path) -> None:
+    noise = png(np.random.default_rng(0).integers(0, 255, (2000, 2000), np.uint8))
+    upload = zipped({f"{name}/{i}.png": noise for name in "ab" for i in range(12)})
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(own.finetune, upload, "cut")
+        decoding = eventually(lambda: processes("trainer.datasets"), "the upload is being decoded")
+        own.kill("api")
+        with pytest.raises(httpx.TransportError):
+            answer.result()
+    eventually(lambda: not decoding & processes("trainer.datasets"), "the decoder ends")
+    eventually(own.ready, "the service is ready")
+
+
+def processes(module: str) -> set[int]:
+    """Ids of all processes that run `python -m <module>`."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if module.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                    found.add(int(entry.name))
+    return found

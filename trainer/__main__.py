@@ -32,6 +32,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = Settings()
     settings.make_home()
+    os.nice(5)  # predictions come first
 
     def stop(*_: object) -> None:
         raise Stopped

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import signal
 import stat
 import sys
 import zipfile
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from serving.errors import InvalidDataset, InvalidImage
+from serving.processes import end_with_parent
 from serving.settings import Settings
 from trainer.images import SIDE, decode, is_dark_on_light, prepare
 
@@ -86,7 +88,7 @@ def read(path: Path, *, max_pixels: int, max_images: int) -> Dataset:
                 images, labels = _read_npz(archive, entries, max_pixels, max_images)
             else:
                 images, labels = _read_folders(archive, entries, max_pixels, max_images)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as exc:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as exc:
         empty = "it is empty" if path.stat().st_size == 0 else str(exc)
         raise _invalid(f"the file is neither a zip of class folders nor an .npz: {empty}") from exc
     return _indexed(images, labels)
@@ -155,10 +157,10 @@ def _read_folders(
 
 def _class_of(entry: zipfile.ZipInfo) -> str:
     """The top-level folder of an entry whose name is harmless."""
-    name = entry.filename
+    name = entry.filename.removeprefix("./")
     parts = name.split("/")
     if name.startswith("/") or "\\" in name or ".." in parts or re.match(r"[A-Za-z]:", name):
-        raise InvalidImage("the path leaves the archive")
+        raise InvalidImage("the path leaves the archive or uses backslashes")
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise InvalidImage("a symbolic link")
     if entry.flag_bits & 1:
@@ -181,7 +183,7 @@ def _read_npz(
             both = "both" if long in names else "neither"
             raise _invalid(f"one array named {long!r} or {short!r} is needed, the file has {both}: {sorted(names)}")
         name = long if long in names else short
-        found.append(_read_array(archive, names[name], name))
+        found.append(_read_array(archive, names[name], name, max_pixels))
     images, labels = found
     if images.ndim == 0 or labels.ndim == 0 or len(images) != len(labels):
         raise _invalid(f"images and labels differ in length: shapes {images.shape} and {labels.shape}")
@@ -191,12 +193,10 @@ def _read_npz(
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
         raise _invalid(f"labels must be (n,) integers or strings, not {labels.shape} {labels.dtype}")
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8", "replace")
-    return _prepared(images, max_pixels), [str(label) for label in labels.tolist()]
+    return _prepared(images), _names(labels)
 
 
-def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> np.ndarray:
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, max_pixels: int) -> np.ndarray:
     """One array; neither pickles nor a header that promises more than the file holds."""
     with archive.open(entry) as file:
         try:
@@ -204,9 +204,11 @@ def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> 
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = header(file)
         except ValueError as exc:
-            raise _invalid(f"array {name!r} cannot be read: {exc}") from exc
+            raise _invalid(f"array {name!r} has no header that can be read") from exc
     if dtype.hasobject:
         raise _invalid(f"array {name!r} holds pickled Python objects; save plain numbers or strings")
+    if name in ("images", "x"):
+        _check_images(shape, dtype, max_pixels)
     if any(length < 0 for length in shape) or int(np.prod(shape, dtype=object)) * dtype.itemsize > entry.file_size:
         raise _invalid(f"array {name!r} promises shape {shape} {dtype}, the file is shorter")
     try:
@@ -219,20 +221,37 @@ def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> 
     return array
 
 
-def _prepared(images: np.ndarray, max_pixels: int) -> np.ndarray:
-    """(n, 28, 28) uint8 of greys or colours, bytes or floats in [0, 1]."""
-    shape = images.shape
-    if images.ndim == 2 and shape[1] == SIDE * SIDE:
-        images = images.reshape(-1, SIDE, SIDE)
-    if images.ndim == 4 and shape[-1] == 1:
-        images = images[..., 0]
-    coloured = images.ndim == 4 and shape[-1] == 3
-    if not (images.ndim == 3 or coloured) or 0 in shape:
+def _names(labels: np.ndarray) -> list[str]:
+    """Labels as text; byte strings are UTF-8."""
+    names, wrong = [], []
+    for index, label in enumerate(labels.tolist()):
+        try:
+            names.append(label.decode() if isinstance(label, bytes) else str(label))
+        except UnicodeDecodeError:
+            wrong.append({"index": index, "reason": f"label {label!r} is not UTF-8"})
+    if wrong:
+        raise _invalid(f"{len(wrong)} of {len(labels)} labels cannot be read", wrong)
+    return names
+
+
+def _check_images(shape: tuple[int, ...], dtype: np.dtype[Any], max_pixels: int) -> None:
+    """Refuse an array of images by its header, before it takes memory."""
+    flat = len(shape) == 2 and shape[1] == SIDE * SIDE
+    grey = len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))
+    if not (flat or grey) or 0 in shape:
         raise _invalid(f"images must be (n, height, width[, 1 or 3]) or (n, 784), not {shape}")
-    if images.shape[1] * images.shape[2] > max_pixels:
-        raise _invalid(f"images of {images.shape[1]}x{images.shape[2]} pixels, more than {max_pixels}")
-    if images.dtype.kind not in "biuf":
-        raise _invalid(f"images must be bytes or floats, not {images.dtype}")
+    if grey and shape[1] * shape[2] > max_pixels:
+        raise _invalid(f"images of {shape[1]}x{shape[2]} pixels, more than {max_pixels}")
+    if dtype.kind not in "biuf":
+        raise _invalid(f"images must be bytes or floats, not {dtype}")
+
+
+def _prepared(images: np.ndarray) -> np.ndarray:
+    """(n, 28, 28) uint8 of greys or colours, bytes or floats in [0, 1]."""
+    if images.ndim == 2:
+        images = images.reshape(-1, SIDE, SIDE)
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
     top = 1 if images.dtype.kind in "bf" else 255
     reason = f"has values that are no numbers or lie outside 0 to {top}"
     if images.dtype.kind == "f":
@@ -251,6 +270,7 @@ def _prepared(images: np.ndarray, max_pixels: int) -> np.ndarray:
 
 
 def _main(upload: Path, prepared: Path, settings: Settings) -> dict[str, Any]:
+    end_with_parent(signal.SIGKILL)
     os.nice(10)  # predictions come first
     memory, seconds = settings.decode_memory_bytes, settings.decode_seconds
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

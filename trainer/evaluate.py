@@ -44,10 +44,9 @@ def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, .
     predicted = logits.argmax(axis=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that are never predicted, whose precision is given as 0
-        report = classification_report(
-            labels, predicted, labels=every, target_names=classes, output_dict=True, zero_division=0
-        )
+        report = classification_report(labels, predicted, labels=every, output_dict=True, zero_division=0)
+    by_class = {name: report.pop(str(position)) for position, name in enumerate(classes)}
     return {
-        "classification_report": report,
+        "classification_report": {"classes": by_class, **report},  # a class may be called "accuracy"
         "confusion_matrix": confusion_matrix(labels, predicted, labels=every).tolist(),
     }

@@ -40,7 +40,9 @@ def decode(body: bytes, max_pixels: int) -> np.ndarray:
 
 def _grey(image: Image.Image) -> Image.Image:
     """Luminance, 8 bits."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit greys; anything wider is a file of another kind
+    if image.mode in ("I", "F"):
+        raise InvalidImage("an image of 32 bits a pixel, whose range nobody knows; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64)
         return Image.fromarray(np.clip(values / 257.0, 0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -132,7 +132,7 @@ class Jobs:
                 connection.execute(of_job.where(jobs.c.status == "running").values(cancel_requested=True))
         job = self.get(job_id)
         if job.status in FINISHED and not (job.status == "cancelled" and job.finished_at == now):
-            raise WrongState(f"job {job_id} has already {job.status}", param="id")
+            raise WrongState(f"job {job_id} is over: {job.status}", param="id")
         return job
 
     def claim(self, worker: str) -> Job | None:
