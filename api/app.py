@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from importlib.metadata import version as installed_version
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
@@ -16,6 +15,7 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import __version__
 from api import errors as http_errors
 from api.examples import IMAGE_EXAMPLE, SPEC_EXAMPLE
 from api.instances import parse_instances
@@ -124,7 +124,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPIOffline(  # its documentation page needs no other host
         title="Temper",
-        version=installed_version("temper"),
+        version=__version__,
         description="Fine-tune a LeNet-5 on few images without overfitting, and predict with the result.",
         lifespan=lifespan,
         separate_input_output_schemas=False,

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from api import __version__
 from serving.settings import Settings
 from trainer.spec import Adversarial, Spec
 
@@ -30,11 +31,14 @@ class Api:
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=300))
 
-    def call(self, method: str, path: str, **arguments: Any) -> Any:
-        """The JSON of a successful answer."""
+    def call(self, method: str, path: str, *, patience_s: float = 0.0, **arguments: Any) -> Any:
+        """The JSON of a successful answer; a gateway that is away is asked again for so long."""
         try:
             answer = self._client.request(method, path, **arguments)
         except httpx.HTTPError as exc:
+            if patience_s > 0:
+                time.sleep(1)
+                return self.call(method, path, patience_s=patience_s - 1, **arguments)
             raise click.ClickException(
                 f"no answer from {self._client.base_url}: {exc} (does `temper serve` run?)"
             ) from exc
@@ -55,7 +59,7 @@ class Api:
 
 @click.group()
 @click.option("--url", envvar="TEMPER_URL", help="Address of the service.  [default: TEMPER_HOST and TEMPER_PORT]")
-@click.version_option(package_name="temper")
+@click.version_option(__version__)
 @click.pass_context
 def main(context: click.Context, url: str | None) -> None:
     """Fine-tune a small vision model on few images without overfitting, and serve it."""
@@ -149,7 +153,7 @@ def finetune(api: Api, /, path: Path, model: str, wait: bool, **given: Any) -> N
     text = f"{dataset['images']} images, {len(dataset['classes'])} classes, {polarity}"
     console.print(f"[bold]{job['id']}[/] {job['status']}: {text}", soft_wrap=True)
     if wait:
-        job = follow(lambda: api.call("GET", f"/finetune/{job['id']}"))
+        job = follow(lambda: api.call("GET", f"/finetune/{job['id']}", patience_s=30))
         if job["status"] != "succeeded":
             raise click.ClickException(f"{job['status']}: {(job['error'] or {}).get('message', '')}")
         versions = api.call("GET", f"/models/{model}")["versions"]
