@@ -303,17 +303,6 @@ def test_a_device_that_is_not_there_fails_the_job_clearly(service: Service, digi
     assert service.api.get("/models/gpu").status_code == 404
 
 
-def test_a_run_that_diverges_fails_and_the_served_version_stays(
-    service: Service, job: Any, digits_zip: bytes, digits: Digits
-) -> None:
-    spec = json.dumps({"method": "full", "learning_rate": 1, "l2": 10, "epochs": 1000})
-    before = predicted(service, "digits", digits[0][:1])["version"]
-    done = service.finished(service.finetune(digits_zip, "digits", spec).json()["id"])
-    if done["status"] == "failed":
-        assert done["error"]["code"] == "diverged"
-        assert predicted(service, "digits", digits[0][:1])["version"] == before
-
-
 # --- documentation, command, resources ----------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ class Structure:
     rank: int = 0
     attack: str | None = None
     augment: bool = False
+    device: str = ""  # where its variables lie: the one that was current when it was made
 
 
 @dataclass(frozen=True)

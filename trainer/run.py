@@ -76,14 +76,15 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             device = _device(spec.device)
             dataset = Dataset.load(settings.datasets / f"{job.dataset['id']}.npz")
             polarity = job.dataset["polarity"] if spec.polarity == "auto" else spec.polarity
-            train, validation, probe = _split(dataset, spec, invert=polarity == "dark_on_light")
+            with tf.device(device):
+                train, validation, probe = _split(dataset, spec, invert=polarity == "dark_on_light")
             base = load_params(settings.models / job.base.replace(":", "/"))
             base_classes = registry.find(*_name_and_version(job.base)).manifest["classes"]
             start = _with_head(
                 base, same=tuple(base_classes) == dataset.classes, classes=dataset.classes, seed=spec.seed
             )
         with tf.device(device):
-            fitted = program(_structure(spec, dataset.classes))
+            fitted = program(_structure(spec, dataset.classes, device))
             fitted.load(start, spec.seed, lora_scale=spec.lora.alpha / spec.lora.rank if spec.lora else 0.0)
             with run.stage("training"):
                 history = _fit(fitted, train, validation, spec, run)
@@ -170,13 +171,14 @@ def _with_head(
     return base | {name: value for name, value in fresh.items() if name.startswith(f"{HEAD}/")}
 
 
-def _structure(spec: Spec, classes: tuple[str, ...]) -> Structure:
+def _structure(spec: Spec, classes: tuple[str, ...], device: str) -> Structure:
     return Structure(
         method=spec.method,
         classes=len(classes),
         targets=tuple(sorted(spec.lora.targets)) if spec.lora else (),
         rank=spec.lora.rank if spec.lora else 0,
         attack=spec.adversarial.attack if spec.adversarial else None,
+        device=device,
     )
 
 

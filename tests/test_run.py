@@ -1,0 +1,109 @@
+"""The steps of a job, apart from the processes around them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.client import ModelServer
+from serving.errors import Diverged
+from serving.registry import Registry
+from serving.settings import Settings
+from serving.store import connect
+from tests.conftest import eventually
+from trainer.datasets import Dataset
+from trainer.export import export, load_params
+from trainer.jobs import Job, Jobs
+from trainer.lenet import initial
+from trainer.run import publish_base, run_job
+from trainer.spec import described, parse_spec
+
+
+class Place:
+    """A home with a published base and a data set."""
+
+    def __init__(self, home: Path, target: str, digits: tuple[np.ndarray, np.ndarray]) -> None:
+        self.settings = Settings(home=home, model_server=target)
+        self.settings.make_home()
+        engine = connect(self.settings.store_url)
+        self.jobs, self.registry, self.server = Jobs(engine), Registry(engine), ModelServer(target)
+        publish_base(self.settings, self.registry, self.server)
+        dataset = Dataset(digits[0][:100], digits[1][:100].astype(np.int32), tuple("0123456789"))
+        self.dataset = dataset.described()
+        dataset.save(self.settings.datasets / f"{self.dataset['id']}.npz")
+
+    def claimed(self, spec: dict[str, Any]) -> Job:
+        """A job that this process runs."""
+        spec = described(parse_spec(json.dumps(spec)))
+        self.jobs.create(model="m", base="lenet5:1", spec=spec, dataset=self.dataset)
+        job = self.jobs.claim("w")
+        assert job is not None
+        return job
+
+    def run(self, job: Job) -> Job:
+        run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, server=self.server)
+        return self.jobs.get(job.id)
+
+
+@pytest.fixture
+def place(tmp_path: Path, model_server: str, digits: tuple[np.ndarray, np.ndarray]) -> Iterator[Place]:
+    place = Place(tmp_path, model_server, digits)
+    yield place
+    place.server.reload(tmp_path, {})
+
+
+def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> None:
+    hot = {name: value * np.float32(1e18) for name, value in initial(10, seed=0).items()}
+    (place.settings.models / "lenet5/1/variables").rename(place.settings.home / "aside")
+    export(place.settings.staging / "hot", hot, invert=False, manifest={})
+    (place.settings.staging / "hot/variables").rename(place.settings.models / "lenet5/1/variables")
+    job = place.claimed({"epochs": 50, "method": "full"})
+    with pytest.raises(Diverged, match="in epoch 1"):
+        place.run(job)
+    assert [version.model for version in place.registry.all()] == ["lenet5"]
+    assert not (place.settings.staging / job.id).exists()
+
+
+def test_early_stopping_ends_training_and_keeps_the_best_weights(place: Place) -> None:
+    spec = {"epochs": 200, "method": "full", "learning_rate": 0.01, "early_stopping": {"patience": 2}}
+    done = place.run(place.claimed(spec))
+    assert done.progress["epoch"] < 200
+    report = place.registry.find("m").report
+    best = min(epoch["validation_cross_entropy"] for epoch in report["history"])
+    assert report["validation"]["cross_entropy"] == pytest.approx(best, abs=1e-6)
+    assert report["history"][-1]["validation_cross_entropy"] > best
+
+
+def test_the_same_job_gives_the_same_version_bit_for_bit(place: Place) -> None:
+    spec = {"epochs": 3, "adversarial": {"attack": "fgsm", "epsilon": 0.1}, "seed": 5}
+    hashes = []
+    for _ in range(2):
+        place.run(place.claimed(spec))
+        hashes.append(place.registry.find("m").manifest["sha256"])
+    assert hashes[0] == hashes[1]
+
+
+def test_a_job_that_is_run_again_after_it_went_live_only_says_so(place: Place) -> None:
+    job = place.claimed({"epochs": 1})
+    place.run(job)
+    weights = load_params(place.settings.models / "m/1")
+    again = place.run(job)
+    assert (again.status, again.version) == ("succeeded", 1)
+    assert [version.version for version in place.registry.of_model("m")] == [1]
+    assert all(
+        np.array_equal(value, weights[name]) for name, value in load_params(place.settings.models / "m/1").items()
+    )
+
+
+def test_what_a_dead_worker_left_half_published_is_taken_back(place: Place) -> None:
+    job = place.claimed({"epochs": 1})
+    half = place.registry.reserve("m", job.id, {"classes": ["a"]}, {})
+    export(place.settings.models / "m" / str(half), initial(10, 0), invert=False, manifest={})
+    (place.settings.staging / job.id).mkdir()
+    done = place.run(job)
+    assert (done.status, done.version) == ("succeeded", 2)
+    assert not (place.settings.models / "m/1").exists()
+    eventually(lambda: place.server.available("m") == {2}, "only the new version is served")
