@@ -163,8 +163,6 @@ def _class_of(entry: zipfile.ZipInfo) -> str:
         raise InvalidImage("the path leaves the archive or uses backslashes")
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise InvalidImage("a symbolic link")
-    if entry.flag_bits & 1:
-        raise InvalidImage("encrypted")
     if entry.file_size > MAX_FILE_BYTES:
         raise InvalidImage(f"unpacks to {entry.file_size} bytes, more than {MAX_FILE_BYTES}")
     if len(parts) < 2:
