@@ -200,7 +200,7 @@ def _gateway(request: Request) -> Gateway:
 
 
 def _add_finetune(app: FastAPI) -> None:
-    @app.post("/finetune", status_code=202, tags=["fine-tune"], responses=_errors(400, 404, 413, 422, 429, 503))
+    @app.post("/finetune", status_code=202, tags=["fine-tune"], responses=_errors(400, 413, 415, 422, 429, 503))
     async def finetune(
         request: Request,
         response: Response,

@@ -29,6 +29,7 @@ STATUS: dict[type[errors.TemperError], int] = {
     errors.ModelServerTimeout: 504,
     errors.StoreUnavailable: 503,
 }
+FORMS = ("", "multipart/form-data", "application/x-www-form-urlencoded")
 RETRY_AFTER_S = {429: 1, 503: 1}
 
 
@@ -60,7 +61,10 @@ def install(app: FastAPI) -> None:
         return response(exc)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, exc: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, exc: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.url.path == "/finetune" and kind not in FORMS:
+            return response(errors.UnsupportedMediaType(f"Content-Type {kind!r}: send multipart/form-data"))
         return response(invalid_request(exc.errors()))
 
     @app.exception_handler(HTTPException)

@@ -281,6 +281,7 @@ def test_a_bad_prediction_is_refused_with_field_and_indices(
         (("POST", "/predict", {"content": b" " * (9 << 20)}), 413, "too_large"),
         (("POST", "/predict", {"content": (b" " * (1 << 20) for _ in range(9))}), 413, "too_large"),
         (("POST", "/predict/", {"content": b" "}), 404, "not_found"),
+        (("POST", "/finetune", {"json": {"model": "m"}}), 415, "unsupported_media_type"),
         (("POST", "/finetune", {"data": {"model": "m"}}), 422, "invalid_request"),
         (("POST", "/finetune", {"content": b"x", "headers": FORM}), 400, "malformed_request"),
     ],
