@@ -25,7 +25,7 @@ class _Served(tf.Module):  # type: ignore[misc]
         self._invert = float(invert)
 
     # The placeholder has no shape, so that no optimizer can take the check for proven and drop it.
-    @tf.function(input_signature=[tf.TensorSpec(None, tf.float32, name="image")])
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.float32, name="image")])
     def serve(self, image: Tensor) -> dict[str, Tensor]:
         image = tf.ensure_shape(image, (None, 28, 28, 1))
         light_on_dark = tf.abs(image - self._invert)

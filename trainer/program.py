@@ -98,12 +98,12 @@ class Program:
         """Effective parameters of the plain network: the merge."""
         return effective(self.base, self.trained, self.lora_scale)
 
-    @tf.function(input_signature=[IMAGES])
+    @tf.function(autograph=False, input_signature=[IMAGES])
     def logits(self, images: Tensor) -> Tensor:
         """(n, classes) for (n, 28, 28, 1) light-on-dark images, at inference."""
         return logits(self.params(), images)
 
-    @tf.function(input_signature=[IMAGES, LABELS, SCALAR])
+    @tf.function(autograph=False, input_signature=[IMAGES, LABELS, SCALAR])
     def fgsm(self, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
         """The images under FGSM against the present weights."""
         params = self.params()
@@ -124,14 +124,15 @@ class Program:
         return dict(zip(TERMS, (float(mean) for mean in means), strict=True))
 
     @tf.function(
-        input_signature=[IMAGES, LABELS, LABELS, tf.TensorSpec((4,), tf.int32), dict.fromkeys(COEFFICIENTS, SCALAR)]
+        autograph=False,
+        input_signature=[IMAGES, LABELS, LABELS, tf.TensorSpec((4,), tf.int32), dict.fromkeys(COEFFICIENTS, SCALAR)],
     )
     def _epoch(self, images: Tensor, labels: Tensor, order: Tensor, counts: Tensor, c: dict[str, Tensor]) -> Tensor:
         done, total, batch_size, seed = tf.unstack(counts)
         n = tf.shape(order)[0]
         steps = (n + batch_size - 1) // batch_size
-        sums = tf.zeros(len(TERMS))
-        for index in tf.range(steps):
+
+        def step(index: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
             batch = order[index * batch_size : (index + 1) * batch_size]
             chance = tf.stack([seed, 8 * (done + index)])
             share = tf.cast(done + index, tf.float32) / tf.cast(total, tf.float32)
@@ -139,7 +140,10 @@ class Program:
             # The attack grows to its full strength over the first 30% of the steps: from the start it can drive a net
             # this small into one class.
             reach = c | {"epsilon": c["epsilon"] * tf.minimum(1.0, share / WARM_UP)}
-            sums += self._step(tf.gather(images, batch), tf.gather(labels, batch), chance, rate, done + index, reach)
+            terms = self._step(tf.gather(images, batch), tf.gather(labels, batch), chance, rate, done + index, reach)
+            return index + 1, sums + terms
+
+        _, sums = tf.while_loop(lambda index, _: index < steps, step, (0, tf.zeros(len(TERMS))))
         return tf.unstack(sums / tf.cast(steps, tf.float32))
 
     def _step(self, x: Tensor, y: Tensor, chance: Tensor, rate: Tensor, done: Tensor, c: dict[str, Tensor]) -> Tensor:
