@@ -41,6 +41,16 @@ def eventually(look: Callable[[], T | None], what: str, timeout_s: float = 60.0)
     raise AssertionError(f"not within {timeout_s:g} s: {what}")
 
 
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[sa.Engine]:
+    """The store at `url`, all of whose connections are closed again."""
+    engine = connect(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -28,8 +28,8 @@ class Place:
     def __init__(self, home: Path, target: str, digits: tuple[np.ndarray, np.ndarray]) -> None:
         self.settings = Settings(home=home, model_server=target)
         self.settings.make_home()
-        engine = connect(self.settings.store_url)
-        self.jobs, self.registry, self.server = Jobs(engine), Registry(engine), ModelServer(target)
+        self.engine = connect(self.settings.store_url)
+        self.jobs, self.registry, self.server = Jobs(self.engine), Registry(self.engine), ModelServer(target)
         publish_base(self.settings, self.registry, self.server)
         dataset = Dataset(digits[0][:100], digits[1][:100].astype(np.int32), tuple("0123456789"))
         self.dataset = dataset.described()
@@ -53,6 +53,7 @@ def place(tmp_path: Path, model_server: str, digits: tuple[np.ndarray, np.ndarra
     place = Place(tmp_path, model_server, digits)
     yield place
     place.server.reload(tmp_path, {})
+    place.engine.dispose()
 
 
 def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -22,8 +23,7 @@ from serving.errors import ModelServerError, ModelServerUnavailable, PublishFail
 from serving.publishing import publish, reconcile
 from serving.registry import Registry
 from serving.settings import Settings
-from serving.store import connect
-from tests.conftest import eventually, free_port, running_model_server
+from tests.conftest import eventually, free_port, opened, running_model_server
 from trainer.export import export
 from trainer.lenet import initial, logits
 
@@ -225,10 +225,11 @@ def test_a_missing_base_path_is_refused_and_blocks_nothing(tmp_path: Path, serve
 
 
 @pytest.fixture
-def place(tmp_path: Path, model_server: str) -> tuple[Settings, Registry]:
+def place(tmp_path: Path, model_server: str) -> Iterator[tuple[Settings, Registry]]:
     settings = Settings(home=tmp_path, model_server=model_server)
     settings.make_home()
-    return settings, Registry(connect(settings.store_url))
+    with opened(settings.store_url) as engine:
+        yield settings, Registry(engine)
 
 
 def published(place: tuple[Settings, Registry], server: ModelServer, *, seed: int, claimed: int | None = None) -> int:
@@ -266,8 +267,8 @@ def test_reconcile_repairs_a_server_that_lost_everything(tmp_path: Path) -> None
     port = free_port()
     settings = Settings(home=tmp_path, model_server=f"127.0.0.1:{port}")
     settings.make_home()
-    registry = Registry(connect(settings.store_url))
-    with ModelServer(settings.target) as server:
+    with opened(settings.store_url) as engine, ModelServer(settings.target) as server:
+        registry = Registry(engine)
         with running_model_server(port):
             published((settings, registry), server, seed=1)
             published((settings, registry), server, seed=2)
