@@ -143,11 +143,11 @@ def test_it_answers_as_tensorflow_serving_does(tmp_path: Path, server: ModelServ
 
 
 def test_it_tells_metadata_and_status(tmp_path: Path, server: ModelServer, channel: grpc.Channel) -> None:
-    put(tmp_path / "m" / "7", seed=0)
-    put(tmp_path / "m" / "9", seed=0)
-    server.reload(tmp_path, {"m": [7]})
+    put(tmp_path / "told" / "7", seed=0)
+    put(tmp_path / "told" / "9", seed=0)
+    server.reload(tmp_path, {"told": [7]})
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
-    request.model_spec.name = "m"
+    request.model_spec.name = "told"
     response = prediction_service_pb2_grpc.PredictionServiceStub(channel).GetModelMetadata(request)
     signatures = get_model_metadata_pb2.SignatureDefMap()
     response.metadata["signature_def"].Unpack(signatures)
@@ -155,12 +155,12 @@ def test_it_tells_metadata_and_status(tmp_path: Path, server: ModelServer, chann
     assert [dim.size for dim in shape.dim] == [-1, 28, 28, 1]
 
     stub = model_service_pb2_grpc.ModelServiceStub(channel)
-    server.reload(tmp_path, {"m": [7, 9]})
-    server.wait_until_available("m", 9)
-    server.reload(tmp_path, {"m": [9]})
-    eventually(lambda: server.available("m") == {9}, "7 is unloaded")
+    server.reload(tmp_path, {"told": [7, 9]})
+    server.wait_until_available("told", 9)
+    server.reload(tmp_path, {"told": [9]})
+    eventually(lambda: server.available("told") == {9}, "7 is unloaded")
     status = get_model_status_pb2.GetModelStatusRequest()
-    status.model_spec.name = "m"
+    status.model_spec.name = "told"
     found = [(s.version, s.state) for s in stub.GetModelStatus(status).model_version_status]
     assert found == [(9, 30), (7, 50)]  # newest first, and what has ended stays
     status.model_spec.name = "nope"
