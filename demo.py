@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from api.cli import console, follow, print_image, print_report
+from serving.processes import free_port
 
 TRAINING_IMAGES = 300
 GOAL = 0.93
@@ -122,9 +122,7 @@ def answer(response: httpx.Response) -> Any:
 @contextlib.contextmanager
 def service() -> Iterator[httpx.Client]:
     """A client of a service of its own that is ready and whose worker is warm."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "TEMPER_HOME": home, "TEMPER_MODEL_SERVER": "embedded"}
         for name in ("TEMPER_STORE", "TEMPER_MODEL_ROOT", "TEMPER_HOST"):

@@ -155,8 +155,8 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         limit = self._limits.get(scope["path"], 1 << 16)
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        refusal = http_errors.response(TooLarge(f"the body is larger than {limit} bytes"))
         if declared.isdigit() and int(declared) > limit:
+            refusal = http_errors.response(TooLarge(f"the body is larger than {limit} bytes"))
             refusal.headers["connection"] = "close"
             return await refusal(scope, receive, send)
         received = 0
@@ -173,7 +173,7 @@ class BodyLimit:
             if received <= limit:
                 await send(message)
             elif message["type"] == "http.response.start":
-                await refusal(scope, receive, send)
+                await http_errors.response(TooLarge(f"the body is larger than {limit} bytes"))(scope, receive, send)
 
         return await self._app(scope, counted, refused)
 

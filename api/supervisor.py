@@ -15,7 +15,7 @@ import click
 import httpx
 import sqlalchemy as sa
 
-from serving.processes import end_with_parent
+from serving.processes import end_with_parent, free_port
 from serving.settings import EMBEDDED, EMBEDDED_TARGET, Settings
 
 GRACE_S = 10.0
@@ -117,7 +117,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     given = {f"TEMPER_{name.upper()}": str(value) for name, value in settings if value is not None}
     if settings.model_server == EMBEDDED:
         host, _, usual = EMBEDDED_TARGET.rpartition(":")
-        given["TEMPER_MODEL_SERVER"] = EMBEDDED_TARGET if _free(host, int(usual)) else f"{host}:{_any_port(host)}"
+        given["TEMPER_MODEL_SERVER"] = EMBEDDED_TARGET if _free(host, int(usual)) else f"{host}:{free_port(host)}"
     return {**os.environ, **given, "TEMPER_HOME": str(settings.home.resolve()), "PYTHONUNBUFFERED": "1"}
 
 
@@ -140,13 +140,6 @@ def _free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _any_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _ready(url: str) -> bool:

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from serving.processes import free_port
 from serving.quiet import import_tensorflow
 from serving.store import connect
 
@@ -49,13 +50,6 @@ def opened(url: str) -> Iterator[sa.Engine]:
         yield engine
     finally:
         engine.dispose()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def png(image: np.ndarray) -> bytes:

@@ -20,10 +20,11 @@ from tensorflow_serving.apis import (
 
 from serving.client import ModelServer
 from serving.errors import ModelServerError, ModelServerUnavailable, PublishFailed, TemperError, UnknownModel
+from serving.processes import free_port
 from serving.publishing import publish, reconcile
 from serving.registry import Registry
 from serving.settings import Settings
-from tests.conftest import eventually, free_port, opened, running_model_server
+from tests.conftest import eventually, opened, running_model_server
 from trainer.export import export
 from trainer.lenet import initial, logits
 
