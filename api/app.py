@@ -3,23 +3,21 @@
 import asyncio
 import contextlib
 import logging
-import secrets
-import shutil
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi_offline import FastAPIOffline
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import __version__
 from api import errors as http_errors
 from api.examples import IMAGE_EXAMPLE, SPEC_EXAMPLE
 from api.instances import parse_instances
+from api.limits import BodyLimit
 from api.predicting import MicroBatcher, Routes
+from api.report_page import report_page
 from api.schemas import (
     Error,
     JobList,
@@ -33,34 +31,32 @@ from api.schemas import (
     Ready,
     VersionView,
 )
+from api.uploads import Uploads, sweep
 from serving.client import ModelServer, Predictor
 from serving.errors import (
     InvalidImage,
     InvalidRequest,
-    InvalidSpec,
-    Overloaded,
+    NotFound,
     TemperError,
-    TooLarge,
     UnknownModel,
     UnsupportedMediaType,
 )
 from serving.publishing import reconcile
-from serving.registry import Registry
+from serving.registry import BASE, Registry
 from serving.settings import Settings
 from serving.store import connect
 from trainer.jobs import Jobs
-from trainer.spec import MODEL_NAME, described, parse_spec
-from trainer.uploads import prepare_upload
+from trainer.spec import MODEL_NAME, Spec, check_dataset, described, parse_spec, refused
 
 log = logging.getLogger("temper.gateway")
 
-BASE = "lenet5"
 LOOK_S = 0.5  # between looks at the model server and the registry
-DECODERS, MAX_UPLOADS = 2, 32  # uploads that are decoded, and that may be under way, at a time
 IMAGE_PIXELS = 1 << 22  # of an image to predict on: its decoding shares the gateway's memory
 
 After = Annotated[str | None, Query(max_length=100, description="The last item of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Most items of the page.")]
+Name = Annotated[ModelName, Path()]
+Number = Annotated[int, Path(ge=1, lt=2**63, description="A version.")]
 JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
 
 
@@ -74,8 +70,7 @@ class Gateway:
     server: ModelServer
     routes: Routes
     batcher: MicroBatcher
-    decoders: asyncio.Semaphore
-    uploads: int = 0  # being received or decoded
+    uploads: Uploads
     server_is_up: bool = False
     server_may_have_forgotten: bool = True
 
@@ -106,14 +101,14 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.make_home()
-        _sweep(settings)
+        sweep(settings)
         engine = await asyncio.to_thread(connect, settings.store_url)
         registry = Registry(engine)
         async with Predictor(settings.target) as predictor:
             with ModelServer(settings.target) as server:
                 batcher = MicroBatcher(predictor, settings.predict_timeout_s)
-                decoders = asyncio.Semaphore(DECODERS)
-                gateway = Gateway(settings, Jobs(engine), registry, server, Routes(registry), batcher, decoders)
+                uploads = Uploads(settings)
+                gateway = Gateway(settings, Jobs(engine), registry, server, Routes(registry), batcher, uploads)
                 app.state.gateway = gateway
                 looking = asyncio.create_task(gateway.look_after())
                 yield
@@ -140,42 +135,6 @@ def create_app(settings: Settings) -> FastAPI:
     _add_models(app)
     _add_health(app)
     return app
-
-
-class BodyLimit:
-    """Refuses a body as soon as it is known to be larger than its path allows."""
-
-    def __init__(self, app: ASGIApp, limits: dict[str, int]) -> None:
-        self._app = app
-        self._limits = limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its body counted."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        limit = self._limits.get(scope["path"], 1 << 16)
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if declared.isdigit() and int(declared) > limit:
-            refusal = http_errors.response(TooLarge(f"the body is larger than {limit} bytes"))
-            refusal.headers["connection"] = "close"
-            return await refusal(scope, receive, send)
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit:
-                raise TooLarge(f"the body is larger than {limit} bytes")
-            return message
-
-        async def refused(message: Message) -> None:  # whatever the route has made of the error
-            if received <= limit:
-                await send(message)
-            elif message["type"] == "http.response.start":
-                await http_errors.response(TooLarge(f"the body is larger than {limit} bytes"))(scope, receive, send)
-
-        return await self._app(scope, counted, refused)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -209,6 +168,10 @@ def _add_finetune(app: FastAPI) -> None:
             File(description="Labelled images: a zip of class folders, or an .npz of `images` and `labels`."),
         ],
         model: Annotated[str, Form(pattern=MODEL_NAME, description="The model that gets a new version.")],
+        validation: Annotated[
+            UploadFile | None,
+            File(description="Images to measure on, in the same form; without them some of `data` are held out."),
+        ] = None,
         spec: Annotated[
             str | None,
             Form(description="How to train, as JSON (schema `Spec`); regularized by default.", examples=[SPEC_EXAMPLE]),
@@ -218,19 +181,13 @@ def _add_finetune(app: FastAPI) -> None:
         gateway = _gateway(request)
         if model == BASE:
             raise InvalidRequest(f"{BASE!r} is the base model; choose another name", param="model")
-        extra = sorted(set(await request.form()) - {"data", "model", "spec"})
+        extra = sorted(set(await request.form()) - {"data", "validation", "model", "spec"})
         if extra:
             raise InvalidRequest(f"unknown form fields: {', '.join(extra)}", param=extra[0])
         parsed = parse_spec(spec)
-        base = await asyncio.to_thread(_resolve_base, gateway, parsed.base)
-        if gateway.uploads >= MAX_UPLOADS:
-            raise Overloaded(f"{MAX_UPLOADS} uploads are being read already")
-        gateway.uploads += 1
-        try:
-            async with gateway.decoders:
-                dataset = await _store_dataset(gateway.settings, data)
-        finally:
-            gateway.uploads -= 1
+        base = await asyncio.to_thread(_resolve_base, gateway, parsed)
+        dataset = await gateway.uploads.store(data, validation)
+        check_dataset(parsed, dataset["classes"], held_out=validation is not None)
         job = await asyncio.to_thread(
             gateway.jobs.create, model=model, base=base, spec=described(parsed), dataset=dataset
         )
@@ -258,44 +215,19 @@ def _add_finetune(app: FastAPI) -> None:
         return JobView.of(_gateway(request).jobs.cancel(id))
 
 
-def _resolve_base(gateway: Gateway, base: str) -> str:
+def _resolve_base(gateway: Gateway, spec: Spec) -> str:
     """`name:version` of a live version to start from."""
-    name, _, number = base.partition(":")
-    if base == BASE and not gateway.registry.has_live(BASE):
+    name, _, number = spec.base.partition(":")
+    if spec.base == BASE and not gateway.registry.has_live(BASE):
         return f"{BASE}:1"  # the worker publishes it before it claims any job
     try:
-        return f"{name}:{gateway.registry.find(name, int(number) if number else None).version}"
+        found = gateway.registry.find(name, int(number) if number else None)
     except UnknownModel as exc:
-        reason = {"field": "spec.base", "reason": exc.message}
-        raise InvalidSpec(f"spec.base: {exc.message}", param="spec.base", details=[reason]) from exc
-
-
-async def _store_dataset(settings: Settings, upload: UploadFile) -> dict[str, Any]:
-    """Prepare an upload in a process of its own and keep the result; what the job record says of it."""
-    name = secrets.token_hex(8)
-    raw, prepared = settings.staging / f"{name}.upload", settings.staging / f"{name}.npz"
-
-    def keep() -> None:
-        with raw.open("wb") as file:
-            shutil.copyfileobj(upload.file, file)
-
-    try:
-        await asyncio.to_thread(keep)
-        dataset = await prepare_upload(raw, prepared, settings)
-        prepared.rename(settings.datasets / f"{dataset['id']}.npz")
-    finally:
-        raw.unlink(missing_ok=True)
-        prepared.unlink(missing_ok=True)
-    return {"filename": upload.filename or "", **dataset}
-
-
-def _sweep(settings: Settings) -> None:
-    """Remove what uploads have left behind whose gateway was killed."""
-    for pattern in ("*.upload", "*.npz"):
-        for path in settings.staging.glob(pattern):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > settings.decode_seconds:
-                    path.unlink()
+        raise refused("base", exc.message) from exc
+    has = found.manifest.get("adapter_bottleneck", 0)
+    if spec.adapter and has not in (0, spec.adapter.bottleneck):
+        raise refused("adapter.bottleneck", f"{name}:{found.version} has adapters of {has} units already")
+    return f"{name}:{found.version}"
 
 
 def _add_predict(app: FastAPI) -> None:
@@ -367,11 +299,38 @@ def _add_models(app: FastAPI) -> None:
         return ModelList(data=page, has_more=len(later) > limit)
 
     @app.get("/models/{name}", tags=["models"], responses=_errors(404, 422, 503))
-    def get_model(request: Request, name: Annotated[ModelName, Path()]) -> ModelView:
+    def get_model(request: Request, name: Name) -> ModelView:
         """A model with all its live versions and their report cards."""
         registry = _gateway(request).registry
         versions = [VersionView.of(version) for version in registry.of_model(name)]
         return ModelView(name=name, labels=registry.labels(name), versions=versions)
+
+    @app.get("/models/{name}/versions/{version}", tags=["models"], responses=_errors(404, 422, 503))
+    def get_version(request: Request, name: Name, version: Number) -> VersionView:
+        """One live version with its report card."""
+        return VersionView.of(_gateway(request).registry.find(name, version))
+
+    @app.get(
+        "/models/{name}/versions/{version}/report", tags=["models"], response_class=HTMLResponse,
+        responses=_errors(404, 422, 503),
+    )  # fmt: skip
+    def get_report(request: Request, name: Name, version: Number) -> HTMLResponse:
+        """The report card as a page with plots, complete in itself."""
+        found = _gateway(request).registry.find(name, version)
+        return HTMLResponse(report_page(name, version, found.report, found.manifest))
+
+    @app.get(
+        "/models/{name}/versions/{version}/delta", tags=["models"], response_class=FileResponse,
+        responses={200: {"content": {"application/octet-stream": {}}}, **_errors(404, 422, 503)},
+    )  # fmt: skip
+    def get_delta(request: Request, name: Name, version: Number) -> FileResponse:
+        """What the fine-tune changed, an `.npz` for `python -m trainer.delta`, which applies it to the base."""
+        gateway = _gateway(request)
+        gateway.registry.find(name, version)
+        path = gateway.settings.models / name / str(version) / "assets.extra" / "delta.npz"
+        if not path.is_file():
+            raise NotFound(f"{name}:{version} has no delta: it was not fine-tuned here", param="version")
+        return FileResponse(path, filename=f"{name}-{version}.delta.npz", media_type="application/octet-stream")
 
 
 def _add_health(app: FastAPI) -> None:

@@ -1,5 +1,6 @@
 """The `temper` command: `serve`, and a thin client of the HTTP API."""
 
+import contextlib
 import io
 import json
 import sys
@@ -20,9 +21,11 @@ from rich.table import Column, Table
 
 from api import __version__
 from serving.settings import Settings
-from trainer.spec import Adversarial, Spec
+from trainer.spec import Fgsm, Spec
 
 console = Console(highlight=False)
+
+TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
 
 
 class Api:
@@ -98,9 +101,7 @@ def spec_options(command: Callable[..., None]) -> Callable[..., None]:
         command = option(command)
     extra = (
         click.option("--rank", type=int, help="Rank of LoRA."),
-        click.option(
-            "--epsilon", type=float, help=f"Train against FGSM: {Adversarial.model_fields['epsilon'].description}"
-        ),
+        click.option("--epsilon", type=float, help=f"Train against FGSM: {Fgsm.model_fields['epsilon'].description}"),
         click.option("--patience", type=int, help="Stop early after so many epochs without improvement."),
         click.option("--spec", "spec_json", help="The whole spec as JSON; the other options go over it."),
     )
@@ -139,15 +140,18 @@ def _spec(given: dict[str, Any]) -> str | None:
 @main.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--model", required=True, help="The model that gets a new version.")
+@click.option("--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, likewise.")
 @click.option("--wait", is_flag=True, help="Show progress until the job has finished.")
 @spec_options
 @click.pass_obj
-def finetune(api: Api, /, path: Path, model: str, wait: bool, **given: Any) -> None:
+def finetune(api: Api, /, path: Path, model: str, validation: Path | None, wait: bool, **given: Any) -> None:
     """Fine-tune on PATH: a zip of class folders, such a folder, or an .npz of images and labels."""
     spec = _spec(given)
-    with _opened(path) as file:
+    with contextlib.ExitStack() as stack:
+        parts = {"data": path} | ({"validation": validation} if validation else {})
+        files = {name: (part.name, stack.enter_context(_opened(part))) for name, part in parts.items()}
         fields = {"model": model} | ({"spec": spec} if spec else {})
-        job = api.call("POST", "/finetune", files={"data": (path.name, file)}, data=fields)
+        job = api.call("POST", "/finetune", files=files, data=fields)
     dataset = job["dataset"]
     polarity = dataset["polarity"].replace("_", " ")
     text = f"{dataset['images']} images, {len(dataset['classes'])} classes, {polarity}"
@@ -189,10 +193,17 @@ def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             progress = job["progress"]
             text = ""
             if progress:
-                penalties = "".join(f" {name} {progress[name]:.3f}" for name in ("l1", "l2") if progress[name])
+                terms = {
+                    "data_loss": "loss",
+                    "adversarial_loss": "adversarial",
+                    "l1": "l1",
+                    "l2": "l2",
+                    "l2_sp": "l2_sp",
+                }
+                losses = "".join(f" {word} {progress[name]:.3f}" for name, word in terms.items() if name in progress)
+                fold = f"fold {progress['fold']}/{progress['folds']} " if "fold" in progress else ""
                 text = (
-                    f"{progress['epoch']}/{progress['epochs']} loss {progress['data_loss']:.3f}{penalties}"
-                    f" val {progress['validation_accuracy']:.1%}"
+                    f"{fold}{progress['epoch']}/{progress['epochs']}{losses} val {progress['validation_accuracy']:.1%}"
                 )
                 if not console.is_terminal and progress["epoch"] != shown:
                     shown = progress["epoch"]
@@ -210,15 +221,27 @@ def print_report(report: dict[str, Any]) -> None:
     """The report card in a few lines."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     validation, gap, attacked = report["validation"], report["generalization_gap"], report["robustness"]
-    table.add_row("validation accuracy", f"{validation['accuracy']:.1%}", f"{validation['images']} images")
+    low, high = validation["accuracy_interval"]
+    text = f"{validation['images']} images, 95% interval {low:.1%} to {high:.1%}"
+    table.add_row("validation accuracy", f"{validation['accuracy']:.1%}", text)
     table.add_row("generalization gap", f"{gap['accuracy']:+.1%}", f"cross-entropy {gap['cross_entropy']:+.3f}")
     name = f"accuracy under {attacked['attack'].upper()}"
     table.add_row(name, f"{attacked['accuracy']:.1%}", f"epsilon {attacked['epsilon']:g}")
+    error = report["calibration"]["expected_calibration_error"]
+    table.add_row("calibration error", f"{error:.1%}", "expected, over 10 bins")
     counts = report["parameters"]
     table.add_row("trained parameters", f"{counts['trained']:,}", f"of {counts['total']:,}")
-    seconds = "  ".join(f"{stage} {value:.2f}" for stage, value in report["seconds"].items())
-    table.add_row("seconds", f"{sum(report['seconds'].values()):.2f}", seconds)
+    by_stage = report["cost"]["seconds"]
+    seconds = "  ".join(f"{stage} {value:.2f}" for stage, value in by_stage.items())
+    table.add_row("seconds", f"{sum(by_stage.values()):.2f}", seconds)
     console.print(table)
+    for warning in report["regularization"]["warnings"]:
+        console.print(f"[yellow]{escape(warning['message'])}[/]")
+    if report["training"]["ended_by"] == "catastrophic_overfitting":
+        epochs = report["training"]["overfitted_attack_in_epoch"], report["training"]["kept_epoch"]
+        console.print(
+            "[yellow]the attack was overfitted in epoch {}; the weights are those of epoch {}[/]".format(*epochs)
+        )
 
 
 @main.command()

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from serving.errors import UnknownModel
 from serving.store import metadata
 
+BASE = "lenet5"  # the pretrained model, which every service has
 STABLE = "stable"  # the label that a request without version or label follows
 
 models = sa.Table(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -22,9 +23,15 @@ import sqlalchemy as sa
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from serving.client import ModelServer
 from serving.processes import free_port
 from serving.quiet import import_tensorflow
+from serving.registry import Registry
+from serving.settings import Settings
 from serving.store import connect
+from trainer.datasets import Dataset
+from trainer.jobs import Job, Jobs
+from trainer.spec import described, parse_spec
 
 T = TypeVar("T")
 
@@ -245,3 +252,41 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One service for all tests that leave it as it was."""
     with running_service(tmp_path_factory.mktemp("home")) as service:
         yield service
+
+
+class Place:
+    """A home with a published base and a data set."""
+
+    def __init__(self, home: Path, target: str, digits: tuple[np.ndarray, np.ndarray]) -> None:
+        self.settings = Settings(home=home, model_server=target)
+        self.settings.make_home()
+        self.engine = connect(self.settings.store_url)
+        self.jobs, self.registry, self.server = Jobs(self.engine), Registry(self.engine), ModelServer(target)
+        from trainer.run import publish_base
+
+        publish_base(self.settings, self.registry, self.server)
+        dataset = Dataset(digits[0][:100], digits[1][:100].astype(np.int32), tuple("0123456789"))
+        self.dataset = dataset.described()
+        dataset.save(self.settings.datasets / f"{self.dataset['id']}.npz")
+
+    def claimed(self, spec: dict[str, Any]) -> Job:
+        """A job that this process runs."""
+        spec = described(parse_spec(json.dumps(spec)))
+        self.jobs.create(model="m", base="lenet5:1", spec=spec, dataset=self.dataset)
+        job = self.jobs.claim("w")
+        assert job is not None
+        return job
+
+    def run(self, job: Job) -> Job:
+        from trainer.run import run_job
+
+        run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, server=self.server)
+        return self.jobs.get(job.id)
+
+
+@pytest.fixture
+def place(tmp_path: Path, model_server: str, digits: tuple[np.ndarray, np.ndarray]) -> Iterator[Place]:
+    place = Place(tmp_path, model_server, digits)
+    yield place
+    place.server.reload(tmp_path, {})
+    place.engine.dispose()

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from api.uploads import prepare_upload
 from serving.errors import InvalidDataset, InvalidImage
 from serving.settings import Settings
 from tests.conftest import npz, png, zipped
 from trainer.datasets import Dataset, read
 from trainer.images import decode, is_dark_on_light, prepare
-from trainer.uploads import prepare_upload
 
 RNG = np.random.default_rng(0)
 DOT = np.zeros((28, 28), np.uint8)

@@ -1,59 +1,12 @@
 """The steps of a job, apart from the processes around them."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
-from serving.client import ModelServer
 from serving.errors import Diverged
-from serving.registry import Registry
-from serving.settings import Settings
-from serving.store import connect
-from tests.conftest import eventually
-from trainer.datasets import Dataset
+from tests.conftest import Place, eventually
 from trainer.export import export, load_params
-from trainer.jobs import Job, Jobs
 from trainer.lenet import initial
-from trainer.run import publish_base, run_job
-from trainer.spec import described, parse_spec
-
-
-class Place:
-    """A home with a published base and a data set."""
-
-    def __init__(self, home: Path, target: str, digits: tuple[np.ndarray, np.ndarray]) -> None:
-        self.settings = Settings(home=home, model_server=target)
-        self.settings.make_home()
-        self.engine = connect(self.settings.store_url)
-        self.jobs, self.registry, self.server = Jobs(self.engine), Registry(self.engine), ModelServer(target)
-        publish_base(self.settings, self.registry, self.server)
-        dataset = Dataset(digits[0][:100], digits[1][:100].astype(np.int32), tuple("0123456789"))
-        self.dataset = dataset.described()
-        dataset.save(self.settings.datasets / f"{self.dataset['id']}.npz")
-
-    def claimed(self, spec: dict[str, Any]) -> Job:
-        """A job that this process runs."""
-        spec = described(parse_spec(json.dumps(spec)))
-        self.jobs.create(model="m", base="lenet5:1", spec=spec, dataset=self.dataset)
-        job = self.jobs.claim("w")
-        assert job is not None
-        return job
-
-    def run(self, job: Job) -> Job:
-        run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, server=self.server)
-        return self.jobs.get(job.id)
-
-
-@pytest.fixture
-def place(tmp_path: Path, model_server: str, digits: tuple[np.ndarray, np.ndarray]) -> Iterator[Place]:
-    place = Place(tmp_path, model_server, digits)
-    yield place
-    place.server.reload(tmp_path, {})
-    place.engine.dispose()
 
 
 def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> None:
@@ -62,7 +15,7 @@ def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> N
     export(place.settings.staging / "hot", hot, invert=False, manifest={})
     (place.settings.staging / "hot/variables").rename(place.settings.models / "lenet5/1/variables")
     job = place.claimed({"epochs": 50, "method": "full"})
-    with pytest.raises(Diverged, match="in epoch 1"):
+    with pytest.raises(Diverged, match="in step 1, epoch 1"):
         place.run(job)
     assert [version.model for version in place.registry.all()] == ["lenet5"]
     assert not (place.settings.staging / job.id).exists()

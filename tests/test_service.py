@@ -1,6 +1,7 @@
 """The whole service: real processes, HTTP, jobs that train, predictions that name their version."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -61,7 +62,7 @@ def test_a_fine_tune_ends_in_a_live_version_that_knows_its_digits(service: Servi
     )
     assert job["spec"]["l2"] == 1e-4
     assert job["progress"]["epoch"] == job["progress"]["epochs"] == 8
-    assert {"data_loss", "adversarial_loss", "l1", "l2", "validation_accuracy"} <= set(job["progress"])
+    assert {"data_loss", "adversarial_loss", "l2", "validation_accuracy"} <= set(job["progress"])
     images, labels = digits[0][200:600], digits[1][200:600]
     answer = predicted(service, "digits", images)
     assert (answer["model"], answer["version"], answer["classes"]) == ("digits", 1, list("0123456789"))
@@ -76,8 +77,8 @@ def test_a_fine_tune_ends_in_a_live_version_that_knows_its_digits(service: Servi
 def test_the_report_can_be_recomputed_from_the_exported_model(service: Service, job: Any, digits: Digits) -> None:
     (version,) = service.api.get("/models/digits").json()["versions"]
     report = version["report"]
-    assert report["parameters"] == {"trained": 5946, "total": 107_786}
-    assert set(report["seconds"]) == {"validating", "training", "evaluating", "exporting", "publishing"}
+    assert report["parameters"] == {"trained": 5946, "total": 107_786, "delta_bytes": 4 * 5946}
+    assert set(report["cost"]["seconds"]) == {"validating", "training", "evaluating", "exporting", "publishing"}
     validation = report["validation"]
     assert np.sum(validation["confusion_matrix"]) == validation["images"]
     assert np.trace(validation["confusion_matrix"]) == round(validation["accuracy"] * validation["images"])
@@ -128,6 +129,107 @@ def test_a_version_answers_as_soon_as_its_job_says_so(service: Service, digits: 
     done = service.finished(answer["id"])
     assert predicted(service, "fresh", images[:3])["version"] == done["version"] == 1
     assert predicted(service, "fresh", images[:3])["classes"] == ["0", "1"]
+
+
+def complete(service: Service, job_id: str) -> None:
+    eventually(
+        lambda: service.api.get(f"/finetune/{job_id}").json()["report_status"] == "complete", "the report is complete"
+    )
+
+
+def test_the_costly_part_of_the_report_follows_and_the_page_shows_it(service: Service, digits_zip: bytes) -> None:
+    done = service.finished(service.finetune(digits_zip, "reported", '{"epochs": 2}').json()["id"])
+    assert done["report_status"] in ("quick", "complete")
+    path = f"/models/reported/versions/{done['version']}"
+    complete(service, done["id"])
+    report = service.api.get(path).json()["report"]
+    assert report["robustness"]["trusted"] in (True, False)
+    assert report["forgetting"]["sample"] == "drawn digits"
+    page = service.api.get(f"{path}/report")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<svg" in page.text
+    assert f"{report['validation']['accuracy']:.1%}"[:4] in page.text
+
+
+def test_the_delta_can_be_downloaded(service: Service, digits_zip: bytes) -> None:
+    done = service.finished(service.finetune(digits_zip, "delta", '{"epochs": 1}').json()["id"])
+    answer = service.api.get(f"/models/delta/versions/{done['version']}/delta")
+    with np.load(io.BytesIO(answer.content), allow_pickle=False) as file:
+        card = json.loads(str(file["card"]))
+        assert file["conv2/lora_a"].shape == (150, 4)
+    assert card["manifest"]["base_sha256"] == service.api.get("/models/lenet5/versions/1").json()["manifest"]["sha256"]
+    none = service.api.get("/models/lenet5/versions/1/delta")
+    assert (none.status_code, none.json()["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("part", ["", "/report", "/delta"])
+def test_a_version_that_is_not_there_has_no_parts(service: Service, part: str) -> None:
+    for path in ("/models/lenet5/versions/99", "/models/nobody/versions/1"):
+        answer = service.api.get(path + part)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_model")
+
+
+def test_a_validation_upload_is_what_is_measured_on(service: Service, digits: Digits) -> None:
+    images, labels = digits
+    train = npz(images=images[:100], labels=labels[:100])
+    apart = npz(images=images[300:340], labels=labels[300:340])
+    files = {"data": ("train.npz", train), "validation": ("apart.npz", apart)}
+    answer = service.api.post("/finetune", files=files, data={"model": "apart", "spec": '{"epochs": 2}'})
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["dataset"]["validation"]["images"] == 40
+    done = service.finished(answer.json()["id"])
+    report = service.api.get(f"/models/apart/versions/{done['version']}").json()["report"]
+    assert (report["train"]["images"], report["validation"]["images"]) == (100, 40)
+
+
+def test_validation_images_of_unknown_classes_are_refused(service: Service, digits: Digits) -> None:
+    images, labels = digits
+    train = npz(images=images[:100], labels=labels[:100])
+    files = {"data": ("train.npz", train), "validation": ("apart.npz", npz(images=images[:3], labels=["0", "x", "y"]))}
+    answer = service.api.post("/finetune", files=files, data={"model": "apart"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_dataset", "validation")
+    assert [detail["class"] for detail in error["details"]] == ["x", "y"]
+    files["validation"] = ("apart.npz", b"junk")
+    error = service.api.post("/finetune", files=files, data={"model": "apart"}).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_dataset", "validation")
+
+
+def test_a_spec_that_the_data_do_not_allow_is_refused_at_upload(service: Service, digits: Digits) -> None:
+    images, labels = digits
+    lonely = npz(images=images[:23], labels=[0] * 20 + [1] * 3)
+    many = npz(images=images[:300], labels=labels[:300])
+    for data, spec, field in (
+        (lonely, '{"validation_split": 0.1}', "spec.validation_split"), (many, '{"folds": 5}', "spec.folds"),
+        (many, '{"adversarial": {"attack": "free", "replays": 1}}', "spec.adversarial.replays"),
+    ):  # fmt: skip
+        answer = service.finetune(data, "refused", spec)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_spec", field)
+
+
+def test_five_folds_estimate_from_every_image(service: Service, digits: Digits) -> None:
+    images, labels = digits
+    spec = '{"folds": 5, "method": "head", "epochs": 3}'
+    upload = npz(images=images[:150], labels=labels[:150])
+    done = service.finished(service.finetune(upload, "folded", spec).json()["id"])
+    assert done["status"] == "succeeded", done["error"]
+    across = service.api.get("/models/folded/versions/1").json()["report"]["cross_validation"]
+    assert (len(across["folds"]), across["images"]) == (5, 150)
+    low, high = across["accuracy_interval"]
+    assert low < across["accuracy"] < high
+
+
+def test_an_adapter_version_is_served_and_can_be_continued(service: Service, digits_zip: bytes) -> None:
+    grown = service.finished(service.finetune(digits_zip, "grown", '{"method": "adapter", "epochs": 3}').json()["id"])
+    assert grown["status"] == "succeeded", grown["error"]
+    for method in ("adapter", "lora"):
+        spec = json.dumps({"method": method, "base": "grown", "epochs": 1})
+        more = service.finished(service.finetune(digits_zip, f"grown-{method}", spec).json()["id"])
+        assert more["status"] == "succeeded", more["error"]
+    other = json.dumps({"method": "adapter", "adapter": {"bottleneck": 4}, "base": "grown"})
+    error = service.finetune(digits_zip, "grown-other", other).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_spec", "spec.adapter.bottleneck")
 
 
 def test_dark_on_light_uploads_and_predictions_agree(service: Service, digits: Digits) -> None:
@@ -185,7 +287,7 @@ def test_unit_byte_and_flat_instances_mean_the_same(service: Service, digits: Di
 def test_a_bad_upload_gets_its_answer_and_leaves_nothing(service: Service, case: str) -> None:
     content, says, named = BAD[case]
     kept = files(service.home)
-    jobs = service.api.get("/finetune", params={"limit": 100}).json()["data"]
+    jobs = [job["id"] for job in service.api.get("/finetune", params={"limit": 100}).json()["data"]]
     answer = service.finetune(content, "bad")
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_dataset", "data")
@@ -193,7 +295,7 @@ def test_a_bad_upload_gets_its_answer_and_leaves_nothing(service: Service, case:
     assert len(error["details"]) == len(named)
     assert "Traceback" not in answer.text
     assert files(service.home) == kept
-    assert service.api.get("/finetune", params={"limit": 100}).json()["data"] == jobs
+    assert [job["id"] for job in service.api.get("/finetune", params={"limit": 100}).json()["data"]] == jobs
 
 
 GOOD_UPLOAD = zipped({f"{name}/{i}.png": png(DOT) for name in "ab" for i in range(2)})
@@ -398,6 +500,18 @@ def test_a_cancelled_job_ends_within_an_epoch_and_leaves_nothing(own: Service, d
     assert own.api.post(f"/finetune/{job_id}/cancel").json()["error"]["code"] == "wrong_state"
     assert own.api.get("/models/never").status_code == 404
     assert list((own.home / "staging").iterdir()) == []
+
+
+def test_a_report_yields_to_queued_jobs_and_survives_its_worker(own: Service, digits: Digits) -> None:
+    images, labels = digits
+    upload = npz(images=images, labels=labels)
+    first = own.finished(own.finetune(upload, "long-report", QUICK).json()["id"])
+    second = own.finished(own.finetune(upload, "long-report", QUICK).json()["id"])
+    assert own.api.get(f"/finetune/{first['id']}").json()["report_status"] == "quick"
+    assert second["status"] == "succeeded"
+    own.kill("trainer")
+    complete(own, first["id"])
+    complete(own, second["id"])
 
 
 def test_a_killed_worker_loses_no_job(own: Service, digits_zip: bytes) -> None:

@@ -6,6 +6,7 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 from serving.client import ModelServer
@@ -93,6 +94,7 @@ class Worker:
                     idle.wait(0.2)
             self.state = "idle"
             look_for_lost = 0.0
+            reports = self._complete_reports()
             log.info("worker %s ready", self.id)
             while True:
                 if time.monotonic() >= look_for_lost:
@@ -102,12 +104,30 @@ class Worker:
                         with suppress(ModelServerError):
                             clear_leavings(lost, settings=self.settings, registry=self.registry, server=server)
                 job = self.jobs.claim(self.id)
-                if job is None:
+                if job is not None:
+                    self.state = "busy"
+                    self._attempt(job, server)
+                    self.state = "idle"
+                elif not next(reports):
                     idle.wait(POLL_S)
-                    continue
-                self.state = "busy"
-                self._attempt(job, server)
-                self.state = "idle"
+
+    def _complete_reports(self) -> Iterator[bool]:
+        """Work on open reports whenever asked for the next piece; false where there is none."""
+        from trainer.run import complete_report
+
+        given_up: set[str] = set()
+        while True:
+            job = self.jobs.unreported(self.id, given_up)
+            if job is None:
+                yield False
+                continue
+            try:
+                for _ in complete_report(job, settings=self.settings, jobs=self.jobs, registry=self.registry):
+                    yield True
+                log.info("job %s: report complete", job.id)
+            except Exception:
+                log.exception("job %s: the costly part of its report", job.id)
+                given_up.add(job.id)
 
     def _attempt(self, job: Job, server: ModelServer) -> None:
         """Run a job and write down how it ended."""

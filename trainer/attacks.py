@@ -1,4 +1,8 @@
-"""Adversarial examples in the L-infinity ball: |x' - x| <= epsilon and x' in [0, 1], in units of [0, 1] pixels."""
+"""Adversarial examples: |x' - x| <= epsilon in the norm of the attack and x' in [0, 1], in units of [0, 1] pixels.
+
+An attack climbs an objective, a function from images to one number for each. Images are (n, 28, 28, 1) float32;
+epsilon is a scalar or (n, 1, 1, 1). No attack is part of a gradient: what it returns is constant.
+"""
 
 from collections.abc import Callable
 
@@ -6,39 +10,133 @@ import tensorflow as tf
 
 from trainer.lenet import Tensor
 
-Logits = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
+STEP_SHARE = 2.5  # an attack of k steps takes steps of 2.5 epsilon / k (Madry et al. 2018)
+TINY = 1e-12
 
 
 def cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
-    """Mean negative log-likelihood of `labels` (n,) under `logits` (n, classes)."""
-    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+    """Negative log-likelihood (n,) of `labels` (n,) under `logits` (n, classes)."""
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+
+
+def soft_cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
+    """Cross-entropy (n,) of the distributions `targets` (n, classes) and softmax(logits)."""
+    return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """KL(softmax(logits) || softmax(others)), (n,)."""
+    log_p, log_q = tf.nn.log_softmax(logits), tf.nn.log_softmax(others)
+    return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), axis=1)
+
+
+def margin(labels: Tensor, logits: Tensor) -> Tensor:
+    """Best other score minus the label's (n,): above zero the image is misclassified (Carlini & Wagner 2017)."""
+    own = tf.one_hot(labels, tf.shape(logits)[1])
+    other = tf.reduce_max(logits - 1e9 * own, axis=1)
+    return other - tf.reduce_sum(logits * own, axis=1)
 
 
 def project(perturbed: Tensor, images: Tensor, epsilon: Tensor) -> Tensor:
-    """The nearest point of the ball around `images` that is an image."""
+    """The nearest point of the L-infinity ball around `images` that is an image."""
     return tf.clip_by_value(tf.clip_by_value(perturbed, images - epsilon, images + epsilon), 0.0, 1.0)
 
 
-def step(logits: Logits, start: Tensor, images: Tensor, labels: Tensor, epsilon: Tensor, size: Tensor) -> Tensor:
-    """One ascent on the loss from `start`: project(start + size * sign(gradient))."""
+def slope(objective: Function, at: Tensor) -> Tensor:
+    """Gradient of the summed objective."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(start)
-        loss = cross_entropy(labels, logits(start))
-    ascent = size * tf.sign(tape.gradient(loss, start))
-    return tf.stop_gradient(project(start + ascent, images, epsilon))
+        tape.watch(at)
+        height = objective(at)
+    return tape.gradient(height, at)
 
 
-def fgsm(logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
+def in_ball(images: Tensor, epsilon: Tensor, seed: Tensor) -> Tensor:
+    """A random point of the L-infinity ball."""
+    noise = tf.random.stateless_uniform(tf.shape(images), seed, -1.0, 1.0)
+    return project(images + epsilon * noise, images, epsilon)
+
+
+def fgsm(objective: Function, images: Tensor, epsilon: Tensor) -> Tensor:
     """X + epsilon * sign(gradient) (Goodfellow et al. 2015): the attack that reports use."""
-    return step(logits, images, images, labels, epsilon, epsilon)
+    return project(images + epsilon * tf.sign(slope(objective, images)), images, epsilon)
 
 
-def fgsm_random_start(logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, seed: Tensor) -> Tensor:
-    """FGSM of step 1.25 epsilon from a random point of the ball (Wong et al. 2020): the attack to train with.
+def pgd(objective: Function, images: Tensor, start: Tensor, epsilon: Tensor, steps: Tensor, size: Tensor) -> Tensor:
+    """`steps` ascents of `size` from `start`, each projected (Madry et al. 2018).
 
-    Every image draws an epsilon of its own between 0 and `epsilon` (after Kurakin et al. 2017): on small sets this
-    costs no clean accuracy, where one epsilon for all costs a point, and keeps most of the robustness.
+    One step of 1.25 epsilon from a random start is the fast FGSM of Wong et al. (2020).
     """
-    epsilon *= tf.random.stateless_uniform((tf.shape(images)[0], 1, 1, 1), seed + [0, 3])
-    noise = epsilon * tf.random.stateless_uniform(tf.shape(images), seed, -1.0, 1.0)
-    return step(logits, project(images + noise, images, epsilon), images, labels, epsilon, 1.25 * epsilon)
+
+    def ascend(index: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        return index + 1, project(at + size * tf.sign(slope(objective, at)), images, epsilon)
+
+    _, found = tf.while_loop(lambda index, _: index < steps, ascend, (0, start))
+    return tf.stop_gradient(found)
+
+
+def vat(network: Function, images: Tensor, epsilon: Tensor, steps: Tensor, seed: Tensor, norm: str) -> Tensor:
+    """The direction that changes the prediction most, by power iteration, of length epsilon (Miyato et al. 2019)."""
+    clean = tf.stop_gradient(network(images))
+    direction = _unit(tf.random.stateless_normal(tf.shape(images), seed))
+    short = 1e-2 * tf.sqrt(tf.cast(tf.size(images[0]), tf.float32))
+
+    def iterate(index: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        return index + 1, _unit(slope(lambda d: divergence(clean, network(images + short * d)), direction))
+
+    _, direction = tf.while_loop(lambda index, _: index < steps, iterate, (0, direction))
+    step = direction if norm == "l2" else tf.sign(direction)
+    return tf.stop_gradient(tf.clip_by_value(images + epsilon * step, 0.0, 1.0))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Each image scaled to Euclidean length one."""
+    return x / (tf.sqrt(tf.reduce_sum(tf.square(x), axis=(1, 2, 3), keepdims=True)) + TINY)
+
+
+def square(
+    objective: Function, images: Tensor, start: Tensor, epsilon: Tensor, first: Tensor, last: Tensor, budget: Tensor,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Queries `first` to `last` of Square (Andriushchenko et al. 2020): random search without gradients.
+
+    In each query a random square of every image is set to plus or minus epsilon, and kept where the objective
+    rises. The side of the square shrinks with the share of the `budget` that is spent, by the paper's schedule.
+
+    Returns:
+        The images as they are now, and their objective (n,).
+    """
+    n = tf.shape(images)[0]
+    side = tf.shape(images)[1]
+
+    def query(index: Tensor, at: Tensor, height: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spent = tf.cast(index, tf.float32) / tf.cast(budget, tf.float32) * 10_000.0
+        halvings = tf.reduce_sum(tf.cast(spent > tf.constant(HALVINGS), tf.float32))
+        share = 0.8 * tf.pow(0.5, halvings)
+        size = tf.clip_by_value(tf.cast(tf.round(tf.sqrt(share) * tf.cast(side, tf.float32)), tf.int32), 1, side - 1)
+        random = tf.random.stateless_uniform((3, n, 1, 1, 1), seed + tf.stack([0, index]))
+        room = tf.cast(side - size + 1, tf.float32)
+        top, left = tf.cast(random[0] * room, tf.int32), tf.cast(random[1] * room, tf.int32)
+        line = tf.range(side)
+        rows, columns = tf.reshape(line, (1, -1, 1, 1)), tf.reshape(line, (1, 1, -1, 1))
+        inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
+        sign = tf.where(random[2] < 0.5, -1.0, 1.0)
+        candidate = tf.where(inside, tf.clip_by_value(images + epsilon * sign, 0.0, 1.0), at)
+        reached = objective(candidate)
+        better = reached > height
+        return index + 1, tf.where(better[:, None, None, None], candidate, at), tf.where(better, reached, height)
+
+    _, found, height = tf.while_loop(
+        lambda index, *_: index < last, query, (first, start, objective(start)), parallel_iterations=1
+    )
+    return found, height
+
+
+HALVINGS = (10.0, 50.0, 200.0, 1000.0, 2000.0, 4000.0, 6000.0, 8000.0)  # of 10,000 queries
+
+
+def stripes(images: Tensor, epsilon: Tensor, seed: Tensor) -> Tensor:
+    """Square's start: every column plus or minus epsilon."""
+    shape = tf.shape(images)
+    random = tf.random.stateless_uniform((shape[0], 1, shape[2], 1), seed)
+    return tf.clip_by_value(images + epsilon * tf.where(random < 0.5, -1.0, 1.0), 0.0, 1.0)

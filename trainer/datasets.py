@@ -1,7 +1,7 @@
 """Data sets: from an uploaded file, which nobody trusts, to prepared arrays with class names.
 
-`python -m trainer.datasets UPLOAD PREPARED` does it in a process of its own, under limits of memory and time, and
-prints a verdict; `trainer.uploads` is how the gateway calls it.
+`python -m trainer.datasets UPLOAD PREPARED LEAST SETTINGS` does it in a process of its own, under limits of memory and
+time, and prints a verdict; `api.uploads` is how the gateway calls it.
 """
 
 import hashlib
@@ -63,17 +63,20 @@ class Dataset:
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         digest.update(self.images.tobytes())
         digest.update(self.labels.tobytes())
-        counts = np.bincount(self.labels, minlength=len(self.classes))
+        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
         return {
             "id": digest.hexdigest(),
             "images": len(self.images),
-            "classes": {name: int(count) for name, count in zip(self.classes, counts, strict=True)},
+            "classes": dict(zip(self.classes, counts, strict=True)),
             "polarity": "dark_on_light" if self.dark_on_light else "light_on_dark",
         }
 
 
-def read(path: Path, *, max_pixels: int, max_images: int) -> Dataset:
+def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Dataset:
     """The data set in an uploaded zip of class folders or `.npz`.
+
+    Args:
+        least: classes, and images of each, that there must be: two to train on, one to measure on.
 
     Raises:
         InvalidDataset: with every offending file or index in its details.
@@ -91,7 +94,7 @@ def read(path: Path, *, max_pixels: int, max_images: int) -> Dataset:
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as exc:
         empty = "it is empty" if path.stat().st_size == 0 else str(exc)
         raise _invalid(f"the file is neither a zip of class folders nor an .npz: {empty}") from exc
-    return _indexed(images, labels)
+    return _indexed(images, labels, least)
 
 
 def _invalid(message: str, details: list[dict[str, Any]] | None = None) -> InvalidDataset:
@@ -102,12 +105,12 @@ def _invalid(message: str, details: list[dict[str, Any]] | None = None) -> Inval
     return InvalidDataset(message + (f" ({shown}{more})" if details else ""), param="data", details=details)
 
 
-def _indexed(images: np.ndarray, labels: list[str]) -> Dataset:
+def _indexed(images: np.ndarray, labels: list[str], least: int) -> Dataset:
     """Labels as positions in the sorted class names, once every class is found fit to train on."""
     counts = Counter(labels)
     numeric = all(re.fullmatch(r"-?\d{1,18}", name) for name in counts)
     classes = tuple(sorted(counts, key=lambda name: (int(name), name)) if numeric else sorted(counts))
-    if len(classes) < 2:
+    if len(classes) < least:
         found = f"only {classes[0]!r}" if classes else "none"
         raise _invalid(f"at least two classes are needed, found {found}")
     if len(classes) > MAX_CLASSES:
@@ -117,7 +120,7 @@ def _indexed(images: np.ndarray, labels: list[str]) -> Dataset:
         for name in classes
         if not 0 < len(name) <= MAX_NAME or not name.isprintable()
     ]
-    wrong += [{"class": name, "reason": "has only one image"} for name in classes if counts[name] == 1]
+    wrong += [{"class": name, "reason": "has only one image"} for name in classes if counts[name] < least]
     if wrong:
         raise _invalid("every class needs a name and at least two images", wrong)
     positions = {name: position for position, name in enumerate(classes)}
@@ -267,7 +270,7 @@ def _prepared(images: np.ndarray) -> np.ndarray:
     return prepared
 
 
-def _main(upload: Path, prepared: Path, settings: Settings) -> dict[str, Any]:
+def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[str, Any]:
     end_with_parent(signal.SIGKILL)
     os.nice(10)  # predictions come first
     memory, seconds = settings.decode_memory_bytes, settings.decode_seconds
@@ -275,7 +278,7 @@ def _main(upload: Path, prepared: Path, settings: Settings) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        dataset = read(upload, max_pixels=settings.max_pixels, max_images=settings.max_images)
+        dataset = read(upload, max_pixels=settings.max_pixels, max_images=settings.max_images, least=least)
     except InvalidDataset as exc:
         return {"error": {"message": exc.message, "param": exc.param, "details": exc.details}}
     except MemoryError:
@@ -286,5 +289,5 @@ def _main(upload: Path, prepared: Path, settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    source, destination, given = sys.argv[1:]
-    json.dump(_main(Path(source), Path(destination), Settings.model_validate_json(given)), sys.stdout)
+    source, destination, fewest, given = sys.argv[1:]
+    json.dump(_main(Path(source), Path(destination), int(fewest), Settings.model_validate_json(given)), sys.stdout)

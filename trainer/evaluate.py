@@ -1,39 +1,46 @@
-"""The report card's numbers, all from the effective parameters at inference."""
+"""The numbers of the report card, from logits (n, classes) and labels (n,)."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 from sklearn.metrics import classification_report, confusion_matrix
 
-BATCH = 1024
+BINS = 10
 
 
-def in_batches(function: Callable[..., Any], *arrays: Any) -> np.ndarray:
-    """`function` over slices of the arrays, its results joined."""
-    n = len(arrays[0])
-    parts = [np.asarray(function(*(array[at : at + BATCH] for array in arrays))) for at in range(0, n, BATCH)]
-    return np.concatenate(parts)
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities, float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    normalized: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return normalized
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean negative log-likelihood in nats, without penalties; logits (n, classes), labels (n,)."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    log_normalizer = np.log(np.exp(shifted).sum(axis=1))
-    return float(np.mean(log_normalizer - shifted[np.arange(len(labels)), labels]))
+    """Mean negative log-likelihood in nats, without penalties."""
+    return float(-np.mean(log_softmax(logits)[np.arange(len(labels)), labels]))
+
+
+def right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Which images have their label's logit highest, (n,) bool."""
+    found: np.ndarray = logits.argmax(axis=1) == labels
+    return found
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Share of the images whose label has the highest logit."""
-    return float(np.mean(logits.argmax(axis=1) == labels))
+    return float(right(logits, labels).mean())
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy and plain cross-entropy."""
+    """Accuracy with its 95% interval (Wilson 1927), and plain cross-entropy."""
+    hits = right(logits, labels)
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
     return {
         "images": len(labels),
-        "accuracy": accuracy(logits, labels),
+        "accuracy": float(hits.mean()),
+        "accuracy_interval": [float(interval.low), float(interval.high)],
         "cross_entropy": cross_entropy(logits, labels),
     }
 
@@ -49,4 +56,34 @@ def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, .
     return {
         "classification_report": {"classes": by_class, **report},  # a class may be called "accuracy"
         "confusion_matrix": confusion_matrix(labels, predicted, labels=every).tolist(),
+    }
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Expected calibration error and reliability bins of equal width (Guo et al. 2017).
+
+    A bin holds the images whose highest probability lies in (lower, upper]; the error is the mean distance of
+    accuracy and confidence over all images.
+    """
+    confidence = np.exp(log_softmax(logits).max(axis=1))
+    hits = right(logits, labels)
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    bins, error = [], 0.0
+    for index in range(BINS):
+        inside = place == index
+        bin_ = {"lower": index / BINS, "upper": (index + 1) / BINS, "images": int(inside.sum())}
+        if inside.any():
+            bin_ |= {"confidence": float(confidence[inside].mean()), "accuracy": float(hits[inside].mean())}
+            error += inside.mean() * abs(bin_["accuracy"] - bin_["confidence"])
+        bins.append(bin_)
+    return {"expected_calibration_error": float(error), "bins": bins}
+
+
+def sparsity(params: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Share of exact zeros in the served kernels."""
+    kernels = {name.removesuffix("/kernel"): value for name, value in params.items() if name.endswith("/kernel")}
+    zeros = {layer: int((kernel == 0).sum()) for layer, kernel in kernels.items()}
+    return {
+        "zeros": sum(zeros.values()) / sum(kernel.size for kernel in kernels.values()),
+        "by_layer": {layer: zeros[layer] / kernel.size for layer, kernel in kernels.items()},
     }

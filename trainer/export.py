@@ -1,7 +1,14 @@
-"""From effective parameters to a SavedModel that any TensorFlow Serving can serve, and back."""
+"""From effective parameters to a SavedModel that any TensorFlow Serving can serve, and back.
 
+Versions with the same parameter shapes have the same graph: it is traced and written once in a process, and an
+export is that graph and a bundle of variables.
+"""
+
+import functools
 import json
+import tempfile
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +16,54 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from trainer.lenet import LAYERS, Tensor, logits
+from trainer.lenet import Arrays, Tensor, logits
 
-MANIFEST = "assets.extra/manifest.json"  # TensorFlow Serving ignores assets.extra
+EXTRA = "assets.extra"  # which TensorFlow Serving ignores
+MANIFEST = f"{EXTRA}/manifest.json"
+PREFIX, SUFFIX = "layers/", "/.ATTRIBUTES/VARIABLE_VALUE"  # around a parameter's name in a checkpoint
+OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class _Served(tf.Module):  # type: ignore[misc]
     """LeNet-5 with its preparation, as it is served."""
 
-    def __init__(self, params: Mapping[str, np.ndarray], invert: bool) -> None:
+    def __init__(self, shapes: Shapes, invert: bool) -> None:
         super().__init__()
-        self.layers = {
-            layer: {part: tf.Variable(params[f"{layer}/{part}"]) for part in ("kernel", "bias")} for layer in LAYERS
-        }
+        self._names = [name for name, _ in shapes]
+        layers: dict[str, Any] = {}
+        for name, shape in shapes:
+            *path, last = name.split("/")
+            folder = functools.reduce(lambda inner, part: inner.setdefault(part, {}), path, layers)
+            folder[last] = tf.Variable(tf.zeros(shape))
+        self.layers = layers
         self._invert = float(invert)
 
     # The placeholder has no shape, so that no optimizer can take the check for proven and drop it.
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.float32, name="image")])
     def serve(self, image: Tensor) -> dict[str, Tensor]:
         image = tf.ensure_shape(image, (None, 28, 28, 1))
-        light_on_dark = tf.abs(image - self._invert)
-        params = {f"{layer}/{part}": value for layer, parts in self.layers.items() for part, value in parts.items()}
-        scores = logits(params, light_on_dark)
+        params = {
+            name: functools.reduce(lambda inner, part: inner[part], name.split("/"), self.layers)
+            for name in self._names
+        }
+        scores = logits(params, tf.abs(image - self._invert))
         return {"logits": scores, "probabilities": tf.nn.softmax(scores)}
+
+
+@functools.cache
+def _template(shapes: Shapes, invert: bool) -> tuple[bytes, bytes]:
+    """`saved_model.pb` and the object graph of a checkpoint of these parameters."""
+    module = _Served(shapes, invert)
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures={"serving_default": module.serve})
+        saved = saved_model_pb2.SavedModel.FromString((Path(folder) / "saved_model.pb").read_bytes())
+        objects: bytes = tf.train.load_checkpoint(f"{folder}/variables/variables").get_tensor(OBJECT_GRAPH)
+    shape = saved.meta_graphs[0].signature_def["serving_default"].inputs["image"].tensor_shape
+    shape.Clear()
+    for size in (-1, 28, 28, 1):
+        shape.dim.add(size=size)
+    return saved.SerializeToString(deterministic=True), objects
 
 
 def export(directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, manifest: Mapping[str, Any]) -> None:
@@ -43,28 +75,36 @@ def export(directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, m
 
     Args:
         directory: made by this call.
-        params: effective parameters of the plain network.
+        params: effective parameters of the served network.
         invert: the domain is dark on light; the graph turns it over.
         manifest: what the version is, written beside it as JSON.
     """
-    module = _Served(params, invert)
-    tf.saved_model.save(module, str(directory), signatures={"serving_default": module.serve})
-    path = directory / "saved_model.pb"
-    saved = saved_model_pb2.SavedModel.FromString(path.read_bytes())
-    shape = saved.meta_graphs[0].signature_def["serving_default"].inputs["image"].tensor_shape
-    shape.Clear()
-    for size in (-1, 28, 28, 1):
-        shape.dim.add(size=size)
-    path.write_bytes(saved.SerializeToString(deterministic=True))
-    (directory / MANIFEST).parent.mkdir(exist_ok=True)
+    names = sorted(params)
+    graph, objects = _template(tuple((name, params[name].shape) for name in names), invert)
+    (directory / "variables").mkdir(parents=True)
+    (directory / EXTRA).mkdir()
+    with tf.device("/CPU:0"):
+        tf.raw_ops.SaveV2(
+            prefix=str(directory / "variables" / "variables"),
+            tensor_names=[*(f"{PREFIX}{name}{SUFFIX}" for name in names), OBJECT_GRAPH],
+            shape_and_slices=[""] * (len(names) + 1),
+            tensors=[*(tf.constant(params[name]) for name in names), tf.constant(objects)],
+        )
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / "saved_model.pb").write_bytes(graph)
 
 
-def load_params(directory: Path) -> dict[str, np.ndarray]:
+def load_params(directory: Path) -> Arrays:
     """Parameters of an exported version, float32 by name."""
     reader = tf.train.load_checkpoint(str(directory / "variables" / "variables"))
-    return {
-        f"{layer}/{part}": reader.get_tensor(f"layers/{layer}/{part}/.ATTRIBUTES/VARIABLE_VALUE")
-        for layer in LAYERS
-        for part in ("kernel", "bias")
-    }
+    stored = [name for name in reader.get_variable_to_shape_map() if name.startswith(PREFIX)]
+    return {name.removeprefix(PREFIX).removesuffix(SUFFIX): reader.get_tensor(name) for name in sorted(stored)}
+
+
+def digest(params: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of parameters, by name."""
+    result = sha256()
+    for name in sorted(params):
+        result.update(name.encode())
+        result.update(np.ascontiguousarray(params[name], "<f4").tobytes())
+    return result.hexdigest()

@@ -7,7 +7,7 @@ queued ──claim──▶ running ──▶ succeeded
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -178,6 +178,24 @@ class Jobs:
         with self._engine.begin() as connection:
             update = jobs.update().where(mine, jobs.c.status == "running")
             connection.execute(update.values(status=status, stage=None, finished_at=time.time(), **values))
+
+    def unreported(self, worker: str, but: Collection[str] = ()) -> Job | None:
+        """The oldest job whose report `worker` shall complete: it has succeeded, and no living worker is at it."""
+        free = jobs.c.worker.is_(None) | (jobs.c.worker == worker) | jobs.c.worker.not_in(sa.select(workers.c.id))
+        open_ = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick") & free & jobs.c.id.not_in(but)
+        oldest = sa.select(jobs.c.id).where(open_).order_by(jobs.c.id).limit(1).with_for_update(skip_locked=True)
+        with self._engine.connect() as connection:  # most often there is none, and a look takes no write lock
+            if connection.execute(oldest).first() is None:
+                return None
+        update = jobs.update().where(jobs.c.id == oldest.scalar_subquery(), open_).values(worker=worker)
+        with self._engine.begin() as connection:
+            row = connection.execute(update.returning(*jobs.c)).mappings().one_or_none()
+        return Job(**row) if row else None
+
+    def reported(self, job: Job, report_status: str) -> None:
+        """How much of a finished job's report is there by now."""
+        with self._engine.begin() as connection:
+            connection.execute(jobs.update().where(jobs.c.id == job.id).values(report_status=report_status))
 
     def put_back(self, job: Job) -> None:
         """Queue a running job anew: its worker stops."""

@@ -1,7 +1,9 @@
 """LeNet-5 as a pure function of its parameters (LeCun et al. 1998, with ReLU, max-pooling and same padding).
 
-conv1 6@5x5 - pool - conv2 16@5x5 - pool - dense1 120 - dense2 84 - head, 107,786 parameters for ten classes.
-Parameters are a flat mapping `"<layer>/kernel" | "<layer>/bias"` to tensors, variables or arrays.
+conv1 6@5x5 - pool - conv2 16@5x5 - pool - dense1 120 - dense2 84 - head, 107,786 parameters for ten classes. Either
+dense layer may be followed by an adapter (Houlsby et al. 2019): x + up(relu(down(x))).
+Parameters are a flat mapping `"<layer>/kernel" | "<layer>/bias"` to tensors, variables or arrays; an adapter's are
+`"dense1/down/kernel"` and so on.
 """
 
 from collections.abc import Mapping
@@ -12,9 +14,15 @@ import tensorflow as tf
 
 Tensor = Any  # TensorFlow has no types that mypy can use.
 Params = Mapping[str, Tensor]
+Arrays = dict[str, np.ndarray]
 
 HEAD = "head"
-LAYERS = ("conv1", "conv2", "dense1", "dense2", HEAD)
+CONVOLUTIONS, DENSE = ("conv1", "conv2"), ("dense1", "dense2")
+LAYERS = (*CONVOLUTIONS, *DENSE, HEAD)
+FIRST = LAYERS[0]
+INPUTS = {  # shape of what goes into each layer, for one image
+    "conv1": (28, 28, 1), "conv2": (14, 14, 6), "dense1": (7, 7, 16), "dense2": (120,), HEAD: (84,)
+}  # fmt: skip
 
 
 def kernel_shapes(classes: int) -> dict[str, tuple[int, ...]]:
@@ -28,10 +36,10 @@ def kernel_shapes(classes: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def initial(classes: int, seed: int) -> dict[str, np.ndarray]:
+def initial(classes: int, seed: int) -> Arrays:
     """He-normal kernels (He et al. 2015) and zero biases, float32, the same for the same seed."""
     rng = np.random.default_rng(seed)
-    params: dict[str, np.ndarray] = {}
+    params: Arrays = {}
     for layer, shape in kernel_shapes(classes).items():
         gain = 1.0 if layer == HEAD else 2.0
         scale = np.sqrt(gain / np.prod(shape[:-1]))
@@ -40,27 +48,49 @@ def initial(classes: int, seed: int) -> dict[str, np.ndarray]:
     return params
 
 
-def logits(params: Params, images: Tensor, dropout: Tensor = None, seed: Tensor = None) -> Tensor:
-    """Class scores before the softmax.
+def adapters(bottleneck: int, seed: int) -> Arrays:
+    """Adapters that change nothing yet: `up` is zero."""
+    rng = np.random.default_rng(seed)
+    params: Arrays = {}
+    for layer, units in (("dense1", 120), ("dense2", 84)):
+        down = np.sqrt(2.0 / units) * rng.standard_normal((units, bottleneck))
+        params[f"{layer}/down/kernel"] = down.astype(np.float32)
+        params[f"{layer}/down/bias"] = np.zeros(bottleneck, np.float32)
+        params[f"{layer}/up/kernel"] = np.zeros((bottleneck, units), np.float32)
+        params[f"{layer}/up/bias"] = np.zeros(units, np.float32)
+    return params
+
+
+def logits(
+    params: Params, x: Tensor, dropout: Tensor = None, seed: Tensor = None, *, entry: str = FIRST, until: str = ""
+) -> Tensor:
+    """Class scores before the softmax, or what goes into the layer `until`.
 
     Args:
         params: parameters by name.
-        images: (n, 28, 28, 1) float32 in [0, 1], light on dark.
+        x: what goes into the layer `entry`; for the first one (n, 28, 28, 1) float32 in [0, 1], light on dark.
         dropout: share of the units of dense1 and dense2 set to zero (Srivastava et al. 2014); None at inference.
         seed: (2,) int32, needed with `dropout`.
 
     Returns:
         (n, classes) float32.
     """
-    x = images
-    for layer in ("conv1", "conv2"):
-        x = tf.nn.conv2d(x, params[f"{layer}/kernel"], strides=1, padding="SAME")
-        x = tf.nn.relu(tf.nn.bias_add(x, params[f"{layer}/bias"]))
-        x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="SAME")
-    x = tf.reshape(x, (-1, 7 * 7 * 16))
-    for position, layer in enumerate(("dense1", "dense2")):
-        x = tf.nn.relu(tf.linalg.matmul(x, params[f"{layer}/kernel"]) + params[f"{layer}/bias"])
-        if dropout is not None:
-            chance = tf.random.stateless_uniform(tf.shape(x), seed + [0, position])
+    end = LAYERS.index(until) if until else len(LAYERS)
+    for layer in LAYERS[LAYERS.index(entry) : end]:
+        kernel, bias = params[f"{layer}/kernel"], params[f"{layer}/bias"]
+        if layer in CONVOLUTIONS:
+            x = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, strides=1, padding="SAME"), bias))
+            x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="SAME")
+            continue
+        if layer == "dense1":
+            x = tf.reshape(x, (-1, 7 * 7 * 16))
+        elif dropout is not None:  # of the units of the layer before
+            chance = tf.random.stateless_uniform(tf.shape(x), seed + [0, LAYERS.index(layer) - 3])
             x = tf.where(chance >= dropout, x / (1.0 - dropout), 0.0)
-    return tf.linalg.matmul(x, params[f"{HEAD}/kernel"]) + params[f"{HEAD}/bias"]
+        x = tf.linalg.matmul(x, kernel) + bias
+        if layer != HEAD:
+            x = tf.nn.relu(x)
+        if f"{layer}/down/kernel" in params:
+            small = tf.nn.relu(tf.linalg.matmul(x, params[f"{layer}/down/kernel"]) + params[f"{layer}/down/bias"])
+            x += tf.linalg.matmul(small, params[f"{layer}/up/kernel"]) + params[f"{layer}/up/bias"]
+    return x

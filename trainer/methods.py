@@ -1,68 +1,116 @@
 """What a fine-tune trains: the trained values, and the effective parameters that they make of the base.
 
 A method is a pair of functions. `start` gives the trained arrays at step 0, at which nothing has changed but a
-new head. `effective` maps base and trained values to the parameters of the plain network: it is used in every
+new head. `effective` maps base and trained values to the parameters of the served network: it is used in every
 training step, and once more to merge the update before export, so what is trained is what is served.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.lenet import HEAD, Params, Tensor
+from trainer.lenet import FIRST, HEAD, LAYERS, Arrays, Params, Tensor
+
+# The layer whose kernel takes in what each layer gives.
+AFTER = dict(itertools.pairwise(LAYERS))
 
 
-def start(
-    method: str, params: Mapping[str, np.ndarray], targets: tuple[str, ...], rank: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Trained arrays at step 0.
+@dataclass(frozen=True)
+class Method:
+    """A method with the options that shape its trained values."""
 
-    `full`: every parameter. `head`: the classifier. `lora` (Hu et al. 2021): the classifier and, for each target,
-    A (Kaiming-uniform) and B (zero), so that base + A B is the base. A convolution's kernel (h, w, in, out) is
-    taken as the matrix (h*w*in, out).
-    """
-    head = {name: params[name] for name in (f"{HEAD}/kernel", f"{HEAD}/bias")}
-    if method == "full":
-        return dict(params)
-    if method == "head":
-        return head
-    rng = np.random.default_rng(seed)
-    for layer in targets:
-        kernel = params[f"{layer}/kernel"]
-        fan_in = int(np.prod(kernel.shape[:-1]))
-        bound = np.sqrt(3.0 / fan_in)
-        head[f"{layer}/lora_a"] = rng.uniform(-bound, bound, (fan_in, rank)).astype(np.float32)
-        head[f"{layer}/lora_b"] = np.zeros((rank, kernel.shape[-1]), np.float32)
-    return head
+    name: str  # full, head, bias, lora, adapter or ia3
+    targets: tuple[str, ...] = ()  # of bias, lora and ia3
+    rank: int = 0  # of lora
+    bottleneck: int = 0  # of the network's adapters, which all methods keep; 0: it has none
+
+    def start(self, params: Mapping[str, np.ndarray], seed: int) -> Arrays:
+        """Trained arrays at step 0, of the network's parameters `params`.
+
+        `full`: every parameter. `head`: the classifier, which is trained with every method. `bias` (BitFit, Ben
+        Zaken et al. 2022): the targets' biases. `lora` (Hu et al. 2021): for each target A (Kaiming-uniform) and B
+        (zero), so that base + A B is the base; a convolution's kernel (h, w, in, out) is taken as the matrix
+        (h*w*in, out). `adapter` (Houlsby et al. 2019): the adapters. `ia3` (Liu et al. 2022): for each target a
+        scale (one) of every channel or unit that it gives.
+        """
+        if self.name == "full":
+            return dict(params)
+        trained = {name: params[name] for name in (f"{HEAD}/kernel", f"{HEAD}/bias")}
+        if self.name == "adapter":
+            trained |= {name: value for name, value in params.items() if "/down/" in name or "/up/" in name}
+        rng = np.random.default_rng(seed)
+        for layer in self.targets:
+            if self.name == "bias":
+                trained[f"{layer}/bias"] = params[f"{layer}/bias"]
+            elif self.name == "ia3":
+                trained[f"{layer}/scale"] = np.ones(params[f"{layer}/bias"].shape, np.float32)
+            elif self.name == "lora":
+                kernel = params[f"{layer}/kernel"]
+                fan_in = int(np.prod(kernel.shape[:-1]))
+                bound = np.sqrt(3.0 / fan_in)
+                trained[f"{layer}/lora_a"] = rng.uniform(-bound, bound, (fan_in, self.rank)).astype(np.float32)
+                trained[f"{layer}/lora_b"] = np.zeros((self.rank, kernel.shape[-1]), np.float32)
+        return trained
 
 
 # Learning rates relative to the spec's. What starts at zero or anew, or works through a product, needs longer steps
 # than a pretrained weight (LoRA+, Hayou et al. 2024, for B against A); chosen on validation splits of small sets.
-RATES = {"lora_a": 4.0, "lora_b": 16.0}
+RATES = {"lora_a": 4.0, "lora_b": 16.0, "scale": 4.0}
 HEAD_RATE = 4.0
 
 
 def relative_rate(method: str, name: str) -> float:
     """Learning rate of a trained value, relative to the spec's."""
-    layer, _, part = name.partition("/")
+    layer, _, part = name.rpartition("/")
     if method == "full":
         return 1.0
-    return HEAD_RATE if layer == HEAD else RATES[part]
+    return HEAD_RATE if layer == HEAD else RATES.get(part, 4.0)
 
 
 def effective(base: Params, trained: Params, scale: Tensor) -> dict[str, Tensor]:
-    """Parameters of the plain network: W = W0 + scale * A B (scale = alpha / rank), or the trained value itself."""
+    """Parameters of the served network.
+
+    `lora`: W = W0 + scale * A B with scale = alpha / rank. `ia3`: the kernel that takes in a scaled activation is
+    multiplied along its input axis, which is the same for scales of any sign. Else the trained value itself.
+    """
     params = {name: trained.get(name, value) for name, value in base.items()}
-    for name, a in trained.items():
-        layer, _, part = name.partition("/")
+    for name, value in trained.items():
+        layer, _, part = name.rpartition("/")
         if part == "lora_a":
             kernel = base[f"{layer}/kernel"]
-            update = tf.linalg.matmul(a, trained[f"{layer}/lora_b"])
+            update = tf.linalg.matmul(value, trained[f"{layer}/lora_b"])
             params[f"{layer}/kernel"] = kernel + scale * tf.reshape(update, kernel.shape)
+        elif part == "scale":
+            taker = f"{AFTER[layer]}/kernel"
+            fan_in = params[taker].shape[-2]
+            per_input = tf.tile(value, (fan_in // value.shape[0],))  # dense1 takes in each channel at 49 places
+            params[taker] = params[taker] * tf.reshape(per_input, (fan_in, 1))
     return params
 
 
-def touched_kernels(trained: Mapping[str, object]) -> list[str]:
+def touched_kernels(trained: Iterable[str]) -> list[str]:
     """Names of the effective kernels that training changes, which are those that the penalties act on."""
-    return sorted({name.partition("/")[0] + "/kernel" for name in trained if not name.endswith("/bias")})
+    touched = set()
+    for name in trained:
+        layer, _, part = name.rpartition("/")
+        if part != "bias":
+            touched.add(f"{AFTER[layer] if part == 'scale' else layer}/kernel")
+    return sorted(touched)
+
+
+def direct_kernels(trained: Iterable[str]) -> list[str]:
+    """Names of the effective kernels that are trained values themselves, so that zeros in them stay zeros."""
+    names = set(trained)
+    scaled = {f"{AFTER[name.rpartition('/')[0]]}/kernel" for name in names if name.endswith("/scale")}
+    return sorted(name for name in names - scaled if name.endswith("/kernel"))
+
+
+def first_touched(trained: Iterable[str]) -> str:
+    """The first layer that training changes: what lies before it is the same for every step."""
+    names = list(trained)
+    layers = {name.partition("/")[0] for name in touched_kernels(names)}
+    layers |= {name.partition("/")[0] for name in names if name.endswith("/bias")}
+    return next((layer for layer in LAYERS if layer in layers), FIRST)

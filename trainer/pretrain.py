@@ -7,6 +7,7 @@ at once, after the last epoch; nothing is chosen by them.
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -14,7 +15,10 @@ import numpy as np
 from serving.quiet import import_tensorflow
 
 FOLDER = Path(__file__).parent / "base"
-SETTINGS = {"learning_rate": 1.5e-3, "dropout": 0.05, "shift": 2.0, "rotate": 0.2, "zoom": 0.25}
+SETTINGS = {
+    "method": "full", "learning_rate": 1.5e-3, "l2": 0.0, "dropout": 0.05,
+    "augmentation": {"shift": 2.0, "rotate": 11.5, "scale": 0.25},
+}  # fmt: skip
 
 
 @click.command()
@@ -28,36 +32,39 @@ def main(data: Path | None, epochs: int, batch_size: int, seed: int, out: Path) 
     import_tensorflow()
     import tensorflow as tf
 
-    from trainer.evaluate import accuracy, in_batches
+    from trainer.evaluate import accuracy
+    from trainer.fit import Split, Start, fit
     from trainer.lenet import initial
-    from trainer.program import Coefficients, Structure, program
+    from trainer.methods import Method
+    from trainer.spec import Spec
 
     if data is None:
         (x, y), (x_test, y_test) = tf.keras.datasets.mnist.load_data()
     else:
         with np.load(data) as arrays:
             x, y, x_test, y_test = (arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
-    images, labels = tf.constant(x[..., None] / np.float32(255)), tf.constant(y.astype(np.int32))
-    model = program(Structure("full", 10, augment=True))
-    model.load(initial(10, seed), seed, lora_scale=0.0)
-    steps = -(-len(x) // batch_size)
-    coefficients = Coefficients(total_steps=epochs * steps, batch_size=batch_size, seed=seed, **SETTINGS)
-    rng = np.random.default_rng(seed)
-    for epoch in range(epochs):
-        order = tf.constant(rng.permutation(len(x)).astype(np.int32))
-        terms = model.epoch(images, labels, order, epoch * steps, coefficients)
-        click.echo(f"epoch {epoch + 1}/{epochs}  loss {terms['data_loss']:.4f}")
-    logits = in_batches(lambda part: model.logits(tf.constant(part)), x_test[..., None] / np.float32(255))
+    train, some, test = (
+        Split(tf.constant(images[..., None] / np.float32(255)), labels.astype(np.int32))
+        for images, labels in ((x, y), (x[::60], y[::60]), (x_test, y_test))
+    )
+    spec = Spec.model_validate({**SETTINGS, "epochs": epochs, "batch_size": batch_size, "seed": seed})
+    start = Start(initial(10, seed), frozenset(), Method("full"), lora_scale=0.0)
+
+    def show(record: dict[str, Any]) -> None:
+        click.echo(f"epoch {record['epoch']}/{epochs}  loss {record['data_loss']:.4f}")
+
+    fitted = fit(spec, start, train, some, classes=10, on_epoch=show)
+    logits = fitted.network.logits(test.images)
     card = {
         "model": "LeNet-5, 107,786 parameters",
         "data": "MNIST, 60,000 training images",
         "command": f"python -m trainer.pretrain --epochs {epochs} --batch-size {batch_size} --seed {seed}",
         "settings": SETTINGS,
-        "test_accuracy": round(accuracy(logits, y_test), 4),
+        "test_accuracy": round(accuracy(logits, test.labels), 4),
         "made_with": f"TensorFlow {tf.__version__}, Python {platform.python_version()}, CPU",
     }
     out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "lenet5.npz", allow_pickle=False, **model.snapshot())
+    np.savez(out / "lenet5.npz", allow_pickle=False, **fitted.params)
     (out / "lenet5.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     click.echo(f"test accuracy {card['test_accuracy']:.2%}")
 

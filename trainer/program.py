@@ -12,55 +12,66 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import attacks, penalties
-from trainer.lenet import Tensor, initial, logits
-from trainer.methods import effective, relative_rate, start, touched_kernels
+from trainer.augmentation import affine, mixed
+from trainer.lenet import FIRST, Arrays, Tensor, adapters, initial, logits
+from trainer.methods import Method, direct_kernels, effective, relative_rate, touched_kernels
+from trainer.network import COUNT, LABELS, SCALAR, inputs
+from trainer.optimizers import Optimizer
+
+TERMS = ("data_loss", "adversarial_loss", "l1", "l2", "l2_sp")
 
 
 @dataclass(frozen=True)
 class Structure:
     """What the compiled functions depend on."""
 
-    method: str
+    method: Method
     classes: int
-    targets: tuple[str, ...] = ()
-    rank: int = 0
-    attack: str | None = None
+    entry: str = FIRST  # the first layer that is computed in every step
+    penalties: frozenset[str] = frozenset()  # of l1, l2 and l2_sp
+    attack: str | None = None  # pgd (which is fgsm, too), trades, free, vat
+    norm: str = "linf"  # of vat
+    clean: bool = True  # the loss has a clean part beside the adversarial one
     augment: bool = False
-    device: str = ""  # where its variables lie: the one that was current when it was made
+    mixup: bool = False
+    optimizer: str = "adam"
+    device: str = "/CPU:0"  # where its variables lie
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Inputs of a step, all scalars. Shifts are in pixels, angles in radians, scales relative."""
+    """Scalar inputs of every step. Shifts are in pixels, angles in radians, scales relative."""
 
-    total_steps: int
-    batch_size: int
-    learning_rate: float
     seed: int = 0
+    batch_size: int = 64
+    replays: int = 1  # updates for each batch
+    attack_steps: int = 1
+    attack_size: float = 1.25  # of a step of the attack, in epsilons
+    epsilon: float = 0.0
+    spread: float = 0.0
+    adversarial_weight: float = 0.0  # a share with pgd, a factor with trades and vat
     l1: float = 0.0
     l2: float = 0.0
+    l2_sp: float = 0.0
     dropout: float = 0.0
-    epsilon: float = 0.0
-    adversarial_weight: float = 0.0
+    label_smoothing: float = 0.0
     shift: float = 0.0
     rotate: float = 0.0
-    zoom: float = 0.0
+    scale: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
 
 
-COEFFICIENTS = tuple(field.name for field in fields(Coefficients) if field.type is float)
-IMAGES = tf.TensorSpec((None, 28, 28, 1), tf.float32)
-LABELS = tf.TensorSpec((None,), tf.int32)
-SCALAR = tf.TensorSpec((), tf.float32)
-
-TERMS = ("data_loss", "adversarial_loss", "l1", "l2")
-WARM_UP = 0.3  # share of the steps in which epsilon grows
-BETA_1, BETA_2, TINY = 0.9, 0.999, 1e-7
+FLOATS = tuple(field.name for field in fields(Coefficients) if field.type is float)
+COUNTS = tuple(field.name for field in fields(Coefficients) if field.type is int)
+SCHEDULE = ("rate", "reach", "mix", "t")  # of every update: learning rate, share of epsilon, of mixup, number from 1
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def program(structure: Structure) -> "Program":
     """The process's program of this structure; one job at a time may use it."""
-    return Program(structure)
+    with tf.device(structure.device):
+        return Program(structure)
 
 
 class Program:
@@ -68,131 +79,240 @@ class Program:
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
+        method = structure.method
         shapes = initial(structure.classes, seed=0)
-        trained = start(structure.method, shapes, structure.targets, structure.rank, seed=0)
-        self.base = {name: tf.Variable(value, trainable=False) for name, value in shapes.items()}
-        self.trained = {name: tf.Variable(value) for name, value in trained.items()}
-        self.moments = {name: (tf.Variable(0 * value), tf.Variable(0 * value)) for name, value in trained.items()}
-        self.lora_scale = tf.Variable(0.0, trainable=False)
+        if method.bottleneck:
+            shapes |= adapters(method.bottleneck, seed=0)
+        trained = method.start(shapes, seed=0)
+        self._base = {name: tf.Variable(value, trainable=False) for name, value in shapes.items()}
+        self._trained = {name: tf.Variable(value) for name, value in trained.items()}
+        self._touched = touched_kernels(trained)
+        self._anchors = {name: tf.Variable(shapes[name], trainable=False) for name in self._touched}
+        self._proximal = frozenset(direct_kernels(trained)) if "l1" in structure.penalties else frozenset()
+        self._lora_scale = tf.Variable(0.0, trainable=False)
+        self._class_weights = tf.Variable(tf.ones(structure.classes), trainable=False)
+        self._optimizer = Optimizer(structure.optimizer, self._trained, functools.partial(relative_rate, method.name))
+        features = inputs(structure.entry)
+        coefficients = dict.fromkeys(FLOATS, SCALAR) | dict.fromkeys(COUNTS, COUNT)
+        schedule = tf.TensorSpec((None, len(SCHEDULE)), tf.float32)
+        signature = [features, LABELS, LABELS, schedule, COUNT, coefficients]
+        self._epoch = tf.function(self._run_epoch, autograph=False, input_signature=signature)
+        self._shares = tf.function(
+            self._gradient_norms, autograph=False, input_signature=[features, LABELS, coefficients]
+        )
 
-    def load(self, base: Mapping[str, np.ndarray], seed: int, lora_scale: float) -> None:
-        """Begin a job: the base's weights, untouched trained values, an optimizer without memory."""
-        for name, variable in self.base.items():
+    def load(
+        self, base: Mapping[str, np.ndarray], seed: int, *, lora_scale: float = 0.0, new: frozenset[str] = frozenset(),
+        class_weights: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Begin a job: the base's weights, untouched trained values, an optimizer without memory.
+
+        Args:
+            new: names of parameters that the base did not have, which l2_sp draws to zero.
+            class_weights: (classes,) weight of an image of each class, of mean one over the data.
+        """
+        for name, variable in self._base.items():
             variable.assign(base[name])
-        self.restore(start(self.structure.method, base, self.structure.targets, self.structure.rank, seed))
-        for m, v in self.moments.values():
-            m.assign(tf.zeros_like(m))
-            v.assign(tf.zeros_like(v))
-        self.lora_scale.assign(lora_scale)
+        for name, anchor in self._anchors.items():
+            anchor.assign(tf.zeros_like(anchor) if name in new else base[name])
+        self.restore(self.structure.method.start(base, seed))
+        self._optimizer.forget()
+        self._lora_scale.assign(lora_scale)
+        ones = np.ones(self.structure.classes, np.float32)
+        self._class_weights.assign(ones if class_weights is None else class_weights)
 
-    def snapshot(self) -> dict[str, np.ndarray]:
+    def snapshot(self) -> Arrays:
         """A copy of the trained values, for `restore`."""
-        return {name: variable.numpy() for name, variable in self.trained.items()}
+        return {name: variable.numpy() for name, variable in self._trained.items()}
 
     def restore(self, trained: Mapping[str, np.ndarray]) -> None:
         """Put trained values back."""
-        for name, variable in self.trained.items():
+        for name, variable in self._trained.items():
             variable.assign(trained[name])
 
     def params(self) -> dict[str, Tensor]:
-        """Effective parameters of the plain network: the merge."""
-        return effective(self.base, self.trained, self.lora_scale)
+        """Effective parameters of the served network: the merge."""
+        return effective(self._base, self._trained, self._lora_scale)
 
-    @tf.function(autograph=False, input_signature=[IMAGES])
-    def logits(self, images: Tensor) -> Tensor:
-        """(n, classes) for (n, 28, 28, 1) light-on-dark images, at inference."""
-        return logits(self.params(), images)
+    def traces(self) -> int:
+        """How often the epoch has been traced."""
+        return int(self._epoch.experimental_get_tracing_count())
 
-    @tf.function(autograph=False, input_signature=[IMAGES, LABELS, SCALAR])
-    def fgsm(self, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
-        """The images under FGSM against the present weights."""
-        params = self.params()
-        return attacks.fgsm(functools.partial(logits, params), images, labels, epsilon)
-
-    def epoch(self, images: Tensor, labels: Tensor, order: Tensor, done: int, c: Coefficients) -> dict[str, float]:
-        """One pass over the data; the mean of every term of the loss.
+    def epoch(
+        self, features: Tensor, labels: Tensor, order: Tensor, schedule: np.ndarray, done: int, c: Coefficients
+    ) -> tuple[dict[str, float], int | None]:
+        """One pass over the data.
 
         Args:
-            images: (n, 28, 28, 1) float32 light on dark, already on the device.
+            features: what goes into the structure's entry; float32, on the device.
             labels: (n,) int32.
             order: (n,) int32, the shuffled indices.
-            done: steps taken in earlier epochs.
+            schedule: (updates, 4) float32, see `SCHEDULE`.
+            done: updates before this epoch.
+
+        Returns:
+            The mean of every term of the loss that the structure has, and the index of the first update whose loss
+            was no finite number.
         """
-        floats = {name: tf.constant(getattr(c, name), tf.float32) for name in COEFFICIENTS}
-        counts = tf.constant([done, c.total_steps, c.batch_size, c.seed], tf.int32)
-        means = self._epoch(images, labels, order, counts, floats)
-        return dict(zip(TERMS, (float(mean) for mean in means), strict=True))
+        done = tf.constant(done, tf.int32)
+        sums = self._epoch(features, labels, order, tf.constant(schedule), done, self._inputs(c)).numpy()
+        wrong = None if np.isinf(sums[-1]) else int(sums[-1])
+        means = dict(zip(TERMS, (sums[:-1] / len(schedule)).tolist(), strict=True))
+        return {name: means[name] for name in self.terms()}, wrong
 
-    @tf.function(
-        autograph=False,
-        input_signature=[IMAGES, LABELS, LABELS, tf.TensorSpec((4,), tf.int32), dict.fromkeys(COEFFICIENTS, SCALAR)],
-    )
-    def _epoch(self, images: Tensor, labels: Tensor, order: Tensor, counts: Tensor, c: dict[str, Tensor]) -> Tensor:
-        done, total, batch_size, seed = tf.unstack(counts)
-        n = tf.shape(order)[0]
-        steps = (n + batch_size - 1) // batch_size
+    def terms(self) -> tuple[str, ...]:
+        """The terms that the loss has."""
+        structure = self.structure
+        present = set(structure.penalties)
+        if structure.clean:
+            present.add("data_loss")
+        if structure.attack:
+            present.add("adversarial_loss")
+        return tuple(name for name in TERMS if name in present)
 
-        def step(index: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-            batch = order[index * batch_size : (index + 1) * batch_size]
-            chance = tf.stack([seed, 8 * (done + index)])
-            share = tf.cast(done + index, tf.float32) / tf.cast(total, tf.float32)
-            rate = c["learning_rate"] * 0.5 * (1.0 + tf.cos(np.pi * share))
-            # The attack grows to its full strength over the first 30% of the steps: from the start it can drive a net
-            # this small into one class.
-            reach = c | {"epsilon": c["epsilon"] * tf.minimum(1.0, share / WARM_UP)}
-            terms = self._step(tf.gather(images, batch), tf.gather(labels, batch), chance, rate, done + index, reach)
-            return index + 1, sums + terms
+    def shares(self, features: Tensor, labels: Tensor, c: Coefficients) -> dict[str, float]:
+        """Share of each term in the update: the norm of its gradient over the sum of all norms, at these weights."""
+        norms = self._shares(features, labels, self._inputs(c)).numpy().astype(float)
+        total = norms.sum() or 1.0
+        return dict(zip(self.terms(), (norms / total).tolist(), strict=True))
 
-        _, sums = tf.while_loop(lambda index, _: index < steps, step, (0, tf.zeros(len(TERMS))))
-        return tf.unstack(sums / tf.cast(steps, tf.float32))
+    def _inputs(self, c: Coefficients) -> dict[str, Tensor]:
+        floats = {name: tf.constant(getattr(c, name), tf.float32) for name in FLOATS}
+        return floats | {name: tf.constant(getattr(c, name), tf.int32) for name in COUNTS}
 
-    def _step(self, x: Tensor, y: Tensor, chance: Tensor, rate: Tensor, done: Tensor, c: dict[str, Tensor]) -> Tensor:
-        """One update; the value of every term of the loss before it."""
+    def _run_epoch(
+        self, features: Tensor, labels: Tensor, order: Tensor, schedule: Tensor, done: Tensor, c: dict[str, Tensor]
+    ) -> Tensor:
+        # Shuffled first and cut into batches then, so that every epoch has other batches; and all at once, so that no
+        # step has to fetch an index.
+        features = tf.gather(features, order)
+        targets = tf.one_hot(tf.gather(labels, order), self.structure.classes)
+        size, replays = c["batch_size"], c["replays"]
+        updates = tf.shape(schedule)[0]
+
+        def step(index: Tensor, delta: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            batch = index // replays
+            x, y = (array[batch * size : (batch + 1) * size] for array in (features, targets))
+            rate, reach, mix, t = tf.unstack(schedule[index])
+            x, y = self._disturbed(x, y, mix, tf.stack([c["seed"], 8 * (done + batch * replays)]), c)
+            y = (1.0 - c["label_smoothing"]) * y + c["label_smoothing"] / self.structure.classes
+            chance = tf.stack([c["seed"], 8 * (done + index)])
+            terms, delta = self._update(x, y, delta, chance, rate, t, c | {"epsilon": c["epsilon"] * reach})
+            position = tf.cast(index, tf.float32)
+            wrong = tf.where(tf.math.is_finite(tf.reduce_sum(terms)), np.inf, position)
+            return index + 1, delta, tf.concat([sums[:-1] + terms, [tf.minimum(sums[-1], wrong)]], 0)
+
+        delta = tf.zeros((size if self.structure.attack == "free" else 0, 28, 28, 1))
+        state = (0, delta, tf.constant([0.0] * len(TERMS) + [np.inf]))
+        return tf.while_loop(lambda index, *_: index < updates, step, state)[-1]
+
+    def _disturbed(
+        self, x: Tensor, y: Tensor, mix: Tensor, chance: Tensor, c: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """A batch with its augmentation and mixup."""
         if self.structure.augment:
-            x = affine(x, c["shift"], c["rotate"], c["zoom"], chance + [0, 2])
-        zero = tf.constant(0.0)
-        variables = list(self.trained.values())
+            x = affine(x, c["shift"], c["rotate"], c["scale"], chance + [0, 2])
+        return mixed(x, y, mix) if self.structure.mixup else (x, y)
+
+    def _update(
+        self, x: Tensor, y: Tensor, delta: Tensor, chance: Tensor, rate: Tensor, t: Tensor, c: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """One update; the value of every term of the loss before it, and the perturbation that `free` keeps."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(variables)
-            params = self.params()
-            data = attacks.cross_entropy(y, logits(params, x, c["dropout"], chance))
-            loss, adversarial = data, zero
-            if self.structure.attack == "fgsm":
-                with tape.stop_recording():
-                    inference = functools.partial(logits, params)
-                    worst = attacks.fgsm_random_start(inference, x, y, c["epsilon"], chance + [0, 3])
-                adversarial = attacks.cross_entropy(y, logits(params, worst, c["dropout"], chance + [0, 4]))
-                loss = (1.0 - c["adversarial_weight"]) * data + c["adversarial_weight"] * adversarial
-            kernels = [params[name] for name in touched_kernels(self.trained)]
-            l1, l2 = penalties.l1(kernels, c["l1"]), penalties.l2(kernels, c["l2"])
-            loss += l1 + l2
-        gradients = tape.gradient(loss, variables)
-        self._adam(gradients, rate, tf.cast(done + 1, tf.float32))
-        return tf.stack([data, adversarial, l1, l2])
+            tape.watch(list(self._trained.values()))
+            if self.structure.attack == "free":
+                n = tf.shape(x)[0]
+                x = attacks.project(x + delta[:n], x, c["epsilon"])
+                tape.watch(x)
+            values, factors = self._terms(x, y, chance, c, tape)
+            loss = tf.add_n([factors.get(name, 1.0) * value for name, value in values.items()])
+        sources = dict(self._trained)
+        if self.structure.attack == "free":
+            slopes, slope = tape.gradient(loss, (sources, x))
+            moved = delta[:n] + c["epsilon"] * tf.sign(slope)
+            delta = tf.concat([tf.clip_by_value(moved, -c["epsilon"], c["epsilon"]), delta[n:]], 0)
+        else:
+            slopes = tape.gradient(loss, sources)
+        self._optimizer.step(slopes, rate, t, c["momentum"], c["weight_decay"], c["l1"], self._proximal)
+        nothing = tf.constant(0.0)
+        return tf.stack([values.get(name, nothing) for name in TERMS]), delta
 
-    def _adam(self, gradients: list[Tensor], rate: Tensor, t: Tensor) -> None:
-        """Adam (Kingma & Ba 2015) through its fused kernel."""
-        for (name, variable), gradient in zip(self.trained.items(), gradients, strict=True):
-            m, v = self.moments[name]
-            tf.raw_ops.ResourceApplyAdam(
-                var=variable.handle, m=m.handle, v=v.handle, beta1_power=BETA_1**t, beta2_power=BETA_2**t,
-                lr=rate * relative_rate(self.structure.method, name), beta1=BETA_1, beta2=BETA_2, epsilon=TINY,
-                grad=gradient,
-            )  # fmt: skip
+    def _terms(
+        self, x: Tensor, y: Tensor, chance: Tensor, c: dict[str, Tensor], tape: tf.GradientTape, *, prox: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Every term of the loss on a batch, and the factors of those whose factor is not one.
 
+        With `prox`, L1 has no gradient where the optimizer takes the proximal step in its place.
+        """
+        params = self.params()
+        inference = functools.partial(logits, params, entry=self.structure.entry)
+        training = functools.partial(inference, dropout=c["dropout"], seed=chance)
+        values, factors = self._losses(x, y, inference, training, chance, c, tape)
+        kernels = {name: params[name] for name in self._touched}
+        if "l1" in self.structure.penalties:
+            still = self._proximal if prox else ()
+            lasso = [tf.stop_gradient(kernel) if name in still else kernel for name, kernel in kernels.items()]
+            values["l1"] = penalties.l1(lasso, c["l1"])
+        if "l2" in self.structure.penalties:
+            values["l2"] = penalties.l2(list(kernels.values()), c["l2"])
+        if "l2_sp" in self.structure.penalties:
+            anchors = [self._anchors[name] for name in kernels]
+            values["l2_sp"] = penalties.l2_sp(list(kernels.values()), anchors, c["l2_sp"])
+        return values, factors
 
-def affine(images: Tensor, shift: Tensor, rotate: Tensor, zoom: Tensor, seed: Tensor) -> Tensor:
-    """Random shift, rotation and scaling of each (28, 28, 1) image, bilinear, black outside."""
-    u = tf.random.stateless_uniform((tf.shape(images)[0], 5), seed, -1.0, 1.0)
-    angle = rotate * u[:, 0]
-    cos, sin = tf.cos(angle), tf.sin(angle)
-    sx, sy = 1.0 + zoom * u[:, 1], 1.0 + zoom * u[:, 2]
-    centre = 13.5
-    a, b, d, e = cos / sx, -sin / sx, sin / sy, cos / sy
-    tx = centre - a * centre - b * centre + shift * u[:, 3]
-    ty = centre - d * centre - e * centre + shift * u[:, 4]
-    nought = tf.zeros_like(a)
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=images, transforms=tf.stack([a, b, tx, d, e, ty, nought, nought], axis=1),
-        output_shape=tf.shape(images)[1:3], interpolation="BILINEAR", fill_mode="CONSTANT", fill_value=0.0,
-    )  # fmt: skip
+    def _losses(
+        self, x: Tensor, y: Tensor, inference: attacks.Function, training: attacks.Function, chance: Tensor,
+        c: dict[str, Tensor], tape: tf.GradientTape,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+        """The clean and the adversarial loss, as far as the structure has them."""
+        attack, weight = self.structure.attack, c["adversarial_weight"]
+
+        def mean(losses: Tensor) -> Tensor:
+            return tf.reduce_mean(losses * tf.linalg.matvec(y, self._class_weights))
+
+        if attack is None:
+            return {"data_loss": mean(attacks.soft_cross_entropy(y, training(x)))}, {}
+        if attack == "free":
+            return {"adversarial_loss": mean(attacks.soft_cross_entropy(y, training(x)))}, {}
+        with tape.stop_recording():
+            worst = self._worst(x, y, inference, chance, c)
+        if not self.structure.clean:
+            return {"adversarial_loss": mean(attacks.soft_cross_entropy(y, training(worst)))}, {}
+        scores, worst_scores = tf.split(training(tf.concat([x, worst], 0)), 2)
+        values = {"data_loss": mean(attacks.soft_cross_entropy(y, scores))}
+        if attack == "pgd":
+            values["adversarial_loss"] = mean(attacks.soft_cross_entropy(y, worst_scores))
+            return values, {"data_loss": 1.0 - weight, "adversarial_loss": weight}
+        held = tf.stop_gradient(scores) if attack == "vat" else scores
+        values["adversarial_loss"] = tf.reduce_mean(attacks.divergence(held, worst_scores))
+        return values, {"adversarial_loss": weight}
+
+    def _worst(self, x: Tensor, y: Tensor, inference: attacks.Function, chance: Tensor, c: dict[str, Tensor]) -> Tensor:
+        """Adversarial examples against the network at inference."""
+        epsilon, steps = c["epsilon"], c["attack_steps"]
+        if self.structure.attack == "vat":
+            return attacks.vat(inference, x, epsilon, steps, chance + [0, 3], self.structure.norm)
+        size = c["attack_size"] * epsilon
+        if self.structure.attack == "trades":
+            clean = inference(x)
+            start = attacks.project(x + 1e-3 * tf.random.stateless_normal(tf.shape(x), chance + [0, 3]), x, epsilon)
+            return attacks.pgd(lambda z: attacks.divergence(clean, inference(z)), x, start, epsilon, steps, size)
+        own = tf.random.stateless_uniform((tf.shape(x)[0], 1, 1, 1), chance + [0, 4])  # Kurakin et al. (2017)
+        shrink = 1.0 - c["spread"] * own
+        start = attacks.in_ball(x, epsilon * shrink, chance + [0, 3])
+        return attacks.pgd(
+            lambda z: attacks.soft_cross_entropy(y, inference(z)), x, start, epsilon * shrink, steps, size * shrink
+        )
+
+    def _gradient_norms(self, features: Tensor, labels: Tensor, c: dict[str, Tensor]) -> Tensor:
+        """Norm of the gradient of each term, with its factor."""
+        y = tf.one_hot(labels, self.structure.classes)
+        with tf.GradientTape(watch_accessed_variables=False, persistent=True) as tape:
+            tape.watch(list(self._trained.values()))
+            values, factors = self._terms(features, y, tf.stack([c["seed"], 0]), c, tape, prox=False)
+            weighted = {name: factors.get(name, 1.0) * value for name, value in values.items()}
+        norms = []
+        for name in self.terms():
+            slopes = tape.gradient(weighted[name], list(self._trained.values()))
+            norms.append(tf.linalg.global_norm([slope for slope in slopes if slope is not None]))
+        return tf.stack(norms)

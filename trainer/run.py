@@ -1,12 +1,12 @@
-"""One job from data to a live version: adapt, fit, evaluate, export, publish."""
+"""One job from data to a live version: adapt, fit, evaluate, export, publish. And what is added to its report later."""
 
+import functools
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,22 @@ import numpy as np
 import tensorflow as tf
 
 from serving.client import ModelServer
-from serving.errors import DeviceUnavailable, Diverged, InvalidDataset
+from serving.errors import DeviceUnavailable
 from serving.publishing import alone, publish, withdraw
-from serving.registry import Registry
+from serving.registry import BASE, Registry
 from serving.settings import Settings
-from trainer import evaluate
+from trainer import delta, evaluate, report
 from trainer.datasets import Dataset
-from trainer.export import export, load_params
+from trainer.drawn import drawn_digits
+from trainer.export import digest, export, load_params
+from trainer.fit import Fitted, Split, Start, begin, bottleneck_of, fit, serve
 from trainer.jobs import Job, Jobs
-from trainer.lenet import HEAD, initial
-from trainer.program import Coefficients, Program, Structure, program
+from trainer.lenet import Arrays
 from trainer.spec import Spec, described
 
-BASE = "lenet5"  # the pretrained model
+PENALTIES = {"l1": 0.0, "l2": 0.0, "l2_sp": 0.0}  # in the progress of every job
 PROBE_IMAGES = 16
-REPORT_EPSILON = 0.1  # of the report's attack where the spec trains against none
-
-
-@dataclass
-class Split:
-    """Training and validation images, light on dark, on the device."""
-
-    images: Any  # (n, 28, 28, 1) float32
-    labels: np.ndarray  # (n,) int32
+FORGETTING_IMAGES = 500
 
 
 @dataclass
@@ -74,38 +67,36 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
         with run.stage("validating"):
             spec = Spec.model_validate_json(json.dumps(job.spec))
             device = _device(spec.device)
-            dataset = Dataset.load(settings.datasets / f"{job.dataset['id']}.npz")
-            polarity = job.dataset["polarity"] if spec.polarity == "auto" else spec.polarity
-            with tf.device(device):
-                train, validation, probe = _split(dataset, spec, invert=polarity == "dark_on_light")
-            base = load_params(settings.models / job.base.replace(":", "/"))
-            base_classes = registry.find(*_name_and_version(job.base)).manifest["classes"]
-            start = _with_head(
-                base, same=tuple(base_classes) == dataset.classes, classes=dataset.classes, seed=spec.seed
-            )
+            data = _Data.load(job.dataset, settings, spec)
+            base, base_classes = _base(job.base, settings, registry)
+            start = begin(spec, base, classes=len(data.classes), same_classes=base_classes == data.classes)
         with tf.device(device):
-            fitted = program(_structure(spec, dataset.classes, device))
-            fitted.load(start, spec.seed, lora_scale=spec.lora.alpha / spec.lora.rank if spec.lora else 0.0)
             with run.stage("training"):
-                history = _fit(fitted, train, validation, spec, run)
+                across = _fold(spec, start, data, run) if spec.folds else None
+                train, validation = data.split(spec)
+                fitted = _fit(spec, start, train, validation, data, run)
             with run.stage("evaluating"):
-                report = _report(fitted, train, validation, dataset.classes, spec)
+                card = report.quick(fitted, train, validation, data.classes, spec)
+                probe = data.as_sent(validation)
+                expected = fitted.network.logits(validation.images[:PROBE_IMAGES])
         with run.stage("exporting"):
-            params = {name: np.asarray(value) for name, value in fitted.params().items()}
             manifest = {
-                "classes": list(dataset.classes), "polarity": polarity, "base": job.base, "base_sha256": digest(base),
-                "sha256": digest(params), "spec": described(spec), "dataset": job.dataset, "job": job.id,
+                "classes": list(data.classes), "polarity": data.polarity, "base": job.base,
+                "base_sha256": digest(base), "sha256": digest(fitted.params), "spec": described(spec),
+                "dataset": job.dataset, "job": job.id, "adapter_bottleneck": bottleneck_of(fitted.params),
             }  # fmt: skip
-            export(staged, params, invert=polarity == "dark_on_light", manifest=manifest)
-        report |= {"history": history, "device": device.removeprefix("/"), "seconds": run.seconds}
+            export(staged, fitted.params, invert=data.invert, manifest=manifest)
+            delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest)
+        card |= {"device": device.removeprefix("/"), "cost": report.cost(run.seconds, fitted)}
+        if across:
+            card["cross_validation"] = across
         with run.stage("publishing"):
             version = publish(
                 settings, registry, server,
-                staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=report,
-                probe=probe, expected=_logits(fitted, _light_on_dark(probe, polarity == "dark_on_light")),
-                may_go_live=lambda: jobs.update(job, stage="publishing"),
+                staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card,
+                probe=probe, expected=expected, may_go_live=lambda: jobs.update(job, stage="publishing"),
             )  # fmt: skip
-        registry.set_report(job.model, version, report)
+        registry.set_report(job.model, version, card)
         jobs.finish(job, "succeeded", version=version, report_status="quick")
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -119,18 +110,117 @@ def clear_leavings(job: Job, *, settings: Settings, registry: Registry, server: 
             withdraw(settings, registry, server, version.model, version.version)
 
 
-def digest(params: dict[str, np.ndarray]) -> str:
-    """SHA-256 of parameters, by name."""
-    result = sha256()
-    for name in sorted(params):
-        result.update(name.encode())
-        result.update(np.ascontiguousarray(params[name], "<f4").tobytes())
-    return result.hexdigest()
+def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry) -> Iterator[None]:
+    """Work out the costly part of a report; yields wherever other work may come first."""
+    assert job.version is not None
+    version = registry.find(job.model, job.version)
+    spec = Spec.model_validate_json(json.dumps(job.spec))
+    data = _Data.load(job.dataset, settings, spec)
+    device = _device("auto" if spec.device == "gpu" else spec.device)
+    params = load_params(settings.models / job.model / str(job.version))
+    with tf.device(device):
+        _, validation = data.split(spec)
+    steps = report.robustness(functools.partial(serve, params), validation, report.epsilon_of(spec))
+    found = None
+    while found is None:
+        yield
+        with tf.device(device):  # not across the yield: other work comes with a device of its own
+            found = next(steps)
+    with tf.device(device):
+        lost = _forgetting(params, job.base, data.classes, settings, registry)
+    robustness = {**version.report["robustness"], **found}
+    registry.set_report(job.model, job.version, {**version.report, "robustness": robustness, "forgetting": lost})
+    jobs.reported(job, "complete")
 
 
-def _name_and_version(base: str) -> tuple[str, int]:
-    name, _, version = base.partition(":")
-    return name, int(version)
+def _forgetting(
+    params: Arrays, base: str, classes: tuple[str, ...], settings: Settings, registry: Registry
+) -> dict[str, Any] | None:
+    """How much of the base's task is left; None where nothing of that task is there."""
+    before, base_classes = _base(base, settings, registry)
+    name, _, number = base.partition(":")
+    if name == BASE:
+        source, (images, labels) = "drawn digits", drawn_digits(FORGETTING_IMAGES, seed=0)
+        sample = Split(tf.constant(images), labels)
+    else:
+        manifest = registry.find(name, int(number)).manifest
+        spec = Spec.model_validate_json(json.dumps(manifest["spec"]))
+        try:
+            data = _Data.load(manifest["dataset"], settings, spec)
+        except FileNotFoundError:
+            return None
+        source, (_, sample) = f"validation images of {base}", data.split(spec)
+        sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
+    return {"sample": source, **report.forgetting(params, before, sample, same_classes=base_classes == classes)}
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A job's images and what is known of them."""
+
+    dataset: Dataset
+    validation: Dataset | None  # where it was uploaded apart
+    polarity: str
+
+    @classmethod
+    def load(cls, record: dict[str, Any], settings: Settings, spec: Spec) -> "_Data":
+        """What an upload has left."""
+        dataset = Dataset.load(settings.datasets / f"{record['id']}.npz")
+        apart = record.get("validation")
+        validation = Dataset.load(settings.datasets / f"{apart['id']}.npz") if apart else None
+        return cls(dataset, validation, record["polarity"] if spec.polarity == "auto" else spec.polarity)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.dataset.classes
+
+    @property
+    def invert(self) -> bool:
+        """Tell whether the writing is darker than its ground."""
+        return self.polarity == "dark_on_light"
+
+    def split(self, spec: Spec) -> tuple[Split, Split]:
+        """Training and validation images, with the same share of every class unless they were uploaded apart."""
+        if self.validation is not None:
+            return self._ready(self.dataset), self._ready(self.validation)
+        chosen = stratified(self.dataset.labels, spec.seed, lambda n: max(1, round(spec.validation_split * n)))
+        return self._ready(self.dataset, ~chosen), self._ready(self.dataset, chosen)
+
+    def folds(self, spec: Spec, count: int) -> Iterator[tuple[Split, Split]]:
+        """Each image is in the validation part once; every class is spread evenly."""
+        for chosen in stratified_folds(self.dataset.labels, spec.seed, count):
+            yield self._ready(self.dataset, ~chosen), self._ready(self.dataset, chosen)
+
+    def as_sent(self, validation: Split) -> np.ndarray:
+        """The first validation images as a client would send them."""
+        images = np.asarray(validation.images[:PROBE_IMAGES])
+        return 1.0 - images if self.invert else images
+
+    def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:
+        images = (dataset.images[some] / np.float32(255))[..., None]
+        labels = np.array([self.classes.index(name) for name in dataset.classes], np.int32)[dataset.labels[some]]
+        return Split(tf.constant(1.0 - images if self.invert else images), labels)
+
+
+def stratified(labels: np.ndarray, seed: int, held_out: Callable[[int], int]) -> np.ndarray:
+    """Which images are held out, (n,) bool: of each class of n images `held_out(n)`, at random."""
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen[members[: held_out(len(members))]] = True
+    return chosen
+
+
+def stratified_folds(labels: np.ndarray, seed: int, count: int) -> Iterator[np.ndarray]:
+    """Which images are held out in each fold, (n,) bool; each image once, every class spread evenly."""
+    rng = np.random.default_rng(seed)
+    fold = np.zeros(len(labels), int)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        fold[members] = np.arange(len(members)) % count
+    for index in range(count):
+        yield fold == index
 
 
 def _device(wanted: str) -> str:
@@ -140,119 +230,31 @@ def _device(wanted: str) -> str:
     return "/GPU:0" if gpus and wanted != "cpu" else "/CPU:0"
 
 
-def _light_on_dark(images: np.ndarray, invert: bool) -> np.ndarray:
-    return 1.0 - images if invert else images
+def _base(name: str, settings: Settings, registry: Registry) -> tuple[Arrays, tuple[str, ...]]:
+    """Parameters and classes of a published version `name:version`."""
+    model, _, number = name.partition(":")
+    params = load_params(settings.models / model / number)
+    return params, tuple(registry.find(model, int(number)).manifest["classes"])
 
 
-def _split(dataset: Dataset, spec: Spec, *, invert: bool) -> tuple[Split, Split, np.ndarray]:
-    """Training and validation parts with the same share of every class, and a probe as a client would send it."""
-    rng = np.random.default_rng(spec.seed)
-    chosen = np.zeros(len(dataset.labels), bool)
-    for label in range(len(dataset.classes)):
-        members = rng.permutation(np.flatnonzero(dataset.labels == label))
-        if len(members) < 2:
-            raise InvalidDataset(f"class {dataset.classes[label]!r} has fewer than two images", param="data")
-        chosen[members[: max(1, round(spec.validation_split * len(members)))]] = True
-    images = (dataset.images / np.float32(255))[..., None]
-    parts = []
-    for part in (~chosen, chosen):
-        ready = _light_on_dark(images[part], invert)
-        parts.append(Split(tf.constant(ready), dataset.labels[part]))
-    return parts[0], parts[1], images[chosen][:PROBE_IMAGES]
+def _fit(spec: Spec, start: Start, train: Split, validation: Split, data: _Data, run: Run, **more: Any) -> Fitted:
+    """Fit with the job's progress written down."""
+
+    def write_down(record: dict[str, Any]) -> None:
+        run.jobs.update(run.job, progress={**PENALTIES, **record, "epochs": spec.epochs, **more})
+
+    return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down)
 
 
-def _with_head(
-    base: dict[str, np.ndarray], *, same: bool, classes: tuple[str, ...], seed: int
-) -> dict[str, np.ndarray]:
-    """The base's parameters; with a new head unless the classes are the base's."""
-    if same:
-        return base
-    fresh = initial(len(classes), seed)
-    return base | {name: value for name, value in fresh.items() if name.startswith(f"{HEAD}/")}
-
-
-def _structure(spec: Spec, classes: tuple[str, ...], device: str) -> Structure:
-    return Structure(
-        method=spec.method,
-        classes=len(classes),
-        targets=tuple(sorted(spec.lora.targets)) if spec.lora else (),
-        rank=spec.lora.rank if spec.lora else 0,
-        attack=spec.adversarial.attack if spec.adversarial else None,
-        device=device,
-    )
-
-
-def _fit(fitted: Program, train: Split, validation: Split, spec: Spec, run: Run) -> list[dict[str, float]]:
-    """Train; the history holds a record an epoch. With early stopping the best weights are left in place."""
-    n = len(train.labels)
-    # A small set still takes twenty steps an epoch: with fewer, a default job would end before it has learned anything.
-    batch_size = min(spec.batch_size, max(8, n // 20))
-    steps = -(-n // batch_size)
-    attack = spec.adversarial
-    coefficients = Coefficients(
-        total_steps=spec.epochs * steps, batch_size=batch_size, learning_rate=spec.learning_rate, seed=spec.seed,
-        l1=spec.l1, l2=spec.l2, dropout=spec.dropout, epsilon=attack.epsilon if attack else 0.0,
-        adversarial_weight=attack.weight if attack else 0.0,
-    )  # fmt: skip
-    labels = tf.constant(train.labels)
-    rng = np.random.default_rng(spec.seed)
-    history: list[dict[str, float]] = []
-    best, best_loss, since = fitted.snapshot(), np.inf, 0
-    for epoch in range(spec.epochs):
-        order = tf.constant(rng.permutation(n).astype(np.int32))
-        terms = fitted.epoch(train.images, labels, order, epoch * steps, coefficients)
-        logits = _logits(fitted, validation.images)
-        record = {
-            "epoch": epoch + 1, **terms, "validation_accuracy": evaluate.accuracy(logits, validation.labels),
-            "validation_cross_entropy": evaluate.cross_entropy(logits, validation.labels),
-        }  # fmt: skip
-        wrong = [name for name, value in record.items() if not np.isfinite(value)]
-        if wrong:
-            raise Diverged(f"{', '.join(wrong)} is no longer finite in epoch {epoch + 1}; lower the learning rate")
-        history.append(record)
-        run.jobs.update(run.job, progress={**record, "epochs": spec.epochs})
-        if spec.early_stopping:
-            loss = record["validation_cross_entropy"]
-            if loss < best_loss - spec.early_stopping.min_delta:
-                best, best_loss, since = fitted.snapshot(), loss, 0
-            else:
-                since += 1
-            if since >= spec.early_stopping.patience:
-                break
-    if spec.early_stopping:
-        fitted.restore(best)
-    return history
-
-
-def _logits(fitted: Program, images: Any) -> np.ndarray:
-    return evaluate.in_batches(lambda part: fitted.logits(tf.convert_to_tensor(part)), images)
-
-
-def _report(fitted: Program, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec) -> dict[str, Any]:
-    """The quick report, all of it on images that the job has held out but for the `train` part."""
-    epsilon = spec.adversarial.epsilon if spec.adversarial else REPORT_EPSILON
-    attack: Callable[..., Any] = lambda x, y: fitted.logits(  # noqa: E731
-        fitted.fgsm(x, tf.constant(y), tf.constant(epsilon, tf.float32))
-    )
-    logits = _logits(fitted, validation.images)
-    on_train = evaluate.score(_logits(fitted, train.images), train.labels)
-    on_validation = evaluate.score(logits, validation.labels)
-    attacked = evaluate.in_batches(attack, validation.images, validation.labels)
-    return {
-        "train": on_train,
-        "validation": on_validation | evaluate.classification(logits, validation.labels, classes),
-        "generalization_gap": {
-            "accuracy": on_train["accuracy"] - on_validation["accuracy"],
-            "cross_entropy": on_validation["cross_entropy"] - on_train["cross_entropy"],
-        },
-        "robustness": {
-            "attack": "fgsm", "epsilon": epsilon, "accuracy": evaluate.accuracy(attacked, validation.labels)
-        },
-        "parameters": {
-            "trained": int(sum(value.size for value in fitted.snapshot().values())),
-            "total": int(sum(np.size(value) for value in fitted.params().values())),
-        },
-    }  # fmt: skip
+def _fold(spec: Spec, start: Start, data: _Data, run: Run) -> dict[str, Any]:
+    """An estimate from all images: each was held out of the training of one of five networks."""
+    scores, labels, each = [], [], []
+    for index, (train, validation) in enumerate(data.folds(spec, spec.folds or 0), start=1):
+        fitted = _fit(spec, start, train, validation, data, run, fold=index, folds=spec.folds)
+        scores.append(fitted.network.logits(validation.images))
+        labels.append(validation.labels)
+        each.append(evaluate.accuracy(scores[-1], labels[-1]))
+    return {"folds": each, **evaluate.score(np.concatenate(scores), np.concatenate(labels))}
 
 
 def publish_base(settings: Settings, registry: Registry, server: ModelServer) -> None:
@@ -270,19 +272,17 @@ def publish_base(settings: Settings, registry: Registry, server: ModelServer) ->
         params, card = pretrained()
         classes = [str(digit) for digit in range(10)]
         manifest = {"classes": classes, "polarity": "light_on_dark", "base": None, "sha256": digest(params), **card}
-        fitted = program(Structure("full", len(classes)))
-        fitted.load(params, 0, 0.0)
         probe = np.random.default_rng(0).random((PROBE_IMAGES, 28, 28, 1), np.float32)
         staged = settings.staging / BASE
         shutil.rmtree(staged, ignore_errors=True)
         export(staged, params, invert=False, manifest=manifest)
         publish(
             settings, registry, server, staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=card,
-            probe=probe, expected=_logits(fitted, probe),
+            probe=probe, expected=serve(params).logits(probe),
         )  # fmt: skip
 
 
-def pretrained() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def pretrained() -> tuple[Arrays, dict[str, Any]]:
     """Parameters of the pretrained LeNet-5, and its card: where they come from."""
     folder = Path(__file__).parent / "base"
     with np.load(folder / "lenet5.npz") as arrays:

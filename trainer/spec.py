@@ -1,21 +1,45 @@
 """The fine-tuning spec: one model, with bounds and meaning on every field, for the API, the command and the trainer."""
 
 import json
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from serving.errors import InvalidSpec
 
 MODEL_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-Target = Literal["conv1", "conv2", "dense1", "dense2"]
+MAX_FOLD_IMAGES = 200  # from so many on, one held-out part says enough
+Layer = Literal["conv1", "conv2", "dense1", "dense2"]
+Method = Literal["full", "head", "bias", "lora", "adapter", "ia3"]
 
 
 def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(values)) != len(values):
         raise ValueError("names a layer twice")
     return values
+
+
+def _not_yet(value: Any) -> Any:
+    if value == "auto":
+        raise ValueError("'auto' is reserved for a strength that is found by itself, which does not work yet")
+    return value
+
+
+Layers = Annotated[tuple[Layer, ...], AfterValidator(_distinct), Field(min_length=1, strict=False)]
+Strength = Annotated[float, BeforeValidator(_not_yet)]
 
 
 class Strict(BaseModel):
@@ -29,49 +53,179 @@ class Lora(Strict):
 
     rank: int = Field(4, ge=1, le=64, description="Rank of the update of each target layer.")
     alpha: float = Field(8.0, gt=0, le=1024, description="Scale of the update, divided by the rank.")
-    targets: Annotated[tuple[Target, ...], AfterValidator(_distinct)] = Field(
-        ("conv2", "dense1", "dense2"), min_length=1, strict=False, description="Layers that get an update."
-    )
+    targets: Layers = Field(("conv2", "dense1", "dense2"), description="Layers that get an update.")
 
 
-class Adversarial(Strict):
-    """Training on adversarial examples mixed with the clean ones."""
+class Bias(Strict):
+    """BitFit (Ben Zaken et al. 2022): biases and the classifier."""
 
-    attack: Literal["fgsm"] = Field("fgsm", description="`fgsm`: one step from a random start (Wong et al. 2020).")
-    epsilon: float = Field(0.1, gt=0, le=1, description="Largest change of a pixel, in units of [0, 1].")
+    targets: Layers = Field(get_args(Layer), description="Layers whose biases are trained.")
+
+
+class Ia3(Strict):
+    """IA3 (Liu et al. 2022): a learned scale on every channel or unit that a target layer gives, and the classifier."""
+
+    targets: Layers = Field(get_args(Layer), description="Layers whose activations are scaled.")
+
+
+class Adapter(Strict):
+    """Adapters (Houlsby et al. 2019): x + up(relu(down(x))) after each dense layer, and the classifier."""
+
+    bottleneck: int = Field(16, ge=1, le=128, description="Units between down and up.")
+
+
+OPTIONS = {"lora": Lora, "bias": Bias, "ia3": Ia3, "adapter": Adapter}  # method -> its options
+
+
+class Attack(Strict):
+    """What the attacks share. L-infinity: no pixel changes by more than epsilon."""
+
+    epsilon: float = Field(0.1, ge=0, le=1, description="Largest change of a pixel, in units of [0, 1]; 0 is off.")
+
+
+class Fgsm(Attack):
+    """One step of 1.25 epsilon from a random start (Wong et al. 2020)."""
+
+    attack: Literal["fgsm"] = Field("fgsm", description="One step from a random start.")
     weight: float = Field(0.5, gt=0, le=1, description="Share of the adversarial loss; the rest is the clean loss.")
+    spread: float = Field(
+        1.0, ge=0, le=1,
+        description="Every image draws its own epsilon between (1 - spread) epsilon and epsilon; 0 is one for all.",
+    )  # fmt: skip
+
+
+class Pgd(Attack):
+    """Projected gradient ascent from a random start (Madry et al. 2018)."""
+
+    attack: Literal["pgd"] = Field(description="Several steps from a random start.")
+    steps: int = Field(7, ge=1, le=100, description="Steps of the attack, each of 2.5 epsilon / steps.")
+    weight: float = Field(1.0, gt=0, le=1, description="Share of the adversarial loss; the rest is the clean loss.")
+    spread: float = Field(0.0, ge=0, le=1, description="As with `fgsm`.")
+
+
+class Trades(Attack):
+    """Clean loss + beta * KL(clean prediction, worst prediction nearby) (Zhang et al. 2019)."""
+
+    attack: Literal["trades"] = Field(description="Several steps away from the clean prediction.")
+    steps: int = Field(7, ge=1, le=100, description="Steps of the attack, each of 2.5 epsilon / steps.")
+    beta: float = Field(1.0, gt=0, le=100, description="Weight of the divergence; the more data, the more it may be.")
+
+
+class Free(Attack):
+    """Every batch is replayed, and one gradient serves the weights and the attack (Shafahi et al. 2019)."""
+
+    attack: Literal["free"] = Field(description="One step in each replay.")
+    replays: int = Field(4, ge=2, le=16, description="Updates for each batch (m); an epoch has so many times more.")
+
+
+class Vat(Strict):
+    """Clean loss + weight * KL to the prediction where it changes most; needs no labels (Miyato et al. 2019)."""
+
+    attack: Literal["vat"] = Field(description="Power iteration; needs no labels.")
+    norm: Literal["l2", "linf"] = Field("l2", description="Norm of the perturbation of an image.")
+    epsilon: float = Field(1.0, ge=0, le=28, description="Its size: Euclidean, or of a pixel (then at most 1).")
+    steps: int = Field(1, ge=1, le=10, description="Power iterations.")
+    weight: float = Field(1.0, gt=0, le=100, description="Weight of the divergence.")
+
+    @model_validator(mode="after")
+    def _pixels_end_at_one(self) -> Self:
+        if self.norm == "linf" and self.epsilon > 1:
+            raise ValueError("epsilon: more than 1 in the norm linf")
+        return self
+
+
+ATTACK_NAMES = ("fgsm", "pgd", "trades", "free", "vat")
+
+
+def _attack(value: Any) -> Any:
+    return value.get("attack", "fgsm") if isinstance(value, Mapping) else getattr(value, "attack", None)
+
+
+Adversarial = Annotated[
+    Annotated[Fgsm, Tag("fgsm")]
+    | Annotated[Pgd, Tag("pgd")]
+    | Annotated[Trades, Tag("trades")]
+    | Annotated[Free, Tag("free")]
+    | Annotated[Vat, Tag("vat")],
+    Discriminator(_attack),
+]
+
+
+class Augmentation(Strict):
+    """Light random distortions of the training images."""
+
+    shift: float = Field(0.0, ge=0, le=8, description="Largest shift along each axis, in pixels.")
+    rotate: float = Field(0.0, ge=0, le=180, description="Largest turn, in degrees.")
+    scale: float = Field(0.0, ge=0, le=0.5, description="Largest relative change of size along each axis.")
 
 
 class EarlyStopping(Strict):
-    """Stop when the validation loss no longer falls, and keep the best weights."""
+    """Stop when the validation loss (with an attack: accuracy under it) no longer gets better, and keep the best."""
 
     patience: int = Field(5, ge=1, le=1000, description="Epochs without improvement before stopping.")
-    min_delta: float = Field(0.0, ge=0, description="Smallest fall of the validation loss that counts.")
+    min_delta: float = Field(0.0, ge=0, description="Smallest improvement that counts.")
 
 
 class Spec(Strict):
     """How to fine-tune. Every field has a default; zero or null switches an effect off."""
 
-    method: Literal["full", "head", "lora"] = Field(
-        "lora", description="What is trained: everything, the classifier, or low-rank updates and the classifier."
+    method: Method = Field(
+        "lora",
+        description="What is trained: `full` everything, `head` the classifier; or the classifier and `bias` biases, "
+        "`lora` low-rank updates, `adapter` bottlenecks after the dense layers, `ia3` scales of activations.",
     )
     lora: Lora | None = Field(None, description="Options of `lora`; only with that method.")
+    bias: Bias | None = Field(None, description="Options of `bias`; only with that method.")
+    ia3: Ia3 | None = Field(None, description="Options of `ia3`; only with that method.")
+    adapter: Adapter | None = Field(None, description="Options of `adapter`; only with that method.")
     base: str = Field(
         "lenet5",
         pattern=r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$",
         description="Published model to start from, `name` or `name:version`.",
     )
-    l1: float = Field(0.0, ge=0, le=1, description="Lasso: lambda * sum |w| on the effective kernels, no biases.")
-    l2: float = Field(1e-4, ge=0, le=10, description="Ridge: alpha / 2 * sum w^2 on the effective kernels, no biases.")
-    dropout: float = Field(0.2, ge=0, le=0.9, description="Share of the dense units set to zero in training.")
+    l1: Strength = Field(
+        0.0, ge=0, le=1,
+        description="Lasso: lambda * sum |w| on the effective kernels, no biases. Kernels that are trained directly "
+        "get exact zeros (proximal steps); those under `lora` or `ia3` shrink, but get no exact zeros (subgradient).",
+    )  # fmt: skip
+    l2: Strength = Field(
+        1e-4, ge=0, le=10, description="Ridge: alpha / 2 * sum w^2 on the effective kernels, no biases."
+    )
+    l2_sp: Strength = Field(
+        0.0, ge=0, le=10,
+        description="alpha / 2 * sum (w - w_base)^2 on the effective kernels; from zero for a new classifier.",
+    )  # fmt: skip
+    dropout: Strength = Field(0.2, ge=0, le=0.9, description="Share of the dense units set to zero in training.")
+    label_smoothing: Strength = Field(
+        0.0, ge=0, lt=1, description="Share of the target that is spread over all classes."
+    )
+    mixup: Strength = Field(
+        0.0, ge=0, le=10, description="Images and labels are mixed in pairs, with shares drawn from Beta(mixup, mixup)."
+    )
+    augmentation: Augmentation | None = Field(None, description="Random shifts, turns and scalings, or null.")
     adversarial: Adversarial | None = Field(None, description="Adversarial training, or null.")
     epochs: int = Field(20, ge=1, le=1000, description="Passes over the training images.")
     batch_size: int = Field(
         64, ge=1, le=4096, description="Most images of a step; a small set still takes twenty steps an epoch."
     )
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak rate of Adam; it falls to zero as a cosine.")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
+    schedule: Literal["constant", "cosine", "one_cycle"] = Field(
+        "cosine", description="How the learning rate goes: `cosine` falls to zero, `one_cycle` rises over 30% first."
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="`sgd` has Nesterov momentum.")
+    momentum: float | None = Field(None, ge=0, lt=1, description="Of `sgd`, by default 0.9.")
+    weight_decay: float | None = Field(
+        None, ge=0, le=1, description="Of `adamw`, by default 0.01: decoupled decay of kernels, which is not L2."
+    )
+    class_weights: Literal["auto"] | None = Field(
+        None, description="`auto`: an image counts the more the rarer its class is."
+    )
     validation_split: float = Field(
-        0.2, ge=0.05, le=0.5, description="Share of every class held out for the report; at least one image of each."
+        0.2, ge=0.05, le=0.5,
+        description="Share of every class held out for the report; the default takes at least one image of each.",
+    )  # fmt: skip
+    folds: Literal[5] | None = Field(
+        None, description="Under 200 images: train on five folds first, for an estimate from all images."
     )
     early_stopping: EarlyStopping | None = Field(None, description="Stop early and keep the best weights, or null.")
     polarity: Literal["auto", "light_on_dark", "dark_on_light"] = Field(
@@ -80,13 +234,38 @@ class Spec(Strict):
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="`gpu` fails where there is none.")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Everything random follows from it.")
 
+    @field_validator(*OPTIONS, "momentum", "weight_decay", mode="after")
+    @classmethod
+    def _belongs(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse an option of something that is not chosen."""
+        field, chosen = OWNERS[str(info.field_name)]
+        owner = info.data.get(field, chosen)  # missing where it is itself refused
+        if value is not None and owner != chosen:
+            raise ValueError(f"an option of {field} {chosen!r}, but the {field} is {owner!r}")
+        return value
+
     @model_validator(mode="after")
-    def _options_of_the_method(self) -> "Spec":
-        if self.method == "lora":
-            object.__setattr__(self, "lora", self.lora or Lora())
-        elif self.lora is not None:
-            raise ValueError(f"lora: options of `lora` with method {self.method!r}")
+    def _fill_in(self) -> Self:
+        """Write the defaults of what is chosen into the record; what is off becomes null."""
+        filled: dict[str, Any] = {}
+        if self.method in OPTIONS and getattr(self, self.method) is None:
+            filled[self.method] = OPTIONS[self.method]()
+        if self.optimizer == "sgd" and self.momentum is None:
+            filled["momentum"] = 0.9
+        if self.optimizer == "adamw" and self.weight_decay is None:
+            filled["weight_decay"] = 0.01
+        if self.adversarial is not None and self.adversarial.epsilon == 0:
+            filled["adversarial"] = None
+        if self.augmentation == Augmentation():
+            filled["augmentation"] = None
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)
         return self
+
+
+OWNERS = {method: ("method", method) for method in OPTIONS} | {
+    "momentum": ("optimizer", "sgd"), "weight_decay": ("optimizer", "adamw")
+}  # fmt: skip
 
 
 def parse_spec(text: str | None) -> Spec:
@@ -103,16 +282,64 @@ def parse_spec(text: str | None) -> Spec:
 
 def invalid_spec(exc: ValidationError) -> InvalidSpec:
     """The error that names every field that pydantic has refused."""
-    details: list[dict[str, Any]] = []
+    reasons: dict[str, str] = {}
     for error in exc.errors(include_url=False, include_input=False, include_context=False):
         location: Sequence[int | str] = ("spec", *error["loc"])
         message = error["msg"].removeprefix("Value error, ")
-        if error["type"] == "value_error" and not error["loc"]:  # the validator across fields names its field itself
-            field, _, message = message.partition(": ")
-            location = ("spec", field)
-        details.append({"field": ".".join(map(str, location)), "reason": message})
-    summary = "; ".join(f"{detail['field']}: {detail['reason']}" for detail in details)
-    return InvalidSpec(f"the spec is invalid: {summary}", param=details[0]["field"], details=details)
+        if location[1:2] == ("adversarial",):
+            location = (*location[:2], *location[3:])  # without the name of the attack, which is no field
+            if error["type"] == "union_tag_invalid":
+                location, message = (*location, "attack"), f"one of {', '.join(ATTACK_NAMES)}"
+            elif error["type"] == "union_tag_not_found":
+                message = "an object with an attack and its options, or null"
+            elif error["type"] == "value_error" and ": " in message:  # a validator across fields names its field itself
+                field, _, message = message.partition(": ")
+                location = (*location, field)
+        reasons.setdefault(".".join(map(str, location)), message)
+    return _refused("the spec is invalid", reasons)
+
+
+def check_dataset(spec: Spec, classes: Mapping[str, int], *, held_out: bool) -> None:
+    """Refuse a spec that the data set does not allow.
+
+    Args:
+        classes: images of each class.
+        held_out: validation images were uploaded apart, so nothing has to be split off.
+
+    Raises:
+        InvalidSpec: with the field's path, and every class in question.
+    """
+    wrong: dict[str, str] = {}
+    asked = "validation_split" in spec.model_fields_set  # the default holds out at least one image of each class
+    empty = [name for name, count in classes.items() if round(spec.validation_split * count) == 0]
+    if held_out and asked:
+        wrong["validation_split"] = "a `validation` upload was given: nothing is split off"
+    elif empty and asked and not spec.folds:
+        wrong["validation_split"] = f"leaves class {_some(empty)} without an image to validate on"
+    few = [name for name, count in classes.items() if count < (spec.folds or 0)]
+    if spec.folds and held_out:
+        wrong["folds"] = "a `validation` upload was given: it says what to measure on"
+    elif spec.folds and sum(classes.values()) >= MAX_FOLD_IMAGES:
+        wrong["folds"] = f"for fewer than {MAX_FOLD_IMAGES} images, and there are {sum(classes.values())}"
+    elif few:
+        wrong["folds"] = f"needs {spec.folds} images of every class, and {_some(few)} has fewer"
+    if wrong:
+        raise _refused("the spec does not fit the data", {f"spec.{field}": reason for field, reason in wrong.items()})
+
+
+def refused(field: str, reason: str) -> InvalidSpec:
+    """The error that says what is wrong with one field, a path within the spec."""
+    return _refused("the spec is invalid", {f"spec.{field}": reason})
+
+
+def _refused(summary: str, reasons: Mapping[str, str]) -> InvalidSpec:
+    details = [{"field": field, "reason": reason} for field, reason in reasons.items()]
+    listed = "; ".join(f"{field}: {reason}" for field, reason in reasons.items())
+    return InvalidSpec(f"{summary}: {listed}", param=details[0]["field"], details=details)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def described(spec: Spec) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""Uploaded data sets: received, prepared by `trainer.datasets` in a process of its own, and kept."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import UploadFile
+
+from serving.errors import InvalidDataset, Overloaded
+from serving.settings import Settings
+
+log = logging.getLogger("temper.gateway")
+
+DECODERS, MAX_UPLOADS = 2, 32  # uploads that are decoded, and that may be under way, at a time
+
+
+class Uploads:
+    """Takes in so many uploads at a time and no more."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._decoders = asyncio.Semaphore(DECODERS)
+        self._under_way = 0
+
+    async def store(self, data: UploadFile, validation: UploadFile | None) -> dict[str, Any]:
+        """Prepare an upload and keep the result; what the job record says of it.
+
+        Raises:
+            InvalidDataset: what is wrong with either file, or with the two together.
+            Overloaded: too many others are under way.
+        """
+        if self._under_way >= MAX_UPLOADS:
+            raise Overloaded(f"{MAX_UPLOADS} uploads are being read already")
+        self._under_way += 1
+        try:
+            async with self._decoders:
+                dataset = await self._store(data, "data", least=2)
+                if validation is None:
+                    return dataset
+                apart = await self._store(validation, "validation", least=1)
+        finally:
+            self._under_way -= 1
+        unknown = sorted(set(apart["classes"]) - set(dataset["classes"]))
+        if unknown:
+            details = [{"class": name, "reason": "is no class of `data`"} for name in unknown]
+            raise InvalidDataset(
+                f"the validation images have classes that `data` has not: {', '.join(unknown[:5])}",
+                param="validation", details=details,
+            )  # fmt: skip
+        return {**dataset, "validation": apart}
+
+    async def _store(self, upload: UploadFile, field: str, least: int) -> dict[str, Any]:
+        name = secrets.token_hex(8)
+        staging = self._settings.staging
+        raw, prepared = staging / f"{name}.upload", staging / f"{name}.npz"
+
+        def keep() -> None:
+            with raw.open("wb") as file:
+                shutil.copyfileobj(upload.file, file)
+
+        try:
+            await asyncio.to_thread(keep)
+            dataset = await prepare_upload(raw, prepared, self._settings, least)
+            prepared.rename(self._settings.datasets / f"{dataset['id']}.npz")
+        except InvalidDataset as exc:
+            raise InvalidDataset(exc.message, param=field, details=exc.details) from exc
+        finally:
+            raw.unlink(missing_ok=True)
+            prepared.unlink(missing_ok=True)
+        return {"filename": upload.filename or "", **dataset}
+
+
+async def prepare_upload(upload: Path, prepared: Path, settings: Settings, least: int = 2) -> dict[str, Any]:
+    """Read `upload` in a process of its own and write the data set to `prepared`.
+
+    Args:
+        least: as in `trainer.datasets.read`.
+
+    Returns:
+        The data set as `Dataset.described` does.
+
+    Raises:
+        InvalidDataset: what is wrong with it, or that reading it took more time or memory than allowed.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "trainer.datasets", str(upload), str(prepared), str(least), settings.model_dump_json(),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parent.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        output, complaint = await asyncio.wait_for(process.communicate(), settings.decode_seconds)
+    except TimeoutError as exc:
+        raise InvalidDataset(f"reading the file takes more than {settings.decode_seconds} s", param="data") from exc
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        log.error("reading an upload ended with %s: %s", process.returncode, complaint.decode(errors="replace"))
+        raise InvalidDataset("reading the file takes more memory or processor time than allowed", param="data")
+    verdict: dict[str, Any] = json.loads(output)
+    if "error" in verdict:
+        raise InvalidDataset(**verdict["error"])
+    return verdict
+
+
+def sweep(settings: Settings) -> None:
+    """Remove what uploads have left behind whose gateway was killed."""
+    for pattern in ("*.upload", "*.npz"):
+        for path in settings.staging.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > settings.decode_seconds:
+                    path.unlink()

@@ -1,0 +1,314 @@
+"""Training by a spec: from the base's parameters to the served ones. Knows nothing of jobs, files or servers."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from serving.errors import Diverged
+from trainer import evaluate
+from trainer.attacks import STEP_SHARE
+from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
+from trainer.methods import Method, first_touched
+from trainer.network import Network, network
+from trainer.optimizers import RISE, learning_rates
+from trainer.program import SCHEDULE, Coefficients, Program, Structure, program
+from trainer.spec import Adversarial, Fgsm, Free, Pgd, Spec, Trades, Vat, refused
+
+PROBE_IMAGES, PROBE_STEPS = 128, 7  # of the attack on validation images after each epoch
+RECEIPT_IMAGES = 64
+INERT, DROWNING = 1e-3, 0.9  # shares of the update below and above which a regularizer is warned of
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, light on dark, on the device, with their labels."""
+
+    images: Any  # (n, 28, 28, 1) float32
+    labels: np.ndarray  # (n,) int32
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from."""
+
+    params: Arrays  # of the network that will be served
+    new: frozenset[str]  # names of those that the base did not have
+    method: Method
+    lora_scale: float
+
+
+@dataclass
+class Fitted:
+    """What came of a run."""
+
+    params: Arrays  # effective, to serve
+    trained: Arrays  # what the method has changed
+    method: Method
+    lora_scale: float
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
+    receipt: list[dict[str, Any]] = field(default_factory=list)  # value and share of each term, an epoch a record
+    kept_epoch: int = 0
+    ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting
+    overfitted_epoch: int | None = None  # in which the attack was found to be overfitted
+    images_per_second: float = 0.0
+
+    @property
+    def network(self) -> Network:
+        """The served network, on the device that is current."""
+        return serve(self.params)
+
+
+def serve(params: Arrays) -> Network:
+    """The compiled network with these parameters, on the device that is current."""
+    device = tf.constant(0.0).device
+    return network(params[f"{HEAD}/bias"].shape[0], bottleneck_of(params), device).use(params)
+
+
+def bottleneck_of(params: Arrays) -> int:
+    """Units of the network's adapters; 0 without."""
+    down = params.get("dense1/down/kernel")
+    return 0 if down is None else int(down.shape[1])
+
+
+def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Start:
+    """The network to train: the base's, with a new head unless the classes are the base's, and with the adapters.
+
+    Raises:
+        InvalidSpec: the base has adapters of another size.
+    """
+    params, new = dict(base), set[str]()
+    if not same_classes:
+        fresh = {name: value for name, value in initial(classes, spec.seed).items() if name.startswith(f"{HEAD}/")}
+        params |= fresh
+        new |= set(fresh)
+    bottleneck = bottleneck_of(base)
+    if spec.adapter:
+        if bottleneck not in (0, spec.adapter.bottleneck):
+            raise refused("adapter.bottleneck", f"the base has adapters of {bottleneck} units already")
+        if not bottleneck:
+            bottleneck = spec.adapter.bottleneck
+            params |= adapters(bottleneck, spec.seed)
+            new |= set(params) - set(base)
+    options = spec.lora or spec.bias or spec.ia3
+    method = Method(
+        spec.method,
+        targets=tuple(sorted(options.targets)) if options else (),
+        rank=spec.lora.rank if spec.lora else 0,
+        bottleneck=bottleneck,
+    )
+    return Start(params, frozenset(new), method, spec.lora.alpha / spec.lora.rank if spec.lora else 0.0)
+
+
+def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
+    """What has to be compiled for a spec."""
+    attack = spec.adversarial
+    untouched = spec.augmentation is None and spec.mixup == 0 and attack is None
+    entry = first_touched(start.method.start(start.params, 0)) if untouched else FIRST
+    if untouched and spec.dropout and entry == HEAD:
+        entry = "dense2"  # which takes in what dropout has left of dense1
+    return Structure(
+        method=start.method,
+        classes=classes,
+        entry=entry,
+        penalties=frozenset(name for name in ("l1", "l2", "l2_sp") if getattr(spec, name) > 0),
+        attack={Fgsm: "pgd", Pgd: "pgd", Trades: "trades", Free: "free", Vat: "vat", type(None): None}[type(attack)],
+        norm=attack.norm if isinstance(attack, Vat) else "linf",
+        clean=not (isinstance(attack, Free) or (isinstance(attack, Fgsm | Pgd) and attack.weight == 1)),
+        augment=spec.augmentation is not None,
+        mixup=spec.mixup > 0,
+        optimizer=spec.optimizer,
+        device=device,
+    )
+
+
+def coefficients(spec: Spec, images: int) -> Coefficients:
+    """The inputs of every step of a run on so many images."""
+    attack, augmentation = spec.adversarial, spec.augmentation
+    steps = 1 if attack is None or isinstance(attack, Fgsm | Free) else attack.steps
+    return Coefficients(
+        seed=spec.seed,
+        # A small set still takes twenty steps an epoch: with fewer, a default job ends before it has learned anything.
+        batch_size=min(spec.batch_size, max(8, images // 20)),
+        replays=attack.replays if isinstance(attack, Free) else 1,
+        attack_steps=steps,
+        attack_size=1.25 if isinstance(attack, Fgsm) else STEP_SHARE / steps,
+        epsilon=attack.epsilon if attack else 0.0,
+        spread=attack.spread if isinstance(attack, Fgsm | Pgd) else 0.0,
+        adversarial_weight=_weight(attack),
+        l1=spec.l1, l2=spec.l2, l2_sp=spec.l2_sp, dropout=spec.dropout, label_smoothing=spec.label_smoothing,
+        shift=augmentation.shift if augmentation else 0.0,
+        rotate=float(np.radians(augmentation.rotate)) if augmentation else 0.0,
+        scale=augmentation.scale if augmentation else 0.0,
+        momentum=spec.momentum or 0.0,
+        weight_decay=spec.weight_decay or 0.0,
+    )  # fmt: skip
+
+
+def _weight(attack: Adversarial | None) -> float:
+    if attack is None or isinstance(attack, Free):
+        return 0.0
+    return attack.beta if isinstance(attack, Trades) else attack.weight
+
+
+def schedule(spec: Spec, updates: int) -> np.ndarray:
+    """What changes from update to update, (updates, 4) float32, see `program.SCHEDULE`."""
+    rng = np.random.default_rng([spec.seed, 1])
+    number = np.arange(updates)
+    columns = {
+        "rate": spec.learning_rate * learning_rates(spec.schedule, updates),
+        # From the start, an attack at full strength can drive a net this small into one class.
+        "reach": np.minimum(1.0, number / updates / RISE),
+        "mix": rng.beta(spec.mixup, spec.mixup, updates) if spec.mixup else np.ones(updates),
+        "t": number + 1,
+    }
+    return np.stack([columns[name] for name in SCHEDULE], axis=1).astype(np.float32)
+
+
+def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Inverse frequency, of mean one over the images: n / (classes * n_k) (King & Zeng 2001)."""
+    counts = np.bincount(labels, minlength=classes)
+    return (len(labels) / (classes * np.maximum(counts, 1))).astype(np.float32)
+
+
+def fit(
+    spec: Spec, start: Start, train: Split, validation: Split, *, classes: int,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Fitted:  # fmt: skip
+    """Train, on the device that is current.
+
+    The last epoch's weights are kept; with early stopping those of the least validation cross-entropy; with an
+    attack those of the best validation accuracy, clean and under the attack in the shares of the loss.
+
+    Args:
+        on_epoch: told every epoch's record.
+
+    Raises:
+        Diverged: the loss is no finite number any more.
+    """
+    fitted = program(structure(spec, start, classes, tf.constant(0.0).device))
+    entry = fitted.structure.entry
+    n = len(train.labels)
+    c = coefficients(spec, n)
+    weights = class_weights(train.labels, classes) if spec.class_weights else None
+    fitted.load(start.params, spec.seed, lora_scale=start.lora_scale, new=start.new, class_weights=weights)
+    seen = serve(start.params)
+    features, held_out = (tf.constant(seen.part(split.images, until=entry)) for split in (train, validation))
+    labels = tf.constant(train.labels)
+    updates = -(-n // c.batch_size) * c.replays
+    plan = schedule(spec, spec.epochs * updates)
+    result = Fitted({}, {}, start.method, start.lora_scale)
+    choice = _Choice(spec, fitted, validation)
+    rng = np.random.default_rng(spec.seed)
+    seconds = 0.0
+    for epoch in range(1, spec.epochs + 1):
+        order = tf.constant(rng.permutation(n).astype(np.int32))
+        done = (epoch - 1) * updates
+        began = time.perf_counter()
+        terms, wrong = fitted.epoch(features, labels, order, plan[done : done + updates], done, c)
+        seconds += time.perf_counter() - began
+        if wrong is not None:
+            raise Diverged(f"the loss is no finite number in step {done + wrong + 1}, epoch {epoch}; {ADVICE}")
+        logits = seen.use(fitted.params()).part(held_out, entry)
+        record = {
+            "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, validation.labels),
+            "validation_cross_entropy": evaluate.cross_entropy(logits, validation.labels),
+        }  # fmt: skip
+        if not np.isfinite(logits).all():
+            raise Diverged(f"the weights are no finite numbers after step {done + updates}, epoch {epoch}; {ADVICE}")
+        verdict = choice.judge(record, seen, warm=plan[done + updates - 1, 1] >= 1)
+        if len(fitted.terms()) > 1:
+            some = order[:RECEIPT_IMAGES]
+            shares = fitted.shares(tf.gather(features, some), tf.gather(labels, some), c)
+            values = {name: {"value": terms[name], "share": shares[name]} for name in terms}
+            result.receipt.append({"epoch": epoch, **values})
+        result.history.append(record)
+        on_epoch(record)
+        if verdict:
+            result.ended_by = verdict
+            result.overfitted_epoch = epoch if verdict == "catastrophic_overfitting" else None
+            break
+    result.kept_epoch = choice.restore(epoch)
+    result.params = {name: np.asarray(value) for name, value in fitted.params().items()}
+    result.trained = fitted.snapshot()
+    result.images_per_second = len(result.history) * n * c.replays / seconds
+    return result
+
+
+ADVICE = "lower the learning rate"
+
+
+class _Choice:
+    """Which epoch's weights are kept, and when training ends before its time."""
+
+    def __init__(self, spec: Spec, fitted: Program, validation: Split) -> None:
+        self._spec = spec
+        self._fitted = fitted
+        self._attack = None if isinstance(spec.adversarial, Vat) else spec.adversarial
+        some = np.unique(np.linspace(0, len(validation.labels) - 1, PROBE_IMAGES).astype(int))
+        self._images, self._labels = tf.gather(validation.images, some), validation.labels[some]
+        self._best: tuple[float, int, Arrays] = (-np.inf, 0, {})
+        self._most_robust = 0.0
+
+    def judge(self, record: dict[str, Any], seen: Network, *, warm: bool) -> str:
+        """Why training shall end now, or nothing. Adds the accuracy under attack to the record.
+
+        FGSM can be overfitted: the network learns to mask the one step, and falls to any attack of several (Wong et
+        al. 2020; Andriushchenko & Flammarion 2020). A PGD probe shows it.
+        """
+        spec, score, patient = self._spec, -record["validation_cross_entropy"], spec_patience(self._spec)
+        overfitted = False
+        if self._attack:
+            epsilon = tf.constant(self._attack.epsilon, tf.float32)
+            probe = (tf.constant(PROBE_STEPS), tf.constant([spec.seed, 0]), tf.constant(False))
+            labels = tf.constant(self._labels)
+            robust = evaluate.accuracy(seen.pgd(self._images, labels, epsilon, *probe).numpy(), self._labels)
+            fast = evaluate.accuracy(seen.fgsm(self._images, labels, epsilon).numpy(), self._labels)
+            record |= {"validation_accuracy_under_pgd": robust, "validation_accuracy_under_fgsm": fast}
+            overfitted = warm and self._most_robust >= 0.2 and robust < self._most_robust / 2 and fast > robust + 0.2
+            self._most_robust = max(self._most_robust, robust) if warm else 0.0
+            share = self._attack.weight if isinstance(self._attack, Fgsm | Pgd) else 1.0
+            score = (1 - share) * record["validation_accuracy"] + share * robust
+            score += 1e-6 * record["epoch"]  # the later of equals
+        elif not spec.early_stopping:
+            return ""
+        if score > self._best[0] + (spec.early_stopping.min_delta if spec.early_stopping else 0.0):
+            self._best = (score, record["epoch"], self._fitted.snapshot())
+        if overfitted:
+            return "catastrophic_overfitting"
+        return "early_stopping" if record["epoch"] - self._best[1] >= patient else ""
+
+    def restore(self, last: int) -> int:
+        """Put the best weights back; their epoch."""
+        _, epoch, trained = self._best
+        if trained:
+            self._fitted.restore(trained)
+        return epoch or last
+
+
+def spec_patience(spec: Spec) -> float:
+    """Epochs without improvement before stopping."""
+    return spec.early_stopping.patience if spec.early_stopping else np.inf
+
+
+def warnings(receipt: list[dict[str, Any]], *, zeros: bool) -> list[dict[str, str]]:
+    """What the receipt says of terms that do nothing, or that leave nothing to the data.
+
+    Args:
+        zeros: L1 has made exact zeros, so it is not inert however small its share.
+    """
+    found = []
+    for name in receipt[0] if receipt else ():
+        if name in ("epoch", "data_loss"):
+            continue
+        share = float(np.median([record[name]["share"] for record in receipt]))
+        if share < INERT and not (name == "l1" and zeros):
+            text = f"{name} makes up {share:.1g} of the update: it is inert; raise it or leave it out"
+            found.append({"term": name, "kind": "inert", "message": text})
+        if share > DROWNING and name != "adversarial_loss":
+            text = f"{name} makes up {share:.0%} of the update: it drowns the data loss; lower it"
+            found.append({"term": name, "kind": "drowning", "message": text})
+    return found

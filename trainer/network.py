@@ -1,0 +1,105 @@
+"""The served network, compiled for inference and for attacks on it. Reports see training through this alone."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer import attacks
+from trainer.lenet import FIRST, INPUTS, Arrays, Tensor, adapters, initial, logits
+
+BATCH = 1024
+LABELS = tf.TensorSpec((None,), tf.int32)
+SCALAR, COUNT = tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32)
+SEED = tf.TensorSpec((2,), tf.int32)
+
+
+def inputs(layer: str) -> tf.TensorSpec:
+    """What goes into a layer."""
+    return tf.TensorSpec((None, *INPUTS[layer]), tf.float32)
+
+
+IMAGES = inputs(FIRST)
+
+
+def in_batches(function: Callable[..., Any], *arrays: Any) -> np.ndarray:
+    """`function` over slices of the arrays, its results joined."""
+    n = len(arrays[0])
+    parts = [np.asarray(function(*(array[at : at + BATCH] for array in arrays))) for at in range(0, n, BATCH)]
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def network(classes: int, bottleneck: int, device: str) -> "Network":
+    """The process's network of this form on this device; one job at a time may use it."""
+    with tf.device(device):
+        return Network(classes, bottleneck)
+
+
+class Network:
+    """LeNet-5 with parameters that can be exchanged. All functions take light-on-dark images, and labels int32."""
+
+    def __init__(self, classes: int, bottleneck: int = 0) -> None:
+        shapes = initial(classes, seed=0) | (adapters(bottleneck, seed=0) if bottleneck else {})
+        self._params = {name: tf.Variable(value, trainable=False) for name, value in shapes.items()}
+        self._tails: dict[tuple[str, str], Any] = {}
+
+    def use(self, params: Mapping[str, Tensor]) -> "Network":
+        """Take these parameters."""
+        for name, variable in self._params.items():
+            variable.assign(params[name])
+        return self
+
+    def params(self) -> Arrays:
+        """A copy of the parameters."""
+        return {name: variable.numpy() for name, variable in self._params.items()}
+
+    def part(self, x: Tensor, entry: str = FIRST, until: str = "") -> np.ndarray:
+        """What goes into the layer `until`, or the logits, of what goes into `entry`; in batches."""
+        if entry == until:
+            return np.asarray(x)
+        if (entry, until) not in self._tails:
+            function = functools.partial(logits, self._params, entry=entry, until=until)
+            self._tails[entry, until] = tf.function(function, autograph=False, input_signature=[inputs(entry)])
+        tail = self._tails[entry, until]
+        return in_batches(lambda batch: tail(tf.convert_to_tensor(batch)), x)
+
+    def logits(self, images: Tensor) -> np.ndarray:
+        """Class scores, (n, classes) float32."""
+        return self.part(images)
+
+    @tf.function(autograph=False, input_signature=[IMAGES, LABELS, SCALAR])
+    def fgsm(self, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
+        """The logits under FGSM."""
+        return self._scores(attacks.fgsm(lambda x: attacks.cross_entropy(labels, self._scores(x)), images, epsilon))
+
+    @tf.function(autograph=False, input_signature=[IMAGES, LABELS, SCALAR, COUNT, SEED, tf.TensorSpec((), tf.bool)])
+    def pgd(
+        self, images: Tensor, labels: Tensor, epsilon: Tensor, steps: Tensor, seed: Tensor, by_margin: Tensor
+    ) -> Tensor:
+        """The logits under one run of PGD that climbs the cross-entropy, or the margin where that one is flat."""
+
+        def objective(x: Tensor) -> Tensor:
+            scores = self._scores(x)
+            return tf.where(by_margin, attacks.margin(labels, scores), attacks.cross_entropy(labels, scores))
+
+        start = attacks.in_ball(images, epsilon, seed)
+        size = attacks.STEP_SHARE * epsilon / tf.cast(steps, tf.float32)
+        return self._scores(attacks.pgd(objective, images, start, epsilon, steps, size))
+
+    @tf.function(autograph=False, input_signature=[IMAGES, LABELS, IMAGES, SCALAR, COUNT, COUNT, COUNT, SEED])
+    def square(
+        self, images: Tensor, labels: Tensor, start: Tensor, epsilon: Tensor, first: Tensor, last: Tensor,
+        budget: Tensor, seed: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Queries `first` to `last` of Square: the images and their margins, above zero where it has won."""
+
+        def objective(x: Tensor) -> Tensor:
+            return attacks.margin(labels, self._scores(x))
+
+        return attacks.square(objective, images, start, epsilon, first, last, budget, seed)
+
+    def _scores(self, images: Tensor) -> Tensor:
+        return logits(self._params, images)

@@ -1,0 +1,211 @@
+"""The report card. The quick part is made before a version is published, the costly part when no job waits.
+
+Every number follows from the exported parameters, the data set and the spec.
+"""
+
+import resource
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer import attacks, evaluate, fit
+from trainer.fit import Fitted, Split, serve
+from trainer.lenet import HEAD, Arrays
+from trainer.methods import direct_kernels, touched_kernels
+from trainer.network import BATCH, Network
+from trainer.spec import Spec, Vat
+
+EPSILON = 0.1  # of the report's attacks where the spec trains against none
+ROBUST_IMAGES = 500  # most images that the costly attacks are run on
+PGD_STEPS, PGD_RESTARTS = 40, 5
+SQUARE_QUERIES, SQUARE_PART = 1000, 250
+
+Model = Callable[[], Network]
+
+
+def quick(fitted: Fitted, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec) -> dict[str, Any]:
+    """What is known before publishing; all but `train` on images that the job has held out."""
+    network = fitted.network
+    logits = network.logits(validation.images)
+    on_train = evaluate.score(network.logits(train.images), train.labels)
+    on_validation = evaluate.score(logits, validation.labels)
+    epsilon = epsilon_of(spec)
+    attacked = evaluate.accuracy(fgsm(network, validation, epsilon), validation.labels)
+    params, delta = fitted.params, fitted.trained
+    sparse = evaluate.sparsity(params)
+    return {
+        "train": on_train,
+        "validation": on_validation | evaluate.classification(logits, validation.labels, classes),
+        "generalization_gap": {
+            "accuracy": on_train["accuracy"] - on_validation["accuracy"],
+            "cross_entropy": on_validation["cross_entropy"] - on_train["cross_entropy"],
+        },
+        "calibration": evaluate.calibration(logits, validation.labels),
+        "robustness": {"attack": "fgsm", "epsilon": epsilon, "accuracy": attacked},
+        "regularization": {
+            "epochs": fitted.receipt, "warnings": fit.warnings(fitted.receipt, zeros=sparse["zeros"] > 0)
+        },
+        "sparsity": {**sparse, **_promise(spec, fitted)},
+        "parameters": {
+            "trained": sum(value.size for value in delta.values()),
+            "total": sum(value.size for value in params.values()),
+            "delta_bytes": sum(value.nbytes for value in delta.values()),
+        },
+        "training": {
+            "epochs": len(fitted.history), "kept_epoch": fitted.kept_epoch, "ended_by": fitted.ended_by,
+            "overfitted_attack_in_epoch": fitted.overfitted_epoch,
+        },
+        "history": fitted.history,
+    }  # fmt: skip
+
+
+def cost(seconds: dict[str, float], fitted: Fitted) -> dict[str, Any]:
+    """What the job took. `peak_memory_bytes` is of the worker, since its start."""
+    found = {
+        "seconds": seconds,
+        "images_per_second": round(fitted.images_per_second),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if tf.config.list_logical_devices("GPU"):
+        found["peak_gpu_memory_bytes"] = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    return found
+
+
+def epsilon_of(spec: Spec) -> float:
+    """Size of the report's attacks."""
+    attack = spec.adversarial
+    return EPSILON if attack is None or isinstance(attack, Vat) else attack.epsilon
+
+
+def _promise(spec: Spec, fitted: Fitted) -> dict[str, Any]:
+    """Which kernels L1 can give exact zeros."""
+    if spec.l1 == 0:
+        return {}
+    direct = direct_kernels(fitted.trained)
+    indirect = sorted(set(touched_kernels(fitted.trained)) - set(direct))
+    names = [[name.removesuffix("/kernel") for name in group] for group in (direct, indirect)]
+    return {"exact_zeros_in": names[0], "shrunk_without_zeros": names[1]}
+
+
+def fgsm(network: Network, split: Split, epsilon: float) -> np.ndarray:
+    """Logits under FGSM."""
+    return _batched(lambda x, y: network.fgsm(x, y, tf.constant(epsilon, tf.float32)), split)
+
+
+def pgd(network: Network, split: Split, epsilon: float, steps: int, restart: int) -> np.ndarray:
+    """Logits under one run of PGD; every second restart climbs the margin, which does not go flat."""
+    seed, by_margin = tf.constant([restart, 1]), tf.constant(restart % 2 == 1)
+    size = tf.constant(epsilon, tf.float32)
+    return _batched(lambda x, y: network.pgd(x, y, size, tf.constant(steps), seed, by_margin), split)
+
+
+def _batched(attack: Any, split: Split) -> np.ndarray:
+    parts = [
+        attack(split.images[at : at + BATCH], tf.constant(split.labels[at : at + BATCH])).numpy()
+        for at in range(0, len(split.labels), BATCH)
+    ]
+    return np.concatenate(parts)
+
+
+def withstood_pgd(
+    model: Model, split: Split, epsilon: float, steps: int = PGD_STEPS, restarts: int = PGD_RESTARTS
+) -> Iterator[np.ndarray]:
+    """Which images are still right, (n,) bool, after each restart; each is run on those that are left."""
+    standing = evaluate.right(model().logits(split.images), split.labels)
+    for restart in range(restarts):
+        left = np.flatnonzero(standing)
+        if len(left):
+            part = _chosen(split, left)
+            standing[left] = evaluate.right(pgd(model(), part, epsilon, steps, restart), part.labels)
+        yield standing
+
+
+def withstood_square(
+    model: Model, split: Split, epsilon: float, queries: int = SQUARE_QUERIES, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """Which images are still right, (n,) bool, after each part of the queries."""
+    standing = evaluate.right(model().logits(split.images), split.labels)
+    left = np.flatnonzero(standing)
+    part, chance, size = _chosen(split, left), tf.constant([seed, 2]), tf.constant(epsilon, tf.float32)
+    at = attacks.stripes(part.images, size, chance + [7, 0])
+    for first in range(0, queries, SQUARE_PART):
+        if len(left):
+            last = min(queries, first + SQUARE_PART)
+            span = (tf.constant(first), tf.constant(last), tf.constant(queries))
+            at, height = model().square(part.images, tf.constant(part.labels), at, size, *span, chance)
+            safe = height.numpy() <= 0
+            standing[left[~safe]] = False
+            keep = np.flatnonzero(safe)
+            left, part, at = left[keep], _chosen(part, keep), tf.gather(at, keep)
+        yield standing
+
+
+def _chosen(split: Split, some: np.ndarray) -> Split:
+    return Split(tf.gather(split.images, some), split.labels[some])
+
+
+def robustness(model: Model, validation: Split, epsilon: float) -> Iterator[dict[str, Any] | None]:
+    """Accuracy under attacks over a grid of epsilons.
+
+    Args:
+        model: gives the network with its parameters; asked before each piece of work.
+
+    Yields:
+        None after each piece of work, where somebody else may be let in, and at the end the figures.
+    """
+    some = np.random.default_rng(0).permutation(len(validation.labels))[:ROBUST_IMAGES]
+    split = _chosen(validation, np.sort(some))
+    clean = evaluate.right(model().logits(split.images), split.labels)
+    curve = [{"epsilon": 0.0, **dict.fromkeys(("fgsm", "pgd", "square", "worst"), float(clean.mean()))}]
+    for size in (epsilon / 2, epsilon, min(1.0, 2 * epsilon)):
+        one_step = clean & evaluate.right(fgsm(model(), split, size), split.labels)
+        yield None
+        against_pgd = yield from _last(withstood_pgd(model, split, size))
+        against_square = yield from _last(withstood_square(model, split, size))
+        results = {"fgsm": one_step, "pgd": against_pgd, "square": against_square}
+        results["worst"] = one_step & against_pgd & against_square
+        curve.append({"epsilon": size, **{name: float(standing.mean()) for name, standing in results.items()}})
+    unbounded = yield from _last(withstood_pgd(model, split, 1.0, restarts=1))
+    masking = gradient_masking(curve, float(unbounded.mean()))
+    yield {
+        "images": len(split.labels),
+        "curve": curve,
+        "settings": {"pgd_steps": PGD_STEPS, "pgd_restarts": PGD_RESTARTS, "square_queries": SQUARE_QUERIES},
+        "accuracy_at_epsilon_1": float(unbounded.mean()),
+        "gradient_masking": masking,
+        "trusted": not masking,
+    }
+
+
+def _last(attack: Iterator[np.ndarray]) -> Generator[None, None, np.ndarray]:
+    """The last result of an attack; yields None after each of its pieces."""
+    standing = np.empty(0, bool)
+    for standing in attack:  # noqa: B007
+        yield None
+    return standing
+
+
+def gradient_masking(curve: list[dict[str, float]], at_epsilon_1: float) -> list[str]:
+    """Signs that the gradients hide the way to adversarial examples (Athalye et al. 2018)."""
+    reasons = []
+    for point in curve:
+        if point["square"] < point["pgd"]:
+            reasons.append(f"Square, which sees no gradient, beats PGD at epsilon {point['epsilon']:g}")
+        if point["fgsm"] < point["pgd"]:
+            reasons.append(f"FGSM, one step, beats PGD at epsilon {point['epsilon']:g}")
+    if at_epsilon_1 > 0.1:
+        reasons.append(f"PGD at epsilon 1, where any image is allowed, leaves {at_epsilon_1:.0%} right")
+    return reasons
+
+
+def forgetting(params: Arrays, base: Arrays, sample: Split, *, same_classes: bool) -> dict[str, Any]:
+    """Accuracy on the base's own task, before and after.
+
+    With other classes than the base's it is the base's classifier that is asked, on what the layers before it say.
+    """
+    if not same_classes:
+        params = params | {name: value for name, value in base.items() if name.startswith(f"{HEAD}/")}
+    before, after = (evaluate.accuracy(serve(one).logits(sample.images), sample.labels) for one in (base, params))
+    return {"images": len(sample.labels), "base": before, "accuracy": after, "lost": before - after}
