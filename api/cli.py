@@ -193,14 +193,7 @@ def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             progress = job["progress"]
             text = ""
             if progress:
-                terms = {
-                    "data_loss": "loss",
-                    "adversarial_loss": "adversarial",
-                    "l1": "l1",
-                    "l2": "l2",
-                    "l2_sp": "l2_sp",
-                }
-                losses = "".join(f" {word} {progress[name]:.3f}" for name, word in terms.items() if name in progress)
+                losses = "".join(f" {name} {progress[key]:.3f}" for key, name in TERMS.items() if progress.get(key))
                 fold = f"fold {progress['fold']}/{progress['folds']} " if "fold" in progress else ""
                 text = (
                     f"{fold}{progress['epoch']}/{progress['epochs']}{losses} val {progress['validation_accuracy']:.1%}"

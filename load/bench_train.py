@@ -1,0 +1,173 @@
+"""`python -m load.bench_train`: images a second of our training, beside plain Keras and PyTorch in the same run.
+
+All sides train LeNet-5 with batches of 64 on the same images, in turns. PyTorch takes part if it can be imported.
+"""
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from load.bench_served import digits, show
+from serving.quiet import import_tensorflow
+
+import_tensorflow()
+
+import tensorflow as tf  # noqa: E402
+
+from trainer.fit import begin, coefficients, schedule, serve, structure  # noqa: E402
+from trainer.program import program  # noqa: E402
+from trainer.run import pretrained  # noqa: E402
+from trainer.spec import Spec  # noqa: E402
+
+ROUNDS = 7
+IMAGES, FEW = 5120, 2048  # FEW for attacks
+BATCH, DROPOUT = 64, 0.2
+EPOCHS, JOB_EPOCHS = 2, 10  # of whole networks, and of methods that compute their features once a job
+TARGETS = {"targets": ["dense1", "dense2"]}
+Side = Callable[[], float]  # trains, and gives the images a second
+
+METHODS: dict[str, dict[str, Any]] = {
+    "ours, head": {"method": "head"},
+    "ours, lora": {"method": "lora", "lora": TARGETS},
+    "ours, bias": {"method": "bias", "bias": TARGETS},
+}
+ATTACKS: dict[str, tuple[dict[str, Any] | None, float]] = {  # and the most time of a step, in clean ones
+    "clean": (None, 1.0),
+    "fgsm alone": ({"attack": "fgsm", "weight": 1.0}, 3.0),
+    "fgsm, half clean": ({"attack": "fgsm", "weight": 0.5}, 3.5),
+    "pgd, 10 steps": ({"attack": "pgd", "weight": 1.0, "steps": 10}, 12.0),
+    "free, a replay of 4": ({"attack": "free", "replays": 4}, 1.5),
+}
+
+
+def main() -> None:
+    """Measure, and print each ratio beside its goal."""
+    images, labels = digits(IMAGES, seed=0)
+    x, y = images[..., None] / np.float32(255), labels.astype(np.int32)
+    whole: dict[str, Side] = {
+        "keras fit": keras(x, y),
+        "ours, full": ours(x, y, EPOCHS, method="full", l2=0.0),
+        "ours, full, l2": ours(x, y, EPOCHS, method="full"),
+    }
+    try:
+        whole["pytorch"] = pytorch(x, y)
+    except ImportError as exc:
+        print(f"PyTorch is left out: {exc}")
+    speed = measured(whole | {name: ours(x, y, JOB_EPOCHS, **fields) for name, fields in METHODS.items()})
+    comparisons = [(one, "keras fit", 1.8) for one in ("ours, full", "ours, full, l2")]
+    comparisons += [(one, "pytorch", 0.8) for one in ("ours, full", "ours, full, l2") if "pytorch" in speed]
+    comparisons += [(one, "keras fit", 8.0) for one in METHODS]
+    rows = [
+        [one, f"{speed[one]:,.0f}", other, f"{speed[other]:,.0f}", f"{speed[one] / speed[other]:.2f}x", f">= {goal}x"]
+        for one, other, goal in comparisons
+    ]
+    title = f"training, batches of {BATCH}, images a second; medians of {ROUNDS}"
+    show(title, ["", "images/s", "beside", "images/s", "ratio", "goal"], rows)
+
+    attacked = {name: ours(x[:FEW], y[:FEW], 1, method="full", dropout=0.0, l2=0.0, adversarial=attack)
+                for name, (attack, _) in ATTACKS.items()}  # fmt: skip
+    pace = {name: BATCH / speed for name, speed in measured(attacked).items()}
+    rows = [
+        [name, f"{1000 * seconds:.2f}", f"{seconds / pace['clean']:.2f}x", f"<= {ATTACKS[name][1]}x"]
+        for name, seconds in pace.items()
+    ]
+    show("attacks, milliseconds an update", ["", "ms", "of clean", "goal"], rows)
+
+
+def measured(sides: dict[str, Side]) -> dict[str, float]:
+    """Median images a second of every side over rounds in which each has its turn; the first one warms up."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(ROUNDS + 1):
+        for name in reversed(sides) if number % 2 else sides:
+            speed = sides[name]()
+            if number:
+                found[name].append(speed)
+    return {name: median(speeds) for name, speeds in found.items()}
+
+
+def ours(x: np.ndarray, y: np.ndarray, epochs: int, **fields: Any) -> Side:
+    """The training part of a job: weights loaded, frozen layers computed once, and every epoch. A replay counts."""
+    spec = Spec.model_validate({"epochs": epochs, "batch_size": BATCH, "dropout": DROPOUT, **fields}, strict=False)
+    params, _ = pretrained()
+    start = begin(spec, params, classes=10, same_classes=True)
+    n, c = len(y), coefficients(spec, len(y))
+    fitted = program(structure(spec, start, 10, tf.constant(0.0).device))
+    images, labels = tf.constant(x), tf.constant(y)
+    updates = -(-n // c.batch_size) * c.replays
+    plan, rng = schedule(spec, epochs * updates), np.random.default_rng(0)
+
+    def train() -> float:
+        began = time.perf_counter()
+        fitted.load(start.params, spec.seed, lora_scale=start.lora_scale)
+        features = tf.constant(serve(start.params).part(images, until=fitted.structure.entry))
+        for done in range(0, epochs * updates, updates):
+            order = tf.constant(rng.permutation(n).astype(np.int32))
+            fitted.epoch(features, labels, order, plan[done : done + updates], done, c)
+        return epochs * n * c.replays / (time.perf_counter() - began)
+
+    return train
+
+
+def keras(x: np.ndarray, y: np.ndarray) -> Side:
+    """`fit` of the same network as one writes it."""
+    layers = tf.keras.layers
+    model = tf.keras.Sequential([
+        layers.Input((28, 28, 1)),
+        layers.Conv2D(6, 5, padding="same", activation="relu"), layers.MaxPooling2D(),
+        layers.Conv2D(16, 5, padding="same", activation="relu"), layers.MaxPooling2D(), layers.Flatten(),
+        layers.Dense(120, activation="relu"), layers.Dropout(DROPOUT),
+        layers.Dense(84, activation="relu"), layers.Dropout(DROPOUT),
+        layers.Dense(10),
+    ])  # fmt: skip
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(tf.keras.optimizers.Adam(1e-3), loss)
+
+    def train() -> float:
+        began = time.perf_counter()
+        model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, shuffle=True, verbose=0)
+        return EPOCHS * len(y) / (time.perf_counter() - began)
+
+    return train
+
+
+def pytorch(x: np.ndarray, y: np.ndarray) -> Side:
+    """The same network, as fast as PyTorch makes it on a CPU without compiling.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    torch: Any = importlib.import_module("torch")
+    torch.set_num_threads(os.cpu_count() or 1)
+    nn = torch.nn
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(784, 120), nn.ReLU(), nn.Dropout(DROPOUT),
+        nn.Linear(120, 84), nn.ReLU(), nn.Dropout(DROPOUT),
+        nn.Linear(84, 10),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(memory_format=torch.channels_last)
+    labels = torch.from_numpy(y.astype(np.int64))
+
+    def train() -> float:
+        began = time.perf_counter()
+        for _ in range(EPOCHS):
+            order = torch.randperm(len(y))
+            for at in range(0, len(y), BATCH):
+                batch = order[at : at + BATCH]
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+                optimizer.step()
+        return float(EPOCHS * len(y) / (time.perf_counter() - began))
+
+    return train
+
+
+if __name__ == "__main__":
+    main()

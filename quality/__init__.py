@@ -1,0 +1,1 @@
+"""How good the recipes are, measured on public data: `make quality`."""

@@ -1,0 +1,75 @@
+"""`make quality`: measure every row and seed that has no result yet, and write the table.
+
+A result is a file, so that a run can be stopped and gone on with: `quality/results/<row>-<seed>.json`.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import click
+
+from serving.quiet import import_tensorflow
+
+RESULTS, TABLE = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs" / "quality.md"
+
+
+@click.command()
+@click.argument("rows", nargs=-1)
+@click.option("--seed", type=int, help="This seed only.")
+@click.option("--again", is_flag=True, help="Measure what has a result, too.")
+def main(rows: tuple[str, ...], seed: int | None, again: bool) -> None:
+    """Measure ROWS, or all of them."""
+    import_tensorflow()
+    from quality.rows import ROWS
+
+    unknown = sorted(set(rows) - set(ROWS))
+    if unknown:
+        raise click.UsageError(f"no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    RESULTS.mkdir(exist_ok=True)
+    for name in rows or ROWS:
+        for number in range(ROWS[name].seeds) if seed is None else (seed,):
+            cell = RESULTS / f"{name}-{number}.json"
+            if cell.is_file() and not again:
+                continue
+            began = time.monotonic()
+            figures = ROWS[name].measure(number)
+            result = {"figures": figures, "seconds": round(time.monotonic() - began)}
+            part = cell.with_suffix(".part")
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            part.rename(cell)
+            click.echo(f"{name} seed {number}: " + "  ".join(f"{key} {value:.2f}" for key, value in figures.items()))
+    TABLE.write_text(table(), encoding="utf-8")
+    click.echo(f"{TABLE.name} written")
+
+
+def table() -> str:
+    """The page of all results."""
+    from quality.rows import ROWS
+
+    lines = [
+        "# Quality", "",
+        "What `make quality` measured; each figure in percent, the mean over the seeds and their standard deviation. "
+        "Settings were chosen on training images that were held out. The recipes are in "
+        "[`quality/rows.py`](../quality/rows.py), every single result in [`quality/results`](../quality/results).", "",
+        "| case | at least | measured | seeds |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, row in ROWS.items():
+        cells = [
+            json.loads(path.read_text(encoding="utf-8"))["figures"] for path in sorted(RESULTS.glob(f"{name}-?.json"))
+        ]
+        if not cells:
+            lines.append(f"| {row.case} | {row.goal} | not measured | 0 |")
+            continue
+        measured = []
+        for key in cells[0]:
+            values = [cell[key] for cell in cells]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            measured.append(f"{key.replace('_', ' ')} {statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {row.case} | {row.goal} | {', '.join(measured)} | {len(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
