@@ -81,9 +81,8 @@ def digits(count: int, seed: int) -> Data:
     """scikit-learn's digits, 8x8 made 28x28; `count` of them to train on, of every class the same number."""
     found = load_digits()
     small = np.rint(found.images / 16 * 255).astype(np.uint8)
-    big = _float(
-        np.stack([np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in small])
-    )
+    big = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in small]
+    images = _float(np.stack(big))
     labels = found.target.astype(np.int32)
     rng = np.random.default_rng([seed, 17])
     each = [rng.permutation(np.flatnonzero(labels == label))[: count // 10] for label in range(10)]
