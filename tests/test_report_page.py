@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from api.report_page import BOTTOM, LEFT, RIGHT, TOP, report_page
+from api.plots import BOTTOM, LEFT, RIGHT, TOP
+from api.report_page import report_page
 
 Json = dict[str, Any]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
