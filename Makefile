@@ -31,6 +31,9 @@ serve: $(READY) ## Run the service on port 8080
 test: $(READY) ## Run the tests
 	$(BIN)/pytest
 
+test-gpu: $(READY) ## Run the trainer's tests and a training benchmark on a GPU
+	$(BIN)/python -m tests.gpu
+
 lint: $(READY) ## Check style, types and the Dockerfile
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,9 +51,10 @@ lock: ## Resolve the dependencies anew (needs uv)
 	rm -f requirements/*.txt
 	$(LOCK) -o requirements/gateway.txt
 	$(LOCK) -c requirements/gateway.txt --extra tensorflow -o requirements/tensorflow.txt
+	$(LOCK) -c requirements/tensorflow.txt --extra cuda -o requirements/cuda.txt
 	$(LOCK) -c requirements/tensorflow.txt --extra tensorflow --extra dev -o requirements/dev.txt
 
 pb: $(READY) ## Generate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test lint load quality lock pb
+.PHONY: help setup demo serve test test-gpu lint load quality lock pb

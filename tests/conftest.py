@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 import pytest
 import sqlalchemy as sa
+import tensorflow as tf
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -36,6 +37,10 @@ from trainer.spec import described, parse_spec
 T = TypeVar("T")
 
 import_tensorflow()
+if gpus := tf.config.list_physical_devices("GPU"):  # as in the worker
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.experimental.enable_op_determinism()
 
 
 def eventually(look: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:

@@ -83,6 +83,7 @@ class Worker:
 
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
+            tf.config.experimental.enable_op_determinism()  # the same seed gives the same weights
         idle = threading.Event()
         with ModelServer(self.settings.target) as server:
             while True:

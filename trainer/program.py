@@ -35,7 +35,7 @@ class Structure:
     augment: bool = False
     mixup: bool = False
     optimizer: str = "adam"
-    device: str = "/CPU:0"  # where its variables lie
+    device: str = ""  # where its variables lie
 
 
 @dataclass(frozen=True)
