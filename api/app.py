@@ -104,10 +104,9 @@ def create_app(settings: Settings) -> FastAPI:
         sweep(settings)
         engine = await asyncio.to_thread(connect, settings.store_url)
         registry = Registry(engine)
-        async with Predictor(settings.target) as predictor:
+        async with Predictor(settings.target) as predictor, Uploads(settings) as uploads:
             with ModelServer(settings.target) as server:
                 batcher = MicroBatcher(predictor, settings.predict_timeout_s)
-                uploads = Uploads(settings)
                 gateway = Gateway(settings, Jobs(engine), registry, server, Routes(registry), batcher, uploads)
                 app.state.gateway = gateway
                 looking = asyncio.create_task(gateway.look_after())

@@ -9,8 +9,9 @@ import secrets
 import shutil
 import sys
 import time
+from asyncio.subprocess import Process
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fastapi import UploadFile
 
@@ -23,12 +24,26 @@ DECODERS, MAX_UPLOADS = 2, 32  # uploads that are decoded, and that may be under
 
 
 class Uploads:
-    """Takes in so many uploads at a time and no more."""
+    """Takes in so many uploads at a time and no more, with a decoder that waits for the next one already started."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._decoders = asyncio.Semaphore(DECODERS)
         self._under_way = 0
+        self._spare: asyncio.Task[Process] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._spare = asyncio.create_task(start_decoder())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._spare is not None:
+            await _end(await self._spare)
+
+    async def _take_decoder(self) -> Process:
+        spare, self._spare = self._spare, asyncio.create_task(start_decoder())
+        process = await spare if spare else await start_decoder()
+        return process if process.returncode is None else await start_decoder()
 
     async def store(self, data: UploadFile, validation: UploadFile | None) -> dict[str, Any]:
         """Prepare an upload and keep the result; what the job record says of it.
@@ -68,7 +83,7 @@ class Uploads:
 
         try:
             await asyncio.to_thread(keep)
-            dataset = await prepare_upload(raw, prepared, self._settings, least)
+            dataset = await prepare_upload(await self._take_decoder(), raw, prepared, self._settings, least)
             prepared.rename(self._settings.datasets / f"{dataset['id']}.npz")
         except InvalidDataset as exc:
             raise InvalidDataset(exc.message, param=field, details=exc.details) from exc
@@ -78,10 +93,22 @@ class Uploads:
         return {"filename": upload.filename or "", **dataset}
 
 
-async def prepare_upload(upload: Path, prepared: Path, settings: Settings, least: int = 2) -> dict[str, Any]:
-    """Read `upload` in a process of its own and write the data set to `prepared`.
+async def start_decoder() -> Process:
+    """A process that waits for an upload to read; it costs a quarter of a second to start."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "trainer.datasets",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parent.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+async def prepare_upload(
+    process: Process, upload: Path, prepared: Path, settings: Settings, least: int = 2
+) -> dict[str, Any]:
+    """Have a decoder read `upload` and write the data set to `prepared`.
 
     Args:
+        process: of `start_decoder`; it ends with this call.
         least: as in `trainer.datasets.read`.
 
     Returns:
@@ -90,19 +117,14 @@ async def prepare_upload(upload: Path, prepared: Path, settings: Settings, least
     Raises:
         InvalidDataset: what is wrong with it, or that reading it took more time or memory than allowed.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "trainer.datasets", str(upload), str(prepared), str(least), settings.model_dump_json(),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parent.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
+    task = {"upload": str(upload), "prepared": str(prepared), "least": least, "settings": settings.model_dump_json()}
     try:
-        output, complaint = await asyncio.wait_for(process.communicate(), settings.decode_seconds)
+        told = process.communicate(json.dumps(task).encode())
+        output, complaint = await asyncio.wait_for(told, settings.decode_seconds)
     except TimeoutError as exc:
         raise InvalidDataset(f"reading the file takes more than {settings.decode_seconds} s", param="data") from exc
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await _end(process)
     if process.returncode != 0:
         log.error("reading an upload ended with %s: %s", process.returncode, complaint.decode(errors="replace"))
         raise InvalidDataset("reading the file takes more memory or processor time than allowed", param="data")
@@ -110,6 +132,12 @@ async def prepare_upload(upload: Path, prepared: Path, settings: Settings, least
     if "error" in verdict:
         raise InvalidDataset(**verdict["error"])
     return verdict
+
+
+async def _end(process: Process) -> None:
+    if process.returncode is None:
+        process.kill()
+        await process.wait()
 
 
 def sweep(settings: Settings) -> None:

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 
 from demo import answer, service
 
-ROUNDS = 7
+ROUNDS = 5
 IMAGES, EPOCHS = 1000, 10
 TRAINED_ON = 800  # of them; the service holds the rest out
 ASKED, RIGHT = 10, 8  # images of the first answer, and how many of them have to be right

@@ -21,6 +21,7 @@ Figures = dict[str, float]
 NONE: dict[str, Any] = {"method": "full", "l2": 0.0, "dropout": 0.0}
 LIGHT = {**NONE, "dropout": 0.2}
 AUGMENTED = {"augmentation": {"shift": 2.0, "rotate": 5.0, "scale": 0.1}}
+LITTLE_MOVED = {"augmentation": {"shift": 1.0, "rotate": 5.0, "scale": 0.1}}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ def of_digits(count: int, spec: dict[str, Any]) -> Callable[[int], Figures]:
 
 
 def paired(count: int, spec: dict[str, Any], *, wrong_labels: float = 0.0) -> Callable[[int], Figures]:
-    """Fashion-MNIST with a recipe and without any, on the same images. The gap is train minus test accuracy."""
+    """Fashion-MNIST with a recipe and with all its regularizers off, on the same images for as many epochs.
+
+    The gap is train minus test accuracy, on the labels that were trained on.
+    """
 
     def measure(seed: int) -> Figures:
         data = fashion()
@@ -86,7 +90,7 @@ def paired(count: int, spec: dict[str, Any], *, wrong_labels: float = 0.0) -> Ca
         labels[wrong] = (labels[wrong] + rng.integers(1, 10, wrong.sum())) % 10
         train = Split(train.images, labels)
         figures: Figures = {}
-        for name, recipe in (("none", NONE), ("recipe", spec)):
+        for name, recipe in (("none", {**spec, **NONE, "augmentation": None}), ("recipe", spec)):
             params = learn(recipe, seed, train, others).params
             figures[f"{name}_test"] = clean(params, data.test())
             figures[f"{name}_gap"] = clean(params, train) - figures[f"{name}_test"]
@@ -130,8 +134,14 @@ ROWS = {
     "mnist": Row("MNIST 60k, from scratch", "99.3", of_all(mnist, {**LIGHT, **AUGMENTED, "epochs": 20}, scratch=True)),
     "fashion-60k": Row("Fashion-MNIST 60k, `full`", "91", of_all(fashion, {**LIGHT, "epochs": 15})),
     "fashion-10k": Row("Fashion-MNIST 10k, `full`", "88.5", of_all(fashion, {**LIGHT, "epochs": 15}, 10_000)),
-    "fashion-1000": Row("Fashion-MNIST N = 1,000", "82.5", of_all(fashion, {**LIGHT, **AUGMENTED, "epochs": 60}, 1000)),
-    "fashion-100": Row("Fashion-MNIST N = 100", "67", of_all(fashion, {**LIGHT, **AUGMENTED, "epochs": 60}, 100)),
+    "fashion-1000": Row(
+        "Fashion-MNIST N = 1,000", "82.5",
+        of_all(fashion, {**LIGHT, **LITTLE_MOVED, "epochs": 60, "learning_rate": 3e-3}, 1000),
+    ),
+    "fashion-100": Row(
+        "Fashion-MNIST N = 100", "67",
+        of_all(fashion, {**LIGHT, **AUGMENTED, "epochs": 100, "learning_rate": 2e-3}, 100),
+    ),
     "digits-100": Row("digits (scikit-learn), N = 100", "92", of_digits(100, {})),
     "paired-500": Row(
         "Fashion-MNIST N = 500, recipe against none", "gap 10 smaller, test at most 0.5 worse",
@@ -139,7 +149,10 @@ ROWS = {
     ),
     "wrong-labels": Row(
         "Fashion-MNIST N = 1,000, 30% wrong labels, recipe against none", "test 7 better, gap 30 smaller",
-        paired(1000, {**LIGHT, **AUGMENTED, "dropout": 0.5}, wrong_labels=0.3),
+        paired(
+            1000, {**LITTLE_MOVED, "method": "full", "dropout": 0.3, "epochs": 40, "learning_rate": 3e-3},
+            wrong_labels=0.3,
+        ),
     ),
     "undefended": Row("MNIST, undefended, epsilon 0.3", "worst at most 2", undefended, seeds=1),
     "pgd-0.1": Row(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from api.uploads import prepare_upload
+from api.uploads import prepare_upload, start_decoder
 from serving.errors import InvalidDataset, InvalidImage
 from serving.settings import Settings
 from tests.conftest import npz, png, zipped
@@ -209,6 +209,13 @@ def test_broken_images_are_refused_whatever_pillow_raises(body: bytes) -> None:
         decode(body, 10_000)
 
 
+def decoded(folder: Path, settings: Settings) -> dict[str, Any]:
+    async def decode() -> dict[str, Any]:
+        return await prepare_upload(await start_decoder(), folder / "upload", folder / "prepared", settings)
+
+    return asyncio.run(decode())
+
+
 def test_the_decoding_process_is_ended_when_its_time_is_up(tmp_path: Path) -> None:
     """24 images of 16 million pixels, and one second."""
     noise = png(RNG.integers(0, 255, (4000, 4000), np.uint8))
@@ -216,7 +223,7 @@ def test_the_decoding_process_is_ended_when_its_time_is_up(tmp_path: Path) -> No
     (tmp_path / "upload").write_bytes(content)
     settings = Settings(home=tmp_path, decode_seconds=1)
     with pytest.raises(InvalidDataset, match=r"more than 1 s|processor time"):
-        asyncio.run(prepare_upload(tmp_path / "upload", tmp_path / "prepared", settings))
+        decoded(tmp_path, settings)
     assert not (tmp_path / "prepared").exists()
 
 
@@ -225,12 +232,12 @@ def test_the_decoding_process_is_bounded_in_memory(tmp_path: Path) -> None:
     (tmp_path / "upload").write_bytes(npz(images=noise, labels=np.arange(2)))
     settings = Settings(home=tmp_path, decode_memory_bytes=1 << 28, max_pixels=1 << 30)
     with pytest.raises(InvalidDataset, match="memory"):
-        asyncio.run(prepare_upload(tmp_path / "upload", tmp_path / "prepared", settings))
+        decoded(tmp_path, settings)
 
 
 def test_a_good_upload_passes_through_the_process(tmp_path: Path) -> None:
     (tmp_path / "upload").write_bytes(zipped(GOOD))
-    verdict = asyncio.run(prepare_upload(tmp_path / "upload", tmp_path / "prepared", Settings(home=tmp_path)))
+    verdict = decoded(tmp_path, Settings(home=tmp_path))
     assert verdict == Dataset.load(tmp_path / "prepared").described()
     assert verdict["classes"] == {"a": 2, "b": 2}
 

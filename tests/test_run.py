@@ -1,12 +1,22 @@
 """The steps of a job, apart from the processes around them."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from serving.errors import Diverged
 from tests.conftest import Place, eventually
+from trainer import report
 from trainer.export import export, load_params
+from trainer.fit import Split, begin, fit
 from trainer.lenet import initial
+from trainer.run import pretrained
+from trainer.spec import parse_spec
 
 
 def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> None:
@@ -25,10 +35,10 @@ def test_early_stopping_ends_training_and_keeps_the_best_weights(place: Place) -
     spec = {"epochs": 200, "method": "full", "learning_rate": 0.01, "early_stopping": {"patience": 2}}
     done = place.run(place.claimed(spec))
     assert done.progress["epoch"] < 200
-    report = place.registry.find("m").report
-    best = min(epoch["validation_cross_entropy"] for epoch in report["history"])
-    assert report["validation"]["cross_entropy"] == pytest.approx(best, abs=1e-6)
-    assert report["history"][-1]["validation_cross_entropy"] > best
+    card = place.registry.find("m").report
+    best = min(epoch["validation_cross_entropy"] for epoch in card["history"])
+    assert card["validation"]["cross_entropy"] == pytest.approx(best, abs=1e-6)
+    assert card["history"][-1]["validation_cross_entropy"] > best
 
 
 def test_the_same_job_gives_the_same_version_bit_for_bit(place: Place) -> None:
@@ -61,3 +71,21 @@ def test_what_a_dead_worker_left_half_published_is_taken_back(place: Place) -> N
     assert (done.status, done.version) == ("succeeded", 2)
     assert not (place.settings.models / "m/1").exists()
     eventually(lambda: place.server.available("m") == {2}, "only the new version is served")
+
+
+def test_a_worker_does_not_grow_over_200_jobs(place: Place) -> None:
+    """From the data to the export, which is what a worker does in its own process."""
+    directory = place.settings.home / "out"
+    base, _ = pretrained()
+    images = np.random.default_rng(0).random((40, 28, 28, 1), np.float32)
+    split = Split(tf.constant(images), np.arange(40, dtype=np.int32) % 10)
+    specs = [parse_spec(json.dumps({"method": method, "epochs": 1, "l2": 1e-3})) for method in ("lora", "full")]
+    memory = []
+    for number in range(250):
+        spec = specs[number % 2].model_copy(update={"seed": number, "learning_rate": 1e-3 + 1e-6 * number})
+        fitted = fit(spec, begin(spec, base, classes=10, same_classes=True), split, split, classes=10)
+        report.quick(fitted, split, split, tuple("0123456789"), spec)
+        export(directory, fitted.params, invert=False, manifest={"number": number})
+        shutil.rmtree(directory)
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    assert max(memory[-20:]) - max(memory[:50]) < 10  # MiB

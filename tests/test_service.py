@@ -626,20 +626,22 @@ def test_an_upload_ends_with_its_gateway(own: Service, tmp_path: Path) -> None:
     upload = zipped({f"{name}/{i}.png": noise for name in "ab" for i in range(12)})
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(own.finetune, upload, "cut")
-        decoding = eventually(lambda: processes("trainer.datasets"), "the upload is being decoded")
+        eventually(lambda: list((own.home / "staging").glob("*.upload")), "the upload is being decoded")
+        decoders = children(own.children("api")[0])
         own.kill("api")
         with pytest.raises(httpx.TransportError):
             answer.result()
-    eventually(lambda: not decoding & processes("trainer.datasets"), "the decoder ends")
+    assert decoders
+    eventually(lambda: not any(decoder.exists() for decoder in decoders), "the decoders end")
     eventually(own.ready, "the service is ready")
 
 
-def processes(module: str) -> set[int]:
-    """Ids of all processes that run `python -m <module>`."""
-    found = set()
+def children(pid: int) -> list[Path]:
+    """What the process has started, as directories of /proc."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
-                if module.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
-                    found.add(int(entry.name))
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                    found.append(entry)
     return found

@@ -1,7 +1,7 @@
 """Data sets: from an uploaded file, which nobody trusts, to prepared arrays with class names.
 
-`python -m trainer.datasets UPLOAD PREPARED LEAST SETTINGS` does it in a process of its own, under limits of memory and
-time, and prints a verdict; `api.uploads` is how the gateway calls it.
+`python -m trainer.datasets` does it in a process of its own, under limits of memory and time: it reads a task and
+prints a verdict, both as JSON. `api.uploads` is how the gateway calls it.
 """
 
 import hashlib
@@ -271,7 +271,6 @@ def _prepared(images: np.ndarray) -> np.ndarray:
 
 
 def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[str, Any]:
-    end_with_parent(signal.SIGKILL)
     os.nice(10)  # predictions come first
     memory, seconds = settings.decode_memory_bytes, settings.decode_seconds
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -289,5 +288,7 @@ def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[
 
 
 if __name__ == "__main__":
-    source, destination, fewest, given = sys.argv[1:]
-    json.dump(_main(Path(source), Path(destination), int(fewest), Settings.model_validate_json(given)), sys.stdout)
+    end_with_parent(signal.SIGKILL)
+    task = json.load(sys.stdin)
+    given = Settings.model_validate_json(task["settings"])
+    json.dump(_main(Path(task["upload"]), Path(task["prepared"]), task["least"], given), sys.stdout)
