@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import attacks, penalties
-from trainer.lenet import LAYERS, Arrays, adapters, initial, logits
+from trainer.lenet import LAYERS, Arrays, adapters, dropout_masks, initial, logits
 from trainer.methods import Method, direct_kernels, effective, first_touched, touched_kernels
 from trainer.optimizers import learning_rates
 from trainer.program import Coefficients, Program, Structure, program
@@ -94,13 +94,11 @@ def test_the_network_computes_what_its_description_says(bottleneck: int) -> None
 @pytest.mark.parametrize("entry", LAYERS)
 def test_the_network_in_two_parts_is_the_network(entry: str) -> None:
     params, (x, _) = base_for(Method("adapter", bottleneck=8)), images_and_labels(4)
-    whole = logits(params, tf.constant(x), tf.constant(0.3), tf.constant([1, 2]))
-    if entry == "head":  # its features have dense1's dropout behind them already, which is why nobody enters there
-        whole = logits(params, tf.constant(x))
-        halves = logits(params, logits(params, tf.constant(x), until=entry), entry=entry)
-    else:
-        features = logits(params, tf.constant(x), until=entry)
-        halves = logits(params, features, tf.constant(0.3), tf.constant([1, 2]), entry=entry)
+    masks = dropout_masks(4, tf.constant(0.3), tf.constant([1, 2]))
+    if entry == "head":  # with dropout nobody enters here: the features depend on that of dense1
+        masks = []
+    whole = logits(params, tf.constant(x), masks)
+    halves = logits(params, logits(params, tf.constant(x), until=entry), masks, entry=entry)
     np.testing.assert_array_equal(whole.numpy(), halves.numpy())
 
 
@@ -110,7 +108,7 @@ def test_dropout_keeps_the_expectation_and_drops_the_share_it_says() -> None:
     params |= {"dense2/bias": np.ones(84, np.float32), "head/kernel": np.eye(84, dtype=np.float32)}
     params |= {"head/bias": np.zeros(84, np.float32)}
     x, _ = images_and_labels(200)
-    dropped = logits(params, tf.constant(x), tf.constant(0.25), tf.constant([1, 2])).numpy()
+    dropped = logits(params, tf.constant(x), dropout_masks(200, tf.constant(0.25), tf.constant([1, 2]))).numpy()
     assert set(np.unique(dropped.round(4))) == {0.0, np.float32(1.3333)}
     assert abs((dropped == 0).mean() - 0.25) < 0.02
 

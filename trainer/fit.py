@@ -118,6 +118,7 @@ def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
         attack={Fgsm: "pgd", Pgd: "pgd", Trades: "trades", Free: "free", Vat: "vat", type(None): None}[type(attack)],
         norm=attack.norm if isinstance(attack, Vat) else "linf",
         clean=not (isinstance(attack, Free) or (isinstance(attack, Fgsm | Pgd) and attack.weight == 1)),
+        dropout=spec.dropout > 0,
         augment=spec.augmentation is not None,
         mixup=spec.mixup > 0,
         optimizer=spec.optimizer,

@@ -1,6 +1,7 @@
 """One update of the trained values, and how the learning rate goes over a run."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -35,53 +36,72 @@ def _cosine(start: float, end: float, share: np.ndarray) -> np.ndarray:
 
 
 class Optimizer:
-    """Moments of some variables, and the step that moves them.
+    """The trained values in one flat variable, so that a step is one fused update however many there are.
 
     `adam`: Kingma & Ba (2015). `adamw`: with decoupled decay (Loshchilov & Hutter 2019), on all but biases and
     scales. `sgd`: with Nesterov momentum (Sutskever et al. 2013).
+
+    A value with a learning rate of its own is kept in other units: where a step moves `value / unit` by so much, it
+    moves the value by `unit` times as much (with plain gradients by its square).
     """
 
-    def __init__(self, name: str, variables: dict[str, tf.Variable], relative_rate: Callable[[str], float]) -> None:
+    def __init__(self, name: str, shapes: Mapping[str, tuple[int, ...]], rates: Mapping[str, float]) -> None:
         self._name = name
-        self._variables = variables
-        self._relative_rate = relative_rate
-        slots = 1 if name == "sgd" else 2
-        self._moments = {
-            key: tuple(tf.Variable(tf.zeros_like(variable), trainable=False) for _ in range(slots))
-            for key, variable in variables.items()
-        }
+        self._shapes = dict(shapes)
+        self._sizes = [math.prod(shape) for shape in self._shapes.values()]
+        self.units = self._constant({key: rates[key] ** (0.5 if name == "sgd" else 1.0) for key in shapes})
+        self._decays = self._constant({key: key.rpartition("/")[2] not in ("bias", "scale") for key in shapes})
+        self.flat = tf.Variable(tf.zeros(sum(self._sizes)))
+        moments = 1 if name == "sgd" else 2
+        self._moments = [tf.Variable(tf.zeros_like(self.flat), trainable=False) for _ in range(moments)]
 
-    def forget(self) -> None:
-        """Begin anew."""
-        for moments in self._moments.values():
-            for moment in moments:
-                moment.assign(tf.zeros_like(moment))
+    def _constant(self, by_name: Mapping[str, float]) -> np.ndarray:
+        """One number for each trained value."""
+        return np.repeat([float(by_name[key]) for key in self._shapes], self._sizes).astype(np.float32)
+
+    def values(self, flat: Tensor) -> dict[str, Tensor]:
+        """The trained values by name."""
+        parts = tf.split(flat * self.units, self._sizes)
+        return {key: tf.reshape(part, shape) for (key, shape), part in zip(self._shapes.items(), parts, strict=True)}
+
+    def begin(self, values: Mapping[str, Tensor]) -> None:
+        """Take these values, and forget the moments."""
+        self.take(values)
+        for moment in self._moments:
+            moment.assign(tf.zeros_like(moment))
+
+    def take(self, values: Mapping[str, Tensor]) -> None:
+        """Take these values."""
+        self.flat.assign(tf.concat([tf.reshape(values[key], (-1,)) for key in self._shapes], 0) / self.units)
 
     def step(
-        self, gradients: dict[str, Tensor], rate: Tensor, t: Tensor, momentum: Tensor, decay: Tensor,
-        l1: Tensor, proximal: frozenset[str],
+        self, gradient: Tensor, rate: Tensor, t: Tensor, momentum: Tensor, decay: Tensor, l1: Tensor,
+        proximal: Collection[str],
     ) -> None:  # fmt: skip
         """Step number `t` (float, from 1). The kernels in `proximal` then take the proximal step of `l1`."""
-        for name, variable in self._variables.items():
-            own = rate * self._relative_rate(name)
-            if self._name == "adamw" and name.rpartition("/")[2] not in ("bias", "scale"):
-                variable.assign_sub(own * decay * variable)
-            if self._name == "sgd":
-                (m,) = self._moments[name]
-                tf.raw_ops.ResourceApplyMomentum(
-                    var=variable.handle, accum=m.handle, lr=own, grad=gradients[name], momentum=momentum,
-                    use_nesterov=True,
-                )  # fmt: skip
-                threshold = l1 / (1.0 - momentum)  # a steady gradient adds up to so much of itself
-            else:
-                m, v = self._moments[name]
-                tf.raw_ops.ResourceApplyAdam(
-                    var=variable.handle, m=m.handle, v=v.handle, beta1_power=BETA_1**t, beta2_power=BETA_2**t,
-                    lr=own, beta1=BETA_1, beta2=BETA_2, epsilon=TINY, grad=gradients[name],
-                )  # fmt: skip
-                # Adam measures every gradient in units of its own size, and so does the proximal step (Yun et al.
-                # 2021). A weight without a gradient shrinks no faster than Adam moves others.
-                unit = tf.sqrt(v / (1.0 - BETA_2**t)) + TINY
-                threshold = tf.minimum(l1, unit + tf.abs(m) / (1.0 - BETA_1**t)) / unit
-            if name in proximal:
-                variable.assign(soft_threshold(variable, own * threshold))
+        flat, units = self.flat, self.units
+        if self._name == "adamw":
+            flat.assign_sub(rate * decay * self._decays * units * flat)
+        if self._name == "sgd":
+            (m,) = self._moments
+            tf.raw_ops.ResourceApplyMomentum(
+                var=flat.handle, accum=m.handle, lr=rate, grad=gradient, momentum=momentum, use_nesterov=True
+            )
+        else:
+            m, v = self._moments
+            tf.raw_ops.ResourceApplyAdam(
+                var=flat.handle, m=m.handle, v=v.handle, beta1_power=BETA_1**t, beta2_power=BETA_2**t, lr=rate,
+                beta1=BETA_1, beta2=BETA_2, epsilon=TINY, grad=gradient,
+            )  # fmt: skip
+        if not proximal:
+            return
+        slope = l1 * units  # of the penalty, by a value in its units
+        if self._name == "sgd":
+            threshold = slope / (1.0 - momentum)  # a steady gradient adds up to so much of itself
+        else:
+            # Adam measures every gradient in units of its own size, and so does the proximal step (Yun et al. 2021).
+            # A weight without a gradient shrinks no faster than Adam moves others.
+            size = tf.sqrt(v / (1.0 - BETA_2**t)) + TINY
+            threshold = tf.minimum(slope, size + tf.abs(m) / (1.0 - BETA_1**t)) / size
+        shrinks = self._constant({key: key in proximal for key in self._shapes})
+        flat.assign(soft_threshold(flat, rate * shrinks * threshold))

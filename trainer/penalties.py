@@ -14,7 +14,7 @@ def l1(kernels: Sequence[Tensor], strength: Tensor) -> Tensor:
 
 def l2(kernels: Sequence[Tensor], strength: Tensor) -> Tensor:
     """Alpha / 2 * sum w^2 (Hoerl & Kennard 1970); its gradient is alpha * w."""
-    return strength / 2 * tf.add_n([tf.reduce_sum(tf.square(kernel)) for kernel in kernels])
+    return strength * tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])  # whose factor of a half is its own
 
 
 def l2_sp(kernels: Sequence[Tensor], anchors: Sequence[Tensor], strength: Tensor) -> Tensor:

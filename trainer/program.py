@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from trainer import attacks, penalties
 from trainer.augmentation import affine, mixed
-from trainer.lenet import FIRST, Arrays, Tensor, adapters, initial, logits
+from trainer.lenet import FIRST, Arrays, Tensor, adapters, dropout_masks, initial, logits
 from trainer.methods import Method, direct_kernels, effective, relative_rate, touched_kernels
 from trainer.network import COUNT, LABELS, SCALAR, inputs
 from trainer.optimizers import Optimizer
@@ -32,6 +32,7 @@ class Structure:
     attack: str | None = None  # pgd (which is fgsm, too), trades, free, vat
     norm: str = "linf"  # of vat
     clean: bool = True  # the loss has a clean part beside the adversarial one
+    dropout: bool = True
     augment: bool = False
     mixup: bool = False
     optimizer: str = "adam"
@@ -85,13 +86,16 @@ class Program:
             shapes |= adapters(method.bottleneck, seed=0)
         trained = method.start(shapes, seed=0)
         self._base = {name: tf.Variable(value, trainable=False) for name, value in shapes.items()}
-        self._trained = {name: tf.Variable(value) for name, value in trained.items()}
         self._touched = touched_kernels(trained)
         self._anchors = {name: tf.Variable(shapes[name], trainable=False) for name in self._touched}
         self._proximal = frozenset(direct_kernels(trained)) if "l1" in structure.penalties else frozenset()
         self._lora_scale = tf.Variable(0.0, trainable=False)
         self._class_weights = tf.Variable(tf.ones(structure.classes), trainable=False)
-        self._optimizer = Optimizer(structure.optimizer, self._trained, functools.partial(relative_rate, method.name))
+        self._optimizer = Optimizer(
+            structure.optimizer,
+            {name: value.shape for name, value in trained.items()},
+            {name: relative_rate(method.name, name) for name in trained},
+        )
         features = inputs(structure.entry)
         coefficients = dict.fromkeys(FLOATS, SCALAR) | dict.fromkeys(COUNTS, COUNT)
         schedule = tf.TensorSpec((None, len(SCHEDULE)), tf.float32)
@@ -115,24 +119,22 @@ class Program:
             variable.assign(base[name])
         for name, anchor in self._anchors.items():
             anchor.assign(tf.zeros_like(anchor) if name in new else base[name])
-        self.restore(self.structure.method.start(base, seed))
-        self._optimizer.forget()
+        self._optimizer.begin(self.structure.method.start(base, seed))
         self._lora_scale.assign(lora_scale)
         ones = np.ones(self.structure.classes, np.float32)
         self._class_weights.assign(ones if class_weights is None else class_weights)
 
     def snapshot(self) -> Arrays:
         """A copy of the trained values, for `restore`."""
-        return {name: variable.numpy() for name, variable in self._trained.items()}
+        return {name: value.numpy() for name, value in self._optimizer.values(self._optimizer.flat).items()}
 
     def restore(self, trained: Mapping[str, np.ndarray]) -> None:
         """Put trained values back."""
-        for name, variable in self._trained.items():
-            variable.assign(trained[name])
+        self._optimizer.take(trained)
 
     def params(self) -> dict[str, Tensor]:
         """Effective parameters of the served network: the merge."""
-        return effective(self._base, self._trained, self._lora_scale)
+        return effective(self._base, self._optimizer.values(self._optimizer.flat), self._lora_scale)
 
     def traces(self) -> int:
         """How often the epoch has been traced."""
@@ -219,21 +221,21 @@ class Program:
     ) -> tuple[Tensor, Tensor]:
         """One update; the value of every term of the loss before it, and the perturbation that `free` keeps."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(list(self._trained.values()))
+            tape.watch(self._optimizer.flat)
             if self.structure.attack == "free":
                 n = tf.shape(x)[0]
                 x = attacks.project(x + delta[:n], x, c["epsilon"])
                 tape.watch(x)
             values, factors = self._terms(x, y, chance, c, tape)
             loss = tf.add_n([factors.get(name, 1.0) * value for name, value in values.items()])
-        sources = dict(self._trained)
+        flat = self._optimizer.flat
         if self.structure.attack == "free":
-            slopes, slope = tape.gradient(loss, (sources, x))
+            gradient, slope = tape.gradient(loss, (flat, x))
             moved = delta[:n] + c["epsilon"] * tf.sign(slope)
             delta = tf.concat([tf.clip_by_value(moved, -c["epsilon"], c["epsilon"]), delta[n:]], 0)
         else:
-            slopes = tape.gradient(loss, sources)
-        self._optimizer.step(slopes, rate, t, c["momentum"], c["weight_decay"], c["l1"], self._proximal)
+            gradient = tape.gradient(loss, flat)
+        self._optimizer.step(gradient, rate, t, c["momentum"], c["weight_decay"], c["l1"], self._proximal)
         nothing = tf.constant(0.0)
         return tf.stack([values.get(name, nothing) for name in TERMS]), delta
 
@@ -246,7 +248,10 @@ class Program:
         """
         params = self.params()
         inference = functools.partial(logits, params, entry=self.structure.entry)
-        training = functools.partial(inference, dropout=c["dropout"], seed=chance)
+
+        def training(x: Tensor) -> Tensor:
+            return inference(x, dropout_masks(tf.shape(x)[0], c["dropout"], chance) if self.structure.dropout else ())
+
         values, factors = self._losses(x, y, inference, training, chance, c, tape)
         kernels = {name: params[name] for name in self._touched}
         if "l1" in self.structure.penalties:
@@ -308,11 +313,8 @@ class Program:
         """Norm of the gradient of each term, with its factor."""
         y = tf.one_hot(labels, self.structure.classes)
         with tf.GradientTape(watch_accessed_variables=False, persistent=True) as tape:
-            tape.watch(list(self._trained.values()))
+            tape.watch(self._optimizer.flat)
             values, factors = self._terms(features, y, tf.stack([c["seed"], 0]), c, tape, prox=False)
             weighted = {name: factors.get(name, 1.0) * value for name, value in values.items()}
-        norms = []
-        for name in self.terms():
-            slopes = tape.gradient(weighted[name], list(self._trained.values()))
-            norms.append(tf.linalg.global_norm([slope for slope in slopes if slope is not None]))
-        return tf.stack(norms)
+        slopes = [tape.gradient(weighted[name], self._optimizer.flat) for name in self.terms()]
+        return tf.stack([tf.norm(slope / self._optimizer.units) for slope in slopes])
