@@ -148,6 +148,13 @@ def test_with_an_attack_the_weights_of_the_best_epoch_under_attack_are_kept(base
     assert accuracy(logits, part(digits, 1000, 1100).labels) == pytest.approx(kept["validation_accuracy"])
 
 
+def test_early_stopping_with_an_attack_ends_when_nothing_gets_better(base: Arrays, digits: Digits) -> None:
+    spec = {"adversarial": {"attack": "fgsm"}, "early_stopping": {"patience": 2, "min_delta": 0.05}, "epochs": 50}
+    fitted = run({**spec, "method": "head"}, base, digits)
+    assert fitted.ended_by == "early_stopping"
+    assert len(fitted.history) < 50
+
+
 def test_an_overfitted_attack_ends_training_and_is_rolled_back(
     base: Arrays, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,6 +252,7 @@ class _Choice:
         some = np.unique(np.linspace(0, len(validation.labels) - 1, PROBE_IMAGES).astype(int))
         self._images, self._labels = tf.gather(validation.images, some), validation.labels[some]
         self._best: tuple[float, int, Arrays] = (-np.inf, 0, {})
+        self._improved = 0  # the last epoch that was better by so much as counts
         self._most_robust = 0.0
 
     def judge(self, record: dict[str, Any], seen: Network, *, warm: bool) -> str:
@@ -260,7 +261,7 @@ class _Choice:
         FGSM can be overfitted: the network learns to mask the one step, and falls to any attack of several (Wong et
         al. 2020; Andriushchenko & Flammarion 2020). A PGD probe shows it.
         """
-        spec, score, patient = self._spec, -record["validation_cross_entropy"], spec_patience(self._spec)
+        spec, score, patient = self._spec, -record["validation_cross_entropy"], _patience(self._spec)
         overfitted = False
         if self._attack:
             epsilon = tf.constant(self._attack.epsilon, tf.float32)
@@ -273,14 +274,15 @@ class _Choice:
             self._most_robust = max(self._most_robust, robust) if warm else 0.0
             share = self._attack.weight if isinstance(self._attack, Fgsm | Pgd) else 1.0
             score = (1 - share) * record["validation_accuracy"] + share * robust
-            score += 1e-6 * record["epoch"]  # the later of equals
         elif not spec.early_stopping:
             return ""
         if score > self._best[0] + (spec.early_stopping.min_delta if spec.early_stopping else 0.0):
+            self._improved = record["epoch"]
+        if score >= self._best[0]:  # the later of equals
             self._best = (score, record["epoch"], self._fitted.snapshot())
         if overfitted:
             return "catastrophic_overfitting"
-        return "early_stopping" if record["epoch"] - self._best[1] >= patient else ""
+        return "early_stopping" if record["epoch"] - self._improved >= patient else ""
 
     def restore(self, last: int) -> int:
         """Put the best weights back; their epoch."""
@@ -290,7 +292,7 @@ class _Choice:
         return epoch or last
 
 
-def spec_patience(spec: Spec) -> float:
+def _patience(spec: Spec) -> float:
     """Epochs without improvement before stopping."""
     return spec.early_stopping.patience if spec.early_stopping else np.inf
 

@@ -159,7 +159,7 @@ def robustness(model: Model, validation: Split, epsilon: float) -> Iterator[dict
     split = _chosen(validation, np.sort(some))
     clean = evaluate.right(model().logits(split.images), split.labels)
     curve = [{"epsilon": 0.0, **dict.fromkeys(("fgsm", "pgd", "square", "worst"), float(clean.mean()))}]
-    for size in (epsilon / 2, epsilon, min(1.0, 2 * epsilon)):
+    for size in sorted({epsilon / 2, epsilon, min(1.0, 2 * epsilon)}):
         one_step = clean & evaluate.right(fgsm(model(), split, size), split.labels)
         yield None
         against_pgd = yield from _last(withstood_pgd(model, split, size))
