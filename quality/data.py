@@ -25,9 +25,12 @@ class Data:
     test_images: np.ndarray
     test_labels: np.ndarray
 
-    def test(self, count: int | None = None) -> Split:
-        """The first `count` test images, or all."""
-        return split(self.test_images[:count], self.test_labels[:count])
+    def test(self, count: int | None = None, *, drawn: bool = False) -> Split:
+        """The first `count` test images, or all; or so many drawn at random, for some copies are sorted by class."""
+        order = (
+            np.random.default_rng(0).permutation(len(self.test_labels)) if drawn else np.arange(len(self.test_labels))
+        )
+        return split(self.test_images[order[:count]], self.test_labels[order[:count]])
 
     def sample(self, count: int, seed: int) -> tuple[Split, Split]:
         """So many training images, of every class the same number, and at most 1,000 others to look at."""
@@ -57,10 +60,8 @@ def mnist() -> Data:
             x, y, x_test, y_test = (arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
     else:
         (x, y), (x_test, y_test) = tf.keras.datasets.mnist.load_data()
-    # Some copies are sorted by class, and their first thousand images are zeros.
-    order, test_order = (np.random.default_rng(0).permutation(len(labels)) for labels in (y, y_test))
-    x, y, x_test, y_test = x[order], y[order], x_test[test_order], y_test[test_order]
-    return Data(_float(x), y.astype(np.int32), _float(x_test), y_test.astype(np.int32))
+    order = np.random.default_rng(0).permutation(len(y))  # some copies are sorted by class
+    return Data(_float(x[order]), y[order].astype(np.int32), _float(x_test), y_test.astype(np.int32))
 
 
 @functools.cache
