@@ -185,8 +185,11 @@ def _add_finetune(app: FastAPI) -> None:
             raise InvalidRequest(f"unknown form fields: {', '.join(extra)}", param=extra[0])
         parsed = parse_spec(spec)
         base = await asyncio.to_thread(_resolve_base, gateway, parsed)
-        dataset = await gateway.uploads.store(data, validation)
-        check_dataset(parsed, dataset["classes"], held_out=validation is not None)
+
+        def check(dataset: dict[str, Any]) -> None:
+            check_dataset(parsed, dataset["classes"], held_out=validation is not None)
+
+        dataset = await gateway.uploads.store(data, validation, check)
         job = await asyncio.to_thread(
             gateway.jobs.create, model=model, base=base, spec=described(parsed), dataset=dataset
         )

@@ -228,8 +228,8 @@ def print_report(report: dict[str, Any]) -> None:
     seconds = "  ".join(f"{stage} {value:.2f}" for stage, value in by_stage.items())
     table.add_row("seconds", f"{sum(by_stage.values()):.2f}", seconds)
     console.print(table)
-    for warning in report["regularization"]["warnings"]:
-        console.print(f"[yellow]{escape(warning['message'])}[/]")
+    for text in [*report["warnings"], *(warning["message"] for warning in report["regularization"]["warnings"])]:
+        console.print(f"[yellow]{escape(text)}[/]")
     if report["training"]["ended_by"] == "catastrophic_overfitting":
         epochs = report["training"]["overfitted_attack_in_epoch"], report["training"]["kept_epoch"]
         console.print(

@@ -106,6 +106,8 @@ def _notices(report: Json) -> Iterator[str]:
         text = "attacks of one step were withstood, but no longer those of several"
         text = f"Training ended in epoch {training.get('overfitted_attack_in_epoch')}: {text}; {kept}."
         yield _notice("bad", "Catastrophic overfitting of the attack", text)
+    if doubts := report.get("warnings"):
+        yield _notice("bad", "Before you rely on it", *doubts)
     if warnings := (report.get("regularization") or {}).get("warnings"):
         yield _notice("poor", "Regularization", *(warning["message"] for warning in warnings))
     if ended == "early_stopping":

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from asyncio.subprocess import Process
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,8 +46,13 @@ class Uploads:
         process = await spare if spare else await start_decoder()
         return process if process.returncode is None else await start_decoder()
 
-    async def store(self, data: UploadFile, validation: UploadFile | None) -> dict[str, Any]:
+    async def store(
+        self, data: UploadFile, validation: UploadFile | None, check: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
         """Prepare an upload and keep the result; what the job record says of it.
+
+        Args:
+            check: is told that; raises what speaks against it, and then nothing is kept.
 
         Raises:
             InvalidDataset: what is wrong with either file, or with the two together.
@@ -56,26 +62,29 @@ class Uploads:
             raise Overloaded(f"{MAX_UPLOADS} uploads are being read already")
         self._under_way += 1
         try:
-            async with self._decoders:
-                dataset = await self._store(data, "data", least=2)
-                if validation is None:
-                    return dataset
-                apart = await self._store(validation, "validation", least=1)
+            with contextlib.ExitStack() as leavings:
+                async with self._decoders:
+                    dataset, path = await self._prepare(data, "data", 2, leavings)
+                    prepared = {path: dataset["id"]}
+                    if validation is not None:
+                        apart, path = await self._prepare(validation, "validation", 1, leavings)
+                        prepared[path] = apart["id"]
+                        _check_apart(dataset, apart)
+                        dataset["validation"] = apart
+                check(dataset)
+                for path, name in prepared.items():
+                    path.rename(self._settings.datasets / f"{name}.npz")
         finally:
             self._under_way -= 1
-        unknown = sorted(set(apart["classes"]) - set(dataset["classes"]))
-        if unknown:
-            details = [{"class": name, "reason": "is no class of `data`"} for name in unknown]
-            raise InvalidDataset(
-                f"the validation images have classes that `data` has not: {', '.join(unknown[:5])}",
-                param="validation", details=details,
-            )  # fmt: skip
-        return {**dataset, "validation": apart}
+        return dataset
 
-    async def _store(self, upload: UploadFile, field: str, least: int) -> dict[str, Any]:
+    async def _prepare(
+        self, upload: UploadFile, field: str, least: int, leavings: contextlib.ExitStack
+    ) -> tuple[dict[str, Any], Path]:
+        """What is said of the upload, and where its prepared form lies, which `leavings` removes unless it is moved."""
         name = secrets.token_hex(8)
-        staging = self._settings.staging
-        raw, prepared = staging / f"{name}.upload", staging / f"{name}.npz"
+        raw, prepared = (self._settings.staging / f"{name}.{kind}" for kind in ("upload", "npz"))
+        leavings.callback(prepared.unlink, missing_ok=True)
 
         def keep() -> None:
             with raw.open("wb") as file:
@@ -84,13 +93,22 @@ class Uploads:
         try:
             await asyncio.to_thread(keep)
             dataset = await prepare_upload(await self._take_decoder(), raw, prepared, self._settings, least)
-            prepared.rename(self._settings.datasets / f"{dataset['id']}.npz")
         except InvalidDataset as exc:
             raise InvalidDataset(exc.message, param=field, details=exc.details) from exc
         finally:
             raw.unlink(missing_ok=True)
-            prepared.unlink(missing_ok=True)
-        return {"filename": upload.filename or "", **dataset}
+        return {"filename": upload.filename or "", **dataset}, prepared
+
+
+def _check_apart(dataset: dict[str, Any], apart: dict[str, Any]) -> None:
+    """Refuse validation images that tell nothing of the training images' classes, or that are those images."""
+    unknown = sorted(set(apart["classes"]) - set(dataset["classes"]))
+    if unknown:
+        details = [{"class": name, "reason": "is no class of `data`"} for name in unknown]
+        message = f"the validation images have classes that `data` has not: {', '.join(unknown[:5])}"
+        raise InvalidDataset(message, param="validation", details=details)
+    if apart["id"] == dataset["id"]:
+        raise InvalidDataset("the validation images are those of `data`", param="validation")
 
 
 async def start_decoder() -> Process:

@@ -142,7 +142,10 @@ def _attack(name: str, epsilon: float, **more: Any) -> dict[str, Any]:
 
 ROWS = {
     "mnist": Row("MNIST 60k, from scratch", "99.3", of_all(mnist, {**LIGHT, **AUGMENTED, "epochs": 20}, scratch=True)),
-    "fashion-60k": Row("Fashion-MNIST 60k, `full`", "91", of_all(fashion, {**MOVED_A_LITTLE, "epochs": 20, "learning_rate": 3e-3})),
+    "fashion-60k": Row(
+        "Fashion-MNIST 60k, `full`", "91",
+        of_all(fashion, {**MOVED_A_LITTLE, "epochs": 20, "learning_rate": 3e-3}),
+    ),
     "fashion-10k": Row(
         "Fashion-MNIST 10k, `full`", "88.5",
         of_all(fashion, {**MOVED_A_LITTLE, "epochs": 30, "learning_rate": 5e-3}, 10_000),

@@ -144,7 +144,7 @@ class DeviceUnavailable(JobFailed):
 
 
 class Diverged(JobFailed):
-    """A term of the loss or a weight is no longer a finite number."""
+    """The loss is no finite number any more, or one that no run comes back from."""
 
     code = "diverged"
 

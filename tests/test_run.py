@@ -25,10 +25,17 @@ def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> N
     export(place.settings.staging / "hot", hot, invert=False, manifest={})
     (place.settings.staging / "hot/variables").rename(place.settings.models / "lenet5/1/variables")
     job = place.claimed({"epochs": 50, "method": "full"})
-    with pytest.raises(Diverged, match="in step 1, epoch 1"):
+    with pytest.raises(Diverged, match=r"in step \d, epoch 1"):
         place.run(job)
     assert [version.model for version in place.registry.all()] == ["lenet5"]
     assert not (place.settings.staging / job.id).exists()
+
+
+def test_a_loss_that_explodes_without_end_is_divergence_too(place: Place) -> None:
+    job = place.claimed({"epochs": 5, "method": "full", "learning_rate": 1.0})
+    with pytest.raises(Diverged, match=r"the loss is .* epoch 1"):
+        place.run(job)
+    assert [version.model for version in place.registry.all()] == ["lenet5"]
 
 
 def test_early_stopping_ends_training_and_keeps_the_best_weights(place: Place) -> None:

@@ -6,6 +6,7 @@ export is that graph and a bundle of variables.
 
 import functools
 import json
+import operator
 import tempfile
 from collections.abc import Mapping
 from hashlib import sha256
@@ -37,17 +38,14 @@ class _Served(tf.Module):  # type: ignore[misc]
             folder = functools.reduce(lambda inner, part: inner.setdefault(part, {}), path, layers)
             folder[last] = tf.Variable(tf.zeros(shape))
         self.layers = layers
-        self._invert = float(invert)
+        self._sign, self._offset = (-1.0, 1.0) if invert else (1.0, 0.0)
 
     # The placeholder has no shape, so that no optimizer can take the check for proven and drop it.
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.float32, name="image")])
     def serve(self, image: Tensor) -> dict[str, Tensor]:
         image = tf.ensure_shape(image, (None, 28, 28, 1))
-        params = {
-            name: functools.reduce(lambda inner, part: inner[part], name.split("/"), self.layers)
-            for name in self._names
-        }
-        scores = logits(params, tf.abs(image - self._invert))
+        params = {name: functools.reduce(operator.getitem, name.split("/"), self.layers) for name in self._names}
+        scores = logits(params, self._sign * image + self._offset)
         return {"logits": scores, "probabilities": tf.nn.softmax(scores)}
 
 

@@ -20,6 +20,8 @@ from trainer.spec import Adversarial, Fgsm, Free, Pgd, Spec, Trades, Vat, refuse
 
 PROBE_IMAGES, PROBE_STEPS = 128, 7  # of the attack on validation images after each epoch
 RECEIPT_IMAGES = 64
+EXPLODED = 100.0  # nats of cross-entropy, as a mean over an epoch: from there no run has come back
+ADVICE = "lower the learning rate"
 INERT, DROWNING = 1e-3, 0.9  # shares of the update below and above which a regularizer is warned of
 
 
@@ -213,6 +215,8 @@ def fit(
         seconds += time.perf_counter() - began
         if wrong is not None:
             raise Diverged(f"the loss is no finite number in step {done + wrong + 1}, epoch {epoch}; {ADVICE}")
+        if terms.get("data_loss", 0.0) > EXPLODED:
+            raise Diverged(f"the loss is {terms['data_loss']:.3g} after step {done + updates}, epoch {epoch}; {ADVICE}")
         logits = seen.use(fitted.params()).part(held_out, entry)
         record = {
             "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, validation.labels),
@@ -239,9 +243,6 @@ def fit(
     return result
 
 
-ADVICE = "lower the learning rate"
-
-
 class _Choice:
     """Which epoch's weights are kept, and when training ends before its time."""
 
@@ -265,7 +266,7 @@ class _Choice:
         overfitted = False
         if self._attack:
             epsilon = tf.constant(self._attack.epsilon, tf.float32)
-            probe = (tf.constant(PROBE_STEPS), tf.constant([spec.seed, 0]), tf.constant(False))
+            probe = tf.constant(PROBE_STEPS), tf.constant(STEP_SHARE), tf.constant([spec.seed, 0]), tf.constant(False)
             labels = tf.constant(self._labels)
             robust = evaluate.accuracy(seen.pgd(self._images, labels, epsilon, *probe).numpy(), self._labels)
             fast = evaluate.accuracy(seen.fgsm(self._images, labels, epsilon).numpy(), self._labels)

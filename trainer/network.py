@@ -75,18 +75,24 @@ class Network:
         """The logits under FGSM."""
         return self._scores(attacks.fgsm(lambda x: attacks.cross_entropy(labels, self._scores(x)), images, epsilon))
 
-    @tf.function(autograph=False, input_signature=[IMAGES, LABELS, SCALAR, COUNT, SEED, tf.TensorSpec((), tf.bool)])
+    @tf.function(
+        autograph=False, input_signature=[IMAGES, LABELS, SCALAR, COUNT, SCALAR, SEED, tf.TensorSpec((), tf.bool)]
+    )
     def pgd(
-        self, images: Tensor, labels: Tensor, epsilon: Tensor, steps: Tensor, seed: Tensor, by_margin: Tensor
-    ) -> Tensor:
-        """The logits under one run of PGD that climbs the cross-entropy, or the margin where that one is flat."""
+        self, images: Tensor, labels: Tensor, epsilon: Tensor, steps: Tensor, reach: Tensor, seed: Tensor,
+        by_margin: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The logits under one run of PGD whose steps add up to `reach` epsilons.
+
+        It climbs the cross-entropy, or the margin, which does not go flat.
+        """
 
         def objective(x: Tensor) -> Tensor:
             scores = self._scores(x)
             return tf.where(by_margin, attacks.margin(labels, scores), attacks.cross_entropy(labels, scores))
 
         start = attacks.in_ball(images, epsilon, seed)
-        size = attacks.STEP_SHARE * epsilon / tf.cast(steps, tf.float32)
+        size = reach * epsilon / tf.cast(steps, tf.float32)
         return self._scores(attacks.pgd(objective, images, start, epsilon, steps, size))
 
     @tf.function(autograph=False, input_signature=[IMAGES, LABELS, IMAGES, SCALAR, COUNT, COUNT, COUNT, SEED])

@@ -20,13 +20,21 @@ from trainer.spec import Spec, Vat
 EPSILON = 0.1  # of the report's attacks where the spec trains against none
 ROBUST_IMAGES = 500  # most images that the costly attacks are run on
 PGD_STEPS, PGD_RESTARTS = 40, 5
+REACHES = (2.5, 2.5, 10.0, 10.0, 5.0)  # what the steps of each restart add up to, in epsilons
 SQUARE_QUERIES, SQUARE_PART = 1000, 250
 
 Model = Callable[[], Network]
 
 
-def quick(fitted: Fitted, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec) -> dict[str, Any]:
-    """What is known before publishing; all but `train` on images that the job has held out."""
+def quick(
+    fitted: Fitted, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec, base: Arrays | None = None
+) -> dict[str, Any]:
+    """What is known before publishing; all but `train` on images that the job has held out.
+
+    Args:
+        base: what training began with, where it knew the same classes.
+    """
+    before = None if base is None else evaluate.accuracy(serve(base).logits(validation.images), validation.labels)
     network = fitted.network
     logits = network.logits(validation.images)
     on_train = evaluate.score(network.logits(train.images), train.labels)
@@ -36,6 +44,8 @@ def quick(fitted: Fitted, train: Split, validation: Split, classes: tuple[str, .
     params, delta = fitted.params, fitted.trained
     sparse = evaluate.sparsity(params)
     return {
+        "warnings": _warnings(on_validation["accuracy"], before, validation, classes),
+        "base": None if before is None else {"accuracy": before},
         "train": on_train,
         "validation": on_validation | evaluate.classification(logits, validation.labels, classes),
         "generalization_gap": {
@@ -51,7 +61,6 @@ def quick(fitted: Fitted, train: Split, validation: Split, classes: tuple[str, .
         "parameters": {
             "trained": sum(value.size for value in delta.values()),
             "total": sum(value.size for value in params.values()),
-            "delta_bytes": sum(value.nbytes for value in delta.values()),
         },
         "training": {
             "epochs": len(fitted.history), "kept_epoch": fitted.kept_epoch, "ended_by": fitted.ended_by,
@@ -59,6 +68,20 @@ def quick(fitted: Fitted, train: Split, validation: Split, classes: tuple[str, .
         },
         "history": fitted.history,
     }  # fmt: skip
+
+
+def _warnings(accuracy: float, before: float | None, validation: Split, classes: tuple[str, ...]) -> list[str]:
+    """What a person should know before this version is relied on."""
+    counts = np.bincount(validation.labels, minlength=len(classes))
+    found = []
+    if accuracy <= counts.max() / counts.sum():
+        found.append("it is no better than always naming the most frequent class")
+    elif before is not None and accuracy < before:
+        found.append(f"the base was right on {before:.1%} of the validation images, this version on {accuracy:.1%}")
+    missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if missing:
+        found.append(f"no validation image is of class {', '.join(map(repr, missing[:5]))}: nothing is known of it")
+    return found
 
 
 def cost(seconds: dict[str, float], fitted: Fitted) -> dict[str, Any]:
@@ -95,10 +118,10 @@ def fgsm(network: Network, split: Split, epsilon: float) -> np.ndarray:
 
 
 def pgd(network: Network, split: Split, epsilon: float, steps: int, restart: int) -> np.ndarray:
-    """Logits under one run of PGD; every second restart climbs the margin, which does not go flat."""
+    """Logits under one run of PGD. Every second restart climbs the margin, and later ones take longer steps."""
     seed, by_margin = tf.constant([restart, 1]), tf.constant(restart % 2 == 1)
-    size = tf.constant(epsilon, tf.float32)
-    return _batched(lambda x, y: network.pgd(x, y, size, tf.constant(steps), seed, by_margin), split)
+    size, reach = tf.constant(epsilon, tf.float32), tf.constant(REACHES[restart % len(REACHES)])
+    return _batched(lambda x, y: network.pgd(x, y, size, tf.constant(steps), reach, seed, by_margin), split)
 
 
 def _batched(attack: Any, split: Split) -> np.ndarray:
@@ -160,12 +183,12 @@ def robustness(model: Model, validation: Split, epsilon: float) -> Iterator[dict
     clean = evaluate.right(model().logits(split.images), split.labels)
     curve = [{"epsilon": 0.0, **dict.fromkeys(("fgsm", "pgd", "square", "worst"), float(clean.mean()))}]
     for size in sorted({epsilon / 2, epsilon, min(1.0, 2 * epsilon)}):
-        one_step = clean & evaluate.right(fgsm(model(), split, size), split.labels)
+        one_step = evaluate.right(fgsm(model(), split, size), split.labels)
         yield None
         against_pgd = yield from _last(withstood_pgd(model, split, size))
         against_square = yield from _last(withstood_square(model, split, size))
         results = {"fgsm": one_step, "pgd": against_pgd, "square": against_square}
-        results["worst"] = one_step & against_pgd & against_square
+        results["worst"] = clean & one_step & against_pgd & against_square
         curve.append({"epsilon": size, **{name: float(standing.mean()) for name, standing in results.items()}})
     unbounded = yield from _last(withstood_pgd(model, split, 1.0, restarts=1))
     masking = gradient_masking(curve, float(unbounded.mean()))

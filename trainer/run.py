@@ -76,7 +76,8 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 train, validation = data.split(spec)
                 fitted = _fit(spec, start, train, validation, data, run)
             with run.stage("evaluating"):
-                card = report.quick(fitted, train, validation, data.classes, spec)
+                known = None if start.new else start.params
+                card = report.quick(fitted, train, validation, data.classes, spec, base=known)
                 probe = data.as_sent(validation)
                 expected = fitted.network.logits(validation.images[:PROBE_IMAGES])
         with run.stage("exporting"):
@@ -87,6 +88,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             }  # fmt: skip
             export(staged, fitted.params, invert=data.invert, manifest=manifest)
             delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest)
+            card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
         card |= {"device": device.removeprefix("/"), "cost": report.cost(run.seconds, fitted)}
         if across:
             card["cross_validation"] = across
