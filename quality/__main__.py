@@ -14,6 +14,15 @@ from serving.quiet import import_tensorflow
 
 RESULTS, TABLE = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs" / "quality.md"
 
+INTRODUCTION = """\
+What `make quality` measured; each figure in percent, the mean over the seeds and their standard deviation. Settings
+were chosen on training images that were held out. `first` and `drawn` are the first 1,000 test images of the file and
+1,000 drawn at random: in some copies of MNIST, sorted by class, the first are nearly all zeros.
+
+Fashion-MNIST is Debian's package `dataset-fashion-mnist`; MNIST comes through keras.datasets, or from the file that
+`TEMPER_MNIST` names. The recipes are in [`quality/rows.py`](../quality/rows.py), every single result in
+[`quality/results`](../quality/results)."""
+
 
 @click.command()
 @click.argument("rows", nargs=-1)
@@ -50,9 +59,7 @@ def table() -> str:
 
     lines = [
         "# Quality", "",
-        "What `make quality` measured; each figure in percent, the mean over the seeds and their standard deviation. "
-        "Settings were chosen on training images that were held out. The recipes are in "
-        "[`quality/rows.py`](../quality/rows.py), every single result in [`quality/results`](../quality/results).", "",
+        INTRODUCTION, "",
         "| case | at least | measured | seeds |", "|---|---|---|---|",
     ]  # fmt: skip
     for name, row in ROWS.items():

@@ -232,6 +232,14 @@ class Service:
 
         return eventually(look, f"{job_id} finishes", timeout_s)
 
+    def completed(self, job_id: str) -> None:
+        """Wait until the job's report is complete."""
+
+        def look() -> bool:
+            return bool(self.api.get(f"/finetune/{job_id}").json()["report_status"] == "complete")
+
+        eventually(look, f"the report of {job_id} is complete")
+
 
 @contextlib.contextmanager
 def running_service(home: Path, **environment: str) -> Iterator[Service]:
