@@ -44,5 +44,5 @@ COPY --from=tensorflow-build /opt/venv /opt/venv
 WORKDIR /app
 COPY serving serving
 USER 10001
-EXPOSE 8500
-CMD ["python", "-m", "serving", "--address", "0.0.0.0:8500"]
+EXPOSE 8500 8501
+CMD ["python", "-m", "serving", "--address", "0.0.0.0:8500", "--rest-address", "0.0.0.0:8501"]

@@ -31,6 +31,9 @@ serve: $(READY) ## Run the service on port 8080
 test: $(READY) ## Run the tests
 	$(BIN)/pytest
 
+test-contract: $(READY) ## Run the contract suite against the embedded server, or TEMPER_TFS_BINARY
+	$(BIN)/pytest tests/contract
+
 test-gpu: $(READY) ## Run the trainer's tests and a training benchmark on a GPU
 	$(BIN)/python -m tests.gpu
 
@@ -57,4 +60,4 @@ lock: ## Resolve the dependencies anew (needs uv)
 pb: $(READY) ## Generate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-gpu lint load quality lock pb
+.PHONY: help setup demo serve test test-contract test-gpu lint load quality lock pb

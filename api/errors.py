@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from api.tracing import REQUEST_ID
 from serving import errors
 
 log = logging.getLogger("temper.gateway")
@@ -46,46 +47,55 @@ class ErrorResponse(JSONResponse):
         return json.dumps(content).encode()
 
 
-def response(error: errors.TemperError) -> JSONResponse:
+def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> ErrorResponse:
+    """An error as the clients of a path read it: TensorFlow Serving and the Open Inference Protocol have one string."""
+    if path.startswith(("/v1/", "/v2/")):
+        status = 400 if status == 422 else status
+        return ErrorResponse({"error": body["message"]}, status, headers)
+    return ErrorResponse({"error": {**body, "request_id": REQUEST_ID.get()}}, status, headers)
+
+
+def response(error: errors.TemperError, path: str) -> ErrorResponse:
     """The answer that tells a client of an error."""
     status = status_of(error)
     headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else None
-    return ErrorResponse({"error": error.body()}, status, headers)
+    return answer(path, status, error.body(), headers)
+
+
+def answer_to(request: Request, failure: Exception) -> Response:
+    """The answer to whatever a route has raised."""
+    path = request.url.path
+    match failure:
+        case errors.TemperError():
+            return response(failure, path)
+        case RequestValidationError():
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if path == "/finetune" and kind not in FORMS:
+                return response(errors.UnsupportedMediaType(f"Content-Type {kind!r}: send multipart/form-data"), path)
+            return response(invalid_request(failure.errors()), path)
+        case HTTPException():
+            kinds: dict[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+            code = kinds.get(failure.status_code, "malformed_request")
+            body: dict[str, Any] = {"code": code, "message": str(failure.detail), "param": None, "details": []}
+            return answer(path, failure.status_code, body, dict(failure.headers or {}))
+        case sa.exc.SQLAlchemyError():
+            log.error("the store failed: %s", failure)
+            return response(errors.StoreUnavailable("the store of jobs and models cannot be reached"), path)
+        case ClientDisconnect():
+            return Response(status_code=499)  # nobody is there to read it
+    log.error("%s %s", request.method, path, exc_info=failure)
+    return response(errors.TemperError("an unforeseen failure; the gateway's log tells why"), path)
 
 
 def install(app: FastAPI) -> None:
     """Answer every failure of `app` in the one shape."""
 
-    @app.exception_handler(errors.TemperError)
-    async def ours(_: Request, exc: errors.TemperError) -> JSONResponse:
-        return response(exc)
+    async def handle(request: Request, failure: Exception) -> Response:
+        return answer_to(request, failure)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, exc: RequestValidationError) -> JSONResponse:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if request.url.path == "/finetune" and kind not in FORMS:
-            return response(errors.UnsupportedMediaType(f"Content-Type {kind!r}: send multipart/form-data"))
-        return response(invalid_request(exc.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, exc: HTTPException) -> JSONResponse:
-        kinds: dict[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-        code = kinds.get(exc.status_code, "malformed_request")
-        body: dict[str, Any] = {"code": code, "message": str(exc.detail), "param": None, "details": []}
-        return ErrorResponse({"error": body}, exc.status_code, exc.headers)
-
-    @app.exception_handler(sa.exc.SQLAlchemyError)
-    async def store(_: Request, exc: sa.exc.SQLAlchemyError) -> JSONResponse:
-        log.error("the store failed: %s", exc)
-        return response(errors.StoreUnavailable("the store of jobs and models cannot be reached"))
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, exc: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody is there to read it
-
-    @app.exception_handler(Exception)
-    async def unforeseen(_: Request, exc: Exception) -> JSONResponse:
-        return response(errors.TemperError("an unforeseen failure; the gateway's log tells why"))
+    kinds = (errors.TemperError, RequestValidationError, HTTPException, sa.exc.SQLAlchemyError, ClientDisconnect)
+    for kind in (*kinds, Exception):
+        app.add_exception_handler(kind, handle)
 
 
 def invalid_request(found: Any) -> errors.TemperError:

@@ -5,22 +5,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api import errors as http_errors
 from serving.errors import TooLarge
 
+SMALL = 1 << 16  # bytes, of everything that is no upload and no prediction
+
+
+def _predicts(path: str) -> bool:
+    return path == "/predict" or path.endswith((":predict", "/infer"))
+
 
 class BodyLimit:
     """Refuses a body as soon as it is known to be larger than its path allows."""
 
-    def __init__(self, app: ASGIApp, limits: dict[str, int]) -> None:
+    def __init__(self, app: ASGIApp, uploads: int, predictions: int) -> None:
         self._app = app
-        self._limits = limits
+        self._uploads = uploads
+        self._predictions = predictions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its body counted."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        limit = self._limits.get(scope["path"], 1 << 16)
+        path = scope["path"]
+        limit = self._uploads if path == "/finetune" else self._predictions if _predicts(path) else SMALL
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > limit:
-            refusal = http_errors.response(TooLarge(f"the body is larger than {limit} bytes"))
+            refusal = http_errors.response(TooLarge(f"the body is larger than {limit} bytes"), path)
             refusal.headers["connection"] = "close"
             return await refusal(scope, receive, send)
         received = 0
@@ -37,6 +45,7 @@ class BodyLimit:
             if received <= limit:
                 await send(message)
             elif message["type"] == "http.response.start":
-                await http_errors.response(TooLarge(f"the body is larger than {limit} bytes"))(scope, receive, send)
+                refusal = http_errors.response(TooLarge(f"the body is larger than {limit} bytes"), path)
+                await refusal(scope, receive, send)
 
         return await self._app(scope, counted, refused)

@@ -1,7 +1,8 @@
-"""`temper serve`: one gateway, the workers and the embedded model server, each started again when it dies."""
+"""`temper serve`: one gateway, the workers and a model server, each started again when it dies."""
 
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,8 @@ import httpx
 import sqlalchemy as sa
 
 from serving.processes import end_with_parent, free_port
-from serving.settings import EMBEDDED, EMBEDDED_TARGET, Settings
+from serving.settings import AUTO, EMBEDDED, LOCAL_REST, LOCAL_TARGET, Settings
+from serving.tfs import tensorflow_serving_command
 
 GRACE_S = 10.0
 
@@ -113,23 +115,44 @@ def serve(settings: Settings) -> None:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """What the siblings shall read: these settings, with the model server's address decided."""
+    """What the siblings shall read: these settings, with the model servers' addresses decided."""
     given = {f"TEMPER_{name.upper()}": str(value) for name, value in settings if value is not None}
-    if settings.model_server == EMBEDDED:
-        host, _, usual = EMBEDDED_TARGET.rpartition(":")
-        given["TEMPER_MODEL_SERVER"] = EMBEDDED_TARGET if _free(host, int(usual)) else f"{host}:{free_port(host)}"
+    if settings.supervised:
+        given["TEMPER_MODEL_SERVER"] = _address(LOCAL_TARGET)
     return {**os.environ, **given, "TEMPER_HOME": str(settings.home.resolve()), "PYTHONUNBUFFERED": "1"}
+
+
+def _address(usual: str) -> str:
+    host, _, port = usual.rpartition(":")
+    return usual if _free(host, int(port)) else f"{host}:{free_port(host)}"
 
 
 def _siblings(settings: Settings, environment: dict[str, str]) -> list[Sibling]:
     python = sys.executable
     siblings = [Sibling("gateway", [python, "-m", "api"], environment)]
-    if settings.model_server == EMBEDDED:
-        address = environment["TEMPER_MODEL_SERVER"]
-        siblings.append(Sibling("model server", [python, "-m", "serving", "--address", address], environment))
+    if settings.supervised:
+        address, rest = environment["TEMPER_MODEL_SERVER"], _address(LOCAL_REST)
+        binary = _tensorflow_serving(settings.model_server)
+        if binary is None:
+            command = [python, "-m", "serving", "--address", address, "--rest-address", rest]
+        else:
+            port, rest_port = (int(each.rpartition(":")[2]) for each in (address, rest))
+            config = settings.home.resolve() / "model_server.config"
+            command = tensorflow_serving_command(binary, port, rest_port, config)
+        siblings.append(Sibling("model server", command, environment))
     for number in range(settings.workers):
         siblings.append(Sibling(f"worker {number + 1}", [python, "-m", "trainer"], environment))
     return siblings
+
+
+def _tensorflow_serving(wanted: str) -> str | None:
+    """The binary to run, or None for the embedded server."""
+    if wanted == EMBEDDED:
+        return None
+    binary = shutil.which("tensorflow_model_server" if wanted == AUTO else wanted)
+    if binary is None and wanted != AUTO:
+        raise click.ClickException(f"TEMPER_MODEL_SERVER: {wanted} is no program")
+    return binary
 
 
 def _free(host: str, port: int) -> bool:

@@ -7,23 +7,44 @@ import threading
 import click
 
 from serving.quiet import import_tensorflow
-from serving.settings import EMBEDDED_TARGET
+from serving.settings import LOCAL_REST, LOCAL_TARGET
 
 
 @click.command()
-@click.option("--address", default=EMBEDDED_TARGET, show_default=True, help="Address to listen on, host:port.")
-def main(address: str) -> None:
-    """Serve SavedModels over TensorFlow Serving's gRPC protocol."""
+@click.option("--address", default=LOCAL_TARGET, show_default=True, help="Address of gRPC, host:port; port 0: any.")
+@click.option("--rest-address", default=LOCAL_REST, show_default=True, help="Address of REST; empty for none.")
+def main(address: str, rest_address: str) -> None:
+    """Serve SavedModels over TensorFlow Serving's gRPC protocol and REST API."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the GPU belongs to the workers
+    # gRPC tells of a port that is taken in lines of its own, above ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import_tensorflow()
-    from serving import embedded
+    from serving import embedded, rest
+    from serving.models import Models
 
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    server, port = embedded.start(address)
-    click.echo(f"model server ready on {address.rpartition(':')[0]}:{port}")
+    models = Models()
+    try:
+        server, port = embedded.start(address, models)
+    except RuntimeError as exc:
+        raise click.ClickException(f"cannot listen on {address} (--address): is the port taken?") from exc
+    ready, http = f"{address.rpartition(':')[0]}:{port}", None
+    if rest_address:
+        try:
+            listener = rest.listening(rest_address)
+        except (OSError, ValueError) as exc:
+            server.stop(grace=None)
+            raise click.ClickException(f"cannot listen on {rest_address} (--rest-address): {exc}") from exc
+        http = rest.start(listener, models)
+        ready += f", REST on {rest_address.rpartition(':')[0]}:{listener.getsockname()[1]}"
+    embedded.spare_collections()
+    click.echo(f"model server ready on {ready}")
     stopped.wait()
+    if http:
+        http[0].should_exit = True
+        http[1].join(timeout=6)
     server.stop(grace=5).wait()
 
 

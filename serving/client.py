@@ -1,5 +1,6 @@
 """Client of a model server: TensorFlow Serving's gRPC protocol, and nothing that only the embedded server has."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import numpy as np
 from serving import errors
 from serving.pb import model_server_pb2 as pb
 
+log = logging.getLogger("temper.client")
+
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 GET_MODEL_STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
 RELOAD_CONFIG = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
 
-DT_FLOAT = 1
+DT_FLOAT, DT_UINT8 = 1, 4
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -37,29 +40,35 @@ class Prediction:
 
 
 def predict_request(model: str, version: int, images: np.ndarray) -> pb.PredictRequest:
-    """Request for `images` (n, 28, 28, 1) in [0, 1]."""
+    """Request for images: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8, which are a quarter of the size."""
+    dtype, kind, spec = DT_FLOAT, "<f4", _spec(model, version)
+    if images.dtype == np.uint8:
+        dtype, kind = DT_UINT8, "u1"
+        spec.signature_name = "serving_bytes"
     tensor = pb.TensorProto(
-        dtype=DT_FLOAT,
+        dtype=dtype,
         tensor_shape=pb.TensorShapeProto(dim=[pb.TensorShapeProto.Dim(size=size) for size in images.shape]),
-        tensor_content=np.ascontiguousarray(images, "<f4").tobytes(),
+        tensor_content=np.ascontiguousarray(images, kind).tobytes(),
     )
-    return pb.PredictRequest(model_spec=_spec(model, version), inputs={"image": tensor})
+    return pb.PredictRequest(model_spec=spec, inputs={"image": tensor})
 
 
 def prediction(response: pb.PredictResponse) -> Prediction:
-    """Decode an answer. TensorFlow Serving sends `float_val`, others may send `tensor_content`."""
-    return Prediction(
-        version=response.model_spec.version.value,
-        logits=_array(response.outputs["logits"]),
-        probabilities=_array(response.outputs["probabilities"]),
-    )
+    """Decode an answer. TensorFlow Serving sends `float_val`, others may send `tensor_content`.
+
+    Raises:
+        ModelServerError: the outputs are not those of a classifier.
+    """
+    try:
+        logits, probabilities = (_array(response.outputs[name]) for name in ("logits", "probabilities"))
+    except ValueError as exc:
+        raise errors.ModelServerError("the model server's answer holds no logits and probabilities") from exc
+    return Prediction(response.model_spec.version.value, logits, probabilities)
 
 
 def _array(tensor: pb.TensorProto) -> np.ndarray:
     shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
-    if tensor.tensor_content:
-        return np.frombuffer(tensor.tensor_content, "<f4").reshape(shape)
-    return np.array(tensor.float_val, np.float32).reshape(shape)
+    return np.frombuffer(tensor.tensor_content or tensor.float_val, "<f4").reshape(shape)
 
 
 def _spec(model: str, version: int | None = None) -> pb.ModelSpec:
@@ -108,7 +117,7 @@ class ModelServer:
         self._channel.close()
 
     def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float = 10.0) -> Prediction:
-        """Answer of one version for `images` (n, 28, 28, 1) in [0, 1]."""
+        """Answer of one version for images as in `predict_request`."""
         try:
             return prediction(self._predict(predict_request(model, version, images), timeout=timeout_s))
         except grpc.RpcError as exc:
@@ -130,7 +139,10 @@ class ModelServer:
         return {v for v, s in self.states(model).items() if s.state == pb.ModelVersionStatus.AVAILABLE}
 
     def reload(self, root: Path, wanted: Mapping[str, Iterable[int]], timeout_s: float = 60.0) -> None:
-        """Replace what the server serves: for each model exactly these versions, found in `root`/model."""
+        """Replace what the server serves: for each model exactly these versions, found in `root`/model.
+
+        A version that cannot be loaded is no failure of the whole; `wait_until_available` tells of it.
+        """
         request = pb.ReloadConfigRequest()
         for model, versions in wanted.items():
             config = request.config.model_config_list.config.add(
@@ -141,19 +153,22 @@ class ModelServer:
         try:
             response = self._reload(request, timeout=timeout_s)
         except grpc.RpcError as exc:
+            if exc.code() == grpc.StatusCode.UNKNOWN:  # all is applied, but some model did not become available
+                log.warning("model server %s: %s", self.target, exc.details())
+                return
             raise translated(exc, self.target) from exc
         if response.status.error_code:
             raise errors.ModelServerError(f"reload refused: {response.status.error_message}")
 
     def wait_until_available(self, model: str, version: int, timeout_s: float = 60.0) -> None:
-        """Return when the version is AVAILABLE; raise `PublishFailed` when it ended or time is up."""
+        """Return when the version is AVAILABLE; raise `PublishFailed` when it has failed or time is up."""
         deadline = time.monotonic() + timeout_s
         while True:
             status = self.states(model).get(version)
             if status and status.state == pb.ModelVersionStatus.AVAILABLE:
                 return
-            ended = status is not None and status.state == pb.ModelVersionStatus.END
-            if ended or time.monotonic() > deadline:
+            failed = status is not None and status.status.error_code  # without one, END means that it was unloaded once
+            if failed or time.monotonic() > deadline:
                 state = pb.ModelVersionStatus.State.Name(status.state) if status else "unknown to it"
                 reason = status.status.error_message if status else ""
                 raise errors.PublishFailed(
@@ -179,7 +194,7 @@ class Predictor:
         await self._channel.close()
 
     async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
-        """Answer of one version for `images` (n, 28, 28, 1) in [0, 1]."""
+        """Answer of one version for images as in `predict_request`."""
         try:
             return prediction(await self._predict(predict_request(model, version, images), timeout=timeout_s))
         except grpc.aio.AioRpcError as exc:

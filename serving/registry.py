@@ -1,21 +1,24 @@
 """The registry: which models and versions exist, which of them is current, and what is known of each.
 
-A version is `publishing` from the moment its number is given until the model server has proven that it serves it,
-then `live`. Numbers are never given twice, for a model server may refuse a number that has failed once.
+A version is `publishing` from the moment its number is given until the model servers have proven that they serve it,
+then `live`, and `removed` until its files are gone. Numbers are never given twice, for a model server may refuse a
+number that has failed once.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
-from serving.errors import UnknownModel
+from serving.errors import InvalidRequest, UnknownModel, WrongState
 from serving.store import metadata
 
 BASE = "lenet5"  # the pretrained model, which every service has
 STABLE = "stable"  # the label that a request without version or label follows
+LABEL = r"^[a-z][a-z0-9_-]{0,63}$"
 
 models = sa.Table(
     "models",
@@ -30,6 +33,7 @@ versions = sa.Table(
     sa.Column("model", sa.String, primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("live", sa.Boolean, nullable=False),
+    sa.Column("removed", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("job_id", sa.String, index=True),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("manifest", sa.JSON, nullable=False),
@@ -41,6 +45,10 @@ labels = sa.Table(
     sa.Column("model", sa.String, primary_key=True),
     sa.Column("label", sa.String, primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("weight", sa.Float, nullable=False, server_default="0"),
+)
+revisions = sa.Table(  # one row, which every change counts up
+    "revisions", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("revision", sa.Integer)
 )
 
 
@@ -57,16 +65,48 @@ class Version:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Label:
+    """A name for a version, and the share of the requests without version and label that follow it."""
+
+    version: int
+    weight: float = 0.0  # in [0, 1]; the rest follows `stable`
+
+
+@dataclass(frozen=True)
+class Route:
+    """Live versions of one model with their class names, and its labels."""
+
+    classes: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    labels: dict[str, Label] = field(default_factory=dict)
+
+
 class Registry:
     """Reads and writes the registry's tables."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
+    @contextmanager
+    def _change(self) -> Iterator[sa.Connection]:
+        """A transaction that changes what is served or said of it."""
+        with self._engine.begin() as connection:
+            count: Any = _insert(connection)(revisions).values(id=1, revision=1)
+            count = count.on_conflict_do_update(
+                index_elements=["id"], set_={"revision": revisions.c.revision + 1}
+            )  # locks the row: changes come one after another
+            connection.execute(count)
+            yield connection
+
+    def revision(self) -> int:
+        """A number that is another one after every change."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(revisions.c.revision)).scalar_one_or_none() or 0
+
     def reserve(self, model: str, job_id: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> int:
         """Number of a new version, which is `publishing` from now on."""
         now = time.time()
-        with self._engine.begin() as connection:
+        with self._change() as connection:
             insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now)
             insert = insert.on_conflict_do_update(
                 index_elements=["name"], set_={"last_version": models.c.last_version + 1}
@@ -76,31 +116,107 @@ class Registry:
             connection.execute(versions.insert().values(**row, manifest=dict(manifest), report=dict(report)))
         return int(number)
 
-    def go_live(self, model: str, version: int) -> None:
-        """The version is proven: requests that name none get it from now on."""
-        with self._engine.begin() as connection:
-            row = (versions.c.model == model) & (versions.c.version == version)
-            connection.execute(versions.update().where(row).values(live=True))
-            label: Any = _insert(connection)(labels).values(model=model, label=STABLE, version=version)
-            connection.execute(
-                label.on_conflict_do_update(index_elements=["model", "label"], set_={"version": version})
-            )
+    def go_live(self, model: str, version: int, label: str = STABLE) -> None:
+        """The version is proven: requests for `label` get it from now on; a model's first one is its stable one too."""
+        with self._change() as connection:
+            connection.execute(versions.update().where(_is(model, version)).values(live=True))
+            _put_label(connection, model, label, version)
+            if label != STABLE and STABLE not in _labels(connection, model):
+                _put_label(connection, model, STABLE, version)
 
     def set_report(self, model: str, version: int, report: Mapping[str, Any]) -> None:
         """What is known of a version by now."""
-        with self._engine.begin() as connection:
-            row = (versions.c.model == model) & (versions.c.version == version)
-            connection.execute(versions.update().where(row).values(report=dict(report)))
+        with self._change() as connection:
+            connection.execute(versions.update().where(_is(model, version)).values(report=dict(report)))
 
-    def withdraw(self, model: str, version: int) -> None:
-        """Forget a version that did not go live."""
-        with self._engine.begin() as connection:
-            row = (versions.c.model == model) & (versions.c.version == version) & ~versions.c.live
-            connection.execute(versions.delete().where(row))
+    def put_label(self, model: str, label: str, version: int, weight: float = 0.0) -> None:
+        """Make a label stand for a live version, and send it a share of the requests that name neither.
+
+        Raises:
+            UnknownModel: there is no such version.
+            InvalidRequest: all shares together are more than 1, or one is given to `stable`, which gets the rest.
+        """
+        if weight and label == STABLE:
+            raise InvalidRequest(f"weight: {STABLE!r} gets what the other labels leave", param="weight")
+        with self._change() as connection:
+            live = sa.select(versions.c.version).where(versions.c.model == model, versions.c.live)
+            known = set(connection.execute(live).scalars())
+            _check_version(model, version, known)
+            shares = weight + sum(other.weight for name, other in _labels(connection, model).items() if name != label)
+            if shares > 1 + 1e-9:
+                raise InvalidRequest(f"weight: the labels of {model!r} would get {shares:g} of 1", param="weight")
+            _put_label(connection, model, label, version, weight)
+
+    def drop_label(self, model: str, label: str) -> None:
+        """Remove a label.
+
+        Raises:
+            UnknownModel: there is none of that name.
+            WrongState: it is `stable`.
+        """
+        if label == STABLE:
+            raise WrongState(f"{STABLE!r} can only be moved", param="label")
+        with self._change() as connection:
+            row = (labels.c.model == model) & (labels.c.label == label)
+            if not connection.execute(labels.delete().where(row)).rowcount:
+                raise UnknownModel(f"model {model!r} has no label {label!r}", param="label")
+
+    def retire(self, model: str, version: int | None = None) -> list[int]:
+        """Remove a live version that has no label, or all versions and labels of a model.
+
+        Returns:
+            The numbers of the versions that requests no longer reach.
+
+        Raises:
+            UnknownModel: there is none.
+            WrongState: a label stands for it, or it is the base model.
+        """
+        if model == BASE:
+            raise WrongState(f"{BASE!r} is what fine-tunes start from", param="name")
+        with self._change() as connection:
+            live = (versions.c.model == model) & versions.c.live
+            known = set(connection.execute(sa.select(versions.c.version).where(live)).scalars())
+            if not known:
+                raise UnknownModel(f"there is no model {model!r}", param="name")
+            if version is None:
+                connection.execute(labels.delete().where(labels.c.model == model))
+            else:
+                _check_version(model, version, known)
+                names = [name for name, label in _labels(connection, model).items() if label.version == version]
+                if names:
+                    raise WrongState(
+                        f"{model}:{version} is labelled {' and '.join(names)}; move the label first", param="version"
+                    )
+                live &= versions.c.version == version
+            connection.execute(versions.update().where(live).values(live=False, removed=True))
+        return sorted(known if version is None else {version})
+
+    def remove(self, model: str, version: int) -> None:
+        """Give up a version that did not go live."""
+        with self._change() as connection:
+            row = _is(model, version) & ~versions.c.live
+            connection.execute(versions.update().where(row).values(removed=True))
+
+    def removed(self) -> list[tuple[str, int]]:
+        """Versions whose files shall go."""
+        with self._engine.connect() as connection:
+            query = sa.select(versions.c.model, versions.c.version).where(versions.c.removed)
+            return [(row.model, row.version) for row in connection.execute(query)]
+
+    def forget(self, model: str, version: int) -> None:
+        """The files of a removed version are gone."""
+        with self._change() as connection:
+            connection.execute(versions.delete().where(_is(model, version), versions.c.removed))
+
+    def surplus(self, model: str, keep: int) -> list[int]:
+        """Live versions without a label that are older than the newest `keep`."""
+        route = self.routes().get(model, Route())
+        labelled = {label.version for label in route.labels.values()}
+        return [version for version in sorted(route.classes)[:-keep] if version not in labelled]
 
     def of_job(self, job_id: str) -> list[Version]:
         """Versions that a job has made, live or not."""
-        return self._select(versions.c.job_id == job_id)
+        return self._select((versions.c.job_id == job_id) & ~versions.c.removed)
 
     def of_model(self, model: str) -> list[Version]:
         """Live versions of a model, newest first."""
@@ -111,31 +227,38 @@ class Registry:
 
     def find(self, model: str, version: int | None = None) -> Version:
         """A live version; without a number the one labelled `stable`."""
-        number = self.labels(model).get(STABLE) if version is None else version
-        for candidate in self.of_model(model):
-            if candidate.version == number:
-                return candidate
-        raise UnknownModel(f"model {model!r} has no version {number}", param="version")
+        if version is None:
+            version = self.labels(model).get(STABLE, Label(0)).version
+        found = self._select(_is(model, version) & versions.c.live)
+        if not found:
+            _check_version(model, version, {other.version for other in self.of_model(model)})
+        return found[0]
 
-    def labels(self, model: str) -> dict[str, int]:
-        """Labels of a model and the versions that they stand for."""
+    def labels(self, model: str) -> dict[str, Label]:
+        """Labels of a model."""
         with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(labels.c.label, labels.c.version).where(labels.c.model == model))
-            return {row.label: row.version for row in rows}
+            return _labels(connection, model)
 
     def has_live(self, model: str) -> bool:
         """Tell whether the model has a live version."""
-        return any(version.live for version in self._select(versions.c.model == model))
+        return bool(self._select((versions.c.model == model) & versions.c.live))
 
     def live(self) -> list[Version]:
         """Every live version, by model, newest first."""
         return self._select(versions.c.live)
 
-    def all(self) -> list[Version]:
-        """Every version that a model server has to load: the live ones and those being published."""
-        return self._select(sa.true())
+    def wanted(self) -> dict[str, list[int]]:
+        """By model the versions that a model server has to load: the live ones and those being published."""
+        query = (
+            sa.select(versions.c.model, versions.c.version).where(~versions.c.removed).order_by(*versions.primary_key)
+        )
+        found: dict[str, list[int]] = {}
+        with self._engine.connect() as connection:
+            for model, version in connection.execute(query):
+                found.setdefault(model, []).append(version)
+        return found
 
-    def routes(self) -> dict[str, "Route"]:
+    def routes(self) -> dict[str, Route]:
         """Where predictions go, for every model."""
         with self._engine.connect() as connection:
             # Labels first: what they stand for is live by then, and stays so until the versions are read.
@@ -144,23 +267,40 @@ class Registry:
             rows = connection.execute(sa.select(*columns).where(versions.c.live)).all()
         routes: dict[str, Route] = {}
         for model, version, classes in rows:
-            routes.setdefault(model, Route({}, {})).classes[version] = tuple(classes)
-        for model, label, version in names:
-            routes[model].labels[label] = version
+            routes.setdefault(model, Route()).classes[version] = tuple(classes)
+        for model, label, version, weight in names:
+            if model in routes and version in routes[model].classes:  # not removed between the two looks
+                routes[model].labels[label] = Label(version, weight)
         return routes
 
     def _select(self, condition: Any) -> list[Version]:
-        query = sa.select(versions).where(condition).order_by(versions.c.model, versions.c.version.desc())
+        columns = [column for column in versions.c if column is not versions.c.removed]
+        query = sa.select(*columns).where(condition).order_by(versions.c.model, versions.c.version.desc())
         with self._engine.connect() as connection:
             return [Version(**row) for row in connection.execute(query).mappings()]
 
 
-@dataclass(frozen=True)
-class Route:
-    """Live versions of one model with their class names, and its labels."""
+def _is(model: str, version: int) -> Any:
+    return (versions.c.model == model) & (versions.c.version == version)
 
-    classes: dict[int, tuple[str, ...]]
-    labels: dict[str, int]
+
+def _check_version(model: str, version: int, known: set[int]) -> None:
+    if version not in known:
+        if not known:
+            raise UnknownModel(f"there is no model {model!r}", param="model")
+        raise UnknownModel(f"model {model!r} has no version {version}", param="version")
+
+
+def _labels(connection: sa.Connection, model: str) -> dict[str, Label]:
+    rows = connection.execute(sa.select(labels).where(labels.c.model == model))
+    return {row.label: Label(row.version, row.weight) for row in rows}
+
+
+def _put_label(connection: sa.Connection, model: str, label: str, version: int, weight: float | None = None) -> None:
+    """Move a label; without a weight it keeps the one that it has."""
+    row: Any = _insert(connection)(labels).values(model=model, label=label, version=version, weight=weight or 0.0)
+    moved = {"version": version} | ({} if weight is None else {"weight": weight})
+    connection.execute(row.on_conflict_do_update(index_elements=["model", "label"], set_=moved))
 
 
 def _insert(connection: sa.Connection) -> Any:

@@ -1,12 +1,14 @@
 """Configuration of all three processes, read from `TEMPER_*` variables where a process starts."""
 
+import re
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-EMBEDDED = "embedded"
-EMBEDDED_TARGET = "127.0.0.1:8500"  # where the embedded server listens unless the supervisor found the port taken
+AUTO, EMBEDDED = "auto", "embedded"
+LOCAL_TARGET = "127.0.0.1:8500"  # of the model server beside us, unless the supervisor found the port taken
+LOCAL_REST = "127.0.0.1:8501"  # likewise, for TensorFlow Serving's REST API
 
 
 class Settings(BaseSettings):
@@ -17,9 +19,16 @@ class Settings(BaseSettings):
     home: Path = Field(Path("var"), description="Directory of everything that is kept.")
     host: str = Field("127.0.0.1", description="Address on which the gateway listens.")
     port: int = Field(8080, ge=0, le=65535, description="Port on which the gateway listens; 0 takes a free one.")
-    model_server: str = Field(EMBEDDED, description="`embedded`, or `host:port` of a TensorFlow Serving.")
+    model_server: str = Field(
+        AUTO,
+        description="`embedded`, the path of a tensorflow_model_server that `temper serve` starts, `host:port` of one "
+        "that runs (or several, with commas), or `auto`: the binary on the PATH, or else the embedded server.",
+    )
     model_root: Path | None = Field(None, description="The models' directory as the model server sees it.")
     store: str | None = Field(None, description="SQLAlchemy URL; SQLite in the home by default.")
+    keep_versions: int = Field(
+        20, ge=0, description="Newest versions that are kept of a model, besides the labelled ones; 0 keeps all."
+    )
     workers: int = Field(1, ge=0, le=64, description="Workers that `temper serve` starts here.")
     max_upload_bytes: int = Field(256 << 20, ge=1, description="Largest body of POST /finetune.")
     max_predict_bytes: int = Field(8 << 20, ge=1, description="Largest body of POST /predict.")
@@ -45,6 +54,10 @@ class Settings(BaseSettings):
         """Prepared data sets, `<sha256>.npz`."""
         return self.home.resolve() / "datasets"
 
+    def version(self, model: str, number: int) -> Path:
+        """Directory of a published version."""
+        return self.models / model / str(number)
+
     @property
     def served_root(self) -> Path:
         """The models' directory as the model server sees it."""
@@ -55,10 +68,25 @@ class Settings(BaseSettings):
         """SQLAlchemy URL of the store."""
         return self.store or f"sqlite:///{self.home.resolve() / 'temper.db'}"
 
+    @field_validator("model_server")
+    @classmethod
+    def _check_model_server(cls, value: str) -> str:
+        for target in value.split(",") if value not in (AUTO, EMBEDDED) and "/" not in value else ():
+            if not re.fullmatch(r"\s*(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}\s*", target):
+                raise ValueError(f"{target!r} is neither auto, embedded, a path nor host:port")
+        return value
+
     @property
-    def target(self) -> str:
-        """Address of the model server."""
-        return EMBEDDED_TARGET if self.model_server == EMBEDDED else self.model_server
+    def supervised(self) -> bool:
+        """Tell whether `temper serve` shall start the model server."""
+        return self.model_server in (AUTO, EMBEDDED) or "/" in self.model_server
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Addresses of the model servers, all of which serve the same."""
+        if self.supervised:
+            return (LOCAL_TARGET,)
+        return tuple(dict.fromkeys(target.strip() for target in self.model_server.split(",")))
 
     def make_home(self) -> None:
         """Create the directories that all processes share."""

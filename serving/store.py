@@ -20,7 +20,17 @@ def connect(url: str) -> sa.Engine:
             connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
             for index in table.indexes:
                 connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
+            _add_new_columns(connection, table)
     return engine
+
+
+def _add_new_columns(connection: sa.Connection, table: sa.Table) -> None:
+    """Add what a store of an earlier release lacks; such columns have a default."""
+    present = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+    for column in table.columns:
+        if column.name not in present:
+            definition = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+            connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:

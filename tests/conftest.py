@@ -164,7 +164,9 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine
 @contextlib.contextmanager
 def running_model_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """An embedded model server process that answers."""
-    process = subprocess.Popen([sys.executable, "-m", "serving", "--address", f"127.0.0.1:{port}"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving", "--address", f"127.0.0.1:{port}", "--rest-address", ""]
+    )
     try:
         eventually(lambda: listens(port), "the model server listens")
         yield process
@@ -274,18 +276,18 @@ class Place:
         self.settings = Settings(home=home, model_server=target)
         self.settings.make_home()
         self.engine = connect(self.settings.store_url)
-        self.jobs, self.registry, self.server = Jobs(self.engine), Registry(self.engine), ModelServer(target)
+        self.jobs, self.registry, self.servers = Jobs(self.engine), Registry(self.engine), [ModelServer(target)]
         from trainer.run import publish_base
 
-        publish_base(self.settings, self.registry, self.server)
+        publish_base(self.settings, self.registry, self.servers)
         dataset = Dataset(digits[0][:100], digits[1][:100].astype(np.int32), tuple("0123456789"))
         self.dataset = dataset.described()
         dataset.save(self.settings.datasets / f"{self.dataset['id']}.npz")
 
-    def claimed(self, spec: dict[str, Any]) -> Job:
+    def claimed(self, spec: dict[str, Any], base: str = "lenet5:1") -> Job:
         """A job that this process runs."""
         spec = described(parse_spec(json.dumps(spec)))
-        self.jobs.create(model="m", base="lenet5:1", spec=spec, dataset=self.dataset)
+        self.jobs.create(model="m", base=base, spec=spec, dataset=self.dataset)
         job = self.jobs.claim("w")
         assert job is not None
         return job
@@ -293,7 +295,7 @@ class Place:
     def run(self, job: Job) -> Job:
         from trainer.run import run_job
 
-        run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, server=self.server)
+        run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=self.servers)
         return self.jobs.get(job.id)
 
 
@@ -301,5 +303,5 @@ class Place:
 def place(tmp_path: Path, model_server: str, digits: tuple[np.ndarray, np.ndarray]) -> Iterator[Place]:
     place = Place(tmp_path, model_server, digits)
     yield place
-    place.server.reload(tmp_path, {})
+    place.servers[0].reload(tmp_path, {})
     place.engine.dispose()

@@ -6,8 +6,7 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from serving.errors import UnknownJob, UnknownModel, WrongState
-from serving.registry import Registry
+from serving.errors import UnknownJob, WrongState
 from trainer import jobs as module
 from trainer.jobs import Job, Jobs, NotMine
 
@@ -119,39 +118,3 @@ def test_pages_are_newest_first_and_complete(jobs: Jobs) -> None:
     assert (more, end) == (True, False)
     with pytest.raises(UnknownJob):
         jobs.page(after="ftjob-0", limit=3)
-
-
-def test_version_numbers_are_never_given_twice(engine: sa.Engine) -> None:
-    registry = Registry(engine)
-    numbers: list[int] = []
-
-    def reserve() -> None:
-        numbers.extend(registry.reserve("m", None, {"classes": ["a"]}, {}) for _ in range(10))
-
-    threads = [threading.Thread(target=reserve) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(numbers) == list(range(1, 31))
-    registry.withdraw("m", 30)
-    assert registry.reserve("m", None, {"classes": ["a"]}, {}) == 31
-
-
-def test_only_live_versions_are_routed_and_stable_is_the_last_to_go_live(engine: sa.Engine) -> None:
-    registry = Registry(engine)
-    for number in (1, 2, 3):
-        assert registry.reserve("m", f"job{number}", {"classes": ["a", "b"]}, {}) == number
-    with pytest.raises(UnknownModel):
-        registry.find("m")
-    assert registry.routes() == {}
-    registry.go_live("m", 2)
-    registry.go_live("m", 1)
-    assert registry.find("m").version == 1
-    routes = registry.routes()
-    assert routes["m"].classes == {1: ("a", "b"), 2: ("a", "b")}
-    assert routes["m"].labels == {"stable": 1}
-    registry.withdraw("m", 1)  # a live version is no longer to be withdrawn
-    assert registry.find("m", 1).live
-    with pytest.raises(UnknownModel, match="no version 3"):
-        registry.find("m", 3)

@@ -6,8 +6,8 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 
 from serving.client import ModelServer
 from serving.errors import ModelServerError, TemperError
@@ -19,6 +19,7 @@ from trainer.jobs import Job, Jobs, NotMine
 
 POLL_S = 0.1  # between looks for a job
 RECOVER_S = 2.0  # between looks for jobs of dead workers
+SWEEP_S = 60.0  # between looks for data sets that nothing needs
 SIGN_S = 1.0  # between signs of life
 
 log = logging.getLogger("temper.worker")
@@ -79,22 +80,24 @@ class Worker:
         import_tensorflow()
         import tensorflow as tf
 
+        from trainer.retention import retire_surplus, sweep_datasets
         from trainer.run import clear_leavings, publish_base
 
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
             tf.config.experimental.enable_op_determinism()  # the same seed gives the same weights
         idle = threading.Event()
-        with ModelServer(self.settings.target) as server:
+        with ExitStack() as stack:
+            servers = [stack.enter_context(ModelServer(target)) for target in self.settings.targets]
             while True:
                 try:
-                    publish_base(self.settings, self.registry, server)
+                    publish_base(self.settings, self.registry, servers)
                     break
                 except ModelServerError as exc:
                     log.info("worker %s waits for the model server: %s", self.id, exc)
                     idle.wait(0.2)
             self.state = "idle"
-            look_for_lost = 0.0
+            look_for_lost = sweep = 0.0
             reports = self._complete_reports()
             log.info("worker %s ready", self.id)
             while True:
@@ -103,12 +106,18 @@ class Worker:
                     for lost in self.jobs.recover():
                         log.info("job %s %s: its worker died", lost.id, lost.status)
                         with suppress(ModelServerError):
-                            clear_leavings(lost, settings=self.settings, registry=self.registry, server=server)
+                            clear_leavings(lost, settings=self.settings, registry=self.registry, servers=servers)
                 job = self.jobs.claim(self.id)
                 if job is not None:
                     self.state = "busy"
-                    self._attempt(job, server)
+                    self._attempt(job, servers)
+                    retire_surplus(
+                        job.model, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers
+                    )
                     self.state = "idle"
+                elif time.monotonic() >= sweep:
+                    sweep = time.monotonic() + SWEEP_S
+                    sweep_datasets(self.settings, self.jobs, self.registry)
                 elif not next(reports):
                     idle.wait(POLL_S)
 
@@ -130,13 +139,13 @@ class Worker:
                 log.exception("job %s: the costly part of its report", job.id)
                 given_up.add(job.id)
 
-    def _attempt(self, job: Job, server: ModelServer) -> None:
+    def _attempt(self, job: Job, servers: Sequence[ModelServer]) -> None:
         """Run a job and write down how it ended."""
         from trainer.run import run_job
 
         log.info("job %s begins: %s on %d images", job.id, job.model, job.dataset["images"])
         try:
-            run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, server=server)
+            run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
         except NotMine:
             self.jobs.finish(job, "cancelled")
         except TemperError as exc:

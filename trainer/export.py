@@ -40,10 +40,17 @@ class _Served(tf.Module):  # type: ignore[misc]
         self.layers = layers
         self._sign, self._offset = (-1.0, 1.0) if invert else (1.0, 0.0)
 
-    # The placeholder has no shape, so that no optimizer can take the check for proven and drop it.
+    # The placeholders have no shape, so that no optimizer can take the checks for proven and drop them.
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.float32, name="image")])
     def serve(self, image: Tensor) -> dict[str, Tensor]:
-        image = tf.ensure_shape(image, (None, 28, 28, 1))
+        return self._answer(tf.ensure_shape(image, (None, 28, 28, 1)))
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.uint8, name="image")])
+    def serve_bytes(self, image: Tensor) -> dict[str, Tensor]:
+        image = tf.ensure_shape(image, (None, 784))
+        return self._answer(tf.reshape(tf.cast(image, tf.float32) / 255.0, (-1, 28, 28, 1)))
+
+    def _answer(self, image: Tensor) -> dict[str, Tensor]:
         params = {name: functools.reduce(operator.getitem, name.split("/"), self.layers) for name in self._names}
         scores = logits(params, self._sign * image + self._offset)
         return {"logits": scores, "probabilities": tf.nn.softmax(scores)}
@@ -54,22 +61,24 @@ def _template(shapes: Shapes, invert: bool) -> tuple[bytes, bytes]:
     """`saved_model.pb` and the object graph of a checkpoint of these parameters."""
     module = _Served(shapes, invert)
     with tempfile.TemporaryDirectory() as folder:
-        tf.saved_model.save(module, folder, signatures={"serving_default": module.serve})
+        signatures = {"serving_default": module.serve, "serving_bytes": module.serve_bytes}
+        tf.saved_model.save(module, folder, signatures=signatures)
         saved = saved_model_pb2.SavedModel.FromString((Path(folder) / "saved_model.pb").read_bytes())
         objects: bytes = tf.train.load_checkpoint(f"{folder}/variables/variables").get_tensor(OBJECT_GRAPH)
-    shape = saved.meta_graphs[0].signature_def["serving_default"].inputs["image"].tensor_shape
-    shape.Clear()
-    for size in (-1, 28, 28, 1):
-        shape.dim.add(size=size)
+    for signature, sizes in (("serving_default", (-1, 28, 28, 1)), ("serving_bytes", (-1, 784))):
+        shape = saved.meta_graphs[0].signature_def[signature].inputs["image"].tensor_shape
+        shape.Clear()
+        for size in sizes:
+            shape.dim.add(size=size)
     return saved.SerializeToString(deterministic=True), objects
 
 
 def export(directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, manifest: Mapping[str, Any]) -> None:
     """Write a SavedModel.
 
-    `serving_default(image float32 [n, 28, 28, 1] in [0, 1]) -> logits, probabilities`, both float32 [n, classes].
-    An image of another shape is refused inside the graph, before the first convolution: a tensor of the wrong rank
-    that reaches one ends a TensorFlow Serving process.
+    `serving_default(image float32 [n, 28, 28, 1] in [0, 1])` and `serving_bytes(image uint8 [n, 784])`, both with
+    `-> logits, probabilities`, float32 [n, classes]. An image of another shape is refused inside the graph, before
+    the first convolution: a tensor of the wrong rank that reaches one ends a TensorFlow Serving process.
 
     Args:
         directory: made by this call.

@@ -27,6 +27,7 @@ jobs = sa.Table(
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("model", sa.String, nullable=False),
     sa.Column("version", sa.Integer),
+    sa.Column("label", sa.String, nullable=False, server_default="stable"),
     sa.Column("base", sa.String, nullable=False),
     sa.Column("status", sa.String, nullable=False, index=True),
     sa.Column("stage", sa.String),
@@ -58,6 +59,7 @@ class Job:
     id: str
     model: str
     version: int | None  # of the model, once it is live
+    label: str  # what will stand for that version
     base: str  # name:version
     status: Status
     stage: str | None  # validating, training, evaluating, exporting or publishing, while it runs
@@ -84,11 +86,13 @@ class Jobs:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
-    def create(self, *, model: str, base: str, spec: Mapping[str, Any], dataset: Mapping[str, Any]) -> Job:
+    def create(
+        self, *, model: str, base: str, spec: Mapping[str, Any], dataset: Mapping[str, Any], label: str = "stable"
+    ) -> Job:
         """A queued job. Ids sort by time."""
         now = time.time()
         job = Job(
-            id=f"ftjob-{int(now * 1000):011x}{secrets.token_hex(5)}", model=model, version=None, base=base,
+            id=f"ftjob-{int(now * 1000):011x}{secrets.token_hex(5)}", model=model, version=None, label=label, base=base,
             status="queued", stage=None, progress={}, created_at=now, started_at=None, finished_at=None,
             spec=dict(spec), dataset=dict(dataset), error=None, report_status="none", worker=None, attempts=0,
             cancel_requested=False,
@@ -191,6 +195,19 @@ class Jobs:
         with self._engine.begin() as connection:
             row = connection.execute(update.returning(*jobs.c)).mappings().one_or_none()
         return Job(**row) if row else None
+
+    def open_bases(self) -> set[str]:
+        """Versions, `name:version`, that jobs which have not finished start from."""
+        with self._engine.connect() as connection:
+            query = sa.select(jobs.c.base).where(jobs.c.status.not_in(FINISHED)).distinct()
+            return set(connection.execute(query).scalars())
+
+    def needed_datasets(self) -> list[dict[str, Any]]:
+        """Data sets of jobs that have not finished or whose report is not complete."""
+        open_report = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
+        with self._engine.connect() as connection:
+            query = sa.select(jobs.c.dataset).where(jobs.c.status.not_in(FINISHED) | open_report)
+            return list(connection.execute(query).scalars())
 
     def reported(self, job: Job, report_status: str) -> None:
         """How much of a finished job's report is there by now."""

@@ -4,7 +4,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow as tf
 
 from serving.client import ModelServer
-from serving.errors import DeviceUnavailable
-from serving.publishing import alone, publish, withdraw
-from serving.registry import BASE, Registry
+from serving.errors import DeviceUnavailable, UnknownModel
+from serving.publishing import Probe, alone, publish, seal, withdraw
+from serving.registry import BASE, Registry, Version
 from serving.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.datasets import Dataset
@@ -39,6 +39,21 @@ class Run:
     job: Job
     jobs: Jobs
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    progress: dict[str, Any] = field(default_factory=dict)  # of the last epoch, then the steps of the publication
+
+    def note(self, progress: dict[str, Any], stage: str) -> None:
+        """Write the progress down."""
+        self.progress = progress
+        self.jobs.update(self.job, stage=stage, progress=progress)
+
+    def publishing(self, done: str) -> None:
+        """A step of the publication is done; asked again while the next one waits, it ends a cancelled job."""
+        steps = self.progress.get("publishing", {})
+        if done in steps:
+            self.jobs.update(self.job, stage="publishing")
+            return
+        stage = "warming" if done == "proven" else "publishing"
+        self.note({**self.progress, "publishing": {**steps, done: round(time.time(), 3)}}, stage)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -49,7 +64,7 @@ class Run:
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
 
-def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, server: ModelServer) -> None:
+def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:
     """Run a claimed job to its success.
 
     Raises:
@@ -57,7 +72,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
         NotMine: it was cancelled or given to another worker.
     """
     staged = settings.staging / job.id
-    clear_leavings(job, settings=settings, registry=registry, server=server)
+    clear_leavings(job, settings=settings, registry=registry, servers=servers)
     live = [version for version in registry.of_job(job.id) if version.live]
     if live:  # a worker died between making it live and saying so
         jobs.finish(job, "succeeded", version=live[0].version, report_status="quick")
@@ -68,18 +83,19 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             spec = Spec.model_validate_json(json.dumps(job.spec))
             device = _device(spec.device)
             data = _Data.load(job.dataset, settings, spec)
-            base, base_classes = _base(job.base, settings, registry)
-            start = begin(spec, base, classes=len(data.classes), same_classes=base_classes == data.classes)
+            source = _named(job.base, registry)
+            base = load_params(settings.version(source.model, source.version))
+            known = list(data.classes) == source.manifest["classes"]
+            start = begin(spec, base, classes=len(data.classes), same_classes=known)
         with tf.device(device):
             with run.stage("training"):
                 across = _fold(spec, start, data, run) if spec.folds else None
                 train, validation = data.split(spec)
                 fitted = _fit(spec, start, train, validation, data, run)
             with run.stage("evaluating"):
-                known = None if start.new else start.params
-                card = report.quick(fitted, train, validation, data.classes, spec, base=known)
-                probe = data.as_sent(validation)
-                expected = fitted.network.logits(validation.images[:PROBE_IMAGES])
+                before = None if start.new else start.params
+                card = report.quick(fitted, train, validation, data.classes, spec, base=before)
+                probe = Probe(data.as_sent(validation), fitted.network.logits(validation.images[:PROBE_IMAGES]))
         with run.stage("exporting"):
             manifest = {
                 "classes": list(data.classes), "polarity": data.polarity, "base": job.base,
@@ -89,37 +105,45 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             export(staged, fitted.params, invert=data.invert, manifest=manifest)
             delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest)
             card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
+            probe.save(staged)
+            seal(staged)
         card |= {"device": device.removeprefix("/"), "cost": report.cost(run.seconds, fitted)}
         if across:
             card["cross_validation"] = across
         with run.stage("publishing"):
             version = publish(
-                settings, registry, server,
-                staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card,
-                probe=probe, expected=expected, may_go_live=lambda: jobs.update(job, stage="publishing"),
+                settings, registry, servers,
+                staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
+                step=run.publishing,
             )  # fmt: skip
         registry.set_report(job.model, version, card)
-        jobs.finish(job, "succeeded", version=version, report_status="quick")
+        steps = {**run.progress["publishing"], "labelled": round(time.time(), 3)}
+        progress = {**run.progress, "publishing": steps}
+        jobs.finish(job, "succeeded", version=version, report_status="quick", progress=progress)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def clear_leavings(job: Job, *, settings: Settings, registry: Registry, server: ModelServer) -> None:
+def clear_leavings(job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
     """Remove what an earlier attempt at a job may have left half-done."""
     shutil.rmtree(settings.staging / job.id, ignore_errors=True)
     for version in registry.of_job(job.id):
         if not version.live:
-            withdraw(settings, registry, server, version.model, version.version)
+            withdraw(settings, registry, servers, version.model, version.version)
 
 
 def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry) -> Iterator[None]:
     """Work out the costly part of a report; yields wherever other work may come first."""
     assert job.version is not None
-    version = registry.find(job.model, job.version)
+    try:
+        version = registry.find(job.model, job.version)
+    except UnknownModel:  # removed since
+        jobs.reported(job, "none")
+        return
     spec = Spec.model_validate_json(json.dumps(job.spec))
     data = _Data.load(job.dataset, settings, spec)
     device = _device("auto" if spec.device == "gpu" else spec.device)
-    params = load_params(settings.models / job.model / str(job.version))
+    params = load_params(settings.version(job.model, job.version))
     with tf.device(device):
         _, validation = data.split(spec)
     steps = report.robustness(functools.partial(serve, params), validation, report.epsilon_of(spec))
@@ -139,21 +163,26 @@ def _forgetting(
     params: Arrays, base: str, classes: tuple[str, ...], settings: Settings, registry: Registry
 ) -> dict[str, Any] | None:
     """How much of the base's task is left; None where nothing of that task is there."""
-    before, base_classes = _base(base, settings, registry)
-    name, _, number = base.partition(":")
-    if name == BASE:
+    try:
+        version = _named(base, registry)
+    except UnknownModel:  # removed since
+        return None
+    if version.model == BASE:
         source, (images, labels) = "drawn digits", drawn_digits(FORGETTING_IMAGES, seed=0)
         sample = Split(tf.constant(images), labels)
     else:
-        manifest = registry.find(name, int(number)).manifest
-        spec = Spec.model_validate_json(json.dumps(manifest["spec"]))
+        spec = Spec.model_validate_json(json.dumps(version.manifest["spec"]))
         try:
-            data = _Data.load(manifest["dataset"], settings, spec)
+            data = _Data.load(version.manifest["dataset"], settings, spec)
         except FileNotFoundError:
             return None
         source, (_, sample) = f"validation images of {base}", data.split(spec)
         sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
-    return {"sample": source, **report.forgetting(params, before, sample, same_classes=base_classes == classes)}
+    before, same = (
+        load_params(settings.version(version.model, version.version)),
+        version.manifest["classes"] == list(classes),
+    )
+    return {"sample": source, **report.forgetting(params, before, sample, same_classes=same)}
 
 
 @dataclass(frozen=True)
@@ -194,9 +223,9 @@ class _Data:
             yield self._ready(self.dataset, ~chosen), self._ready(self.dataset, chosen)
 
     def as_sent(self, validation: Split) -> np.ndarray:
-        """The first validation images as a client would send them."""
-        images = np.asarray(validation.images[:PROBE_IMAGES])
-        return 1.0 - images if self.invert else images
+        """The first validation images as a client would send them, (n, 784) uint8."""
+        images = np.asarray(validation.images[:PROBE_IMAGES]).reshape(-1, 784)
+        return np.rint(255 * (1.0 - images if self.invert else images)).astype(np.uint8)
 
     def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:
         images = (dataset.images[some] / np.float32(255))[..., None]
@@ -232,18 +261,17 @@ def _device(wanted: str) -> str:
     return "/GPU:0" if gpus and wanted != "cpu" else "/CPU:0"
 
 
-def _base(name: str, settings: Settings, registry: Registry) -> tuple[Arrays, tuple[str, ...]]:
-    """Parameters and classes of a published version `name:version`."""
+def _named(name: str, registry: Registry) -> Version:
+    """The live version `name:version`."""
     model, _, number = name.partition(":")
-    params = load_params(settings.models / model / number)
-    return params, tuple(registry.find(model, int(number)).manifest["classes"])
+    return registry.find(model, int(number))
 
 
 def _fit(spec: Spec, start: Start, train: Split, validation: Split, data: _Data, run: Run, **more: Any) -> Fitted:
     """Fit with the job's progress written down."""
 
     def write_down(record: dict[str, Any]) -> None:
-        run.jobs.update(run.job, progress={**PENALTIES, **record, "epochs": spec.epochs, **more})
+        run.note({**PENALTIES, **record, "epochs": spec.epochs, **more}, "training")
 
     return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down)
 
@@ -259,7 +287,7 @@ def _fold(spec: Spec, start: Start, data: _Data, run: Run) -> dict[str, Any]:
     return {"folds": each, **evaluate.score(np.concatenate(scores), np.concatenate(labels))}
 
 
-def publish_base(settings: Settings, registry: Registry, server: ModelServer) -> None:
+def publish_base(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
     """Publish the pretrained LeNet-5 as version 1 of `lenet5`, unless it is there.
 
     Raises:
@@ -268,20 +296,21 @@ def publish_base(settings: Settings, registry: Registry, server: ModelServer) ->
     with alone(settings, "base"):
         if registry.has_live(BASE):
             return
-        server.states(BASE)  # is it there at all? A number that is given is not given again
+        for server in servers:
+            server.states(BASE)  # is it there at all? A number that is given is not given again
         for version in registry.of_job(BASE):
-            withdraw(settings, registry, server, BASE, version.version)
+            withdraw(settings, registry, servers, BASE, version.version)
         params, card = pretrained()
         classes = [str(digit) for digit in range(10)]
         manifest = {"classes": classes, "polarity": "light_on_dark", "base": None, "sha256": digest(params), **card}
-        probe = np.random.default_rng(0).random((PROBE_IMAGES, 28, 28, 1), np.float32)
+        pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, 784), np.uint8)
+        logits = serve(params).logits((pixels / np.float32(255)).reshape(-1, 28, 28, 1))
         staged = settings.staging / BASE
         shutil.rmtree(staged, ignore_errors=True)
         export(staged, params, invert=False, manifest=manifest)
-        publish(
-            settings, registry, server, staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=card,
-            probe=probe, expected=serve(params).logits(probe),
-        )  # fmt: skip
+        Probe(pixels, logits).save(staged)
+        seal(staged)
+        publish(settings, registry, servers, staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=card)
 
 
 def pretrained() -> tuple[Arrays, dict[str, Any]]:

@@ -1,0 +1,88 @@
+"""What the routes share, and the watch over the model servers."""
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from api.metrics import SERVER_UP, VERSIONS
+from api.predicting import MicroBatcher, Routes
+from api.targets import Target, Targets
+from api.uploads import Uploads
+from serving.errors import TemperError
+from serving.publishing import reconcile
+from serving.registry import BASE, Registry
+from serving.settings import Settings
+from trainer.jobs import Jobs
+
+log = logging.getLogger("temper.gateway")
+
+LOOK_S, LOOK_FOR_LOST_S = 0.5, 0.1  # between looks at a model server that answers, and at one that does not
+
+
+@dataclass
+class Gateway:
+    """What the routes share."""
+
+    settings: Settings
+    jobs: Jobs
+    registry: Registry
+    targets: Targets
+    routes: Routes
+    batcher: MicroBatcher
+    uploads: Uploads
+
+    async def look_after(self) -> None:
+        """Keep the routes fresh, and every model server at what the registry says whenever it comes back."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_routes())
+            for target in self.targets.all:
+                tasks.create_task(self._watch(target))
+
+    async def _keep_routes(self) -> None:
+        while True:
+            try:
+                await self.routes.refresh()
+                for model, route in self.routes.all.items():
+                    VERSIONS.labels(model).set(len(route.classes))
+            except Exception:
+                log.exception("the routes cannot be read")
+            await asyncio.sleep(LOOK_S)
+
+    async def _watch(self, target: Target) -> None:
+        while True:
+            target.look.clear()
+            try:
+                await asyncio.to_thread(self._look_at, target)
+            except TemperError as exc:
+                if target.up:
+                    log.warning("model server %s: %s", target.address, exc.message)
+                target.up, target.behind = False, True
+            except Exception:
+                log.exception("looking after the model server %s", target.address)
+            SERVER_UP.labels(target.address).set(target.up)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S if target.up else LOOK_FOR_LOST_S):
+                    await target.look.wait()
+                await asyncio.sleep(LOOK_FOR_LOST_S)  # however often it is asked for
+
+    def _look_at(self, target: Target) -> None:
+        available = target.control.available(BASE)
+        if (target.behind or not available) and self.registry.wanted():
+            reconcile(self.settings, self.registry, [target.control])
+        target.up, target.behind = True, False
+
+    async def align(self) -> None:
+        """Have all model servers serve what the registry says now; one that is away will when it comes back."""
+        await self.routes.refresh()
+        servers = [target.control for target in self.targets.all]
+        with contextlib.suppress(TemperError):
+            await asyncio.to_thread(reconcile, self.settings, self.registry, servers)
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that a request has come to."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway

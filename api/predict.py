@@ -1,0 +1,146 @@
+"""POST /predict, and the core that all three faces of the predict path share."""
+
+import asyncio
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from fastapi import FastAPI, Request, Response
+
+from api import bodies
+from api.direct import Direct
+from api.documentation import errors
+from api.examples import IMAGE_EXAMPLE
+from api.gateway import gateway_of
+from api.instances import parse_instances
+from api.schemas import ImageOptions, PredictRequest, PredictResponse
+from api.tracing import answered_by
+from serving.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+
+TIMEOUT, STICKY = "X-Request-Timeout", "X-Sticky-Key"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a version says of n images."""
+
+    model: str
+    version: int
+    classes: tuple[str, ...]
+    logits: np.ndarray  # (n, classes) float32
+    probabilities: np.ndarray  # (n, classes) float32
+
+
+async def answer(
+    request: Request, images: np.ndarray, model: str, version: int | None = None, label: str | None = None
+) -> Answer:
+    """Have the version that is meant classify images, (n, 28, 28, 1) float32 in [0, 1] or (n, 784) uint8.
+
+    Raises:
+        UnknownModel: there is no such model, version or label.
+        InvalidRequest: both are named, or a header is wrong.
+        Overloaded, ModelServerError: of the micro-batches.
+    """
+    gateway = gateway_of(request)
+    if version is not None and label is not None:
+        raise InvalidRequest("give a version or a label, not both", param="label")
+    timeout_s = _timeout(request.headers.get(TIMEOUT), gateway.settings.predict_timeout_s)
+    number, classes = await gateway.routes.resolve(model, version, label, request.headers.get(STICKY))
+    answered_by(request.scope, model, number)
+    found = await gateway.batcher.predict(model, number, images, timeout_s)
+    return Answer(model, number, classes, found.logits, found.probabilities)
+
+
+def _timeout(given: str | None, most: float) -> float:
+    if given is None:
+        return most
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"{TIMEOUT}: {given!r} is no number of seconds above 0", param=TIMEOUT)
+    return min(seconds, most)
+
+
+async def predict(request: Request) -> Response:
+    """Classify images: JSON instances, raw bytes, an .npy, a PNG or JPEG, or many of them in a form or a zip."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    most, names = gateway_of(request).settings.max_instances, None
+    options: ImageOptions
+    if kind == bodies.FORM:
+        options, files = await bodies.read_form(request, most)
+        images = await asyncio.to_thread(bodies.from_images, files, most)
+        names = [name for name, _ in files]
+    elif kind in bodies.KINDS:
+        body = await request.body()
+        options = bodies.options_of(request.query_params.multi_items())
+        match kind:
+            case "application/octet-stream":
+                images = bodies.from_bytes(body)
+            case "application/x-npy":
+                images = bodies.from_npy(body)
+            case bodies.ZIP:
+                files = await asyncio.to_thread(bodies.unzipped, body, gateway_of(request).settings.max_predict_bytes)
+                images = await asyncio.to_thread(bodies.from_images, files, most)
+                names = [name for name, _ in files]
+            case _:
+                images = await asyncio.to_thread(bodies.from_images, [("the body", body)], 1)
+    else:
+        body = await request.body()
+        if kind != "application/json" and (kind or not body):
+            known = ", ".join(("application/json", *bodies.KINDS))
+            raise UnsupportedMediaType(f"Content-Type {kind!r}: send one of {known}")
+        options, images = parse_instances(body, most)
+    if len(images) > most:
+        raise TooLarge(f"{len(images)} images, more than {most}", param="body")
+    found = await answer(request, images, options.model, options.version, options.label)
+    return Response(_written(found, options.top_k, names), media_type="application/json")
+
+
+def _written(found: Answer, top_k: int | None, names: list[str] | None) -> bytes:
+    """The body of `PredictResponse`."""
+    classes = found.classes
+    predictions: list[dict[str, Any]] = [
+        {"label": classes[top], "probabilities": row}
+        for top, row in zip(found.probabilities.argmax(axis=1).tolist(), found.probabilities, strict=True)
+    ]
+    if top_k is not None:
+        for prediction, row in zip(predictions, found.probabilities, strict=True):
+            best = np.argsort(-row, kind="stable")[:top_k].tolist()
+            prediction["top_k"] = [{"label": classes[index], "probability": row[index]} for index in best]
+    if names is not None:
+        predictions = [{"file": name, **prediction} for name, prediction in zip(names, predictions, strict=True)]
+    body = {"model": found.model, "version": found.version, "classes": classes, "predictions": predictions}
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def add(app: FastAPI) -> None:
+    """The route."""
+    image = {"schema": {"type": "string", "format": "binary"}}
+    options = ImageOptions.model_json_schema()["properties"]
+    schema = PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    form = {"type": "object", "properties": {**options, "image": {"type": "string", "format": "binary"}}}
+    header = {
+        TIMEOUT: {"type": "number", "description": "Seconds after which the answer is of no use (504)."},
+        STICKY: {"type": "string", "description": "Requests with the same key follow the same label."},
+    }
+    app.router.add_api_route(
+        "/predict", predict, methods=["POST"], tags=["predict"], route_class_override=Direct,
+        response_model=PredictResponse, responses=errors(400, 404, 413, 415, 422, 429, 503, 504),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {"schema": schema, "example": IMAGE_EXAMPLE},
+                    **dict.fromkeys(bodies.KINDS, image), bodies.FORM: {"schema": form},
+                },
+            },
+            "parameters": [
+                {"name": name, "in": place, "schema": found, "description": found.pop("description")}
+                for place, group in (("query", options), ("header", header)) for name, found in group.items()
+            ],
+        },
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+"""A request's id, its answer's headers, its line in the log and its part of the metrics."""
+
+import itertools
+import logging
+import re
+import secrets
+import time
+from contextvars import ContextVar
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.metrics import LATENCY, REJECTIONS, REQUESTS
+
+log = logging.getLogger("temper.gateway")
+
+HEADER = "X-Request-ID"
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
+ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # what a client may choose as an id
+REASONS = {413: "too_large", 429: "overloaded", 503: "unavailable", 504: "timeout"}
+QUIET = ("/healthz", "/readyz", "/metrics")
+
+
+class Tracing:
+    """Outermost of the middleware. `answered_by` tells it which version has answered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._start, self._numbers = secrets.token_hex(6).encode(), itertools.count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on under its id."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began = time.perf_counter()
+        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = sent if ACCEPTED.fullmatch(sent) else b"%s-%x" % (self._start, next(self._numbers))
+        token = REQUEST_ID.set(request_id.decode())
+        state: dict[str, Any] = scope.setdefault("state", {})
+        status = 500
+
+        async def traced(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = message["headers"]
+                headers.append((b"x-request-id", request_id))
+                if "model" in state:
+                    headers.append((b"x-temper-model", state["model"].encode()))
+                    headers.append((b"x-temper-version", b"%d" % state["version"]))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, traced)
+        finally:
+            self._count(scope, state, status, time.perf_counter() - began)
+            REQUEST_ID.reset(token)
+
+    def _count(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")  # as declared: no client makes new series
+        of = (route, state.get("model", ""), str(state.get("version", "")))
+        REQUESTS.labels(*of, status).inc()
+        LATENCY.labels(*of).observe(seconds)
+        if status in REASONS:
+            REJECTIONS.labels(REASONS[status]).inc()
+        if status >= 500 and route not in QUIET:
+            log.warning("%s %s: %d after %.0f ms", scope["method"], scope["path"], status, 1000 * seconds)
+
+
+def answered_by(scope: Scope, model: str, version: int) -> None:
+    """Have the answer's headers and the metrics name this version."""
+    scope["state"]["model"], scope["state"]["version"] = model, version
+
+
+class WithRequestId(logging.Filter):
+    """Puts the id of the request at hand into log records."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep every record."""
+        record.request_id = REQUEST_ID.get()
+        return True

@@ -1,0 +1,223 @@
+"""Predict, GetModelMetadata, GetModelStatus."""
+
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    inference_pb2,
+    predict_pb2,
+)
+
+from tests.contract.conftest import AVAILABLE, IMAGES, Refusal, Server, config, expected, predict_request, refusal
+
+IMAGE = {"image": IMAGES}
+
+
+@pytest.fixture(scope="module")
+def served(server: Server, lenet: Path) -> str:
+    """A model with versions 1 and 2, of which 1 is labelled."""
+    server.reload(config("predicted", lenet, specific=[1, 2]))
+    server.until("predicted", {1: AVAILABLE, 2: AVAILABLE})
+    server.reload(config("predicted", lenet, specific=[1, 2], labels={"stable": 1}))
+    return "predicted"
+
+
+def invalid(message: str) -> Refusal:
+    return Refusal("INVALID_ARGUMENT", message)
+
+
+def test_the_newest_version_answers_in_typed_values_and_says_which_it_is(server: Server, served: str) -> None:
+    response = server.predict(served, IMAGE)
+    assert set(response.outputs) == {"logits", "probabilities"}
+    for output in response.outputs.values():
+        assert output.dtype == tf.float32
+        assert [dim.size for dim in output.tensor_shape.dim] == [3, 10]
+        assert len(output.float_val) == 30
+        assert output.tensor_content == b""
+    np.testing.assert_allclose(tf.make_ndarray(response.outputs["logits"]), expected(2), atol=1e-4)
+    assert response.model_spec.name == served
+    assert response.model_spec.version.value == 2
+    assert response.model_spec.signature_name == "serving_default"
+
+
+@pytest.mark.parametrize("spec", [{"version": 1}, {"label": "stable"}])
+def test_a_version_can_be_asked_for_by_number_and_label(server: Server, served: str, spec: dict[str, object]) -> None:
+    response = server.predict(served, IMAGE, **spec)
+    np.testing.assert_allclose(tf.make_ndarray(response.outputs["logits"]), expected(1), atol=1e-4)
+    assert response.model_spec.version.value == 1
+    assert response.model_spec.version_label == ""
+
+
+@pytest.mark.parametrize("size", [1, 300])
+def test_a_batch_may_have_any_size(server: Server, served: str, size: int) -> None:
+    images = np.resize(IMAGES, (size, 28, 28, 1))
+    response = server.predict(served, {"image": images})
+    assert [dim.size for dim in response.outputs["probabilities"].tensor_shape.dim] == [size, 10]
+
+
+def test_a_message_of_twelve_megabytes_is_taken(server: Server, served: str) -> None:
+    response = server.predict(served, {"image": np.zeros((4000, 28, 28, 1), np.float32)})
+    assert len(response.outputs["logits"].float_val) == 40_000
+
+
+def test_a_request_may_be_compressed(server: Server, served: str) -> None:
+    response = server.prediction.Predict(predict_request(served, IMAGE), compression=grpc.Compression.Gzip, timeout=30)
+    assert response.model_spec.version.value == 2
+
+
+def test_only_the_outputs_asked_for_come(server: Server, served: str) -> None:
+    assert set(server.predict(served, IMAGE, filter=("logits",)).outputs) == {"logits"}
+
+
+def test_output_filters_that_make_no_sense_are_refused(server: Server, served: str) -> None:
+    for name in ("nope", ""):
+        found = refusal(server.predict, served, IMAGE, filter=(name,))
+        assert found.code == "INVALID_ARGUMENT"
+        text = f"output tensor alias not found in signature: {name} Outputs expected to be in the set {{"
+        assert found.message.startswith(text)
+    assert refusal(server.predict, served, IMAGE, filter=("logits", "logits")) == invalid(
+        "duplicate output tensor alias: logits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "code", "message"),
+    [
+        ("", {}, "INVALID_ARGUMENT", "ModelSpec has no name specified."),
+        ("nope", {}, "NOT_FOUND", "Servable not found for request: Latest(nope)"),
+        ("nope", {"version": 1}, "NOT_FOUND", "Servable not found for request: Specific(nope, 1)"),
+        ("nope", {"label": "x"}, "INVALID_ARGUMENT", "Unrecognized servable version label: x"),
+        ("predicted", {"version": 99}, "NOT_FOUND", "Servable not found for request: Specific(predicted, 99)"),
+        ("predicted", {"version": 0}, "NOT_FOUND", "Servable not found for request: Specific(predicted, 0)"),
+        ("predicted", {"version": -1}, "NOT_FOUND", "Servable not found for request: Specific(predicted, -1)"),
+        ("predicted", {"label": "x"}, "INVALID_ARGUMENT", "Unrecognized servable version label: x"),
+        ("predicted", {"label": ""}, "INVALID_ARGUMENT", "Unrecognized servable version label: "),
+        ("predicted", {"signature": "no"}, "FAILED_PRECONDITION", 'Serving signature key "no" not found.'),
+    ],
+)
+@pytest.mark.usefixtures("served")
+def test_what_is_not_there_is_refused_by_name(
+    server: Server, name: str, spec: dict[str, object], code: str, message: str
+) -> None:
+    assert refusal(server.predict, name, IMAGE, **spec) == Refusal(code, message)
+
+
+def test_a_request_without_a_model_is_refused(server: Server) -> None:
+    assert refusal(server.prediction.Predict, predict_pb2.PredictRequest()) == invalid("Missing ModelSpec")
+
+
+def test_bytes_that_are_no_message_are_an_internal_error(server: Server) -> None:
+    call = server.channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    assert refusal(call, b"\xff\xff\xff").code == "INTERNAL"
+
+
+@pytest.mark.parametrize("method", ["PredictionService/Nope", "SessionService/SessionRun"])
+def test_methods_that_do_not_exist_are_unimplemented(server: Server, method: str) -> None:
+    assert refusal(server.channel.unary_unary(f"/tensorflow.serving.{method}"), b"").code == "UNIMPLEMENTED"
+
+
+def test_inputs_are_matched_by_name(server: Server, served: str) -> None:
+    assert refusal(server.predict, served, {}) == invalid(
+        "input size does not match signature: 0!=1 len({}) != len({image}). Sent extra: {}. "
+        "Missing but required: {image}."
+    )
+    assert refusal(server.predict, served, {"image": IMAGES, "extra": IMAGES}) == invalid(
+        "input size does not match signature: 2!=1 len({extra,image}) != len({image}). Sent extra: {extra}. "
+        "Missing but required: {}."
+    )
+    found = refusal(server.predict, served, {"img": IMAGES})
+    assert found.code == "INVALID_ARGUMENT"
+    assert found.message.startswith("Signature input alias: image(feed name: ")
+    assert found.message.endswith(
+        ") not found in request and no default value provided. Inputs expected to be in the request {img}, or default "
+        "input alias set: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (IMAGES.astype(np.float64), "double"),
+        (IMAGES.astype(np.int32), "int32"),
+        (IMAGES.astype(np.uint8), "uint8"),
+        (np.array([b"abc"]), "string"),
+    ],
+)
+def test_a_type_is_never_converted(server: Server, served: str, value: np.ndarray, name: str) -> None:
+    assert refusal(server.predict, served, {"image": value}) == invalid(
+        f"Expects arg[0] to be float but {name} is provided"
+    )
+
+
+def test_examples_are_refused_for_want_of_a_signature(server: Server, served: str) -> None:
+    nothing = inference_pb2.MultiInferenceRequest()
+    assert refusal(server.prediction.MultiInference, nothing) == invalid("ModelSpec has no name specified.")
+    request = classification_pb2.ClassificationRequest()
+    request.model_spec.name = served
+    found = refusal(server.prediction.Classify, request)
+    assert found.code == "INVALID_ARGUMENT"
+    assert found.message.startswith('No classification inputs found in SignatureDef: inputs {\n  key: "image"\n')
+
+
+def test_metadata_are_the_signatures(server: Server, served: str) -> None:
+    for choice, version in (({}, 2), ({"version": 1}, 1), ({"label": "stable"}, 1)):
+        spec, signatures = server.metadata(served, **choice)
+        assert (spec.name, spec.version.value, spec.signature_name) == (served, version, "")
+    signature = signatures["serving_default"]
+    assert signature.method_name == "tensorflow/serving/predict"
+    assert signature.inputs["image"].dtype == tf.float32
+    assert [dim.size for dim in signature.inputs["image"].tensor_shape.dim] == [-1, 28, 28, 1]
+    assert set(signature.outputs) == {"logits", "probabilities"}
+    assert "__saved_model_init_op" in signatures
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "message"),
+    [
+        (["signature_def"], None, "Missing ModelSpec"),
+        ([], "predicted", "GetModelMetadataRequest must specify at least one metadata_field"),
+        ([], "nope", "GetModelMetadataRequest must specify at least one metadata_field"),
+        (["signature_def", "foo"], "predicted", "Metadata field foo is not supported"),
+        (["signature_def"], "", "ModelSpec has no name specified."),
+    ],
+)
+@pytest.mark.usefixtures("served")
+def test_metadata_requests_that_make_no_sense_are_refused(
+    server: Server, fields: list[str], name: str | None, message: str
+) -> None:
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=fields)
+    if name is not None:
+        request.model_spec.name = name
+        request.model_spec.SetInParent()
+    assert refusal(server.prediction.GetModelMetadata, request) == invalid(message)
+
+
+def test_status_lists_versions_newest_first_and_ignores_labels(server: Server, served: str) -> None:
+    request = get_model_status_pb2.GetModelStatusRequest()
+    request.model_spec.name = served
+    request.model_spec.version_label = "nonsense"
+    found = server.models.GetModelStatus(request).model_version_status
+    assert [(status.version, status.state, status.HasField("status")) for status in found] == [
+        (2, AVAILABLE, True),
+        (1, AVAILABLE, True),
+    ]
+    request.model_spec.version.value = 1
+    assert [status.version for status in server.models.GetModelStatus(request).model_version_status] == [1]
+
+
+def test_status_of_what_was_never_there_is_not_found(server: Server, served: str) -> None:
+    request = get_model_status_pb2.GetModelStatusRequest()
+    assert refusal(server.models.GetModelStatus, request) == invalid("Missing ModelSpec")
+    request.model_spec.name = "nope"
+    missing = Refusal("NOT_FOUND", "Could not find any versions of model nope")
+    assert refusal(server.models.GetModelStatus, request) == missing
+    request.model_spec.name = served
+    request.model_spec.version.value = 9
+    missing = Refusal("NOT_FOUND", f"Could not find version 9 of model {served}")
+    assert refusal(server.models.GetModelStatus, request) == missing

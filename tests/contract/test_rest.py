@@ -1,0 +1,285 @@
+"""The REST API."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.contract.conftest import AVAILABLE, IMAGES, Server, config, expected
+from tests.contract.models import save
+
+PREDICT = "/v1/models/rest:predict"
+ROW = json.dumps({"instances": IMAGES.tolist()})
+
+
+@pytest.fixture(scope="module")
+def rest(server: Server, lenet: Path, tmp_path_factory: pytest.TempPathFactory) -> httpx.Client:
+    """A client; `rest` is our LeNet in versions 1 (labelled stable) and 2, `mixed` the model of many types."""
+    mixed = tmp_path_factory.mktemp("mixed") / "mixed"
+    save(mixed / "1")
+    configs = config("rest", lenet, specific=[1, 2]), config("mixed", mixed)
+    server.reload(*configs)
+    server.until("rest", {1: AVAILABLE, 2: AVAILABLE})
+    server.reload(config("rest", lenet, specific=[1, 2], labels={"stable": 1}), configs[1])
+    return server.http
+
+
+def refused(response: httpx.Response, code: int = 400) -> str:
+    """The error of an answer that is one; its layout is checked too."""
+    assert response.status_code == code
+    assert response.headers["Content-Type"] == "application/json"
+    text: str = response.json()["error"]
+    assert response.text == '{\n    "error": ' + json.dumps(text) + "\n}"
+    return text
+
+
+def mixed(rest: httpx.Client, signature: str, **body: Any) -> httpx.Response:
+    return rest.post("/v1/models/mixed:predict", json={"signature_name": signature, **body})
+
+
+@pytest.mark.parametrize(
+    ("path", "seed"),
+    [
+        ("/v1/models/rest:predict", 2),
+        ("/v1/models/%72est:predict", 2),
+        ("/v1/models/rest/versions/1:predict", 1),
+        ("/v1/models/rest/labels/stable:predict", 1),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_rows_are_answered_by_rows(rest: httpx.Client, path: str, seed: int, named: bool) -> None:
+    instances = [{"image": image} for image in IMAGES.tolist()] if named else IMAGES.tolist()
+    response = rest.post(path, json={"instances": instances})
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == "application/json"
+    assert int(response.headers["Content-Length"]) == len(response.content)
+    rows = response.json()["predictions"]
+    assert [set(row) for row in rows] == [{"logits", "probabilities"}] * 3
+    np.testing.assert_allclose([row["logits"] for row in rows], expected(seed), atol=1e-4)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_columns_are_answered_by_columns(rest: httpx.Client, named: bool) -> None:
+    inputs = {"image": IMAGES.tolist()} if named else IMAGES.tolist()
+    outputs = rest.post(PREDICT, json={"inputs": inputs}).json()["outputs"]
+    assert set(outputs) == {"logits", "probabilities"}
+    np.testing.assert_allclose(outputs["logits"], expected(2), atol=1e-4)
+
+
+def test_a_single_output_is_bare_and_laid_out_as_recorded(rest: httpx.Client) -> None:
+    values = [[0.1, 1, 1e-05], [0.0883738175, 9000000, -2.5]]
+    answer = mixed(rest, "echo_float32", instances=values)
+    assert answer.text == (
+        '{\n    "predictions": [[0.1, 1.0, 1e-05], [0.0883738175, 9e+06, -2.5]\n    ]\n}'
+    )  # fmt: skip
+    answer = mixed(rest, "echo_float32", inputs=[[0.5, 0.25]])
+    assert answer.text == '{\n    "outputs": [\n        [\n            0.5,\n            0.25\n        ]\n    ]\n}'
+
+
+def test_numbers_have_the_digits_that_they_need(rest: httpx.Client) -> None:
+    third = np.float32(1) / 3
+    assert "[[0.333333343]\n" in mixed(rest, "echo_float32", instances=[[float(third)]]).text
+    assert "[[0.33333333333333331]\n" in mixed(rest, "echo_float64", instances=[[1 / 3]]).text
+
+
+def test_bare_nan_and_infinity_are_numbers(rest: httpx.Client) -> None:
+    body = '{"signature_name": "echo_float32", "instances": [[NaN, Infinity, -Infinity]]}'
+    response = rest.post("/v1/models/mixed:predict", content=body)
+    assert response.text == '{\n    "predictions": [[NaN, Infinity, -Infinity]\n    ]\n}'
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("int32", [-(2**31), 2**31 - 1]),
+        ("int64", [-(2**63), 2**63 - 1]),
+        ("uint8", [0, 255]),
+        ("int8", [-128, 127]),
+        ("uint32", [0, 2**32 - 1]),
+        ("uint64", [0, 2**64 - 1]),
+        ("bool", [True, False]),
+        ("string", ["a", 'é " \\ \n']),
+    ],
+)
+def test_every_type_goes_both_ways(rest: httpx.Client, kind: str, values: list[Any]) -> None:
+    assert mixed(rest, f"echo_{kind}", instances=values).json() == {"predictions": values}
+    assert mixed(rest, f"echo_{kind}", inputs=values).json() == {"outputs": values}
+
+
+def test_bytes_go_in_and_out_as_base64(rest: httpx.Client) -> None:
+    def b64(data: bytes) -> dict[str, str]:
+        return {"b64": base64.b64encode(data).decode()}
+
+    response = mixed(rest, "text", instances=[b64(b"ab"), b64(b"c")])
+    assert response.json() == {
+        "predictions": [{"name": "ab", "name_bytes": b64(b"AB")}, {"name": "c", "name_bytes": b64(b"C")}]
+    }
+
+
+def test_several_inputs_are_given_by_name(rest: httpx.Client) -> None:
+    rows = mixed(rest, "", instances=[{"a": 1, "b": 2}, {"a": 3, "b": 4}])
+    assert rows.json() == {"predictions": [{"difference": -1, "sum": 3}, {"difference": -1, "sum": 7}]}
+    columns = mixed(rest, "", inputs={"a": [1, 3], "b": [2, 4]})
+    assert columns.json() == {"outputs": {"difference": [-1, -1], "sum": [3, 7]}}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("", "JSON Parse error: The document is empty"),
+        ("hello", "JSON Parse error: Invalid value. at offset: 0"),
+        ('{"instances": [1,', "JSON Parse error: Invalid value. at offset: 17"),
+        ("[1]", "JSON Value: [1] Is not object"),
+        ('{"foo": 1}', "Missing 'inputs' or 'instances' key"),
+        ('{"instances": 5}', "JSON Value: {\n    \"instances\": 5\n} Expecting 'instances' to be an list/array"),
+        ('{"instances": []}', "JSON Value: {\n    \"instances\": []\n} No values in 'instances' array"),
+        ('{"inputs": {}}', "Missing named input: image in 'inputs' object."),
+        ('{"inputs": {"img": [1]}}', "Missing named input: image in 'inputs' object."),
+        ('{"signature_name": "zzz", "instances": [1]}', 'Serving signature name: "zzz" not found in signature def'),
+        (
+            '{"instances": ["a"]}',
+            "Failed to process element: 0 of 'instances' list. Error: INVALID_ARGUMENT: JSON Value: \"a\" Type: String "
+            "is not of expected type: float",
+        ),
+        (
+            '{"instances": [null]}',
+            "Failed to process element: 0 of 'instances' list. Error: INVALID_ARGUMENT: JSON Value: null Type: Null "
+            "is not of expected type: float",
+        ),
+        (
+            '{"instances": [[[[true]]]]}',
+            "Failed to process element: 0 of 'instances' list. Error: INVALID_ARGUMENT: JSON Value: true Type: True "
+            "is not of expected type: float",
+        ),
+        (
+            '{"instances": [[[[0.0]], [[0.0], [1.0]]]]}',
+            "Failed to process element: 0 of 'instances' list. Error: INVALID_ARGUMENT: Encountered list at "
+            "unexpected size: 2 at level: 1 expected size: 1",
+        ),
+        (
+            '{"instances": [{"img": [1]}]}',
+            "Failed to process element: 0 key: img of 'instances' list. Error: INVALID_ARGUMENT: JSON object: does "
+            "not have named input: img",
+        ),
+        (
+            '{"instances": [{"image": [1], "x": 1}]}',
+            "Failed to process element: 0 key: x of 'instances' list. Error: INVALID_ARGUMENT: JSON object: does not "
+            "have named input: x",
+        ),
+    ],
+)
+def test_bodies_that_make_no_sense_are_refused_with_a_reason(rest: httpx.Client, body: str, message: str) -> None:
+    assert refused(rest.post(PREDICT, content=body)) == message
+
+
+def test_rows_and_columns_at_once_are_refused_with_the_beginning_of_the_body(rest: httpx.Client) -> None:
+    found = refused(rest.post(PREDICT, json={"instances": IMAGES.tolist(), "inputs": IMAGES.tolist()}))
+    assert found.startswith('JSON Value: {\n    "instances": [[[[')
+    assert found.endswith(" Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist ")
+    assert len(found) < 400
+
+
+def test_base64_is_no_number(rest: httpx.Client) -> None:
+    found = refused(rest.post(PREDICT, json={"instances": [{"image": {"b64": "AAAA"}}]}))
+    assert found == (
+        "Failed to process element: 0 key: image of 'instances' list. Error: INVALID_ARGUMENT: "
+        'JSON Value: {\n    "b64": "AAAA"\n} Type: Object is not of expected type: float'
+    )
+
+
+def test_the_content_type_does_not_matter_and_compression_is_not_understood(rest: httpx.Client) -> None:
+    assert rest.post(PREDICT, content=ROW, headers={"Content-Type": "text/plain"}).status_code == 200
+    response = rest.post(PREDICT, content=ROW, headers={"Accept-Encoding": "gzip"})
+    assert "Content-Encoding" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/models/rest"),
+        ("POST", "/v1/models/rest:train"),
+        ("POST", "/v1/models/rest:PREDICT"),
+        ("POST", "/v1/models/rest:predict/"),
+        ("POST", "/v1/models/rest:predict?x=1"),
+        ("POST", "/v1/models/rest/versions/abc:predict"),
+        ("GET", "/v1/models/rest:predict"),
+        ("PUT", "/v1/models/rest:predict"),
+        ("DELETE", "/v1/models/rest:predict"),
+        ("GET", "/v1/models/"),
+        ("GET", "/v1/models/rest/"),
+    ],
+)
+def test_requests_that_are_none_of_the_api_are_malformed(rest: httpx.Client, method: str, path: str) -> None:
+    body = ROW if method in ("POST", "PUT") else None
+    assert refused(rest.request(method, path, content=body)) == f"Malformed request: {method} {path}"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/"), ("GET", "/foo"), ("POST", "/foo"), ("GET", "/v1"), ("GET", "/monitoring/prometheus/metrics")],
+)
+def test_other_paths_are_a_page_that_says_so(rest: httpx.Client, method: str, path: str) -> None:
+    response = rest.request(method, path, content="{}" if method == "POST" else None)
+    assert (response.status_code, response.headers["Content-Type"]) == (404, "text/html")
+    assert response.text == (
+        "<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
+    )
+
+
+def test_odd_requests_are_answered_by_nothing(rest: httpx.Client) -> None:
+    options = rest.options(PREDICT)
+    assert (options.status_code, options.content) == (400, b"")
+    assert options.headers["Content-Type"] == "text/html; charset=ISO-8859-1"
+    head = rest.head("/v1/models/rest")
+    assert (head.status_code, head.content, head.headers["Content-Type"]) == (400, b"", "application/json")
+    huge = rest.post("/v1/models/rest/versions/99999999999999999999:predict", content=ROW)
+    assert (huge.status_code, huge.content, huge.headers["Content-Type"]) == (400, b"", "application/json")
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "message"),
+    [
+        ("/v1/models/nope:predict", 404, "Servable not found for request: Latest(nope)"),
+        ("/v1/models/rest/versions/99:predict", 404, "Servable not found for request: Specific(rest, 99)"),
+        ("/v1/models/rest/labels/canary:predict", 400, "Unrecognized servable version label: canary"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(rest: httpx.Client, path: str, code: int, message: str) -> None:
+    assert refused(rest.post(path, content=ROW), code) == message
+
+
+@pytest.mark.parametrize(("verb", "kind"), [("classify", "classification"), ("regress", "regression")])
+def test_examples_are_refused_for_want_of_a_signature(rest: httpx.Client, verb: str, kind: str) -> None:
+    found = refused(rest.post(f"/v1/models/rest:{verb}", json={"examples": [{"image": [0.0]}]}))
+    assert found.startswith(f'No {kind} inputs found in SignatureDef: inputs {{\n  key: "image"\n')
+
+
+def test_status_is_that_of_grpc(rest: httpx.Client) -> None:
+    fine = {"error_code": "OK", "error_message": ""}
+    two = [{"version": version, "state": "AVAILABLE", "status": fine} for version in ("2", "1")]
+    for path in ("/v1/models/rest", "/v1/models/rest/labels/x"):
+        response = rest.get(path)
+        assert response.json() == {"model_version_status": two}
+        assert response.text.startswith('{\n "model_version_status": [\n  {\n   "version": "2",\n   "state": ')
+    assert rest.get("/v1/models/rest/versions/1").json() == {"model_version_status": two[1:]}
+    assert refused(rest.get("/v1/models")) == "Missing model name in request."
+    assert refused(rest.get("/v1/models/nope"), 404) == "Could not find any versions of model nope"
+    assert refused(rest.get("/v1/models/rest/versions/9"), 404) == "Could not find version 9 of model rest"
+
+
+def test_metadata_are_the_signatures(rest: httpx.Client) -> None:
+    found = rest.get("/v1/models/rest/versions/1/metadata").json()
+    assert found["model_spec"] == {"name": "rest", "version": "1", "signature_name": ""}
+    signature = found["metadata"]["signature_def"]["signature_def"]["serving_default"]
+    assert signature["method_name"] == "tensorflow/serving/predict"
+    assert signature["inputs"]["image"]["dtype"] == "DT_FLOAT"
+    assert signature["inputs"]["image"]["tensor_shape"] == {
+        "dim": [{"size": size, "name": ""} for size in ("-1", "28", "28", "1")],
+        "unknown_rank": False,
+    }
+    missing = "Servable not found for request: Latest(nope)"
+    assert refused(rest.get("/v1/models/nope/metadata"), 404) == missing
