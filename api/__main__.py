@@ -16,13 +16,14 @@ def main() -> None:
     settings = Settings()
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its children exec at once; read when gRPC is imported
     from api.app import create_app
+    from api.joined import JoinedWrites
     from api.tracing import WithRequestId
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(WithRequestId())
     uvicorn.run(
         create_app(settings), host=settings.host, port=settings.port, access_log=False, log_level="warning",
-        timeout_graceful_shutdown=5, loop="uvloop", http="httptools", ws="none",
+        timeout_graceful_shutdown=5, loop="uvloop", http=JoinedWrites, ws="none",
         proxy_headers=False, server_header=False,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def create_app(settings: Settings) -> ASGIApp:
     """The gateway as an ASGI application."""
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Gateway]]:
         settings.make_home()
         sweep(settings)
         engine = await asyncio.to_thread(connect, settings.store_url)
@@ -35,10 +35,9 @@ def create_app(settings: Settings) -> ASGIApp:
         async with Targets(settings.targets) as targets, Uploads(settings) as uploads:
             routes, batcher = Routes(registry), MicroBatcher(targets)
             gateway = Gateway(settings, Jobs(engine), registry, targets, routes, batcher, uploads)
-            app.state.gateway = gateway
             looking = asyncio.create_task(gateway.look_after())
             settle()
-            yield
+            yield {"gateway": gateway}
             looking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await looking

@@ -84,5 +84,5 @@ class Gateway:
 
 def gateway_of(request: Request) -> Gateway:
     """The gateway that a request has come to."""
-    gateway: Gateway = request.app.state.gateway
+    gateway: Gateway = request.scope["state"]["gateway"]
     return gateway

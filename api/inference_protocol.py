@@ -7,13 +7,12 @@ https://github.com/kserve/open-inference-protocol. The input is `image`, FP32 fr
 from typing import Any
 
 import numpy as np
-import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from api import __version__
-from api.direct import Direct
+from api.direct import Direct, Json
 from api.documentation import NAME, PLAIN_ERRORS, VERSION, Name, Number
 from api.errors import invalid_request
 from api.gateway import gateway_of
@@ -104,7 +103,7 @@ async def infer(request: Request) -> Response:
     body = {"model_name": found.model, "model_version": str(found.version), "id": options.id, "outputs": outputs}
     if options.id is None:
         del body["id"]
-    return Response(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+    return Json(body)
 
 
 def _images(data: Any, shape: list[int], datatype: str, most: int) -> np.ndarray:

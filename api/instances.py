@@ -28,26 +28,28 @@ def parse_instances(body: bytes, max_instances: int) -> tuple[PredictOptions, np
         TooLarge: there are more than `max_instances`.
     """
     document = parse(body)
-    options = _options(tuple((key, plain(value)) for key, value in document.items() if key != "instances"))
-    found = images_of(body, document, "instances", max_instances, 1.0 if options.range == "unit" else 255.0)
-    return options, found
-
-
-def _options(fields: tuple[tuple[str, Any], ...]) -> PredictOptions:
     try:
-        return _known_options(fields)
-    except TypeError:  # a list or an object, which no field may be
-        return _validated(fields)
-
-
-def _validated(fields: tuple[tuple[str, Any], ...]) -> PredictOptions:
-    try:
-        return PredictOptions.model_validate(dict(fields))
+        options = _options(_fields(document))
     except ValidationError as exc:
         raise invalid_request(exc.errors(include_url=False)) from exc
+    return options, images_of(body, document, "instances", max_instances, 1.0 if options.range == "unit" else 255.0)
 
 
-_known_options = functools.lru_cache(maxsize=1024, typed=True)(_validated)  # clients repeat themselves
+def _fields(document: Any) -> tuple[tuple[str, Any], ...]:
+    """All but the instances."""
+    names = [name for name in document if name != "instances"]  # look-ups cost far less than items()
+    if len(set(names)) + 1 < len(document):
+        twice = next(name for name in document if list(document).count(name) > 1)
+        raise InvalidRequest(f"{twice}: given twice", param=twice)
+    try:
+        return tuple((name, document[name]) for name in names)
+    except KeyError:  # a name with a NUL in it is not found
+        return tuple((name, value) for name, value in document.items() if name != "instances")
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # clients repeat all but the images
+def _options(fields: tuple[tuple[str, Any], ...]) -> PredictOptions:
+    return PredictOptions.model_validate(dict(fields))
 
 
 def parse(body: bytes) -> Any:
@@ -97,7 +99,7 @@ def images_of(body: bytes, document: Any, field: str, max_instances: int, top: f
     if _is_regular(body, field, count):
         pixels = numbers(instances, top)
         whole = pixels is not None and pixels.size == count * PIXELS  # an empty pixel leaves no gap in the skeleton
-        if pixels is not None and whole and pixels.min() >= 0 and pixels.max() <= top:
+        if pixels is not None and whole and np.minimum.reduce(pixels) >= 0 and np.maximum.reduce(pixels) <= top:
             return as_images(pixels.reshape(count, PIXELS), top)
     return as_images(one_by_one(instances, field, top), top)
 

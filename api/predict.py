@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
 from fastapi import FastAPI, Request, Response
 
 from api import bodies
-from api.direct import Direct
+from api.direct import Direct, Json
 from api.documentation import errors
 from api.examples import IMAGE_EXAMPLE
 from api.gateway import gateway_of
@@ -46,14 +45,15 @@ async def answer(
     gateway = gateway_of(request)
     if version is not None and label is not None:
         raise InvalidRequest("give a version or a label, not both", param="label")
-    timeout_s = _timeout(request.headers.get(TIMEOUT), gateway.settings.predict_timeout_s)
-    number, classes = await gateway.routes.resolve(model, version, label, request.headers.get(STICKY))
+    headers = dict(request.scope["headers"])
+    timeout_s = _timeout(headers.get(b"x-request-timeout"), gateway.settings.predict_timeout_s)
+    number, classes = await gateway.routes.resolve(model, version, label, headers.get(b"x-sticky-key"))
     answered_by(request.scope, model, number)
     found = await gateway.batcher.predict(model, number, images, timeout_s)
     return Answer(model, number, classes, found.logits, found.probabilities)
 
 
-def _timeout(given: str | None, most: float) -> float:
+def _timeout(given: bytes | None, most: float) -> float:
     if given is None:
         return most
     try:
@@ -61,7 +61,8 @@ def _timeout(given: str | None, most: float) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise InvalidRequest(f"{TIMEOUT}: {given!r} is no number of seconds above 0", param=TIMEOUT)
+        text = given.decode(errors="replace")
+        raise InvalidRequest(f"{TIMEOUT}: {text!r} is no number of seconds above 0", param=TIMEOUT)
     return min(seconds, most)
 
 
@@ -97,10 +98,10 @@ async def predict(request: Request) -> Response:
     if len(images) > most:
         raise TooLarge(f"{len(images)} images, more than {most}", param="body")
     found = await answer(request, images, options.model, options.version, options.label)
-    return Response(_written(found, options.top_k, names), media_type="application/json")
+    return Json(_written(found, options.top_k, names))
 
 
-def _written(found: Answer, top_k: int | None, names: list[str] | None) -> bytes:
+def _written(found: Answer, top_k: int | None, names: list[str] | None) -> dict[str, Any]:
     """The body of `PredictResponse`."""
     classes = found.classes
     predictions: list[dict[str, Any]] = [
@@ -113,8 +114,7 @@ def _written(found: Answer, top_k: int | None, names: list[str] | None) -> bytes
             prediction["top_k"] = [{"label": classes[index], "probability": row[index]} for index in best]
     if names is not None:
         predictions = [{"file": name, **prediction} for name, prediction in zip(names, predictions, strict=True)]
-    body = {"model": found.model, "version": found.version, "classes": classes, "predictions": predictions}
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    return {"model": found.model, "version": found.version, "classes": classes, "predictions": predictions}
 
 
 def add(app: FastAPI) -> None:
@@ -139,7 +139,7 @@ def add(app: FastAPI) -> None:
                 },
             },
             "parameters": [
-                {"name": name, "in": place, "schema": found, "description": found.pop("description")}
+                {"name": name, "in": place, "schema": found, "description": found["description"]}
                 for place, group in (("query", options), ("header", header)) for name, found in group.items()
             ],
         },

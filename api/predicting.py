@@ -46,7 +46,7 @@ class Routes:
         return model in self._routes and version in self._routes[model].classes
 
     async def resolve(
-        self, model: str, version: int | None, label: str | None, key: str | None = None
+        self, model: str, version: int | None, label: str | None, key: bytes | None = None
     ) -> tuple[int, tuple[str, ...]]:
         """The number and the classes of the version that a request means.
 
@@ -63,7 +63,7 @@ class Routes:
             return self._look_up(model, version, label, key)
 
     def _look_up(
-        self, model: str, version: int | None, label: str | None, key: str | None
+        self, model: str, version: int | None, label: str | None, key: bytes | None
     ) -> tuple[int, tuple[str, ...]]:
         route = self._routes.get(model)
         if route is None:
@@ -78,22 +78,22 @@ class Routes:
         return version, route.classes[version]
 
 
-def _drawn(model: str, route: Route, key: str | None) -> str:
+def _drawn(model: str, route: Route, key: bytes | None) -> str:
     """The label that a request follows which names none: by weight, at random or by its key."""
     place = -1.0
     for label, target in route.labels.items():
         if target.weight:
             if place < 0:
-                place = random.random() if key is None else _place(f"{model}\n{key}")
+                place = random.random() if key is None else _place(model.encode() + b"\n" + key)
             if place < target.weight:
                 return label
             place -= target.weight
     return STABLE
 
 
-def _place(key: str) -> float:
+def _place(key: bytes) -> float:
     """A number in [0, 1) that is always the same for a key."""
-    return int.from_bytes(blake2b(key.encode(errors="replace"), digest_size=6).digest()) / (1 << 48)
+    return int.from_bytes(blake2b(key, digest_size=6).digest()) / (1 << 48)
 
 
 @dataclass(eq=False, slots=True)

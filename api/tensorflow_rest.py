@@ -5,11 +5,10 @@ https://www.tensorflow.org/tfx/serving/api_rest. Beyond it, every answer has `mo
 
 from typing import Annotated, Any
 
-import orjson
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
-from api.direct import Direct
+from api.direct import Direct, Json
 from api.documentation import LABEL, NAME, PLAIN_ERRORS, VERSION, Name, Number
 from api.gateway import gateway_of
 from api.instances import as_images, images_of, is_array, is_object, one_by_one, parse, plain
@@ -102,7 +101,7 @@ async def predict(request: Request) -> Response:
     else:
         outputs = {"outputs": {"logits": found.logits, "probabilities": found.probabilities}}
     outputs["model_spec"] = _spec(found, signature)
-    return Response(orjson.dumps(outputs, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+    return Json(outputs)
 
 
 def _spec(found: Answer, signature: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A request's id, its answer's headers, its line in the log and its part of the metrics."""
 
+import functools
 import itertools
 import logging
 import re
@@ -8,6 +9,7 @@ import time
 from contextvars import ContextVar
 from typing import Any
 
+from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.metrics import LATENCY, REJECTIONS, REQUESTS
@@ -58,13 +60,18 @@ class Tracing:
 
     def _count(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")  # as declared: no client makes new series
-        of = (route, state.get("model", ""), str(state.get("version", "")))
-        REQUESTS.labels(*of, status).inc()
-        LATENCY.labels(*of).observe(seconds)
+        requests, latency = _series(route, state.get("model", ""), str(state.get("version", "")), status)
+        requests.inc()
+        latency.observe(seconds)
         if status in REASONS:
             REJECTIONS.labels(REASONS[status]).inc()
         if status >= 500 and route not in QUIET:
             log.warning("%s %s: %d after %.0f ms", scope["method"], scope["path"], status, 1000 * seconds)
+
+
+@functools.lru_cache(maxsize=4096)
+def _series(route: str, model: str, version: str, status: int) -> tuple[Counter, Histogram]:
+    return REQUESTS.labels(route, model, version, status), LATENCY.labels(route, model, version)
 
 
 def answered_by(scope: Scope, model: str, version: int) -> None:

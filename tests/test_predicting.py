@@ -251,8 +251,8 @@ def test_without_a_server_the_error_says_so_and_a_bad_answer_is_not_retried() ->
 def test_a_share_of_the_traffic_follows_the_canary_and_a_key_sticks() -> None:
     labels = {"stable": Label(1), "canary": Label(2, 0.3), "other": Label(3, 0.2)}
     route = Route({1: ("a",), 2: ("a",), 3: ("a",)}, labels)
-    drawn = Counter(predicting._drawn("m", route, f"user-{number}") for number in range(5000))
-    again = Counter(predicting._drawn("m", route, f"user-{number}") for number in range(5000))
+    drawn = Counter(predicting._drawn("m", route, b"user-%d" % number) for number in range(5000))
+    again = Counter(predicting._drawn("m", route, b"user-%d" % number) for number in range(5000))
     assert drawn == again
     assert abs(drawn["canary"] / 5000 - 0.3) < 0.03
     assert abs(drawn["other"] / 5000 - 0.2) < 0.03
@@ -268,8 +268,8 @@ def test_a_version_or_label_that_is_named_is_never_drawn() -> None:
 
     async def main() -> None:
         routes = Fixed()
-        assert await routes.resolve("m", None, None, "k") == (2, ("b",))
-        assert await routes.resolve("m", None, "stable", "k") == (1, ("a",))
-        assert await routes.resolve("m", 1, None, "k") == (1, ("a",))
+        assert await routes.resolve("m", None, None, b"k") == (2, ("b",))
+        assert await routes.resolve("m", None, "stable", b"k") == (1, ("a",))
+        assert await routes.resolve("m", 1, None, b"k") == (1, ("a",))
 
     asyncio.run(main())
