@@ -5,7 +5,7 @@ import os
 
 import uvicorn
 
-from api.memory import give_memory_back
+from serving.memory import give_memory_back
 from serving.settings import Settings
 
 
@@ -14,6 +14,8 @@ def main() -> None:
     give_memory_back()
     logging.basicConfig(level=logging.INFO, format="%(request_id)s %(message)s")
     settings = Settings()
+    # Read when gRPC is imported. Its older event loop takes a tenth less of the processor for a call.
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_dns,-event_engine_callback_cq")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its children exec at once; read when gRPC is imported
     from api.app import create_app
     from api.joined import JoinedWrites

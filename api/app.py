@@ -12,11 +12,11 @@ from api import __version__, errors, finetune, health, inference_protocol, model
 from api.direct import Shortcut
 from api.gateway import Gateway
 from api.limits import BodyLimit
-from api.memory import settle
 from api.predicting import MicroBatcher, Routes
 from api.targets import Targets
 from api.tracing import Tracing
 from api.uploads import Uploads, sweep
+from serving.memory import settle
 from serving.registry import Registry
 from serving.settings import Settings
 from serving.store import connect

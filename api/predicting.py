@@ -120,6 +120,8 @@ class MicroBatcher:
         self._calls = 0
         self._waiting = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        WAITING.set_function(lambda: self._waiting)
+        IN_FLIGHT.set_function(lambda: self._calls)
 
     async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
         """The answer for `images`: (n, 28, 28, 1) float32 in [0, 1] or (n, 784) uint8.
@@ -165,8 +167,6 @@ class MicroBatcher:
                     task = asyncio.create_task(self._call(key, batch))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
-        WAITING.set(self._waiting)
-        IN_FLIGHT.set(self._calls)
 
     def _may_call(self, key: _Key) -> bool:
         """One call of a version for each server: the more wait for it, the better they share the next one.

@@ -1,11 +1,13 @@
 """`python -m serving`: the embedded model server. It serves nothing until a client configures it."""
 
+import gc
 import os
 import signal
 import threading
 
 import click
 
+from serving.memory import settle
 from serving.quiet import import_tensorflow
 from serving.settings import LOCAL_REST, LOCAL_TARGET
 
@@ -39,7 +41,8 @@ def main(address: str, rest_address: str) -> None:
             raise click.ClickException(f"cannot listen on {rest_address} (--rest-address): {exc}") from exc
         http = rest.start(listener, models)
         ready += f", REST on {rest_address.rpartition(':')[0]}:{listener.getsockname()[1]}"
-    embedded.spare_collections()
+    settle()
+    gc.set_threshold(50_000, 50, 1000)  # a full look at TensorFlow's objects takes a third of a second
     click.echo(f"model server ready on {ready}")
     stopped.wait()
     if http:

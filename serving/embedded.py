@@ -4,7 +4,6 @@ Status codes and messages are those of TensorFlow Serving 2.20. Where it differs
 one harms itself, tests/contract/differences.py says so.
 """
 
-import gc
 import threading
 from collections.abc import Callable
 from concurrent import futures
@@ -191,10 +190,3 @@ def start(address: str, models: Models, threads: int = THREADS) -> tuple[grpc.Se
     port = server.add_insecure_port(address)
     server.start()
     return server, port
-
-
-def spare_collections() -> None:
-    """Keep the garbage collector away from TensorFlow's million objects: one look at them takes a third of a second."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 50, 1000)

@@ -1,4 +1,4 @@
-"""What keeps the gateway small, and its garbage collections short."""
+"""What keeps a process small, and its garbage collections short."""
 
 import contextlib
 import ctypes
