@@ -16,10 +16,9 @@ from typing import Any
 
 import httpx
 import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from demo import answer, service
+from quality.digits import all_digits
 
 ROUNDS = 5
 IMAGES, EPOCHS = 1000, 10
@@ -132,11 +131,9 @@ def right(found: Any, labels: np.ndarray) -> int:
 
 def digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Scikit-learn's handwritten digits, (count, 28, 28) uint8, and their labels; drawn again where they run out."""
-    source = load_digits()
-    order = np.resize(np.random.default_rng(seed).permutation(len(source.target)), count)
-    small = np.rint(source.images[order] / 16 * 255).astype(np.uint8)  # (count, 8, 8)
-    big = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in small]
-    return np.stack(big), source.target[order]
+    images, labels = all_digits()
+    order = np.resize(np.random.default_rng(seed).permutation(len(labels)), count)
+    return images[order], labels[order]
 
 
 def packed(images: np.ndarray, labels: np.ndarray) -> bytes:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
-from sklearn.datasets import load_digits
 
+from quality.digits import all_digits
 from trainer.fit import Split
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian: apt-get install dataset-fashion-mnist
@@ -79,12 +78,9 @@ def fashion() -> Data:
 
 
 def digits(count: int, seed: int) -> Data:
-    """scikit-learn's digits, 8x8 made 28x28; `count` of them to train on, of every class the same number."""
-    found = load_digits()
-    small = np.rint(found.images / 16 * 255).astype(np.uint8)
-    big = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in small]
-    images = _float(np.stack(big))
-    labels = found.target.astype(np.int32)
+    """`count` of them to train on, of every class the same number; the others are the test."""
+    found, targets = all_digits()
+    images, labels = _float(found), targets.astype(np.int32)
     rng = np.random.default_rng([seed, 17])
     each = [rng.permutation(np.flatnonzero(labels == label))[: count // 10] for label in range(10)]
     chosen = np.isin(np.arange(len(labels)), np.concatenate(each))

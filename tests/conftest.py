@@ -22,8 +22,8 @@ import pytest
 import sqlalchemy as sa
 import tensorflow as tf
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from quality.digits import all_digits
 from serving.client import ModelServer
 from serving.processes import free_port
 from serving.quiet import import_tensorflow
@@ -87,11 +87,9 @@ def npz(**arrays: Any) -> bytes:
 @pytest.fixture(scope="session")
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits: (1797, 28, 28) uint8 light on dark, and (1797,) labels, shuffled."""
-    found = load_digits()
-    order = np.random.default_rng(1).permutation(len(found.target))
-    small = np.rint(found.images / 16 * 255).astype(np.uint8)
-    images = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in small]
-    return np.stack(images)[order], found.target[order]
+    images, labels = all_digits()
+    order = np.random.default_rng(1).permutation(len(labels))
+    return images[order], labels[order]
 
 
 @pytest.fixture(scope="session")
