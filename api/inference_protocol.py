@@ -81,20 +81,9 @@ def add(app: FastAPI) -> None:
 
 async def infer(request: Request) -> Response:
     """Classify images."""
-    document = parse(await request.body())
-    inputs = document.get("inputs")
-    if not is_array(inputs) or len(inputs) != 1 or not is_object(inputs[0]):
-        raise InvalidRequest("inputs: must be an array with one tensor, `image`", param="inputs")
-    tensor, data = inputs[0], inputs[0].get("data")
-    try:
-        fields = {key: plain(value) for key, value in document.items() if key != "inputs"}
-        described = {key: plain(value) for key, value in tensor.items() if key != "data"}
-        options = InferenceOptions.model_validate({**fields, "input": described})
-    except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False)) from exc
-    images = _images(data, options.input.shape, options.input.datatype, gateway_of(request).settings.max_instances)
+    options, images = _read(await request.body(), gateway_of(request).settings.max_instances)
     where = request.path_params
-    found = await answer(request, images, where["name"], where.get("version"), options.parameters.get("label"))
+    found = await answer(request, images, where["name"], where.get("version"), options.parameters.label)
     arrays = {"logits": found.logits, "probabilities": found.probabilities}
     outputs = [
         {"name": name, "datatype": "FP32", "shape": arrays[name].shape, "data": arrays[name].ravel()}
@@ -104,6 +93,22 @@ async def infer(request: Request) -> Response:
     if options.id is None:
         del body["id"]
     return Json(body)
+
+
+def _read(body: bytes, most: int) -> tuple[InferenceOptions, np.ndarray]:
+    """What is wanted, and the images. The parsed document goes with the call."""
+    document = parse(body)
+    inputs = document.get("inputs")
+    if not is_array(inputs) or len(inputs) != 1 or not is_object(inputs[0]):
+        raise InvalidRequest("inputs: must be an array with one tensor, `image`", param="inputs")
+    tensor = inputs[0]
+    try:
+        fields = {key: plain(value) for key, value in document.items() if key != "inputs"}
+        described = {key: plain(value) for key, value in tensor.items() if key != "data"}
+        options = InferenceOptions.model_validate({**fields, "input": described})
+    except ValidationError as exc:
+        raise invalid_request(exc.errors(include_url=False)) from exc
+    return options, _images(tensor.get("data"), options.input.shape, options.input.datatype, most)
 
 
 def _images(data: Any, shape: list[int], datatype: str, most: int) -> np.ndarray:

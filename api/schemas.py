@@ -326,13 +326,21 @@ class InferOutput(BaseModel):
     parameters: dict[str, Any] = Field({}, description="None is read.")
 
 
+class InferParameters(BaseModel):
+    """Parameters of a request; others than these are not read."""
+
+    model_config = ConfigDict(strict=True)
+
+    label: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(None, description="A label.")
+
+
 class InferenceOptions(BaseModel):
     """All of an Open Inference Protocol request but the numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     id: str | None = Field(None, max_length=256, description="Comes back with the answer.")
-    parameters: dict[str, Any] = Field({}, description="`label` is read: what shall answer.")
+    parameters: InferParameters = Field(InferParameters(), description="What shall answer.")
     input: InferInput
     outputs: list[InferOutput] = Field([], description="Those that are wanted; all by default.")
 
@@ -347,7 +355,7 @@ class InferRequest(BaseModel):
     """A request of the Open Inference Protocol."""
 
     id: str | None = Field(None, description="Comes back with the answer.")
-    parameters: dict[str, Any] = Field({}, description="`label` is read: what shall answer.")
+    parameters: InferParameters = Field(InferParameters(), description="What shall answer.")
     inputs: list[InferTensor] = Field(min_length=1, max_length=1, description="The images.")
     outputs: list[InferOutput] = Field([], description="Those that are wanted; all by default.")
 

@@ -5,6 +5,7 @@ https://www.tensorflow.org/tfx/serving/api_rest. Beyond it, every answer has `mo
 
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -70,28 +71,7 @@ def add(app: FastAPI) -> None:
 
 async def predict(request: Request) -> Response:
     """Classify images, in row format (`instances`) or in column format (`inputs`)."""
-    body = await request.body()
-    document = parse(body)
-    signature = plain(document.get("signature_name", "")) or "serving_default"
-    if not isinstance(signature, str) or signature not in TOPS:
-        raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
-    rows = "instances" in document
-    if rows == ("inputs" in document):
-        raise InvalidRequest(
-            "expecting only one of 'inputs' or 'instances' keys to exist" if rows else
-            "Missing 'inputs' or 'instances' key"
-        )  # fmt: skip
-    most, top = gateway_of(request).settings.max_instances, TOPS[signature]
-    given = document["instances" if rows else "inputs"]
-    if rows and is_array(given) and len(given) and is_object(given[0]):
-        if len(given) > most:
-            raise TooLarge(f"{len(given)} instances, more than {most}")
-        images = as_images(one_by_one([_named(instance) for instance in given], "instances", top), top)
-    elif not rows and is_object(given):
-        _named(given)
-        images = images_of(body, given, INPUT, most, top)
-    else:
-        images = images_of(body, document, "instances" if rows else "inputs", most, top)
+    images, signature, rows = _read(await request.body(), gateway_of(request).settings.max_instances)
     where = request.path_params
     found = await answer(request, images, where["name"], where.get("version"), where.get("label"))
     outputs: dict[str, Any]
@@ -102,6 +82,32 @@ async def predict(request: Request) -> Response:
         outputs = {"outputs": {"logits": found.logits, "probabilities": found.probabilities}}
     outputs["model_spec"] = _spec(found, signature)
     return Json(outputs)
+
+
+def _read(body: bytes, most: int) -> tuple[np.ndarray, str, bool]:
+    """The images of a body, its signature, and whether it is in row format. The parsed document goes with the call."""
+    document = parse(body)
+    signature = plain(document.get("signature_name", "")) or "serving_default"
+    if not isinstance(signature, str) or signature not in TOPS:
+        raise InvalidRequest(f'Serving signature name: "{signature}" not found in signature def')
+    rows = "instances" in document
+    if rows == ("inputs" in document):
+        raise InvalidRequest(
+            "expecting only one of 'inputs' or 'instances' keys to exist" if rows else
+            "Missing 'inputs' or 'instances' key"
+        )  # fmt: skip
+    field, top = "instances" if rows else "inputs", TOPS[signature]
+    given = document[field]
+    if rows and is_array(given) and len(given) and is_object(given[0]):
+        if len(given) > most:
+            raise TooLarge(f"{len(given)} instances, more than {most}")
+        images = as_images(one_by_one([_named(instance) for instance in given], field, top), top)
+    elif not rows and is_object(given):
+        _named(given)
+        images = images_of(body, given, INPUT, most, top)
+    else:
+        images = images_of(body, document, field, most, top)
+    return images, signature, rows
 
 
 def _spec(found: Answer, signature: str) -> dict[str, str]:

@@ -209,6 +209,7 @@ BYTES = np.zeros((1, 28, 28), np.uint8)
         ({"inputs": [{**tensor(BYTES, "UINT8"), "data": [0.5] * 784}]}, 400, "array of UINT8 numbers"),
         ({"inputs": [tensor(BYTES)], "outputs": [{"name": "x"}]}, 400, "outputs.0.name"),
         ({"inputs": [tensor(BYTES)], "parameters": {"label": "nope"}}, 404, "no label 'nope'"),
+        ({"inputs": [tensor(BYTES)], "parameters": {"label": ["a"]}}, 400, "parameters.label"),
     ],
 )  # fmt: skip
 def test_its_errors_say_what_is_wrong(service: Service, body: Any, status: int, says: str) -> None:
