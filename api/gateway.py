@@ -45,6 +45,7 @@ class Gateway:
         while True:
             try:
                 await self.routes.refresh()
+                VERSIONS.clear()
                 for model, route in self.routes.all.items():
                     VERSIONS.labels(model).set(len(route.classes))
             except Exception:
@@ -61,6 +62,7 @@ class Gateway:
                     log.warning("model server %s: %s", target.address, exc.message)
                 target.up, target.behind = False, True
             except Exception:
+                target.behind = True
                 log.exception("looking after the model server %s", target.address)
             SERVER_UP.labels(target.address).set(target.up)
             with contextlib.suppress(TimeoutError):
@@ -69,10 +71,10 @@ class Gateway:
                 await asyncio.sleep(LOOK_FOR_LOST_S)  # however often it is asked for
 
     def _look_at(self, target: Target) -> None:
-        available = target.control.available(BASE)
-        if (target.behind or not available) and self.registry.wanted():
+        behind, target.behind = target.behind, False  # what is noticed from here on is for the next look
+        if (not target.control.available(BASE) or behind) and self.registry.wanted():
             reconcile(self.settings, self.registry, [target.control])
-        target.up, target.behind = True, False
+        target.up = True
 
     async def align(self) -> None:
         """Have all model servers serve what the registry says now; one that is away will when it comes back."""

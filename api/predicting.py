@@ -27,14 +27,21 @@ class Routes:
         self._registry = registry
         self._routes: dict[str, Route] = {}
         self._revision = -1
+        self._one_look = asyncio.Lock()
+        self._next_look: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
-        """Read the registry if it has changed; every caller gets a look that began after it asked."""
-        revision = await asyncio.to_thread(self._registry.revision)
-        if revision != self._revision:
-            routes = await asyncio.to_thread(self._registry.routes)
-            if revision >= self._revision:
-                self._routes, self._revision = routes, revision
+        """Read the registry if it has changed. Who asks while it is being read shares the next look with others."""
+        if self._next_look is None:
+            self._next_look = asyncio.create_task(self._look())
+        await asyncio.shield(self._next_look)
+
+    async def _look(self) -> None:
+        async with self._one_look:
+            self._next_look = None  # who asks from here on has to be told what is written later
+            revision = await asyncio.to_thread(self._registry.revision)
+            if revision != self._revision:
+                self._routes, self._revision = await asyncio.to_thread(self._registry.routes), revision
 
     @property
     def all(self) -> dict[str, Route]:

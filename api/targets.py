@@ -19,7 +19,7 @@ class Target:
     predictor: Predictor
     control: ModelServer
     in_flight: int = 0
-    up: bool = False
+    up: bool = False  # it answers, and has been told what to serve
     behind: bool = True  # it may not serve what the registry says
     look: asyncio.Event = field(default_factory=asyncio.Event)  # set to have it looked at soon
 

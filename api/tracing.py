@@ -20,6 +20,7 @@ HEADER = "X-Request-ID"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # what a client may choose as an id
 REASONS = {413: "too_large", 429: "overloaded", 503: "unavailable", 504: "timeout"}
+LINES_A_SECOND = 20  # of the log, about failed requests
 QUIET = ("/healthz", "/readyz", "/metrics")
 
 
@@ -29,6 +30,7 @@ class Tracing:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._start, self._numbers = secrets.token_hex(6).encode(), itertools.count(1)
+        self._second = self._told = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on under its id."""
@@ -66,7 +68,18 @@ class Tracing:
         if status in REASONS:
             REJECTIONS.labels(REASONS[status]).inc()
         if status >= 500 and route not in QUIET:
-            log.warning("%s %s: %d after %.0f ms", scope["method"], scope["path"], status, 1000 * seconds)
+            self._tell("%s %s: %d after %.0f ms", scope["method"], scope["path"], status, 1000 * seconds)
+
+    def _tell(self, text: str, *values: Any) -> None:
+        """Log a failure, or of too many in a second only their number."""
+        second = int(time.monotonic())
+        if second != self._second:
+            if self._told > LINES_A_SECOND:
+                log.warning("and %d failures more", self._told - LINES_A_SECOND)
+            self._second, self._told = second, 0
+        self._told += 1
+        if self._told <= LINES_A_SECOND:
+            log.warning(text, *values)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -138,7 +138,7 @@ class ModelServer:
         """Versions that the server calls AVAILABLE."""
         return {v for v, s in self.states(model).items() if s.state == pb.ModelVersionStatus.AVAILABLE}
 
-    def reload(self, root: Path, wanted: Mapping[str, Iterable[int]], timeout_s: float = 60.0) -> None:
+    def reload(self, root: Path, wanted: Mapping[str, Iterable[int]], timeout_s: float = 120.0) -> None:
         """Replace what the server serves: for each model exactly these versions, found in `root`/model.
 
         A version that cannot be loaded is no failure of the whole; `wait_until_available` tells of it.
