@@ -15,17 +15,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(request_id)s %(message)s")
     settings = Settings()
     # Read when gRPC is imported. Its older event loop takes a tenth less of the processor for a call.
-    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_dns,-event_engine_callback_cq")
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_callback_cq")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its children exec at once; read when gRPC is imported
     from api.app import create_app
-    from api.joined import JoinedWrites
+    from api.connection import Connection
     from api.tracing import WithRequestId
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(WithRequestId())
     uvicorn.run(
         create_app(settings), host=settings.host, port=settings.port, access_log=False, log_level="warning",
-        timeout_graceful_shutdown=5, loop="uvloop", http=JoinedWrites, ws="none",
+        timeout_graceful_shutdown=5, loop="uvloop", http=Connection, ws="none",
         proxy_headers=False, server_header=False,
     )  # fmt: skip
 

@@ -52,15 +52,15 @@ def from_npy(body: bytes) -> np.ndarray:
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
         shape, fortran, dtype = read(file)
     except (ValueError, KeyError, EOFError, SyntaxError) as exc:
-        raise InvalidInstances(f"the body is no .npy file: {exc}", param="body") from exc
+        raise InvalidInstances("the body is no .npy file of version 1 or 2", param="body") from exc
     if dtype != np.uint8 and dtype.kind != "f":
         raise InvalidInstances(f"an array of {dtype}, where uint8 or floats should be", param="body")
     ends = [end for end in ((28, 28), (28, 28, 1), (PIXELS,)) if shape[-len(end) :] == end]
-    if fortran or not ends or len(shape) > 1 + len(ends[0]) or 0 in shape:
-        order = " in Fortran order" if fortran else ""
-        raise InvalidInstances(
-            f"an array {shape}{order}, where (n, 28, 28), (n, 28, 28, 1) or (n, 784) should be", param="body"
-        )
+    if fortran:
+        raise InvalidInstances("an array in Fortran order; save np.ascontiguousarray of it", param="body")
+    if not ends or len(shape) > 1 + len(ends[0]) or 0 in shape:
+        wanted = "(n, 28, 28), (n, 28, 28, 1) or (n, 784)"
+        raise InvalidInstances(f"an array {shape}, where {wanted} should be", param="body")
     values = body[file.tell() :]
     if len(values) != np.prod(shape, dtype=object) * dtype.itemsize:
         raise InvalidInstances(f"{len(values)} bytes are not the {shape} of {dtype} that the header says", param="body")

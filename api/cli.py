@@ -74,7 +74,8 @@ def _settings() -> Settings:
     try:
         return Settings()
     except ValidationError as exc:
-        wrong = "; ".join(f"TEMPER_{str(error['loc'][0]).upper()}: {error['msg']}" for error in exc.errors())
+        found = ((str(error["loc"][0]).upper(), error["msg"].removeprefix("Value error, ")) for error in exc.errors())
+        wrong = "; ".join(f"TEMPER_{name}: {reason}" for name, reason in found)
         raise click.ClickException(wrong) from exc
 
 
@@ -240,7 +241,7 @@ def print_report(report: dict[str, Any]) -> None:
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", required=True, help="The model to ask.")
-@click.option("--version", type=int, help="One of its versions; else the one that went live last.")
+@click.option("--version", type=int, help="One of its versions; else the one labelled stable, or the canary's share.")
 @click.pass_obj
 def predict(api: Api, file: Path, model: str, version: int | None) -> None:
     """Classify the image in FILE (PNG or JPEG)."""

@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import Path, Query
+from pydantic import BaseModel
 
 from api.schemas import Error, ModelName, PlainError
 
@@ -42,3 +43,19 @@ def _in_path(name: str, about: str, kind: str = "string") -> dict[str, Any]:
 # Of routes that read their request themselves.
 NAME, LABEL = _in_path("name", "The model."), _in_path("label", "A label.")
 VERSION = _in_path("version", "A version.", "integer")
+
+
+def whole(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a body that its route reads itself, with nothing to look up elsewhere."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return filled(parts[node["$ref"].rpartition("/")[2]])
+            return {key: filled(value) for key, value in node.items()}
+        return [filled(value) for value in node] if isinstance(node, list) else node
+
+    found: dict[str, Any] = filled(schema)
+    return found

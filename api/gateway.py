@@ -20,6 +20,7 @@ from trainer.jobs import Jobs
 log = logging.getLogger("temper.gateway")
 
 LOOK_S, LOOK_FOR_LOST_S = 0.5, 0.1  # between looks at a model server that answers, and at one that does not
+LOOK_TIMEOUT_S = 3.0  # after which a server that says nothing is taken for lost
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Gateway:
             except TemperError as exc:
                 if target.up:
                     log.warning("model server %s: %s", target.address, exc.message)
-                target.up, target.behind = False, True
+                target.give_up()
             except Exception:
                 target.behind = True
                 log.exception("looking after the model server %s", target.address)
@@ -72,7 +73,7 @@ class Gateway:
 
     def _look_at(self, target: Target) -> None:
         behind, target.behind = target.behind, False  # what is noticed from here on is for the next look
-        if (not target.control.available(BASE) or behind) and self.registry.wanted():
+        if (not target.control.available(BASE, LOOK_TIMEOUT_S) or behind) and self.registry.wanted():
             reconcile(self.settings, self.registry, [target.control])
         target.up = True
 

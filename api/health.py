@@ -5,7 +5,7 @@ import logging
 from typing import Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from api.gateway import gateway_of
@@ -17,6 +17,11 @@ log = logging.getLogger("temper.gateway")
 
 def add(app: FastAPI) -> None:
     """The routes of operators."""
+
+    @app.get("/", include_in_schema=False)
+    async def front() -> RedirectResponse:
+        """To what can be asked here."""
+        return RedirectResponse("/docs")
 
     @app.get("/healthz", tags=["health"])
     async def alive() -> dict[Literal["status"], Literal["ok"]]:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from api import __version__
 from api.direct import Direct, Json
-from api.documentation import NAME, PLAIN_ERRORS, VERSION, Name, Number
+from api.documentation import NAME, PLAIN_ERRORS, VERSION, Name, Number, whole
 from api.errors import invalid_request
 from api.gateway import gateway_of
 from api.instances import PIXELS, as_images, check_range, is_array, is_object, numbers, parse, plain
@@ -27,7 +27,7 @@ SHAPES = ((28, 28), (28, 28, 1), (PIXELS,))
 
 def add(app: FastAPI) -> None:
     """The routes under /v2."""
-    schema = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = whole(InferRequest)
     documented: dict[str, Any] = {"tags": ["Open Inference Protocol"], "responses": PLAIN_ERRORS}
     for path, parameters in (
         ("/v2/models/{name}/infer", [NAME]),

@@ -62,6 +62,8 @@ def parse(body: bytes) -> Any:
     try:
         document = simdjson.Parser().parse(body)
     except (ValueError, UnicodeDecodeError, RuntimeError) as exc:
+        if b"NaN" in body or b"Infinity" in body:
+            raise MalformedRequest("the body is no JSON: NaN and Infinity are no numbers there") from exc
         raise MalformedRequest(f"the body is no JSON: {exc}") from exc
     if not is_object(document):
         raise InvalidRequest("body: must be a JSON object", param="body")
@@ -158,7 +160,7 @@ def one_by_one(instances: Any, field: str, top: float) -> np.ndarray:
             elif pixels.min() >= 0 and pixels.max() <= top:
                 found[index] = pixels
             else:
-                reason = _out_of(top)
+                reason = _out_of(top, field)
         if reason:
             wrong.append({"index": index, "reason": reason})
     if wrong:
@@ -166,8 +168,8 @@ def one_by_one(instances: Any, field: str, top: float) -> np.ndarray:
     return found
 
 
-def _out_of(top: float) -> str:
-    hint = '; for 0 to 255 say "range": "byte" or send uint8' if top == 1 else ""
+def _out_of(top: float, field: str) -> str:
+    hint = '; for 0 to 255 say "range": "byte"' if top == 1 and field == "instances" else ""
     return f"has values that are not from 0 to {top:g}{hint}"
 
 
@@ -175,7 +177,7 @@ def check_range(pixels: np.ndarray, field: str, top: float) -> None:
     """Raise `InvalidInstances` unless the pixels, (n, 784), go from 0 to `top`."""
     wrong = np.flatnonzero(~((pixels >= 0) & (pixels <= top)).all(axis=1))  # a NaN is neither
     if len(wrong):
-        raise not_images([{"index": int(index), "reason": _out_of(top)} for index in wrong], field)
+        raise not_images([{"index": int(index), "reason": _out_of(top, field)} for index in wrong], field)
 
 
 def not_images(wrong: list[dict[str, Any]], field: str) -> InvalidInstances:

@@ -1,10 +1,11 @@
 """Models, versions, labels: what there is, where requests go, and what may go."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Request
+from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 
 from api.documentation import After, Limit, Name, Number, errors
@@ -13,7 +14,9 @@ from api.schemas import Deleted, LabelMove, LabelView, ModelList, ModelSummary, 
 from api.targets import Target
 from serving.errors import NotFound, TemperError, WrongState
 from serving.publishing import Probe, check_files, prove
-from serving.registry import LABEL, Label
+from serving.registry import LABEL
+
+log = logging.getLogger("temper.gateway")
 
 LabelName = Annotated[str, Path(pattern=LABEL, description="A label.")]
 
@@ -66,21 +69,23 @@ def add(app: FastAPI) -> None:
         Requests that name neither version nor label follow `stable`, but for the shares of other labels (`weight`).
         """
         gateway = gateway_of(request)
-        await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
+        moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
+        log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
         await gateway.routes.refresh()
-        return LabelView.of(name, label, Label(move.version, move.weight))
+        return LabelView.of(name, label, moved)
 
     @app.delete("/models/{name}/labels/{label}", tags=["models"], responses=errors(404, 409, 422, 503))
     async def delete_label(request: Request, name: Name, label: LabelName) -> Deleted:
         """Remove a label; its version stays."""
         gateway = gateway_of(request)
         await asyncio.to_thread(gateway.registry.drop_label, name, label)
+        log.info("%s: label %s removed", name, label)
         await gateway.routes.refresh()
         return Deleted(model=name, label=label)
 
     @app.get(
-        "/models/{name}/versions/{version}/report", tags=["models"], response_class=HTMLResponse,
-        responses=errors(404, 422, 503),
+        "/models/{name}/versions/{version}/report", tags=["models"], response_class=Response,
+        responses={200: {"content": {"text/html": {}}}, **errors(404, 422, 503)},
     )  # fmt: skip
     def get_report(request: Request, name: Name, version: Number) -> HTMLResponse:
         """The report card as a page with plots, complete in itself."""
@@ -113,6 +118,7 @@ async def _delete(gateway: Gateway, name: str, version: int | None) -> Deleted:
         return gateway.registry.retire(name, version)
 
     versions = await asyncio.to_thread(retire)
+    log.info("%s: versions %s removed", name, versions)
     await gateway.align()
     return Deleted(model=name, versions=versions)
 

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 
 from api import bodies
 from api.direct import Direct, Json
-from api.documentation import errors
+from api.documentation import errors, whole
 from api.examples import IMAGE_EXAMPLE
 from api.gateway import gateway_of
 from api.instances import parse_instances
@@ -57,7 +57,7 @@ def _timeout(given: bytes | None, most: float) -> float:
     if given is None:
         return most
     try:
-        seconds = float(given)
+        seconds = math.nan if b"_" in given else float(given)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
@@ -94,6 +94,8 @@ async def predict(request: Request) -> Response:
         if kind != "application/json" and (kind or not body):
             known = ", ".join(("application/json", *bodies.KINDS))
             raise UnsupportedMediaType(f"Content-Type {kind!r}: send one of {known}")
+        if request.scope["query_string"]:
+            raise InvalidRequest("with a JSON body everything is said in the body, nothing in the query", param="query")
         options, images = parse_instances(body, most)
     if len(images) > most:
         raise TooLarge(f"{len(images)} images, more than {most}", param="body")
@@ -121,7 +123,7 @@ def add(app: FastAPI) -> None:
     """The route."""
     image = {"schema": {"type": "string", "format": "binary"}}
     options = ImageOptions.model_json_schema()["properties"]
-    schema = PredictRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = whole(PredictRequest)
     form = {"type": "object", "properties": {**options, "image": {"type": "string", "format": "binary"}}}
     header = {
         TIMEOUT: {"type": "number", "description": "Seconds after which the answer is of no use (504)."},

@@ -136,9 +136,9 @@ class LabelMove(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Annotated[int, Field(ge=1, lt=2**63)] = Field(description="A live version.", examples=[1])
-    weight: float = Field(
-        0.0, ge=0, le=1, description="Share of the requests without version and label; those with the same "
-        "`X-Sticky-Key` follow the same label."
+    weight: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Share of the requests without version and label; those with the same `X-Sticky-Key` follow "
+        "the same label. Without it the label keeps the share that it has."
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ class Target:
 
     predictor: Predictor
     control: ModelServer
-    in_flight: int = 0
+    calls: set[asyncio.Task[Prediction]] = field(default_factory=set)  # under way
     up: bool = False  # it answers, and has been told what to serve
     behind: bool = True  # it may not serve what the registry says
     look: asyncio.Event = field(default_factory=asyncio.Event)  # set to have it looked at soon
@@ -34,9 +34,15 @@ class Target:
         self.look.set()
 
     def went_away(self) -> None:
-        """It does not answer."""
+        """It cannot be reached."""
         self.up, self.behind = False, True
         self.look.set()
+
+    def give_up(self) -> None:
+        """It does not answer when it is looked at: what it was asked is asked of another, if there is one."""
+        self.up, self.behind = False, True
+        for call in self.calls:
+            call.cancel()
 
 
 class Targets:
@@ -72,11 +78,18 @@ class Targets:
         deadline = loop.time() + timeout_s
         untried = list(self.all)
         while True:
-            target = min(untried, key=lambda target: (not target.up, target.in_flight))
+            target = min(untried, key=lambda target: (not target.up, len(target.calls)))
             untried.remove(target)
-            target.in_flight += 1
+            call = asyncio.ensure_future(target.predictor.predict(model, version, images, deadline - loop.time()))
+            target.calls.add(call)
             try:
-                return await target.predictor.predict(model, version, images, deadline - loop.time())
+                return await call
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():  # not the call alone
+                    raise
+                if not untried:
+                    raise ModelServerUnavailable(f"the model server at {target.address} does not answer") from None
             except ModelServerUnavailable:
                 target.went_away()
                 if not untried:
@@ -90,4 +103,4 @@ class Targets:
                 if not untried:
                     raise
             finally:
-                target.in_flight -= 1
+                target.calls.discard(call)

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from api.direct import Direct, Json
-from api.documentation import LABEL, NAME, PLAIN_ERRORS, VERSION, Name, Number
+from api.documentation import LABEL, NAME, PLAIN_ERRORS, VERSION, Name, Number, whole
 from api.gateway import gateway_of
 from api.instances import as_images, images_of, is_array, is_object, one_by_one, parse, plain
 from api.predict import Answer, answer
@@ -25,7 +25,7 @@ Labelled = Annotated[str, Path(min_length=1, max_length=64, description="A label
 
 def add(app: FastAPI) -> None:
     """The routes under /v1."""
-    schema = TensorFlowPredict.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = whole(TensorFlowPredict)
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     for path, parameters in (
         ("/v1/models/{name}:predict", [NAME]),
@@ -52,6 +52,11 @@ def add(app: FastAPI) -> None:
         if version not in _route(request, name).classes:
             raise UnknownModel(f"Could not find version {version} of model {name}")
         return _status([version])
+
+    @app.get("/v1/models/{name}/labels/{label}", **documented)
+    async def status_of_label(request: Request, name: Name, label: Labelled) -> JSONResponse:
+        """The state of the version that a label stands for."""
+        return _status([(await gateway_of(request).routes.resolve(name, None, label))[0]])
 
     @app.get("/v1/models/{name}/metadata", **documented)
     async def metadata(request: Request, name: Name) -> JSONResponse:

@@ -67,7 +67,7 @@ class Tracing:
         latency.observe(seconds)
         if status in REASONS:
             REJECTIONS.labels(REASONS[status]).inc()
-        if status >= 500 and route not in QUIET:
+        if (status >= 500 or status == 429) and route not in QUIET:
             self._tell("%s %s: %d after %.0f ms", scope["method"], scope["path"], status, 1000 * seconds)
 
     def _tell(self, text: str, *values: Any) -> None:

@@ -134,9 +134,9 @@ class ModelServer:
             raise translated(exc, self.target) from exc
         return {status.version: status for status in response.model_version_status}
 
-    def available(self, model: str) -> set[int]:
+    def available(self, model: str, timeout_s: float = 5.0) -> set[int]:
         """Versions that the server calls AVAILABLE."""
-        return {v for v, s in self.states(model).items() if s.state == pb.ModelVersionStatus.AVAILABLE}
+        return {v for v, s in self.states(model, timeout_s).items() if s.state == pb.ModelVersionStatus.AVAILABLE}
 
     def reload(self, root: Path, wanted: Mapping[str, Iterable[int]], timeout_s: float = 120.0) -> None:
         """Replace what the server serves: for each model exactly these versions, found in `root`/model.

@@ -129,8 +129,10 @@ class Registry:
         with self._change() as connection:
             connection.execute(versions.update().where(_is(model, version)).values(report=dict(report)))
 
-    def put_label(self, model: str, label: str, version: int, weight: float = 0.0) -> None:
+    def put_label(self, model: str, label: str, version: int, weight: float | None = None) -> Label:
         """Make a label stand for a live version, and send it a share of the requests that name neither.
+
+        Without a weight it keeps the one that it has.
 
         Raises:
             UnknownModel: there is no such version.
@@ -142,10 +144,12 @@ class Registry:
             live = sa.select(versions.c.version).where(versions.c.model == model, versions.c.live)
             known = set(connection.execute(live).scalars())
             _check_version(model, version, known)
-            shares = weight + sum(other.weight for name, other in _labels(connection, model).items() if name != label)
+            others = (other.weight for name, other in _labels(connection, model).items() if name != label)
+            shares = (weight or 0.0) + sum(others)
             if shares > 1 + 1e-9:
                 raise InvalidRequest(f"weight: the labels of {model!r} would get {shares:g} of 1", param="weight")
             _put_label(connection, model, label, version, weight)
+            return _labels(connection, model)[label]
 
     def drop_label(self, model: str, label: str) -> None:
         """Remove a label.

@@ -1,7 +1,10 @@
 """Every path to a prediction and every kind of body: they mean the same, and say what is wrong."""
 
+import contextlib
 import io
 import json
+import select
+import socket
 import threading
 from collections import Counter
 from typing import Any
@@ -157,6 +160,8 @@ def test_its_status_and_metadata(service: Service) -> None:
     assert service.api.get("/v1/models/lenet5/versions/1").json()["model_version_status"] == states
     assert service.api.get("/v1/models/lenet5/versions/2").status_code == 404
     assert service.api.get("/v1/models/nobody").json() == {"error": "Could not find any versions of model nobody"}
+    assert service.api.get("/v1/models/lenet5/labels/stable").json()["model_version_status"] == states
+    assert service.api.get("/v1/models/lenet5/labels/nope").status_code == 404
     for path in ("", "/versions/1", "/labels/stable"):
         found = service.api.get(f"/v1/models/lenet5{path}/metadata").json()
         signatures = found["metadata"]["signature_def"]["signature_def"]
@@ -266,6 +271,42 @@ def test_a_bad_body_is_refused_with_the_reason(
     answer = ask(service, content, kind, query)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
     assert says in answer.json()["error"]["message"]
+
+
+def test_an_offer_to_upgrade_the_connection_is_ignored(service: Service, images: np.ndarray) -> None:
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    assert ask(service, images.tobytes(), RAW, **offer).status_code == 200
+    assert ask(service, images.tobytes(), RAW).status_code == 200
+
+
+def test_what_is_said_where_nobody_reads_it_is_refused(service: Service, images: np.ndarray) -> None:
+    body = {"model": "lenet5", "range": "byte", "instances": images.tolist()}
+    answer = service.api.post("/predict?version=9", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "query")
+    answer = ask(service, images.tobytes(), RAW, **{"Content-Encoding": "gzip"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_head_without_end_is_cut_off(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        with pytest.raises(ConnectionError):
+            client.sendall(b"a" * (64 << 20))
+
+
+def test_large_bodies_that_nobody_finishes_are_bounded(service: Service, images: np.ndarray) -> None:
+    address = ("127.0.0.1", int(service.url.rpartition(":")[2]))
+    head = b"POST /predict?model=lenet5 HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(6)]
+        for client in clients:
+            client.sendall(head + b"Content-Length: 8000000\r\n\r\n" + bytes(1000))
+        refused = [client for client in clients if select.select([client], [], [], 2)[0]]
+        assert {client.recv(12) for client in refused} == {b"HTTP/1.1 429"}
+        assert len(refused) == 2
+        assert ask(service, images.tobytes(), RAW).status_code == 200
+    many = np.repeat(images, 100, axis=0)
+    eventually(lambda: ask(service, many.tobytes(), RAW).status_code == 200, "their places are free again")
 
 
 def test_a_bad_instance_fails_only_its_own_request(service: Service, images: np.ndarray) -> None:

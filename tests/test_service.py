@@ -1,6 +1,7 @@
 """The whole service: real processes, HTTP, jobs that train, predictions that name their version."""
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -168,6 +169,8 @@ def test_unit_byte_and_flat_instances_mean_the_same(service: Service, digits: Di
 
 def test_every_field_and_parameter_of_the_api_is_described(service: Service) -> None:
     document = service.api.get("/openapi.json").json()
+    for reference in re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)):
+        assert reference in document["components"]["schemas"]
     for name, schema in document["components"]["schemas"].items():
         for field, about in schema.get("properties", {}).items():
             assert "description" in about or name in ("Body_finetune_finetune_post",), f"{name}.{field}"

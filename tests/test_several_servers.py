@@ -1,6 +1,7 @@
 """A service in front of two model servers."""
 
 import contextlib
+import signal
 import threading
 import time
 from collections import Counter
@@ -72,6 +73,23 @@ def test_one_of_two_servers_dies_under_load_and_nobody_notices(tmp_path: Path, d
         with ModelServer(addresses[1]) as second:
             assert second.available("shared") == {1, 2}
         crowd.asked(200)
+        assert set(crowd.statuses) == {200}
+
+
+def test_a_server_that_freezes_is_given_up_and_its_requests_go_to_the_other(tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running_model_server(ports[0]))
+        frozen = stack.enter_context(running_model_server(ports[1]))
+        addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
+        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=addresses))
+        crowd = stack.enter_context(Crowd(service, "lenet5"))
+        crowd.asked(100)
+        began = time.monotonic()
+        frozen.send_signal(signal.SIGSTOP)
+        eventually(lambda: "unavailable" in service.api.get("/readyz").text, "it is given up")
+        crowd.asked(100)
+        assert time.monotonic() - began < 9  # before the requests' own time is up
         assert set(crowd.statuses) == {200}
 
 
