@@ -18,6 +18,8 @@ from serving.settings import LOCAL_REST, LOCAL_TARGET
 def main(address: str, rest_address: str) -> None:
     """Serve SavedModels over TensorFlow Serving's gRPC protocol and REST API."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the GPU belongs to the workers
+    # Read when gRPC is imported. Its older event loop takes a tenth less of the processor for a call.
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_callback_cq")
     # gRPC tells of a port that is taken in lines of its own, above ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import_tensorflow()
