@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from api.errors import invalid_request
-from api.instances import PIXELS, as_images, check_range
+from api.instances import PIXELS, SHAPES, as_images, check_range
 from api.schemas import ImageOptions
 from serving.errors import InvalidImage, InvalidInstances, InvalidRequest, TooLarge
 
@@ -55,7 +55,7 @@ def from_npy(body: bytes) -> np.ndarray:
         raise InvalidInstances("the body is no .npy file of version 1 or 2", param="body") from exc
     if dtype != np.uint8 and dtype.kind != "f":
         raise InvalidInstances(f"an array of {dtype}, where uint8 or floats should be", param="body")
-    ends = [end for end in ((28, 28), (28, 28, 1), (PIXELS,)) if shape[-len(end) :] == end]
+    ends = [end for end in SHAPES if shape[-len(end) :] == end]
     if fortran:
         raise InvalidInstances("an array in Fortran order; save np.ascontiguousarray of it", param="body")
     if not ends or len(shape) > 1 + len(ends[0]) or 0 in shape:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from api.metrics import SERVER_UP, VERSIONS
+from api.metrics import SERVER_UP
 from api.predicting import MicroBatcher, Routes
 from api.targets import Target, Targets
 from api.uploads import Uploads
@@ -46,9 +46,6 @@ class Gateway:
         while True:
             try:
                 await self.routes.refresh()
-                VERSIONS.clear()
-                for model, route in self.routes.all.items():
-                    VERSIONS.labels(model).set(len(route.classes))
             except Exception:
                 log.exception("the routes cannot be read")
             await asyncio.sleep(LOOK_S)

@@ -16,13 +16,12 @@ from api.direct import Direct, Json
 from api.documentation import NAME, PLAIN_ERRORS, VERSION, Name, Number, whole
 from api.errors import invalid_request
 from api.gateway import gateway_of
-from api.instances import PIXELS, as_images, check_range, is_array, is_object, numbers, parse, plain
+from api.instances import PIXELS, SHAPES, as_images, check_range, is_array, is_object, numbers, parse, plain
 from api.predict import answer
 from api.schemas import InferenceOptions, InferRequest, InferResponse
 from serving.errors import InvalidInstances, InvalidRequest, TooLarge
 
 TOPS = {"FP32": 1.0, "FP64": 1.0, "UINT8": 255.0}  # what pixels of a datatype go up to
-SHAPES = ((28, 28), (28, 28, 1), (PIXELS,))
 
 
 def add(app: FastAPI) -> None:

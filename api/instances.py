@@ -15,6 +15,7 @@ from api.schemas import PredictOptions
 from serving.errors import InvalidInstances, InvalidRequest, MalformedRequest, TooLarge
 
 PIXELS = 28 * 28
+SHAPES = ((28, 28), (28, 28, 1), (PIXELS,))  # of an image, as clients write it
 NUMBER = b"0123456789+-.eE \t\r\n"  # what numbers and the space around them are made of
 
 

@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, WAITING
+from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, VERSIONS, WAITING
 from api.targets import Targets
 from serving.client import Prediction
 from serving.errors import ModelServerTimeout, Overloaded, UnknownModel
@@ -42,6 +42,9 @@ class Routes:
             revision = await asyncio.to_thread(self._registry.revision)
             if revision != self._revision:
                 self._routes, self._revision = await asyncio.to_thread(self._registry.routes), revision
+                VERSIONS.clear()
+                for model, route in self._routes.items():
+                    VERSIONS.labels(model).set(len(route.classes))
 
     @property
     def all(self) -> dict[str, Route]:

@@ -16,7 +16,6 @@ from api.metrics import LATENCY, REJECTIONS, REQUESTS
 
 log = logging.getLogger("temper.gateway")
 
-HEADER = "X-Request-ID"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # what a client may choose as an id
 REASONS = {413: "too_large", 429: "overloaded", 503: "unavailable", 504: "timeout"}

@@ -7,7 +7,6 @@ the way is taken back out, and the version before goes on answering.
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import shutil
 import time
@@ -23,8 +22,6 @@ from serving.client import ModelServer
 from serving.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded, PublishFailed, TemperError
 from serving.registry import STABLE, Registry
 from serving.settings import Settings
-
-log = logging.getLogger("temper.publishing")
 
 PARITY = 1e-4  # largest difference of a logit between the trainer and the model server
 PATIENCE_S = 60.0  # how long a publication waits for a model server that is away

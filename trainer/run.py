@@ -178,10 +178,8 @@ def _forgetting(
             return None
         source, (_, sample) = f"validation images of {base}", data.split(spec)
         sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
-    before, same = (
-        load_params(settings.version(version.model, version.version)),
-        version.manifest["classes"] == list(classes),
-    )
+    before = load_params(settings.version(version.model, version.version))
+    same = version.manifest["classes"] == list(classes)
     return {"sample": source, **report.forgetting(params, before, sample, same_classes=same)}
 
 

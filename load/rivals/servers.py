@@ -18,6 +18,7 @@ import psutil
 
 from serving.processes import end_with_parent, free_port
 from serving.registry import BASE
+from serving.tfs import tensorflow_serving_command
 
 PATIENCE_S = 180.0
 GRACE_S = 20.0
@@ -106,10 +107,8 @@ def start(stack: contextlib.ExitStack, folder: Path, names: set[str]) -> dict[st
         command += [f"--model_name={BASE}", f"--model_base_path={models}"]
         add("tfs", command, port, f"/v1/models/{BASE}", "AVAILABLE")
     if binary and "temper-tfs" in names:
-        port, config = free_port(), folder / "empty.config"
-        config.write_text("model_config_list {}\n")
-        command = [binary, f"--port={port}", f"--model_config_file={config}"]
-        command += ["--max_num_load_retries=0", "--grpc_max_threads=64"]
+        port = free_port()
+        command = tensorflow_serving_command(binary, port, 0, folder / "empty.config")
         behind = stack.enter_context(running("tfs-behind", folder, command, port, environment))
         behind.wait(lambda: bool(socket.create_connection(("127.0.0.1", port), 1)))
         ahead = stack.enter_context(temper("temper-tfs", folder / "home-tfs", f"127.0.0.1:{port}"))
