@@ -22,6 +22,7 @@ WORKDIR /app
 COPY api api
 COPY trainer trainer
 COPY serving serving
+COPY store store
 USER 10001
 VOLUME /var/lib/temper
 EXPOSE 8080
@@ -34,6 +35,7 @@ COPY --from=tensorflow-build /opt/venv /opt/venv
 WORKDIR /app
 COPY trainer trainer
 COPY serving serving
+COPY store store
 USER 10001
 VOLUME /var/lib/temper
 CMD ["python", "-m", "trainer"]
@@ -43,6 +45,7 @@ FROM base AS model-server
 COPY --from=tensorflow-build /opt/venv /opt/venv
 WORKDIR /app
 COPY serving serving
+COPY store store
 USER 10001
 EXPOSE 8500 8501
 CMD ["python", "-m", "serving", "--address", "0.0.0.0:8500", "--rest-address", "0.0.0.0:8501"]

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from api.cli import console, follow, print_image, print_report
-from serving.processes import free_port
+from cli.main import console, follow, print_image, print_report
+from store.processes import free_port
 
 TRAINING_IMAGES = 300
 GOAL = 0.93
@@ -127,7 +127,7 @@ def service() -> Iterator[httpx.Client]:
         environment = {**os.environ, "TEMPER_HOME": home, "TEMPER_MODEL_SERVER": "embedded"}
         for name in ("TEMPER_STORE", "TEMPER_MODEL_ROOT", "TEMPER_HOST"):
             environment.pop(name, None)
-        command = [sys.executable, "-m", "api.cli", "serve", "--port", str(port)]
+        command = [sys.executable, "-m", "cli", "serve", "--port", str(port)]
         with (Path(home) / "log").open("w+") as log:
             server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             try:

@@ -5,8 +5,8 @@ import os
 
 import uvicorn
 
-from serving.memory import give_memory_back
-from serving.settings import Settings
+from store.memory import give_memory_back
+from store.settings import Settings
 
 
 def main() -> None:
@@ -18,8 +18,8 @@ def main() -> None:
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_callback_cq")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its children exec at once; read when gRPC is imported
     from api.app import create_app
-    from api.connection import Connection
-    from api.tracing import WithRequestId
+    from api.http.protocol import Connection
+    from api.http.tracing import WithRequestId
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(WithRequestId())

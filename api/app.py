@@ -8,19 +8,23 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
-from api import __version__, errors, finetune, health, inference_protocol, models, predict, tensorflow_rest
-from api.direct import Shortcut
+from api import __version__
 from api.gateway import Gateway
-from api.limits import BodyLimit
-from api.predicting import MicroBatcher, Routes
-from api.targets import Targets
-from api.tracing import Tracing
+from api.http import errors
+from api.http.fast_path import Shortcut
+from api.http.limits import BodyLimit
+from api.http.tracing import Tracing
+from api.inference.batcher import MicroBatcher, Routes
+from api.inference.server_pool import Targets
+from api.routes import health, models, predict, tensorflow_rest
+from api.routes import jobs as finetune
+from api.routes import open_inference as inference_protocol
 from api.uploads import Uploads, sweep
-from serving.memory import settle
 from serving.registry import Registry
-from serving.settings import Settings
-from serving.store import connect
-from trainer.jobs import Jobs
+from store.engine import connect
+from store.memory import settle
+from store.settings import Settings
+from trainer.jobs.records import Jobs
 
 
 def create_app(settings: Settings) -> ASGIApp:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from api.inference.batcher import MicroBatcher, Routes
+from api.inference.server_pool import Target, Targets
 from api.metrics import SERVER_UP
-from api.predicting import MicroBatcher, Routes
-from api.targets import Target, Targets
 from api.uploads import Uploads
-from serving.errors import TemperError
 from serving.publishing import reconcile
 from serving.registry import BASE, Registry
-from serving.settings import Settings
-from trainer.jobs import Jobs
+from store.errors import TemperError
+from store.settings import Settings
+from trainer.jobs.records import Jobs
 
 log = logging.getLogger("temper.gateway")
 

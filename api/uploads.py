@@ -1,4 +1,4 @@
-"""Uploaded data sets: received, prepared by `trainer.datasets` in a process of its own, and kept."""
+"""Uploaded data sets: received, prepared by `trainer.jobs.datasets` in a process of its own, and kept."""
 
 import asyncio
 import contextlib
@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from fastapi import UploadFile
 
-from serving.errors import InvalidDataset, Overloaded
-from serving.settings import Settings
+from store.errors import InvalidDataset, Overloaded
+from store.settings import Settings
 
 log = logging.getLogger("temper.gateway")
 
@@ -114,7 +114,7 @@ def _check_apart(dataset: dict[str, Any], apart: dict[str, Any]) -> None:
 async def start_decoder() -> Process:
     """A process that waits for an upload to read; it costs a quarter of a second to start."""
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "trainer.datasets",
+        sys.executable, "-m", "trainer.jobs.datasets",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parent.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -127,7 +127,7 @@ async def prepare_upload(
 
     Args:
         process: of `start_decoder`; it ends with this call.
-        least: as in `trainer.datasets.read`.
+        least: as in `trainer.jobs.datasets.read`.
 
     Returns:
         The data set as `Dataset.described` does.

@@ -28,10 +28,10 @@ import numpy as np
 from demo import answer
 from load.bench_served import digits, packed, show, wait
 from load.rivals.servers import Server, start, temper
-from serving.processes import end_with_parent
 from serving.registry import BASE, Registry
-from serving.settings import Settings
-from serving.store import connect
+from store.engine import connect
+from store.processes import end_with_parent
+from store.settings import Settings
 
 CONNECTIONS = (1, 16, 64)
 IMAGES = 64  # different ones, in turns

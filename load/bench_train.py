@@ -20,9 +20,9 @@ import_tensorflow()
 import tensorflow as tf  # noqa: E402
 
 from trainer.fit import begin, coefficients, schedule, serve, structure  # noqa: E402
-from trainer.program import program  # noqa: E402
-from trainer.run import pretrained  # noqa: E402
 from trainer.spec import Spec  # noqa: E402
+from trainer.train_step import program  # noqa: E402
+from trainer.worker.run_job import pretrained  # noqa: E402
 
 ROUNDS = 5
 IMAGES, FEW = 5120, 2048  # FEW for attacks

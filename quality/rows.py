@@ -14,8 +14,8 @@ from trainer.fit import Fitted, Split, Start, begin, fit
 from trainer.fit import serve as network_of
 from trainer.lenet import Arrays, initial
 from trainer.methods import Method
-from trainer.run import pretrained
 from trainer.spec import parse_spec
+from trainer.worker.run_job import pretrained
 
 Figures = dict[str, float]
 NONE: dict[str, Any] = {"method": "full", "l2": 0.0, "dropout": 0.0}

@@ -7,9 +7,9 @@ import threading
 
 import click
 
-from serving.memory import settle
 from serving.quiet import import_tensorflow
-from serving.settings import LOCAL_REST, LOCAL_TARGET
+from store.memory import settle
+from store.settings import LOCAL_REST, LOCAL_TARGET
 
 
 @click.command()
@@ -23,8 +23,9 @@ def main(address: str, rest_address: str) -> None:
     # gRPC tells of a port that is taken in lines of its own, above ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import_tensorflow()
-    from serving import embedded, rest
-    from serving.models import Models
+    from serving.embedded import rest
+    from serving.embedded import server as embedded
+    from serving.embedded.model_manager import Models
 
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

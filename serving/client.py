@@ -10,8 +10,8 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from serving import errors
 from serving.pb import model_server_pb2 as pb
+from store import errors
 
 log = logging.getLogger("temper.client")
 

@@ -19,9 +19,9 @@ from typing import Any, Self
 import numpy as np
 
 from serving.client import ModelServer
-from serving.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded, PublishFailed, TemperError
 from serving.registry import STABLE, Registry
-from serving.settings import Settings
+from store.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded, PublishFailed, TemperError
+from store.settings import Settings
 
 PARITY = 1e-4  # largest difference of a logit between the trainer and the model server
 PATIENCE_S = 60.0  # how long a publication waits for a model server that is away

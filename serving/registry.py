@@ -13,8 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serving.errors import InvalidRequest, UnknownModel, WrongState
-from serving.store import metadata
+from store.engine import metadata
+from store.errors import InvalidRequest, UnknownModel, WrongState
 
 BASE = "lenet5"  # the pretrained model, which every service has
 STABLE = "stable"  # the label that a request without version or label follows

@@ -25,13 +25,13 @@ from PIL import Image
 
 from quality.digits import all_digits
 from serving.client import ModelServer
-from serving.processes import free_port
 from serving.quiet import import_tensorflow
 from serving.registry import Registry
-from serving.settings import Settings
-from serving.store import connect
-from trainer.datasets import Dataset
-from trainer.jobs import Job, Jobs
+from store.engine import connect
+from store.processes import free_port
+from store.settings import Settings
+from trainer.jobs.datasets import Dataset
+from trainer.jobs.records import Job, Jobs
 from trainer.spec import described, parse_spec
 
 T = TypeVar("T")
@@ -246,7 +246,7 @@ def running_service(home: Path, **environment: str) -> Iterator[Service]:
     """A `temper serve` of its own, ready."""
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "api.cli", "serve", "--port", str(port)],
+        [sys.executable, "-m", "cli", "serve", "--port", str(port)],
         env={**os.environ, "TEMPER_HOME": str(home), **environment},
     )
     url = f"http://127.0.0.1:{port}"
@@ -275,7 +275,7 @@ class Place:
         self.settings.make_home()
         self.engine = connect(self.settings.store_url)
         self.jobs, self.registry, self.servers = Jobs(self.engine), Registry(self.engine), [ModelServer(target)]
-        from trainer.run import publish_base
+        from trainer.worker.run_job import publish_base
 
         publish_base(self.settings, self.registry, self.servers)
         dataset = Dataset(digits[0][:100], digits[1][:100].astype(np.int32), tuple("0123456789"))
@@ -291,7 +291,7 @@ class Place:
         return job
 
     def run(self, job: Job) -> Job:
-        from trainer.run import run_job
+        from trainer.worker.run_job import run_job
 
         run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=self.servers)
         return self.jobs.get(job.id)

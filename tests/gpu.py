@@ -6,7 +6,7 @@ import sys
 
 from serving.quiet import import_tensorflow
 
-TESTS = [f"tests/test_{name}.py" for name in ("learning", "attacks", "fit", "run", "report", "export")]
+TESTS = [f"tests/trainer/test_{name}.py" for name in ("learning", "attacks", "fit", "run", "report", "export")]
 
 
 def main() -> int:

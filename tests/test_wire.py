@@ -14,9 +14,9 @@ from serving.pb import model_server_pb2 as ours
 
 ROOT = Path(__file__).parent.parent
 TENSORFLOW_FREE = (
-    "api.app", "api.cli", "api.supervisor", "trainer.spec", "trainer.datasets", "trainer.images", "trainer.jobs",
-    "serving.client", "serving.registry", "serving.tfs", "serving.publishing", "serving.settings", "serving.store",
-    "serving.errors",
+    "api.app", "cli.main", "cli.supervisor", "trainer.spec", "trainer.jobs.datasets", "trainer.jobs.images",
+    "trainer.jobs.records", "serving.client", "serving.registry", "serving.tensorflow_serving", "serving.publishing",
+    "store.settings", "store.engine", "store.errors",
 )  # fmt: skip
 
 # proto3 packs repeated floats: on the wire they are bytes.

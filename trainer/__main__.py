@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 from serving.client import ModelServer
-from serving.errors import ModelServerError, TemperError
 from serving.quiet import import_tensorflow
 from serving.registry import Registry
-from serving.settings import Settings
-from serving.store import connect
-from trainer.jobs import Job, Jobs, NotMine
+from store.engine import connect
+from store.errors import ModelServerError, TemperError
+from store.settings import Settings
+from trainer.jobs.records import Job, Jobs, NotMine
 
 POLL_S = 0.1  # between looks for a job
 RECOVER_S = 2.0  # between looks for jobs of dead workers
@@ -80,8 +80,8 @@ class Worker:
         import_tensorflow()
         import tensorflow as tf
 
-        from trainer.retention import retire_surplus, sweep_datasets
-        from trainer.run import clear_leavings, publish_base
+        from trainer.worker.retention import retire_surplus, sweep_datasets
+        from trainer.worker.run_job import clear_leavings, publish_base
 
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
@@ -123,7 +123,7 @@ class Worker:
 
     def _complete_reports(self) -> Iterator[bool]:
         """Work on open reports whenever asked for the next piece; false where there is none."""
-        from trainer.run import complete_report
+        from trainer.worker.run_job import complete_report
 
         given_up: set[str] = set()
         while True:
@@ -141,7 +141,7 @@ class Worker:
 
     def _attempt(self, job: Job, servers: Sequence[ModelServer]) -> None:
         """Run a job and write down how it ended."""
-        from trainer.run import run_job
+        from trainer.worker.run_job import run_job
 
         log.info("job %s begins: %s on %d images", job.id, job.model, job.dataset["images"])
         try:

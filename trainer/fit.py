@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from serving.errors import Diverged
+from store.errors import Diverged
 from trainer import evaluate
 from trainer.attacks import STEP_SHARE
 from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
 from trainer.methods import Method, first_touched
 from trainer.network import Network, network
 from trainer.optimizers import RISE, learning_rates
-from trainer.program import SCHEDULE, Coefficients, Program, Structure, program
 from trainer.spec import Adversarial, Fgsm, Free, Pgd, Spec, Trades, Vat, refused
+from trainer.train_step import SCHEDULE, Coefficients, Program, Structure, program
 
 PROBE_IMAGES, PROBE_STEPS = 128, 7  # of the attack on validation images after each epoch
 RECEIPT_IMAGES = 64

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from serving.errors import InvalidSpec
+from store.errors import InvalidSpec
 
 MODEL_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 MAX_FOLD_IMAGES = 200  # from so many on, one held-out part says enough

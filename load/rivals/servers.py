@@ -16,9 +16,9 @@ import click
 import httpx
 import psutil
 
-from serving.processes import end_with_parent, free_port
 from serving.registry import BASE
-from serving.tfs import tensorflow_serving_command
+from serving.tensorflow_serving import tensorflow_serving_command
+from store.processes import end_with_parent, free_port
 
 PATIENCE_S = 180.0
 GRACE_S = 20.0
@@ -121,7 +121,7 @@ def temper(name: str, home: Path, model_server: str = "embedded") -> Iterator[Se
     """Our service, once its base model is published and its worker idles."""
     home.mkdir(exist_ok=True)
     port = free_port()
-    command = [sys.executable, "-m", "api.cli", "serve", "--port", f"{port}"]
+    command = [sys.executable, "-m", "cli", "serve", "--port", f"{port}"]
     environment = {"TEMPER_HOME": str(home), "TEMPER_MODEL_SERVER": model_server, "TEMPER_WORKERS": "1"}
     with running(name, home.parent, command, port, environment) as server:
         server.wait(lambda: "idle" in server.get("/readyz").json()["workers"].values())

@@ -23,8 +23,8 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from serving.processes import free_port
-from serving.tfs import tensorflow_serving_command
+from serving.tensorflow_serving import tensorflow_serving_command
+from store.processes import free_port
 from tests.conftest import eventually
 from tests.contract.differences import DIFFERENCES
 from trainer.export import export

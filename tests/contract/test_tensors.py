@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
 
-from serving.tensors import decoded
+from serving.embedded.tensors import decoded
 from tests.contract.conftest import IMAGES, Refusal, Server, config, predict_request, refusal
 from tests.contract.models import FIELDS, save
 

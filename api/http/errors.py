@@ -1,0 +1,110 @@
+"""Our errors as HTTP: one table of statuses, one shape of body, nothing of a traceback."""
+
+import json
+import logging
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from api.http.tracing import REQUEST_ID
+from store import errors
+
+log = logging.getLogger("temper.gateway")
+
+# The status of a class is also that of its subclasses that are not named.
+STATUS: dict[type[errors.TemperError], int] = {
+    errors.TemperError: 500,
+    errors.MalformedRequest: 400,
+    errors.InvalidRequest: 422,
+    errors.TooLarge: 413,
+    errors.UnsupportedMediaType: 415,
+    errors.NotFound: 404,
+    errors.WrongState: 409,
+    errors.Overloaded: 429,
+    errors.ModelServerError: 503,
+    errors.ModelServerTimeout: 504,
+    errors.StoreUnavailable: 503,
+}
+FORMS = ("", "multipart/form-data", "application/x-www-form-urlencoded")
+RETRY_AFTER_S = {429: 1, 503: 1}
+
+
+def status_of(error: errors.TemperError) -> int:
+    """HTTP status of an error."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+class ErrorResponse(JSONResponse):
+    """JSON in ASCII: what a client got wrong may hold text that no encoding can carry."""
+
+    def render(self, content: Any) -> bytes:
+        """Encode the body."""
+        return json.dumps(content).encode()
+
+
+def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> ErrorResponse:
+    """An error as the clients of a path read it: TensorFlow Serving and the Open Inference Protocol have one string."""
+    if path.startswith(("/v1/", "/v2/")):
+        status = 400 if status == 422 else status
+        return ErrorResponse({"error": body["message"]}, status, headers)
+    return ErrorResponse({"error": {**body, "request_id": REQUEST_ID.get()}}, status, headers)
+
+
+def response(error: errors.TemperError, path: str) -> ErrorResponse:
+    """The answer that tells a client of an error."""
+    status = status_of(error)
+    headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else None
+    return answer(path, status, error.body(), headers)
+
+
+def answer_to(request: Request, failure: Exception) -> Response:
+    """The answer to whatever a route has raised."""
+    path = request.url.path
+    match failure:
+        case errors.TemperError():
+            return response(failure, path)
+        case RequestValidationError():
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if path == "/finetune" and kind not in FORMS:
+                return response(errors.UnsupportedMediaType(f"Content-Type {kind!r}: send multipart/form-data"), path)
+            return response(invalid_request(failure.errors()), path)
+        case HTTPException():
+            kinds: dict[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+            code = kinds.get(failure.status_code, "malformed_request")
+            body: dict[str, Any] = {"code": code, "message": str(failure.detail), "param": None, "details": []}
+            return answer(path, failure.status_code, body, dict(failure.headers or {}))
+        case sa.exc.SQLAlchemyError():
+            log.error("the store failed: %s", failure)
+            return response(errors.StoreUnavailable("the store of jobs and models cannot be reached"), path)
+        case ClientDisconnect():
+            return Response(status_code=499)  # nobody is there to read it
+    log.error("%s %s", request.method, path, exc_info=failure)
+    return response(errors.TemperError("an unforeseen failure; the gateway's log tells why"), path)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure of `app` in the one shape."""
+
+    async def handle(request: Request, failure: Exception) -> Response:
+        return answer_to(request, failure)
+
+    kinds = (errors.TemperError, RequestValidationError, HTTPException, sa.exc.SQLAlchemyError, ClientDisconnect)
+    for kind in (*kinds, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+def invalid_request(found: Any) -> errors.TemperError:
+    """The error that names every parameter or field that pydantic has refused."""
+    if any(error["type"] == "json_invalid" for error in found):
+        return errors.MalformedRequest(f"the body is no JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}")
+    details = []
+    for error in found:
+        location = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+        details.append({"field": ".".join(location) or "body", "reason": error["msg"].removeprefix("Value error, ")})
+    summary = "; ".join(f"{detail['field']}: {detail['reason']}" for detail in details)
+    return errors.InvalidRequest(summary, param=details[0]["field"], details=details)

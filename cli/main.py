@@ -1,0 +1,297 @@
+"""The `temper` command: `serve`, and a thin client of the HTTP API."""
+
+import contextlib
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import httpx
+from PIL import Image
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from api import __version__
+from store.settings import Settings
+from trainer.spec import Fgsm, Spec
+
+console = Console(highlight=False)
+
+TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
+
+
+class Api:
+    """The service at a URL. Its errors become messages of the command."""
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=300))
+
+    def call(self, method: str, path: str, *, patience_s: float = 0.0, **arguments: Any) -> Any:
+        """The JSON of a successful answer; a gateway that is away is asked again for so long."""
+        try:
+            answer = self._client.request(method, path, **arguments)
+        except httpx.HTTPError as exc:
+            if patience_s > 0:
+                time.sleep(1)
+                return self.call(method, path, patience_s=patience_s - 1, **arguments)
+            raise click.ClickException(
+                f"no answer from {self._client.base_url}: {exc} (does `temper serve` run?)"
+            ) from exc
+        if answer.is_success:
+            return answer.json()
+        try:
+            error = answer.json()["error"]
+        except (ValueError, KeyError) as exc:
+            raise click.ClickException(f"{answer.status_code} {answer.reason_phrase}") from exc
+        lines = [f"{error['message']} [{error['code']}]"]
+        for detail in error["details"][:20]:
+            where = next((str(detail[key]) for key in ("file", "index", "class", "field") if key in detail), "")
+            lines.append(f"  {where}: {detail['reason']}")
+        if len(error["details"]) > 20:
+            lines.append(f"  ... and {len(error['details']) - 20} more")
+        raise click.ClickException("\n".join(lines))
+
+
+@click.group()
+@click.option("--url", envvar="TEMPER_URL", help="Address of the service.  [default: TEMPER_HOST and TEMPER_PORT]")
+@click.version_option(__version__)
+@click.pass_context
+def main(context: click.Context, url: str | None) -> None:
+    """Fine-tune a small vision model on few images without overfitting, and serve it."""
+    settings = _settings()
+    context.obj = Api(url or f"http://{settings.host}:{settings.port}")
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as exc:
+        found = ((str(error["loc"][0]).upper(), error["msg"].removeprefix("Value error, ")) for error in exc.errors())
+        wrong = "; ".join(f"TEMPER_{name}: {reason}" for name, reason in found)
+        raise click.ClickException(wrong) from exc
+
+
+@main.command()
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the gateway.  [default: TEMPER_PORT or 8080]")
+def serve(port: int | None) -> None:
+    """Run the gateway, the workers and the model server."""
+    from cli import supervisor
+
+    settings = _settings()
+    supervisor.serve(settings.model_copy(update={"port": port}) if port else settings)
+
+
+def spec_options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for every plain field of the spec, and for those of its parts that are asked for most."""
+    for name, field in reversed(Spec.model_fields.items()):
+        kind = field.annotation
+        if kind in (int, float, str):
+            option = click.option(f"--{name.replace('_', '-')}", type=kind, help=field.description)
+        elif all(isinstance(choice, str) for choice in get_args(kind)):
+            option = click.option(f"--{name}", type=click.Choice(get_args(kind)), help=field.description)
+        else:
+            continue
+        command = option(command)
+    extra = (
+        click.option("--rank", type=int, help="Rank of LoRA."),
+        click.option("--epsilon", type=float, help=f"Train against FGSM: {Fgsm.model_fields['epsilon'].description}"),
+        click.option("--patience", type=int, help="Stop early after so many epochs without improvement."),
+        click.option("--spec", "spec_json", help="The whole spec as JSON; the other options go over it."),
+    )
+    for option in extra:
+        command = option(command)
+    return command
+
+
+def _spec(given: dict[str, Any]) -> str | None:
+    """The spec's JSON from the options that were given; None where none was."""
+    try:
+        spec = json.loads(given.pop("spec_json") or "{}")
+    except ValueError as exc:
+        raise click.ClickException(f"--spec is no JSON: {exc}") from exc
+    if not isinstance(spec, dict):
+        raise click.ClickException("--spec must be a JSON object")
+    parts = {
+        "rank": ("lora", "rank"),
+        "epsilon": ("adversarial", "epsilon"),
+        "patience": ("early_stopping", "patience"),
+    }
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in parts:
+            part, key = parts[name]
+            inner = spec.get(part) or {}
+            if not isinstance(inner, dict):
+                raise click.ClickException(f"--spec: {part} must be a JSON object")
+            spec[part] = {**inner, key: value}
+        else:
+            spec[name] = value
+    return json.dumps(spec) if spec else None
+
+
+@main.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--model", required=True, help="The model that gets a new version.")
+@click.option("--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, likewise.")
+@click.option("--wait", is_flag=True, help="Show progress until the job has finished.")
+@spec_options
+@click.pass_obj
+def finetune(api: Api, /, path: Path, model: str, validation: Path | None, wait: bool, **given: Any) -> None:
+    """Fine-tune on PATH: a zip of class folders, such a folder, or an .npz of images and labels."""
+    spec = _spec(given)
+    with contextlib.ExitStack() as stack:
+        parts = {"data": path} | ({"validation": validation} if validation else {})
+        files = {name: (part.name, stack.enter_context(_opened(part))) for name, part in parts.items()}
+        fields = {"model": model} | ({"spec": spec} if spec else {})
+        job = api.call("POST", "/finetune", files=files, data=fields)
+    dataset = job["dataset"]
+    polarity = dataset["polarity"].replace("_", " ")
+    text = f"{dataset['images']} images, {len(dataset['classes'])} classes, {polarity}"
+    console.print(f"[bold]{job['id']}[/] {job['status']}: {text}", soft_wrap=True)
+    if wait:
+        job = follow(lambda: api.call("GET", f"/finetune/{job['id']}", patience_s=30))
+        if job["status"] != "succeeded":
+            raise click.ClickException(f"{job['status']}: {(job['error'] or {}).get('message', '')}")
+        versions = api.call("GET", f"/models/{model}")["versions"]
+        print_report(next(v for v in versions if v["version"] == job["version"])["report"])
+        console.print(f"[bold green]{model}:{job['version']}[/] serves")
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_dir():
+        return path.open("rb")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", strict_timestamps=False) as archive:
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(path))
+    packed.seek(0)
+    return packed
+
+
+def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Show the progress of the job that `read` gives, until it has finished."""
+    columns = (
+        TextColumn("{task.description:<11}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("queued", total=None, text="")
+        shown = 0
+        while True:
+            job = read()
+            progress = job["progress"]
+            text = ""
+            if progress:
+                losses = "".join(f" {name} {progress[key]:.3f}" for key, name in TERMS.items() if progress.get(key))
+                fold = f"fold {progress['fold']}/{progress['folds']} " if "fold" in progress else ""
+                text = (
+                    f"{fold}{progress['epoch']}/{progress['epochs']}{losses} val {progress['validation_accuracy']:.1%}"
+                )
+                if not console.is_terminal and progress["epoch"] != shown:
+                    shown = progress["epoch"]
+                    console.print(text)
+            bar.update(
+                task, description=job["stage"] or job["status"], text=text, total=progress.get("epochs"),
+                completed=progress.get("epoch", 0),
+            )  # fmt: skip
+            if job["finished_at"] is not None:
+                return job
+            time.sleep(0.2)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report card in a few lines."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    validation, gap, attacked = report["validation"], report["generalization_gap"], report["robustness"]
+    low, high = validation["accuracy_interval"]
+    text = f"{validation['images']} images, 95% interval {low:.1%} to {high:.1%}"
+    table.add_row("validation accuracy", f"{validation['accuracy']:.1%}", text)
+    table.add_row("generalization gap", f"{gap['accuracy']:+.1%}", f"cross-entropy {gap['cross_entropy']:+.3f}")
+    name = f"accuracy under {attacked['attack'].upper()}"
+    table.add_row(name, f"{attacked['accuracy']:.1%}", f"epsilon {attacked['epsilon']:g}")
+    error = report["calibration"]["expected_calibration_error"]
+    table.add_row("calibration error", f"{error:.1%}", "expected, over 10 bins")
+    counts = report["parameters"]
+    table.add_row("trained parameters", f"{counts['trained']:,}", f"of {counts['total']:,}")
+    by_stage = report["cost"]["seconds"]
+    seconds = "  ".join(f"{stage} {value:.2f}" for stage, value in by_stage.items())
+    table.add_row("seconds", f"{sum(by_stage.values()):.2f}", seconds)
+    console.print(table)
+    for text in [*report["warnings"], *(warning["message"] for warning in report["regularization"]["warnings"])]:
+        console.print(f"[yellow]{escape(text)}[/]")
+    if report["training"]["ended_by"] == "catastrophic_overfitting":
+        epochs = report["training"]["overfitted_attack_in_epoch"], report["training"]["kept_epoch"]
+        console.print(
+            "[yellow]the attack was overfitted in epoch {}; the weights are those of epoch {}[/]".format(*epochs)
+        )
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", required=True, help="The model to ask.")
+@click.option("--version", type=int, help="One of its versions; else the one labelled stable, or the canary's share.")
+@click.pass_obj
+def predict(api: Api, file: Path, model: str, version: int | None) -> None:
+    """Classify the image in FILE (PNG or JPEG)."""
+    kind = "image/jpeg" if file.suffix.lower() in (".jpg", ".jpeg") else "image/png"
+    wanted = {"model": model} | ({"version": str(version)} if version is not None else {})
+    answer = api.call("POST", "/predict", params=wanted, content=file.read_bytes(), headers={"Content-Type": kind})
+    print_image(Image.open(file))
+    console.print(f"[bold]{escape(answer['predictions'][0]['label'])}[/] says {model}:{answer['version']}")
+    ranked = sorted(zip(answer["predictions"][0]["probabilities"], answer["classes"], strict=True), reverse=True)
+    for probability, name in ranked[:5]:
+        console.print(f"  {escape(f'{name:>8}')} {'█' * round(30 * probability)} {probability:.1%}")
+
+
+def print_image(image: Image.Image, width: int = 28) -> None:
+    """Draw an image in the terminal, two pixels a character."""
+    scale = width / max(image.size)
+    grey = image.convert("L").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height / 2)) * 2))
+    shades = " .:-=+*#%@"
+    for y in range(0, grey.height, 2):
+        pairs = ((grey.getpixel((x, y)), grey.getpixel((x, y + 1))) for x in range(grey.width))
+        console.print("".join(shades[int((a + b) / 511 * len(shades))] for a, b in pairs), style="bold")  # type: ignore[operator]
+
+
+@main.command()
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100), help="Most jobs to show.")
+@click.pass_obj
+def jobs(api: Api, limit: int) -> None:
+    """List the newest jobs."""
+    table = Table(Column("job", no_wrap=True), "model", "version", "status", "stage", "epoch", "started", box=None)
+    for job in api.call("GET", "/finetune", params={"limit": limit})["data"]:
+        progress = job["progress"]
+        began = time.strftime("%T", time.localtime(job["started_at"])) if job["started_at"] else ""
+        epoch = f"{progress['epoch']}/{progress['epochs']}" if progress else ""
+        table.add_row(
+            job["id"], job["model"], str(job["version"] or ""), job["status"], job["stage"] or "", epoch, began
+        )
+    console.print(table)
+
+
+@main.command()
+@click.pass_obj
+def models(api: Api) -> None:
+    """List the models that are served."""
+    table = Table("model", "versions", "stable", "classes", box=None)
+    after: dict[str, str] = {}
+    while True:
+        page = api.call("GET", "/models", params={"limit": 100, **after})
+        for model in page["data"]:
+            numbers, classes = ", ".join(map(str, model["versions"])), escape(" ".join(model["classes"]))
+            table.add_row(model["name"], numbers, str(model["labels"].get("stable", "")), classes)
+        if not page["has_more"]:
+            break
+        after = {"after": page["data"][-1]["name"]}
+    console.print(table)

@@ -1,0 +1,155 @@
+"""Every failure that Temper reports to somebody, as one hierarchy.
+
+Foreign exceptions are translated into these where they arise. `api/http/errors.py` gives each its HTTP status.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class TemperError(Exception):
+    """A failure with a message for the person who can mend it.
+
+    Attributes:
+        code: stable name of the kind of failure.
+        param: the field of the request that is to blame, as a dotted path, or None.
+        details: one mapping for each offending item, with "file", "index" or "field" and "reason".
+    """
+
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, details: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.details = list(details)
+
+    def body(self) -> dict[str, Any]:
+        """The wire form, without the envelope."""
+        return {"code": self.code, "message": self.message, "param": self.param, "details": self.details}
+
+
+class MalformedRequest(TemperError):
+    """The request cannot be parsed."""
+
+    code = "malformed_request"
+
+
+class InvalidRequest(TemperError):
+    """The request can be parsed, but a field of it is missing or holds what it must not."""
+
+    code = "invalid_request"
+
+
+class InvalidSpec(InvalidRequest):
+    """The fine-tuning spec has an unknown field, a value out of bounds or a contradiction."""
+
+    code = "invalid_spec"
+
+
+class InvalidDataset(InvalidRequest):
+    """The uploaded file is no data set that can be trained on."""
+
+    code = "invalid_dataset"
+
+
+class InvalidImage(InvalidRequest):
+    """An image to predict on cannot be decoded."""
+
+    code = "invalid_image"
+
+
+class InvalidInstances(InvalidRequest):
+    """Instances to predict on have a wrong shape or wrong values."""
+
+    code = "invalid_instances"
+
+
+class TooLarge(TemperError):
+    """The body exceeds the configured size."""
+
+    code = "too_large"
+
+
+class UnsupportedMediaType(TemperError):
+    """The Content-Type is none that the route reads."""
+
+    code = "unsupported_media_type"
+
+
+class NotFound(TemperError):
+    """The route or object does not exist."""
+
+    code = "not_found"
+
+
+class UnknownModel(NotFound):
+    """No model, version or label of that name is served."""
+
+    code = "unknown_model"
+
+
+class UnknownJob(NotFound):
+    """No job has that id."""
+
+    code = "unknown_job"
+
+
+class WrongState(TemperError):
+    """The object's state does not allow what was asked."""
+
+    code = "wrong_state"
+
+
+class Overloaded(TemperError):
+    """More is in flight than may wait; try again."""
+
+    code = "overloaded"
+
+
+class ModelServerError(TemperError):
+    """The model server refused or failed what it should have answered."""
+
+    code = "model_server_error"
+
+
+class ModelServerUnavailable(ModelServerError):
+    """The model server cannot be reached."""
+
+    code = "model_server_unavailable"
+
+
+class ModelServerTimeout(ModelServerError):
+    """The model server did not answer in time."""
+
+    code = "model_server_timeout"
+
+
+class StoreUnavailable(TemperError):
+    """The store of jobs and models cannot be reached."""
+
+    code = "store_unavailable"
+
+
+class JobFailed(TemperError):
+    """A job cannot succeed. Its code goes into the job's record."""
+
+    code = "job_failed"
+
+
+class DeviceUnavailable(JobFailed):
+    """The spec asks for a GPU and TensorFlow sees none."""
+
+    code = "device_unavailable"
+
+
+class Diverged(JobFailed):
+    """The loss is no finite number any more, or one that no run comes back from."""
+
+    code = "diverged"
+
+
+class PublishFailed(JobFailed):
+    """The model server did not serve the new version as the trainer computed it."""
+
+    code = "publish_failed"

@@ -1,0 +1,275 @@
+"""Micro-batches and several model servers, over real channels to servers that hold their answers back."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+from api.inference import batcher as predicting
+from api.inference.batcher import CALLS, MAX_BATCH, MAX_WAITING, MicroBatcher, Routes
+from api.inference.server_pool import Targets
+from serving.pb import model_server_pb2 as pb
+from serving.registry import Label, Route
+from store.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded
+from store.processes import free_port
+
+
+@dataclass
+class Held:
+    """A model server that answers with the sum of every image, when it may."""
+
+    port: int = field(default_factory=free_port)
+    calls: list[tuple[str, str, int]] = field(default_factory=list)  # model, signature, images
+    now: int = 0
+    most: int = 0
+    refuse: grpc.StatusCode | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def predict(self, request: Any, context: Any) -> Any:
+        tensor = request.inputs["image"]
+        kind = "u1" if tensor.dtype == 4 else "<f4"
+        images = np.frombuffer(tensor.tensor_content, kind).reshape([dim.size for dim in tensor.tensor_shape.dim])
+        self.calls.append((request.model_spec.name, request.model_spec.signature_name, len(images)))
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            if self.refuse:
+                await context.abort(self.refuse, "no")
+            await self.gate.wait()
+        finally:
+            self.now -= 1
+        sums = images.reshape(len(images), -1).astype("<f4").sum(axis=1)
+        shape = pb.TensorShapeProto(dim=[pb.TensorShapeProto.Dim(size=size) for size in (len(sums), 1)])
+        answer = pb.TensorProto(dtype=1, tensor_shape=shape, float_val=sums.tobytes())
+        response = pb.PredictResponse(outputs={"logits": answer, "probabilities": answer})
+        response.model_spec.version.value = request.model_spec.version.value
+        return response
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        method = grpc.unary_unary_rpc_method_handler(
+            self.predict, pb.PredictRequest.FromString, pb.PredictResponse.SerializeToString
+        )
+        service = grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", {"Predict": method})
+        server.add_generic_rpc_handlers((service,))
+        server.add_insecure_port(self.address)
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.stop(None)
+
+
+def image(value: float) -> np.ndarray:
+    return np.full((1, 28, 28, 1), value, np.float32)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def with_servers(count: int, test: Callable[[list[Held], Targets, MicroBatcher], Awaitable[None]]) -> None:
+    async def main() -> None:
+        servers = [Held() for _ in range(count)]
+        async with contextlib.AsyncExitStack() as stack:
+            for server in servers:
+                await stack.enter_async_context(server.running())
+            targets = await stack.enter_async_context(Targets([server.address for server in servers]))
+            for target in targets.all:
+                target.up = True
+            await test(servers, targets, MicroBatcher(targets))
+
+    asyncio.run(main())
+
+
+def test_requests_that_come_while_calls_are_under_way_share_the_next_one() -> None:
+    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        asked = [asyncio.create_task(batcher.predict("m", 1, image(number), 20)) for number in range(50)]
+        await until(lambda: len(server.calls) == 1)
+        assert [images for *_, images in server.calls] == [1]  # a lone request does not wait
+        server.gate.set()
+        answers = await asyncio.gather(*asked)
+        assert [float(answer.logits[0, 0]) for answer in answers] == [784.0 * number for number in range(50)]
+        assert sum(images for *_, images in server.calls) == 50
+        assert len(server.calls) == 2
+
+    with_servers(1, test)
+
+
+def test_a_batch_is_of_one_version_and_one_signature_and_not_too_large() -> None:
+    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        pixels = np.ones((1, 784), np.uint8)
+        asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(2 * MAX_BATCH)]
+        asked += [asyncio.create_task(batcher.predict("m", 1, pixels, 20)) for _ in range(5)]
+        asked += [asyncio.create_task(batcher.predict("m", 2, image(1), 20)) for _ in range(5)]
+        await until(lambda: len(server.calls) == 3)
+        server.gate.set()
+        assert all(float(answer.logits[0, 0]) == 784 for answer in await asyncio.gather(*asked))
+        assert max(images for *_, images in server.calls) <= MAX_BATCH
+        assert {signature for _, signature, _ in server.calls} == {"", "serving_bytes"}
+
+    with_servers(1, test)
+
+
+def test_what_is_in_flight_is_bounded_and_versions_take_turns() -> None:
+    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        crowd = [asyncio.create_task(batcher.predict("crowd", 1, image(1), 20)) for _ in range(500)]
+        await until(lambda: len(server.calls) == 1)
+        others = [asyncio.create_task(batcher.predict(f"m{number}", 1, image(1), 20)) for number in range(10)]
+        await until(lambda: len(server.calls) == CALLS)
+        server.gate.set()
+        await asyncio.gather(*others)
+        done = Counter(model for model, *_ in server.calls)
+        assert done["crowd"] <= 6  # the crowd did not go first
+        await asyncio.gather(*crowd)
+        assert server.most <= CALLS
+
+    with_servers(1, test)
+
+
+def test_a_large_request_does_not_hold_up_small_ones() -> None:
+    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        large = asyncio.create_task(batcher.predict("m", 1, np.zeros((1000, 28, 28, 1), np.float32), 20))
+        small = asyncio.create_task(batcher.predict("m", 1, image(1), 20))
+        await until(lambda: len(server.calls) == 2)
+        assert sorted(images for *_, images in server.calls) == [1, 1000]
+        server.gate.set()
+        await asyncio.gather(large, small)
+
+    with_servers(1, test)
+
+
+def test_a_request_whose_time_is_up_is_not_sent() -> None:
+    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        first = asyncio.create_task(batcher.predict("m", 1, image(1), 20))
+        await until(lambda: len(server.calls) == 1)
+        late = [asyncio.create_task(batcher.predict("m", 1, image(2), 0.05)) for _ in range(7)]
+        for request in late:
+            with pytest.raises(ModelServerTimeout, match=r"no prediction within 0\.05 s"):
+                await request
+        server.gate.set()
+        await first
+        assert [images for *_, images in server.calls] == [1]
+        await batcher.predict("m", 1, image(1), 20)  # and the way is free again
+
+    with_servers(1, test)
+
+
+def test_when_too_many_wait_more_are_refused_but_not_those_for_another_version() -> None:
+    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        many = np.zeros((MAX_BATCH, 28, 28, 1), np.float32)
+        asked = [asyncio.create_task(batcher.predict("m", 1, many, 20)) for _ in range(2 + MAX_WAITING // MAX_BATCH)]
+        await until(lambda: len(server.calls) == 2)
+        with pytest.raises(Overloaded):
+            await batcher.predict("m", 1, image(1), 20)
+        other = asyncio.create_task(batcher.predict("other", 1, image(1), 20))
+        await until(lambda: len(server.calls) == 3)
+        server.gate.set()
+        await asyncio.gather(other, *asked)
+
+    with_servers(1, test)
+
+
+def test_calls_go_to_the_server_with_the_least_in_flight() -> None:
+    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+        asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(2)]
+        await until(lambda: all(len(server.calls) == 1 for server in servers))
+        for server in servers:
+            server.gate.set()
+        await asyncio.gather(*asked)
+
+    with_servers(2, test)
+
+
+@pytest.mark.parametrize("refuse", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND,
+                                    grpc.StatusCode.RESOURCE_EXHAUSTED])  # fmt: skip
+def test_what_one_server_cannot_do_another_does(refuse: grpc.StatusCode) -> None:
+    async def test(servers: list[Held], targets: Targets, batcher: MicroBatcher) -> None:
+        bad, good = servers
+        bad.refuse = refuse
+        good.gate.set()
+        answers = await asyncio.gather(*(batcher.predict("m", 1, image(1), 20) for _ in range(40)))
+        assert len(answers) == 40
+        assert bad.calls
+        state = next(target for target in targets.all if target.address == bad.address)
+        assert state.up is (refuse != grpc.StatusCode.UNAVAILABLE)
+        assert state.behind
+
+    with_servers(2, test)
+
+
+def test_a_server_that_dies_in_the_middle_of_calls_costs_no_request() -> None:
+    async def main() -> None:
+        survivor, dying = Held(), Held()
+        survivor.gate.set()
+        async with survivor.running(), Targets([survivor.address, dying.address]) as targets:
+            for target in targets.all:
+                target.up = True
+            batcher = MicroBatcher(targets)
+            async with dying.running():
+                asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(40)]
+                await until(lambda: dying.now > 0)
+            assert all(float(answer.logits[0, 0]) == 784 for answer in await asyncio.gather(*asked))
+
+    asyncio.run(main())
+
+
+def test_without_a_server_the_error_says_so_and_a_bad_answer_is_not_retried() -> None:
+    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+        for server in servers:
+            server.refuse = grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(ModelServerUnavailable, match="cannot be reached"):
+            await batcher.predict("m", 1, image(1), 20)
+        for server in servers:
+            server.refuse = grpc.StatusCode.NOT_FOUND
+        with pytest.raises(ModelServerUnavailable, match="has not loaded m:1 yet"):
+            await batcher.predict("m", 1, image(1), 20)
+
+    with_servers(2, test)
+
+
+def test_a_share_of_the_traffic_follows_the_canary_and_a_key_sticks() -> None:
+    labels = {"stable": Label(1), "canary": Label(2, 0.3), "other": Label(3, 0.2)}
+    route = Route({1: ("a",), 2: ("a",), 3: ("a",)}, labels)
+    drawn = Counter(predicting._drawn("m", route, b"user-%d" % number) for number in range(5000))
+    again = Counter(predicting._drawn("m", route, b"user-%d" % number) for number in range(5000))
+    assert drawn == again
+    assert abs(drawn["canary"] / 5000 - 0.3) < 0.03
+    assert abs(drawn["other"] / 5000 - 0.2) < 0.03
+    free = Counter(predicting._drawn("m", route, None) for _ in range(5000))
+    assert abs(free["canary"] / 5000 - 0.3) < 0.05
+    assert predicting._drawn("m", Route({1: ("a",)}, {"stable": Label(1), "canary": Label(1)}), None) == "stable"
+
+
+def test_a_version_or_label_that_is_named_is_never_drawn() -> None:
+    class Fixed(Routes):
+        def __init__(self) -> None:
+            self._routes = {"m": Route({1: ("a",), 2: ("b",)}, {"stable": Label(1), "canary": Label(2, 1.0)})}
+
+    async def main() -> None:
+        routes = Fixed()
+        assert await routes.resolve("m", None, None, b"k") == (2, ("b",))
+        assert await routes.resolve("m", None, "stable", b"k") == (1, ("a",))
+        assert await routes.resolve("m", 1, None, b"k") == (1, ("a",))
+
+    asyncio.run(main())

@@ -1,0 +1,265 @@
+"""The report card as a page."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.report.charts import BOTTOM, LEFT, RIGHT, TOP
+from api.report.page import report_page
+
+Json = dict[str, Any]
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+STRANGE = "<script>alert('1') & \"2\"</script>"
+
+
+class Page(HTMLParser):
+    """What a browser would find; a tag that closes no open one is an error."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def plots(self) -> list[str]:
+        """The headings of the plots, from what a screen reader says."""
+        return [(value or "").partition(":")[0] for name, value in self.attributes if name == "aria-label"]
+
+
+def manifest(classes: list[str]) -> Json:
+    spec = {"method": "lora", "lora": {"rank": 4, "alpha": 8.0, "targets": ["dense1"]}, "l1": 1e-5, "seed": 12345}
+    dataset = {"filename": f"{STRANGE}.zip", "images": 300, "classes": dict.fromkeys(classes, 30)}
+    return {"classes": classes, "polarity": "light_on_dark", "base": "lenet5:1", "spec": spec, "dataset": dataset}
+
+
+def quick_report(classes: list[str], epochs: int = 4) -> Json:
+    """As it is when the version goes live: every class has five images, one of which is taken for its neighbour."""
+    count = len(classes)
+    score = {"precision": 0.8, "recall": 0.8, "f1-score": 0.8, "support": 5.0}
+    matrix = [[4 if i == j else int(j == (i + 1) % count) for j in range(count)] for i in range(count)]
+    validation = {"images": 5 * count, "accuracy": 0.8, "accuracy_interval": [0.61, 0.91], "cross_entropy": 0.5}
+    terms = {"data_loss": 0.4, "adversarial_loss": 0.9, "l1": 0.0, "l2": 1e-9}
+    shares = {"data_loss": 0.3, "adversarial_loss": 0.6, "l1": 0.0, "l2": 0.1}
+    attacked = {"validation_accuracy_under_pgd": 0.3, "validation_accuracy_under_fgsm": 0.4}
+    kept = {"validation_accuracy": 0.8, "validation_cross_entropy": 0.5}
+    numbers = range(1, epochs + 1)
+    return {
+        "train": validation | {"accuracy": 0.9},
+        "validation": validation
+        | {
+            "classification_report": {
+                "classes": dict.fromkeys(classes, score), "accuracy": 0.8, "macro avg": score, "weighted avg": score
+            },
+            "confusion_matrix": matrix,
+        },
+        "generalization_gap": {"accuracy": 0.1, "cross_entropy": -0.02},
+        "calibration": {
+            "expected_calibration_error": 0.123,
+            "bins": [
+                {"lower": 0.0, "upper": 0.5, "images": 0},
+                {"lower": 0.5, "upper": 1.0, "images": 5 * count, "confidence": 0.9, "accuracy": 0.8},
+            ],
+        },
+        "robustness": {"attack": "fgsm", "epsilon": 0.1, "accuracy": 0.4},
+        "regularization": {
+            "epochs": [{"epoch": n, **{k: {"value": terms[k], "share": shares[k]} for k in terms}} for n in numbers],
+            "warnings": [{"term": "l1", "kind": "inert", "message": "l1 makes up 0 of the update"}],
+        },
+        "sparsity": {"zeros": 0.25, "by_layer": {"dense1": 0.0, "head": 0.5}},
+        "parameters": {"trained": 5946, "total": 107786, "delta_bytes": 23784},
+        "training": {"epochs": epochs, "kept_epoch": 3, "ended_by": "epochs", "overfitted_attack_in_epoch": None},
+        "history": [{"epoch": n, **terms, **kept, **attacked} for n in numbers],
+        "device": "CPU:0",
+        "cost": {"seconds": {"training": 2.5}, "images_per_second": 3456, "peak_memory_bytes": 876843008},
+    }  # fmt: skip
+
+
+def full_report(classes: list[str]) -> Json:
+    """As it is when the costly part has run."""
+    point = {"fgsm": 0.4, "pgd": 0.3, "square": 0.35, "worst": 0.288}
+    found = {
+        "images": 50, "curve": [{"epsilon": size, **point} for size in (0.0, 0.05, 0.1, 0.2)],
+        "settings": {"pgd_steps": 40}, "accuracy_at_epsilon_1": 0.0, "gradient_masking": [], "trusted": True,
+    }  # fmt: skip
+    report = quick_report(classes)
+    forgetting = {"sample": "drawn digits", "images": 500, "base": 0.994, "accuracy": 0.964, "lost": 0.03}
+    return report | {"robustness": report["robustness"] | found, "forgetting": forgetting}
+
+
+def shown(report: Json, classes: list[str]) -> Page:
+    return Page(report_page("digits", 3, report, manifest(classes)))
+
+
+DIGITS = [str(digit) for digit in range(10)]
+PLOTS = [
+    "Loss by epoch",
+    "Accuracy by epoch",
+    "What the update is made of",
+    "Robustness",
+    "Reliability",
+    "Confusion matrix",
+]
+
+
+def test_a_full_report_has_every_figure_plot_and_table() -> None:
+    page = shown(full_report(DIGITS), DIGITS)
+    assert page.plots() == PLOTS
+    for text in (
+        "digits:3",
+        "80.0%",
+        "61.0% to 91.0%",
+        "+10.0 pp",
+        "12.3%",
+        "28.8%",
+        "5,946",
+        "96.4%",
+        "12345",
+        "877 MB",
+    ):
+        assert text in page.text
+    for heading in ("Classes", "Calibration", "Sparsity", "Forgetting", "Cost", "Spec"):
+        assert heading in page.text
+    assert "still being worked out" not in page.text.lower()
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    page = report_page("digits", 3, full_report(DIGITS), manifest(DIGITS))
+    assert not re.search(r"https?:|//\w|@import|url\(", page)
+    assert not {"script", "link", "img", "iframe"} & set(Page(page).tags)
+
+
+@pytest.mark.parametrize("count", [2, 30, 31, 50])
+def test_names_from_outside_are_only_ever_text(count: int) -> None:
+    classes = [STRANGE, *(f"{n} {STRANGE} with a name as long as a name may be" for n in range(1, count))]
+    report = full_report(classes) | {"device": STRANGE}
+    report["regularization"]["warnings"][0]["message"] = report["forgetting"]["sample"] = STRANGE
+    page = shown(report, classes)
+    assert "script" not in page.tags
+    assert page.text.count(STRANGE) >= count + 4  # in the table; file, device, warning, sample
+
+
+def test_few_classes_have_numbers_in_the_matrix_and_many_do_not() -> None:
+    for count, numbered in ((30, True), (31, False)):
+        classes = [f"class {n}" for n in range(count)]
+        page = report_page("digits", 3, quick_report(classes), manifest(classes))
+        assert len(re.findall(r'<text class="middle (?:strong|number)"', page)) == (2 * count if numbered else 0)
+        assert "4 of 5 images of class 7: class 7" in page
+
+
+def test_a_quick_report_says_what_is_still_being_worked_out() -> None:
+    for report in (quick_report(DIGITS), quick_report(DIGITS) | {"forgetting": None}):
+        page = shown(report, DIGITS)
+        assert page.plots() == [plot for plot in PLOTS if plot != "Robustness"]
+        assert "Worst case, ε = 0.1 … still being worked out" in page.text
+        assert "Still being worked out Accuracy under PGD and Square" in page.text
+        assert "Forgetting Still being worked out" in page.text
+
+
+def test_forgetting_that_nothing_can_measure_is_not_announced() -> None:
+    page = shown(full_report(DIGITS) | {"forgetting": None}, DIGITS)
+    assert "still being worked out" not in page.text.lower()
+    assert "Nothing is there any more to measure it on" in page.text
+
+
+@pytest.mark.parametrize("part", sorted(full_report(DIGITS)))
+def test_any_part_may_be_missing(part: str) -> None:
+    report = full_report(DIGITS)
+    shown({name: value for name, value in report.items() if name != part}, DIGITS)
+    shown(report | {part: None}, DIGITS)
+    shown({part: report[part]}, DIGITS)
+
+
+def test_masked_gradients_take_the_trust_from_every_robustness_figure() -> None:
+    report = full_report(DIGITS)
+    assert "not to be trusted" not in shown(report, DIGITS).text
+    report["robustness"] |= {"trusted": False, "gradient_masking": ["Square beats PGD at epsilon 0.05"]}
+    text = shown(report, DIGITS).text
+    assert "The robustness figures are not to be trusted: gradients are masked Square beats PGD at epsilon 0.05" in text
+    assert text.lower().count("not to be trusted") == 4  # the warning, both figures, the curve
+
+
+def test_what_ended_training_is_said_with_its_epochs() -> None:
+    report = full_report(DIGITS)
+    report["training"] |= {"ended_by": "catastrophic_overfitting", "overfitted_attack_in_epoch": 4}
+    text = shown(report, DIGITS).text
+    assert "Catastrophic overfitting" in text
+    assert "in epoch 4" in text
+    assert "epoch 3 are kept" in text
+    report["training"] |= {"ended_by": "early_stopping", "overfitted_attack_in_epoch": None}
+    assert "Early stopping Training ended after epoch 4; the weights of epoch 3 are kept" in shown(report, DIGITS).text
+
+
+def test_kernels_without_a_promise_of_zeros_are_named() -> None:
+    report = full_report(DIGITS)
+    assert "promised" not in shown(report, DIGITS).text
+    report["sparsity"] |= {"exact_zeros_in": ["head"], "shrunk_without_zeros": ["dense1"]}
+    assert "L1 promised no exact zeros in dense1" in shown(report, DIGITS).text
+
+
+def test_folds_are_shown() -> None:
+    folds = {
+        "folds": [0.9, 1.0],
+        "images": 150,
+        "accuracy": 0.955,
+        "accuracy_interval": [0.9, 0.98],
+        "cross_entropy": 0.2,
+    }
+    text = shown(full_report(DIGITS) | {"cross_validation": folds}, DIGITS).text
+    assert "fold 1 90.0% fold 2 100.0% all images 95.5% (90.0% to 98.0%)" in text
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 61, 1000])
+def test_every_line_stays_inside_its_plot(epochs: int) -> None:
+    report = quick_report(DIGITS, epochs)
+    report["history"][-1] |= {"data_loss": 1e-30, "adversarial_loss": 1e4}
+    page = report_page("digits", 3, report, manifest(DIGITS))
+    plots = re.findall(r'<svg class="plot".*?</svg>', page, re.DOTALL)
+    lines = [line for plot in plots for line in re.findall(r'<path class="line [^>]* d="M([\d.L -]+)"', plot)]
+    places = [[float(number) for number in place.split()] for line in lines for place in line.split("L")]
+    assert len(places) == 8 * epochs + 2  # five losses, three accuracies, and the diagonal
+    assert all(LEFT <= x <= RIGHT and TOP <= y <= BOTTOM for x, y in places)
+
+
+def test_nothing_less_than_all_is_called_100_percent() -> None:
+    report = full_report(DIGITS)
+    report["validation"]["accuracy"] = 0.9996
+    assert "Validation accuracy 99.96%" in shown(report, DIGITS).text
+
+
+def test_the_base_model_has_its_card_and_nothing_else() -> None:
+    card = json.loads((Path(__file__).parents[2] / "trainer/base/lenet5.json").read_text(encoding="utf-8"))
+    page = Page(report_page("lenet5", 1, copy.deepcopy(card), {"classes": DIGITS, "base": None, **card}))
+    assert "svg" not in page.tags
+    assert "worked out" not in page.text
+    for text in ("lenet5:1", card["model"], card["command"], "settings: learning rate 0.0015", "test accuracy 0.995"):
+        assert text in page.text

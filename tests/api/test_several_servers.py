@@ -1,0 +1,108 @@
+"""A service in front of two model servers."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+
+from serving.client import ModelServer
+from store.processes import free_port
+from tests.conftest import Service, eventually, running_model_server, running_service
+
+RAW = {"Content-Type": "application/octet-stream"}
+
+
+class Crowd:
+    """Clients that ask until they are told to stop."""
+
+    def __init__(self, service: Service, model: str) -> None:
+        self.statuses: Counter[int] = Counter()
+        self._stop = threading.Event()
+        self._path = f"{service.url}/predict?model={model}"
+        self._threads = [threading.Thread(target=self._ask) for _ in range(4)]
+
+    def __enter__(self) -> "Crowd":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        with httpx.Client(timeout=60) as api:
+            while not self._stop.is_set():
+                self.statuses[api.post(self._path, content=bytes(784), headers=RAW).status_code] += 1
+
+    def asked(self, more: int) -> None:
+        """Wait for so many more answers."""
+        goal = self.statuses.total() + more
+        eventually(lambda: self.statuses.total() >= goal, f"{more} answers")
+
+
+def test_one_of_two_servers_dies_under_load_and_nobody_notices(tmp_path: Path, digits_zip: bytes) -> None:
+    ports = [free_port(), free_port()]
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running_model_server(ports[0]))
+        dying = stack.enter_context(running_model_server(ports[1]))
+        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=",".join(addresses)))
+        for version in (1, 2):
+            job = service.finetune(digits_zip, "shared", '{"epochs": 1, "method": "head"}').json()["id"]
+            assert service.finished(job)["version"] == version
+        crowd = stack.enter_context(Crowd(service, "shared"))
+
+        def states() -> dict[str, str]:
+            found: dict[str, str] = service.api.get("/readyz").json()["model_servers"]
+            return found
+
+        crowd.asked(200)
+        dying.kill()
+        dying.wait()
+        crowd.asked(200)
+        eventually(lambda: states() == dict(zip(addresses, ("ok", "unavailable"), strict=True)), "the loss is noticed")
+        assert service.api.get("/readyz").status_code == 200
+        stack.enter_context(running_model_server(ports[1]))
+        eventually(lambda: set(states().values()) == {"ok"}, "both are up")
+        with ModelServer(addresses[1]) as second:
+            assert second.available("shared") == {1, 2}
+        crowd.asked(200)
+        assert set(crowd.statuses) == {200}
+
+
+def test_a_server_that_freezes_is_given_up_and_its_requests_go_to_the_other(tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running_model_server(ports[0]))
+        frozen = stack.enter_context(running_model_server(ports[1]))
+        addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
+        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=addresses))
+        crowd = stack.enter_context(Crowd(service, "lenet5"))
+        crowd.asked(100)
+        began = time.monotonic()
+        frozen.send_signal(signal.SIGSTOP)
+        eventually(lambda: "unavailable" in service.api.get("/readyz").text, "it is given up")
+        crowd.asked(100)
+        assert time.monotonic() - began < 9  # before the requests' own time is up
+        assert set(crowd.statuses) == {200}
+
+
+def test_predictions_come_back_with_their_server(tmp_path: Path) -> None:
+    port, path = free_port(), "/predict?model=lenet5"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running_model_server(port))
+        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=f"127.0.0.1:{port}"))
+        server.kill()
+        server.wait()
+        answer = service.api.post(path, content=bytes(784), headers=RAW)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        stack.enter_context(running_model_server(port))
+        began = time.monotonic()
+        eventually(lambda: service.api.post(path, content=bytes(784), headers=RAW).status_code == 200, "it answers")
+        print(f"answered {time.monotonic() - began:.2f} s after the server listened again")

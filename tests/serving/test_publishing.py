@@ -1,0 +1,243 @@
+"""Going live, staying live, going: real model servers, real files."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from serving.client import ModelServer
+from serving.publishing import FILES, Probe, check_files, prove, publish, reconcile, seal
+from serving.registry import Registry
+from store.errors import ModelServerUnavailable, PublishFailed, UnknownModel
+from store.processes import free_port
+from store.settings import Settings
+from tests.conftest import Place, eventually, opened, running_model_server
+from trainer.export import export
+from trainer.lenet import initial, logits
+from trainer.worker.retention import UNUSED_S, retire_surplus, sweep_datasets
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 784), np.uint8)
+IMAGES = (PIXELS / np.float32(255)).reshape(-1, 28, 28, 1)
+STEPS = ["staged", "verified", "renamed", "available", "proven", "warmed"]
+
+
+def expected(seed: int) -> np.ndarray:
+    found: np.ndarray = logits(initial(10, seed), tf.constant(IMAGES)).numpy()
+    return found
+
+
+@dataclass
+class Press:
+    """Publishes versions of a model `m`."""
+
+    settings: Settings
+    registry: Registry
+    servers: list[ModelServer]
+
+    def staged(self, seed: int, claimed: int | None = None) -> Path:
+        """Weights of `seed`, with a probe that says that they give the logits of `claimed`."""
+        folder = self.settings.staging / "job"
+        export(folder, initial(10, seed), invert=False, manifest={})
+        Probe(PIXELS, expected(seed if claimed is None else claimed)).save(folder)
+        seal(folder)
+        return folder
+
+    def publish(self, seed: int, **how: object) -> int:
+        claimed = how.pop("claimed", None)
+        return publish(
+            self.settings, self.registry, self.servers, staged=self.staged(seed, claimed),  # type: ignore[arg-type]
+            model="m", job_id="job", manifest={"classes": ["a"]}, report={}, **how,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def left(self) -> list[str]:
+        """Directories of versions."""
+        return sorted(path.name for path in (self.settings.models / "m").iterdir())
+
+
+@pytest.fixture
+def press(tmp_path: Path, model_server: str) -> Iterator[Press]:
+    settings = Settings(home=tmp_path, model_server=model_server)
+    settings.make_home()
+    with opened(settings.store_url) as engine, ModelServer(model_server) as server:
+        yield Press(settings, Registry(engine), [server])
+        server.reload(tmp_path, {})
+
+
+def test_a_published_version_is_live_and_served(press: Press) -> None:
+    steps: list[str] = []
+    assert [press.publish(seed, step=steps.append) for seed in (1, 2)] == [1, 2]
+    assert steps == STEPS * 2
+    assert press.registry.find("m").version == 2
+    for version in (1, 2):
+        for images in (IMAGES, PIXELS):
+            answer = press.servers[0].predict("m", version, images)
+            np.testing.assert_allclose(answer.logits, expected(version), atol=1e-4)
+
+
+def test_a_version_that_answers_otherwise_than_trained_leaves_nothing(press: Press) -> None:
+    press.publish(1)
+    with pytest.raises(PublishFailed, match="differs from the trained model"):
+        press.publish(2, claimed=3)
+    assert press.registry.find("m").version == 1
+    assert press.registry.wanted() == {"m": [1]}
+    assert press.left() == ["1"]
+    eventually(lambda: press.servers[0].available("m") == {1}, "version 2 is unloaded")
+    assert press.publish(3) == 3
+
+
+@pytest.mark.parametrize("stop", STEPS)
+def test_what_is_stopped_at_any_step_is_taken_back(press: Press, stop: str) -> None:
+    press.publish(1)
+
+    def step(done: str) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        press.publish(2, step=step)
+    shutil.rmtree(press.settings.staging / "job", ignore_errors=True)  # which is the job's
+    assert press.left() == ["1"]
+    assert press.registry.wanted() == {"m": [1]}
+    assert press.registry.find("m").version == 1
+    np.testing.assert_allclose(press.servers[0].predict("m", 1, IMAGES).logits, expected(1), atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["variables/variables.data-00000-of-00001", "saved_model.pb", FILES])
+def test_files_that_are_not_those_that_were_exported_are_never_published(press: Press, damage: str) -> None:
+    folder = press.staged(1)
+    (folder / damage).write_bytes((folder / damage).read_bytes()[:-3])
+    with pytest.raises(PublishFailed, match=damage):
+        publish(
+            press.settings, press.registry, press.servers, staged=folder, model="m", job_id=None,
+            manifest={"classes": ["a"]}, report={},
+        )  # fmt: skip
+    assert press.registry.wanted() == {}
+
+
+def test_a_file_that_nobody_exported_is_noticed(press: Press) -> None:
+    folder = press.staged(1)
+    check_files(folder)
+    (folder / "more").touch()
+    with pytest.raises(PublishFailed, match="have changed: more"):
+        check_files(folder)
+
+
+def test_one_version_that_cannot_be_loaded_does_not_keep_others_from_going_live(press: Press) -> None:
+    press.publish(1)
+    broken = press.registry.reserve("broken", None, {"classes": ["a"]}, {})
+    press.registry.go_live("broken", broken)
+    place = press.settings.version("broken", broken)
+    place.mkdir(parents=True)
+    (place / "saved_model.pb").write_bytes(b"garbage")
+    assert press.publish(2) == 2
+
+
+def test_every_server_has_to_prove_a_version(press: Press) -> None:
+    port = free_port()
+    with running_model_server(port), ModelServer(f"127.0.0.1:{port}") as second:
+        press.servers.append(second)
+        press.publish(1)
+        for server in press.servers:
+            assert prove(server, "m", 1, Probe.load(press.settings.version("m", 1))) < 1e-4
+    with ModelServer(f"127.0.0.1:{port}") as gone:  # the other is done all the same
+        press.servers[:] = [gone, press.servers[0]]
+        press.registry.retire("m")
+        with pytest.raises(ModelServerUnavailable):
+            reconcile(press.settings, press.registry, press.servers)
+    eventually(lambda: press.servers[1].available("m") == set(), "version 1 is unloaded")
+    del press.servers[0]
+
+
+def test_reconcile_repairs_a_server_that_lost_everything(tmp_path: Path) -> None:
+    port = free_port()
+    settings = Settings(home=tmp_path, model_server=f"127.0.0.1:{port}")
+    settings.make_home()
+    with opened(settings.store_url) as engine, ModelServer(settings.targets[0]) as server:
+        press = Press(settings, Registry(engine), [server])
+        with running_model_server(port):
+            press.publish(1)
+            press.publish(2)
+        with pytest.raises(ModelServerUnavailable):
+            server.predict("m", 2, IMAGES)
+        with running_model_server(port):
+            shutil.rmtree(settings.version("m", 1))  # must not keep the other from coming back
+            eventually(lambda: is_reachable(server), "the channel is back")
+            reconcile(settings, press.registry, [server])
+            np.testing.assert_allclose(server.predict("m", 2, IMAGES).logits, expected(2), atol=1e-4)
+
+
+def is_reachable(server: ModelServer) -> bool:
+    try:
+        server.states("m")
+    except ModelServerUnavailable:
+        return False
+    return True
+
+
+def test_a_removed_version_goes_from_the_servers_and_the_disk(press: Press) -> None:
+    press.publish(1)
+    press.publish(2)
+    press.registry.retire("m", 1)
+    reconcile(press.settings, press.registry, press.servers)
+    eventually(lambda: press.servers[0].available("m") == {2}, "version 1 is unloaded")
+    assert press.left() == ["2"]
+    assert press.registry.removed() == []
+
+
+# --- retention ----------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_and_the_labelled_versions_are_kept(place: Place) -> None:
+    settings = place.settings.model_copy(update={"keep_versions": 2})
+    for _ in range(3):
+        place.run(place.claimed({"epochs": 1, "method": "head"}))
+    place.registry.put_label("m", "canary", 1)
+    for _ in range(2):
+        place.run(place.claimed({"epochs": 1, "method": "head"}))
+    place.jobs.create(model="n", base="m:2", spec={}, dataset={"id": "x"})  # it will start from version 2
+    rest = {"jobs": place.jobs, "registry": place.registry, "servers": place.servers}
+    retire_surplus("m", settings=settings, **rest)  # type: ignore[arg-type]
+    assert [version.version for version in place.registry.of_model("m")] == [5, 4, 2, 1]
+    assert not settings.version("m", 3).exists()
+    retire_surplus("m", settings=settings.model_copy(update={"keep_versions": 0}), **rest)  # type: ignore[arg-type]
+    assert len(place.registry.of_model("m")) == 4
+
+
+def test_data_sets_go_when_neither_a_job_nor_a_version_needs_them(place: Place) -> None:
+    done = place.run(place.claimed({"epochs": 1, "method": "head"}))
+    used, unused, young = (place.settings.datasets / f"{name}.npz" for name in (done.dataset["id"], "0" * 64, "1" * 64))
+    unused.touch()
+    young.touch()
+    for path in (used, unused):
+        os.utime(path, (0, time.time() - UNUSED_S - 60))
+    place.jobs.reported(done, "complete")
+    sweep_datasets(place.settings, place.jobs, place.registry)
+    assert [path.exists() for path in (used, unused, young)] == [True, False, True]
+    place.registry.retire("m")
+    sweep_datasets(place.settings, place.jobs, place.registry)
+    assert not used.exists()
+
+
+def test_a_job_whose_base_has_gone_fails_and_says_so(place: Place) -> None:
+    place.run(place.claimed({"epochs": 1, "method": "head"}))
+    job = place.claimed({"epochs": 1, "method": "head", "base": "m:1"}, base="m:1")
+    place.registry.retire("m")
+    reconcile(place.settings, place.registry, place.servers)
+    with pytest.raises(UnknownModel, match="there is no model 'm'"):
+        place.run(job)
+
+
+def test_the_steps_of_a_publication_can_be_seen_on_the_job(place: Place) -> None:
+    done = place.run(place.claimed({"epochs": 1, "method": "head"}))
+    times = list(done.progress["publishing"].values())
+    assert list(done.progress["publishing"]) == [*STEPS, "labelled"]
+    assert times == sorted(times)
+    assert done.progress["epoch"] == 1
+    assert json.loads((place.settings.version("m", 1) / "assets.extra/manifest.json").read_text())["job"] == done.id

@@ -1,0 +1,222 @@
+"""Training by a spec: what is chosen, what ends it, what it says of itself."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from store.errors import Diverged, InvalidSpec
+from trainer import fit as fitting
+from trainer.evaluate import accuracy
+from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, structure
+from trainer.lenet import Arrays
+from trainer.spec import parse_spec
+from trainer.train_step import Program
+from trainer.worker.run_job import pretrained, stratified, stratified_folds
+
+Digits = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def base() -> Arrays:
+    return pretrained()[0]
+
+
+def part(digits: Digits, first: int, last: int) -> Split:
+    images, labels = digits
+    return Split(tf.constant(images[first:last, ..., None] / np.float32(255)), labels[first:last].astype(np.int32))
+
+
+def run(spec: dict[str, Any], base: Arrays, digits: Digits, same_classes: bool = True) -> Fitted:
+    parsed = parse_spec(json.dumps(spec))
+    start = begin(parsed, base, classes=10, same_classes=same_classes)
+    return fit(parsed, start, part(digits, 0, 100), part(digits, 1000, 1100), classes=10)
+
+
+METHODS = [{"method": method} for method in ("full", "head", "bias", "lora", "adapter", "ia3")]
+ATTACKS = [{"adversarial": {"attack": attack, "epsilon": 0.03}} for attack in ("fgsm", "pgd", "trades", "free", "vat")]
+
+
+@pytest.mark.parametrize("spec", [*METHODS, *ATTACKS], ids=str)
+def test_every_method_and_attack_learns_digits_with_a_new_head(
+    spec: dict[str, Any], base: Arrays, digits: Digits
+) -> None:
+    fitted = run({**spec, "epochs": 12}, base, digits, same_classes=False)
+    test = part(digits, 1200, 1500)
+    assert accuracy(fitted.network.logits(test.images), test.labels) > 0.75
+
+
+def test_frozen_layers_are_computed_once_where_nothing_disturbs_the_input(base: Arrays) -> None:
+    def entry(**spec: Any) -> str:
+        parsed = parse_spec(json.dumps(spec))
+        return structure(parsed, begin(parsed, base, classes=10, same_classes=True), 10, "/CPU:0").entry
+
+    assert entry(method="head", dropout=0) == "head"
+    assert entry(method="head") == "dense2"  # which takes in what dropout leaves of dense1
+    assert entry(method="lora") == "conv2"
+    assert entry(method="lora", lora={"targets": ["dense1", "dense2"]}) == "dense1"
+    assert entry(method="bias", bias={"targets": ["dense2"]}) == "dense2"
+    assert entry(method="full") == "conv1"
+    disturbances: list[dict[str, Any]] = [{"mixup": 0.1}, {"augmentation": {"shift": 1}}, {"adversarial": {}}]
+    assert {entry(method="head", **disturbance) for disturbance in disturbances} == {"conv1"}
+
+
+def test_training_from_the_features_is_training_from_the_images(
+    base: Arrays, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {"method": "lora", "lora": {"targets": ["dense1"]}, "epochs": 3}
+    quick = run(spec, base, digits)
+    monkeypatch.setattr(fitting, "first_touched", lambda names: "conv1")
+    slow = run(spec, base, digits)
+    for name, value in slow.params.items():
+        np.testing.assert_allclose(quick.params[name], value, atol=1e-4)
+
+
+def test_the_data_are_shuffled_anew_every_epoch_and_cut_into_batches_after(
+    base: Arrays, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cutting first would give the same batches every epoch."""
+    orders: list[np.ndarray] = []
+    original = Program.epoch
+
+    def spy(self: Program, features: Any, labels: Any, order: Any, *rest: Any) -> Any:
+        orders.append(order.numpy())
+        return original(self, features, labels, order, *rest)
+
+    monkeypatch.setattr(Program, "epoch", spy)
+    run({"method": "head", "epochs": 3}, base, digits)
+    batches = [{frozenset(order[at : at + 8].tolist()) for at in range(0, 100, 8)} for order in orders]
+    assert all(sorted(order.tolist()) == list(range(100)) for order in orders)
+    assert not batches[0] & batches[1]
+    assert not batches[1] & batches[2]
+
+
+def test_epsilon_grows_over_the_first_three_tenths_of_the_steps() -> None:
+    reach = schedule(parse_spec(None), 1000)[:, 1]
+    assert reach[0] == 0
+    assert reach[150] == pytest.approx(0.5)
+    assert (reach[300:] == 1).all()
+
+
+def test_mixup_draws_its_shares_from_a_beta_distribution() -> None:
+    assert (schedule(parse_spec(None), 100)[:, 2] == 1).all()
+    shares = schedule(parse_spec('{"mixup": 0.5}'), 20_000)[:, 2]
+    assert shares.mean() == pytest.approx(0.5, abs=0.01)
+    assert shares.var() == pytest.approx(1 / 8, abs=0.003)  # of Beta(a, a): 1 / (4 (2a + 1))
+
+
+def test_class_weights_make_every_class_count_the_same() -> None:
+    labels = np.array([0] * 6 + [1] * 3 + [2])
+    weights = class_weights(labels, 3)
+    np.testing.assert_allclose([weights[k] * (labels == k).sum() for k in range(3)], 10 / 3, rtol=1e-6)
+    assert weights[labels].mean() == pytest.approx(1)
+
+
+def test_class_weights_help_the_rare_class(base: Arrays, digits: Digits) -> None:
+    images, labels = digits
+    rare = np.flatnonzero(labels[:900] == 8)
+    keep = np.setdiff1d(np.arange(900), rare[3:])
+    split = Split(tf.constant(images[keep, ..., None] / np.float32(255)), labels[keep].astype(np.int32))
+    test = part(digits, 1000, 1797)
+    found = []
+    for wanted in (None, "auto"):
+        spec = parse_spec(json.dumps({"method": "head", "epochs": 5, "class_weights": wanted}))
+        flat = base | {"head/kernel": 0 * base["head/kernel"], "head/bias": 0 * base["head/bias"]}
+        fitted = fit(spec, begin(spec, flat, classes=10, same_classes=True), split, test, classes=10)
+        right = fitted.network.logits(test.images).argmax(1) == test.labels
+        found.append(right[test.labels == 8].mean())
+    assert found[1] > found[0]
+
+
+def test_the_split_takes_its_share_of_every_class_and_folds_hold_each_image_out_once() -> None:
+    labels = np.repeat([0, 1, 2], [50, 20, 2])
+    chosen = stratified(labels, 0, lambda n: max(1, round(0.2 * n)))
+    assert [chosen[labels == k].sum() for k in range(3)] == [10, 4, 1]
+    folds = np.stack(list(stratified_folds(labels, 0, 5)))
+    assert (folds.sum(0) == 1).all()
+    assert [fold[labels == 0].sum() for fold in folds] == [10] * 5
+
+
+def test_with_an_attack_the_weights_of_the_best_epoch_under_attack_are_kept(base: Arrays, digits: Digits) -> None:
+    fitted = run({"adversarial": {"attack": "pgd", "epsilon": 0.05, "steps": 3}, "epochs": 5}, base, digits)
+    scores = [record["validation_accuracy_under_pgd"] for record in fitted.history]
+    assert scores[fitted.kept_epoch - 1] == max(scores)
+    logits = fitted.network.logits(part(digits, 1000, 1100).images)
+    kept = fitted.history[fitted.kept_epoch - 1]
+    assert accuracy(logits, part(digits, 1000, 1100).labels) == pytest.approx(kept["validation_accuracy"])
+
+
+def test_early_stopping_with_an_attack_ends_when_nothing_gets_better(base: Arrays, digits: Digits) -> None:
+    spec = {"adversarial": {"attack": "fgsm"}, "early_stopping": {"patience": 2, "min_delta": 0.05}, "epochs": 50}
+    fitted = run({**spec, "method": "head"}, base, digits)
+    assert fitted.ended_by == "early_stopping"
+    assert len(fitted.history) < 50
+
+
+def test_an_overfitted_attack_ends_training_and_is_rolled_back(
+    base: Arrays, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe sees what FGSM does not: PGD accuracy falls to nothing while FGSM accuracy stays."""
+    from trainer.network import Network
+
+    robust = iter([0.9, 0.8, 0.85, 0.8, 0.2, 0.2])
+    labels = part(digits, 1000, 1100).labels
+
+    def probe(share: float) -> Any:
+        scores = np.eye(10, dtype=np.float32)[labels]
+        scores[int(share * len(labels)) :] *= -1
+        return tf.constant(scores)
+
+    monkeypatch.setattr(Network, "pgd", lambda *_: probe(next(robust)))
+    monkeypatch.setattr(Network, "fgsm", lambda *_: probe(0.9))
+    fitted = run({"adversarial": {"attack": "fgsm", "weight": 1}, "epochs": 6}, base, digits)
+    assert (fitted.ended_by, fitted.overfitted_epoch) == ("catastrophic_overfitting", 5)
+    assert fitted.kept_epoch == 1
+    assert len(fitted.history) == 5
+
+
+def test_the_receipt_gives_every_term_its_value_and_share(base: Arrays, digits: Digits) -> None:
+    spec = {"method": "full", "l1": 1e-5, "l2": 1e-3, "l2_sp": 1e-3, "adversarial": {}, "epochs": 3}
+    fitted = run(spec, base, digits)
+    terms = {"data_loss", "adversarial_loss", "l1", "l2", "l2_sp"}
+    for record, history in zip(fitted.receipt, fitted.history, strict=True):
+        assert set(record) == {"epoch", *terms}
+        assert sum(record[name]["share"] for name in terms) == pytest.approx(1)
+        assert all(record[name]["value"] == history[name] for name in terms)
+
+
+def test_a_term_that_is_inert_or_that_drowns_the_data_is_warned_of(base: Arrays, digits: Digits) -> None:
+    def said(**spec: Any) -> set[tuple[str, str]]:
+        fitted = run({"method": "full", "epochs": 3, **spec}, base, digits)
+        return {(warning["term"], warning["kind"]) for warning in fitting.warnings(fitted.receipt, zeros=False)}
+
+    assert said(l2=1e-8) == {("l2", "inert")}
+    assert said(l2=10.0) == {("l2", "drowning")}
+    assert said(l2=1e-3) == set()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_step(base: Arrays, digits: Digits) -> None:
+    hot = {name: value * np.float32(1e12) for name, value in base.items()}
+    with pytest.raises(Diverged, match=r"in step 1, epoch 1"):
+        run({"method": "full", "epochs": 50}, hot, digits)
+    with pytest.raises(Diverged, match=r"step \d+, epoch \d"):
+        run({"method": "full", "epochs": 50, "optimizer": "sgd", "learning_rate": 1.0, "l2": 10.0}, base, digits)
+
+
+def test_adapters_of_another_size_than_the_bases_are_refused(base: Arrays) -> None:
+    spec = parse_spec('{"method": "adapter"}')
+    grown = begin(spec, base, classes=10, same_classes=True)
+    assert grown.method.bottleneck == 16
+    again = begin(spec, grown.params, classes=10, same_classes=True)
+    assert not again.new
+    with pytest.raises(InvalidSpec, match="adapters of 16"):
+        begin(
+            parse_spec('{"method": "adapter", "adapter": {"bottleneck": 4}}'),
+            again.params,
+            classes=10,
+            same_classes=True,
+        )
+    kept = begin(parse_spec('{"method": "lora"}'), again.params, classes=10, same_classes=True)
+    assert kept.method.bottleneck == 16

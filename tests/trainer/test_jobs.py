@@ -1,0 +1,120 @@
+"""Jobs and versions in a real store, SQLite and PostgreSQL."""
+
+import threading
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from store.errors import UnknownJob, WrongState
+from trainer.jobs import records as module
+from trainer.jobs.records import Job, Jobs, NotMine
+
+
+@pytest.fixture
+def jobs(engine: sa.Engine) -> Jobs:
+    return Jobs(engine)
+
+
+def queued(jobs: Jobs, model: str = "m") -> Job:
+    return jobs.create(model=model, base="lenet5:1", spec={"epochs": 1}, dataset={"id": "d", "images": 4})
+
+
+def test_jobs_are_claimed_oldest_first_and_once(jobs: Jobs) -> None:
+    made = []
+    for number in range(20):
+        made.append(queued(jobs, f"m{number}").id)
+        time.sleep(0.002)  # ids sort by the millisecond
+    claimed: list[str] = []
+
+    def claim(worker: str) -> None:
+        while job := jobs.claim(worker):
+            claimed.append(job.id)
+
+    threads = [threading.Thread(target=claim, args=(f"w{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == made
+    assert {jobs.get(job_id).status for job_id in made} == {"running"}
+
+
+def test_a_claimed_job_is_only_its_workers(jobs: Jobs) -> None:
+    queued(jobs)
+    job = jobs.claim("w")
+    assert job is not None
+    jobs.update(job, stage="training", progress={"epoch": 1})
+    stranger = Job(**{**vars(job), "worker": "other"})
+    with pytest.raises(NotMine):
+        jobs.update(stranger, stage="publishing")
+    jobs.finish(stranger, "failed")
+    assert jobs.get(job.id).stage == "training"
+    jobs.finish(job, "succeeded", version=3)
+    found = jobs.get(job.id)
+    assert (found.status, found.version, found.stage, found.progress) == ("succeeded", 3, None, {"epoch": 1})
+
+
+def test_a_queued_job_is_cancelled_at_once_and_a_running_one_at_its_next_update(jobs: Jobs) -> None:
+    first = queued(jobs)
+    assert jobs.cancel(first.id).status == "cancelled"
+    assert jobs.claim("w") is None
+    queued(jobs)
+    job = jobs.claim("w")
+    assert job is not None
+    assert jobs.cancel(job.id).status == "running"
+    with pytest.raises(NotMine):
+        jobs.update(job, stage="training")
+    jobs.finish(job, "cancelled")
+    with pytest.raises(WrongState):
+        jobs.cancel(job.id)
+
+
+def test_the_job_of_a_dead_worker_is_queued_anew_and_given_up_after_three(jobs: Jobs) -> None:
+    job_id = queued(jobs).id
+    for attempt in range(1, module.MAX_ATTEMPTS + 1):
+        jobs.sign_of_life("w", "busy")
+        job = jobs.claim("w")
+        assert job is not None
+        assert job.attempts == attempt
+        assert jobs.recover() == []
+        assert jobs.get(job_id).status == "running"
+        jobs.forget_worker("w")
+        ended = jobs.recover()
+    assert [job.id for job in ended] == [job_id]
+    lost = jobs.get(job_id)
+    assert lost.status == "failed"
+    assert lost.error is not None
+    assert lost.error["code"] == "worker_lost"
+
+
+def test_a_worker_without_signs_of_life_is_dead(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.sign_of_life("w", "warming")
+    assert jobs.worker_states() == {"w": "warming"}
+    jobs.sign_of_life("w", "idle")
+    assert jobs.worker_states() == {"w": "idle"}
+    monkeypatch.setattr("trainer.jobs.records.LOST_AFTER_S", -1.0)
+    assert jobs.worker_states() == {}
+
+
+def test_a_job_that_its_worker_puts_back_costs_no_attempt(jobs: Jobs) -> None:
+    queued(jobs)
+    job = jobs.claim("w")
+    assert job is not None
+    jobs.put_back(job)
+    again = jobs.claim("v")
+    assert again is not None
+    assert (again.id, again.attempts) == (job.id, 1)
+
+
+def test_pages_are_newest_first_and_complete(jobs: Jobs) -> None:
+    made = []
+    for _ in range(5):
+        made.append(queued(jobs).id)
+        time.sleep(0.002)
+    first, more = jobs.page(after=None, limit=3)
+    rest, end = jobs.page(after=first[-1].id, limit=3)
+    assert [job.id for job in first + rest] == made[::-1]
+    assert (more, end) == (True, False)
+    with pytest.raises(UnknownJob):
+        jobs.page(after="ftjob-0", limit=3)

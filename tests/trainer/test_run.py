@@ -1,0 +1,98 @@
+"""The steps of a job, apart from the processes around them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from store.errors import Diverged
+from tests.conftest import Place, eventually
+from trainer import report
+from trainer.export import export, load_params
+from trainer.fit import Split, begin, fit
+from trainer.lenet import initial
+from trainer.spec import parse_spec
+from trainer.worker.run_job import pretrained
+
+
+def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> None:
+    hot = {name: value * np.float32(1e18) for name, value in initial(10, seed=0).items()}
+    (place.settings.models / "lenet5/1/variables").rename(place.settings.home / "aside")
+    export(place.settings.staging / "hot", hot, invert=False, manifest={})
+    (place.settings.staging / "hot/variables").rename(place.settings.models / "lenet5/1/variables")
+    job = place.claimed({"epochs": 50, "method": "full"})
+    with pytest.raises(Diverged, match=r"in step \d, epoch 1"):
+        place.run(job)
+    assert list(place.registry.wanted()) == ["lenet5"]
+    assert not (place.settings.staging / job.id).exists()
+
+
+def test_a_loss_that_explodes_without_end_is_divergence_too(place: Place) -> None:
+    job = place.claimed({"epochs": 5, "method": "full", "learning_rate": 1.0})
+    with pytest.raises(Diverged, match=r"the loss is .* epoch 1"):
+        place.run(job)
+    assert list(place.registry.wanted()) == ["lenet5"]
+
+
+def test_early_stopping_ends_training_and_keeps_the_best_weights(place: Place) -> None:
+    spec = {"epochs": 200, "method": "full", "learning_rate": 0.01, "early_stopping": {"patience": 2}}
+    done = place.run(place.claimed(spec))
+    assert done.progress["epoch"] < 200
+    card = place.registry.find("m").report
+    best = min(epoch["validation_cross_entropy"] for epoch in card["history"])
+    assert card["validation"]["cross_entropy"] == pytest.approx(best, abs=1e-6)
+    assert card["history"][-1]["validation_cross_entropy"] > best
+
+
+def test_the_same_job_gives_the_same_version_bit_for_bit(place: Place) -> None:
+    spec = {"epochs": 3, "adversarial": {"attack": "fgsm", "epsilon": 0.1}, "seed": 5}
+    hashes = []
+    for _ in range(2):
+        place.run(place.claimed(spec))
+        hashes.append(place.registry.find("m").manifest["sha256"])
+    assert hashes[0] == hashes[1]
+
+
+def test_a_job_that_is_run_again_after_it_went_live_only_says_so(place: Place) -> None:
+    job = place.claimed({"epochs": 1})
+    place.run(job)
+    weights = load_params(place.settings.models / "m/1")
+    again = place.run(job)
+    assert (again.status, again.version) == ("succeeded", 1)
+    assert [version.version for version in place.registry.of_model("m")] == [1]
+    assert all(
+        np.array_equal(value, weights[name]) for name, value in load_params(place.settings.models / "m/1").items()
+    )
+
+
+def test_what_a_dead_worker_left_half_published_is_taken_back(place: Place) -> None:
+    job = place.claimed({"epochs": 1})
+    half = place.registry.reserve("m", job.id, {"classes": ["a"]}, {})
+    export(place.settings.models / "m" / str(half), initial(10, 0), invert=False, manifest={})
+    (place.settings.staging / job.id).mkdir()
+    done = place.run(job)
+    assert (done.status, done.version) == ("succeeded", 2)
+    assert not (place.settings.models / "m/1").exists()
+    eventually(lambda: place.servers[0].available("m") == {2}, "only the new version is served")
+
+
+def test_a_worker_does_not_grow_over_200_jobs(place: Place) -> None:
+    """From the data to the export, which is what a worker does in its own process."""
+    directory = place.settings.home / "out"
+    base, _ = pretrained()
+    images = np.random.default_rng(0).random((40, 28, 28, 1), np.float32)
+    split = Split(tf.constant(images), np.arange(40, dtype=np.int32) % 10)
+    specs = [parse_spec(json.dumps({"method": method, "epochs": 1, "l2": 1e-3})) for method in ("lora", "full")]
+    memory = []
+    for number in range(250):
+        spec = specs[number % 2].model_copy(update={"seed": number, "learning_rate": 1e-3 + 1e-6 * number})
+        fitted = fit(spec, begin(spec, base, classes=10, same_classes=True), split, split, classes=10)
+        report.quick(fitted, split, split, tuple("0123456789"), spec)
+        export(directory, fitted.params, invert=False, manifest={"number": number})
+        shutil.rmtree(directory)
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    assert max(memory[-20:]) - max(memory[:50]) < 10  # MiB

@@ -1,0 +1,124 @@
+"""The spec's bounds, and how its errors name their fields."""
+
+import json
+from typing import get_args
+
+import pytest
+
+from store.errors import InvalidSpec
+from trainer.spec import ATTACK_NAMES, Ia3, Method, check_dataset, described, parse_spec
+
+
+def test_no_spec_is_the_regularized_recipe() -> None:
+    spec = described(parse_spec(None))
+    assert {name: value for name, value in spec.items() if value not in (None, 0)} == {
+        "method": "lora", "lora": {"rank": 4, "alpha": 8.0, "targets": ["conv2", "dense1", "dense2"]},
+        "base": "lenet5", "l2": 1e-4, "dropout": 0.2, "epochs": 20, "batch_size": 64, "learning_rate": 1e-3,
+        "schedule": "cosine", "optimizer": "adam", "validation_split": 0.2, "polarity": "auto", "device": "auto",
+    }  # fmt: skip
+
+
+def test_what_is_chosen_brings_its_defaults_and_what_is_off_becomes_null() -> None:
+    given = {"method": "ia3", "optimizer": "sgd", "adversarial": {"epsilon": 0}, "augmentation": {"shift": 0}}
+    spec = parse_spec(json.dumps(given))
+    assert (spec.ia3, spec.lora, spec.momentum) == (Ia3(), None, 0.9)
+    assert (spec.adversarial, spec.augmentation) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"adversarial": {}},
+        {"early_stopping": {"patience": 2}},
+        *({"method": method} for method in get_args(Method)),
+        *({"adversarial": {"attack": attack}} for attack in ATTACK_NAMES),
+        *({"optimizer": optimizer} for optimizer in ("adam", "adamw", "sgd")),
+        {"augmentation": {"shift": 2, "rotate": 10, "scale": 0.1}, "mixup": 0.2, "label_smoothing": 0.1, "folds": 5},
+    ],
+)
+def test_a_described_spec_reads_as_itself(given: dict[str, object]) -> None:
+    spec = parse_spec(json.dumps(given))
+    assert parse_spec(json.dumps(described(spec))) == spec
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ({"l3": 1}, ["spec.l3"]),
+        ({"l1": -1, "dropout": 1.0, "epochs": 0}, ["spec.l1", "spec.dropout", "spec.epochs"]),
+        ({"epochs": "20"}, ["spec.epochs"]),
+        ({"epochs": 2.5}, ["spec.epochs"]),
+        ({"l2": True}, ["spec.l2"]),
+        ({"method": "magic"}, ["spec.method"]),
+        ({"lora": {"rank": 0}}, ["spec.lora.rank"]),
+        ({"lora": {"targets": ["conv2", "conv9"]}}, ["spec.lora.targets.1"]),
+        ({"lora": {"targets": []}}, ["spec.lora.targets"]),
+        ({"lora": {"targets": ["conv2", "conv2"]}}, ["spec.lora.targets"]),
+        ({"method": "head", "lora": {"rank": 2}}, ["spec.lora"]),
+        ({"adversarial": {"attack": "fgsm", "epsilon": 2}}, ["spec.adversarial.epsilon"]),
+        ({"adversarial": {"attack": "magic"}}, ["spec.adversarial.attack"]),
+        ({"adversarial": 5}, ["spec.adversarial"]),
+        ({"adversarial": {"attack": "free", "replays": 1}}, ["spec.adversarial.replays"]),
+        ({"adversarial": {"attack": "free", "weight": 0.5}}, ["spec.adversarial.weight"]),
+        ({"adversarial": {"attack": "fgsm", "steps": 3}}, ["spec.adversarial.steps"]),
+        (
+            {"adversarial": {"attack": "pgd", "steps": 0, "beta": 1}},
+            ["spec.adversarial.steps", "spec.adversarial.beta"],
+        ),
+        ({"adversarial": {"attack": "vat", "norm": "linf", "epsilon": 2}}, ["spec.adversarial.epsilon"]),
+        ({"adversarial": {"attack": "pgd", "norm": "l2"}}, ["spec.adversarial.norm"]),
+        ({"method": "lora", "adapter": {"bottleneck": 4}}, ["spec.adapter"]),
+        ({"method": "bias", "bias": {"targets": ["head"]}}, ["spec.bias.targets.0"]),
+        ({"method": "ia3", "ia3": {"targets": []}}, ["spec.ia3.targets"]),
+        ({"momentum": 0.5}, ["spec.momentum"]),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, ["spec.weight_decay"]),
+        ({"label_smoothing": 1}, ["spec.label_smoothing"]),
+        ({"folds": 3}, ["spec.folds"]),
+        ({"class_weights": "balanced"}, ["spec.class_weights"]),
+        ({"base": "no such/name"}, ["spec.base"]),
+        ({"device": "tpu"}, ["spec.device"]),
+    ],
+)
+def test_a_bad_spec_is_refused_with_the_path_of_every_field(given: object, fields: list[str]) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        parse_spec(json.dumps(given))
+    assert sorted(detail["field"] for detail in caught.value.details) == sorted(fields)
+    assert caught.value.param in fields
+
+
+@pytest.mark.parametrize("field", ["l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup"])
+def test_auto_is_reserved_for_every_strength(field: str) -> None:
+    with pytest.raises(InvalidSpec, match="not work yet") as caught:
+        parse_spec(json.dumps({field: "auto"}))
+    assert caught.value.param == f"spec.{field}"
+
+
+@pytest.mark.parametrize(
+    ("given", "classes", "held_out", "field"),
+    [
+        ({"validation_split": 0.1}, {"a": 9, "b": 3}, False, "spec.validation_split"),
+        ({"validation_split": 0.3}, {"a": 9, "b": 9}, True, "spec.validation_split"),
+        ({"folds": 5}, {"a": 9, "b": 4}, False, "spec.folds"),
+        ({"folds": 5}, {"a": 150, "b": 50}, False, "spec.folds"),
+        ({"folds": 5}, {"a": 9, "b": 9}, True, "spec.folds"),
+    ],
+)
+def test_a_spec_that_the_data_do_not_allow_is_refused(
+    given: dict[str, object], classes: dict[str, int], held_out: bool, field: str
+) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        check_dataset(parse_spec(json.dumps(given)), classes, held_out=held_out)
+    assert caught.value.param == field
+
+
+def test_a_spec_that_the_data_allow_passes() -> None:
+    check_dataset(parse_spec(None), {"a": 2, "b": 2}, held_out=False)
+    check_dataset(parse_spec(None), {"a": 1, "b": 1}, held_out=True)
+    check_dataset(parse_spec('{"folds": 5}'), {"a": 5, "b": 194}, held_out=False)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"l1": NaN}', '{"l2": 1e999}'])
+def test_what_is_no_json_object_of_numbers_is_refused(text: str) -> None:
+    with pytest.raises(InvalidSpec):
+        parse_spec(text)

@@ -1,0 +1,294 @@
+"""Data sets: from an uploaded file, which nobody trusts, to prepared arrays with class names.
+
+`python -m trainer.jobs.datasets` does it in a process of its own, under limits of memory and time: it reads a task and
+prints a verdict, both as JSON. `api.uploads` is how the gateway calls it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import signal
+import stat
+import sys
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from store.errors import InvalidDataset, InvalidImage
+from store.processes import end_with_parent
+from store.settings import Settings
+from trainer.jobs.images import SIDE, decode, is_dark_on_light, prepare
+
+IGNORED = re.compile(r"(^|/)(\.[^./][^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
+MAX_CLASSES = 1000
+MAX_NAME = 100
+MAX_FILE_BYTES = 64 << 20  # one encoded image
+MAX_UNPACKED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Prepared images with their classes."""
+
+    images: np.ndarray  # (n, 28, 28) uint8, as they came: light on dark or dark on light
+    labels: np.ndarray  # (n,) int32, positions in `classes`
+    classes: tuple[str, ...]
+
+    @property
+    def dark_on_light(self) -> bool:
+        """What `polarity: auto` decides."""
+        return is_dark_on_light(self.images)
+
+    def save(self, path: Path) -> None:
+        """Write as an `.npz` without pickles."""
+        with path.open("wb") as file:
+            np.savez(file, images=self.images, labels=self.labels, classes=np.array(self.classes))
+
+    @classmethod
+    def load(cls, path: Path) -> "Dataset":
+        """Read what `save` has written."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(arrays["images"], arrays["labels"], tuple(str(name) for name in arrays["classes"]))
+
+    def described(self) -> dict[str, Any]:
+        """What the API says of it. `id` is the SHA-256 of the content."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        digest.update(self.images.tobytes())
+        digest.update(self.labels.tobytes())
+        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
+        return {
+            "id": digest.hexdigest(),
+            "images": len(self.images),
+            "classes": dict(zip(self.classes, counts, strict=True)),
+            "polarity": "dark_on_light" if self.dark_on_light else "light_on_dark",
+        }
+
+
+def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Dataset:
+    """The data set in an uploaded zip of class folders or `.npz`.
+
+    Args:
+        least: classes, and images of each, that there must be: two to train on, one to measure on.
+
+    Raises:
+        InvalidDataset: with every offending file or index in its details.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            unpacked = sum(entry.file_size for entry in entries)
+            if unpacked > MAX_UNPACKED_BYTES:
+                raise _invalid(f"the file unpacks to {unpacked} bytes, more than {MAX_UNPACKED_BYTES}")
+            if entries and all(entry.filename.endswith(".npy") for entry in entries):
+                images, labels = _read_npz(archive, entries, max_pixels, max_images)
+            else:
+                images, labels = _read_folders(archive, entries, max_pixels, max_images)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as exc:
+        empty = "it is empty" if path.stat().st_size == 0 else str(exc)
+        raise _invalid(f"the file is neither a zip of class folders nor an .npz: {empty}") from exc
+    return _indexed(images, labels, least)
+
+
+def _invalid(message: str, details: list[dict[str, Any]] | None = None) -> InvalidDataset:
+    """The error; its message shows the first of the details."""
+    details = details or []
+    shown = "; ".join(f"{d.get('file', d.get('index', d.get('class')))}: {d['reason']}" for d in details[:3])
+    more = f"; and {len(details) - 3} more" if len(details) > 3 else ""
+    return InvalidDataset(message + (f" ({shown}{more})" if details else ""), param="data", details=details)
+
+
+def _indexed(images: np.ndarray, labels: list[str], least: int) -> Dataset:
+    """Labels as positions in the sorted class names, once every class is found fit to train on."""
+    counts = Counter(labels)
+    numeric = all(re.fullmatch(r"-?\d{1,18}", name) for name in counts)
+    classes = tuple(sorted(counts, key=lambda name: (int(name), name)) if numeric else sorted(counts))
+    if len(classes) < least:
+        found = f"only {classes[0]!r}" if classes else "none"
+        raise _invalid(f"at least two classes are needed, found {found}")
+    if len(classes) > MAX_CLASSES:
+        raise _invalid(f"{len(classes)} classes, more than {MAX_CLASSES}")
+    wrong = [
+        {"class": name, "reason": f"a class name has 1 to {MAX_NAME} printable characters"}
+        for name in classes
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable()
+    ]
+    wrong += [{"class": name, "reason": "has only one image"} for name in classes if counts[name] < least]
+    if wrong:
+        raise _invalid("every class needs a name and at least two images", wrong)
+    positions = {name: position for position, name in enumerate(classes)}
+    return Dataset(images, np.array([positions[label] for label in labels], np.int32), classes)
+
+
+def _read_folders(
+    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int
+) -> tuple[np.ndarray, list[str]]:
+    """Images and labels of `class/.../image.ext`."""
+    entries = [entry for entry in entries if not IGNORED.search(entry.filename)]
+    if not entries:
+        raise _invalid("the zip holds no images")
+    if len(entries) > max_images:
+        raise _invalid(f"{len(entries)} files, more than {max_images}")
+    images, labels, wrong = [], [], []
+    for entry in entries:
+        try:
+            label = _class_of(entry)
+            images.append(decode(archive.read(entry), max_pixels))
+            labels.append(label)
+        except InvalidImage as exc:
+            wrong.append({"file": entry.filename, "reason": exc.message})
+        except MemoryError:
+            wrong.append({"file": entry.filename, "reason": "takes too much memory to decode"})
+        except Exception as exc:  # zipfile and zlib raise nearly anything on broken archives
+            wrong.append({"file": entry.filename, "reason": f"cannot be unpacked ({exc})"})
+    if wrong:
+        raise _invalid(f"{len(wrong)} of {len(entries)} files cannot be used", wrong)
+    if len(set(labels)) == 1 and all(entry.filename.count("/") > 1 for entry in entries):
+        raise _invalid(
+            f"all images lie below the one folder {labels[0]!r}; classes are the folders at the top of the zip, "
+            "so zip what is inside it"
+        )
+    return np.stack(images), labels
+
+
+def _class_of(entry: zipfile.ZipInfo) -> str:
+    """The top-level folder of an entry whose name is harmless."""
+    name = entry.filename.removeprefix("./")
+    parts = name.split("/")
+    if name.startswith("/") or "\\" in name or ".." in parts or re.match(r"[A-Za-z]:", name):
+        raise InvalidImage("the path leaves the archive or uses backslashes")
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        raise InvalidImage("a symbolic link")
+    if entry.file_size > MAX_FILE_BYTES:
+        raise InvalidImage(f"unpacks to {entry.file_size} bytes, more than {MAX_FILE_BYTES}")
+    if len(parts) < 2:
+        raise InvalidImage("lies in no class folder")
+    return parts[0]
+
+
+def _read_npz(
+    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int
+) -> tuple[np.ndarray, list[str]]:
+    """Images and labels of `images` (or `x`) and `labels` (or `y`)."""
+    names = {entry.filename.removesuffix(".npy"): entry for entry in entries}
+    found = []
+    for long, short in (("images", "x"), ("labels", "y")):
+        if (long in names) == (short in names):
+            both = "both" if long in names else "neither"
+            raise _invalid(f"one array named {long!r} or {short!r} is needed, the file has {both}: {sorted(names)}")
+        name = long if long in names else short
+        found.append(_read_array(archive, names[name], name, max_pixels))
+    images, labels = found
+    if images.ndim == 0 or labels.ndim == 0 or len(images) != len(labels):
+        raise _invalid(f"images and labels differ in length: shapes {images.shape} and {labels.shape}")
+    if len(images) > max_images:
+        raise _invalid(f"{len(images)} images, more than {max_images}")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
+        raise _invalid(f"labels must be (n,) integers or strings, not {labels.shape} {labels.dtype}")
+    return _prepared(images), _names(labels)
+
+
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, max_pixels: int) -> np.ndarray:
+    """One array; neither pickles nor a header that promises more than the file holds."""
+    with archive.open(entry) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = header(file)
+        except ValueError as exc:
+            raise _invalid(f"array {name!r} has no header that can be read") from exc
+    if dtype.hasobject:
+        raise _invalid(f"array {name!r} holds pickled Python objects; save plain numbers or strings")
+    if name in ("images", "x"):
+        _check_images(shape, dtype, max_pixels)
+    if any(length < 0 for length in shape) or int(np.prod(shape, dtype=object)) * dtype.itemsize > entry.file_size:
+        raise _invalid(f"array {name!r} promises shape {shape} {dtype}, the file is shorter")
+    try:
+        # Read whole rather than streamed: NumPy's reader grows with what the header promises.
+        array: np.ndarray = np.lib.format.read_array(io.BytesIO(archive.read(entry)), allow_pickle=False)
+    except MemoryError:
+        raise
+    except Exception as exc:  # a damaged archive: zlib.error, BadZipFile, ValueError, ...
+        raise _invalid(f"array {name!r} cannot be read: {exc}") from exc
+    return array
+
+
+def _names(labels: np.ndarray) -> list[str]:
+    """Labels as text; byte strings are UTF-8."""
+    names, wrong = [], []
+    for index, label in enumerate(labels.tolist()):
+        try:
+            names.append(label.decode() if isinstance(label, bytes) else str(label))
+        except UnicodeDecodeError:
+            wrong.append({"index": index, "reason": f"label {label!r} is not UTF-8"})
+    if wrong:
+        raise _invalid(f"{len(wrong)} of {len(labels)} labels cannot be read", wrong)
+    return names
+
+
+def _check_images(shape: tuple[int, ...], dtype: np.dtype[Any], max_pixels: int) -> None:
+    """Refuse an array of images by its header, before it takes memory."""
+    flat = len(shape) == 2 and shape[1] == SIDE * SIDE
+    grey = len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))
+    if not (flat or grey) or 0 in shape:
+        raise _invalid(f"images must be (n, height, width[, 1 or 3]) or (n, 784), not {shape}")
+    if grey and shape[1] * shape[2] > max_pixels:
+        raise _invalid(f"images of {shape[1]}x{shape[2]} pixels, more than {max_pixels}")
+    if dtype.kind not in "biuf":
+        raise _invalid(f"images must be bytes or floats, not {dtype}")
+
+
+def _prepared(images: np.ndarray) -> np.ndarray:
+    """(n, 28, 28) uint8 of greys or colours, bytes or floats in [0, 1]."""
+    if images.ndim == 2:
+        images = images.reshape(-1, SIDE, SIDE)
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
+    top = 1 if images.dtype.kind in "bf" else 255
+    reason = f"has values that are no numbers or lie outside 0 to {top}"
+    if images.dtype.kind == "f":
+        reason += " (values of 0 to 255 must be integers)"
+    wrong = []
+    prepared = np.empty((len(images), SIDE, SIDE), np.uint8)
+    for index, image in enumerate(images):
+        if not (image.min() >= 0 and image.max() <= top):  # also where a comparison with NaN is false
+            wrong.append({"index": index, "reason": reason})
+            continue
+        grey = image if image.dtype == np.uint8 else np.rint(image.astype(np.float64) * (255 / top)).astype(np.uint8)
+        prepared[index] = prepare(Image.fromarray(grey).convert("L"))
+    if wrong:
+        raise _invalid(f"{len(wrong)} of {len(images)} images cannot be used", wrong)
+    return prepared
+
+
+def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[str, Any]:
+    os.nice(10)  # predictions come first
+    memory, seconds = settings.decode_memory_bytes, settings.decode_seconds
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        dataset = read(upload, max_pixels=settings.max_pixels, max_images=settings.max_images, least=least)
+    except InvalidDataset as exc:
+        return {"error": {"message": exc.message, "param": exc.param, "details": exc.details}}
+    except MemoryError:
+        message = f"reading the file takes more than {memory} bytes of memory"
+        return {"error": {"message": message, "param": "data"}}
+    dataset.save(prepared)
+    return dataset.described()
+
+
+if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
+    task = json.load(sys.stdin)
+    given = Settings.model_validate_json(task["settings"])
+    json.dump(_main(Path(task["upload"]), Path(task["prepared"]), task["least"], given), sys.stdout)

@@ -1,0 +1,318 @@
+"""One job from data to a live version: adapt, fit, evaluate, export, publish. And what is added to its report later."""
+
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from serving.client import ModelServer
+from serving.publishing import Probe, alone, publish, seal, withdraw
+from serving.registry import BASE, Registry, Version
+from store.errors import DeviceUnavailable, UnknownModel
+from store.settings import Settings
+from trainer import delta, evaluate, report
+from trainer.export import digest, export, load_params
+from trainer.fit import Fitted, Split, Start, begin, bottleneck_of, fit, serve
+from trainer.jobs.datasets import Dataset
+from trainer.jobs.records import Job, Jobs
+from trainer.lenet import Arrays
+from trainer.spec import Spec, described
+from trainer.synthetic_digits import drawn_digits
+
+PENALTIES = {"l1": 0.0, "l2": 0.0, "l2_sp": 0.0}  # in the progress of every job
+PROBE_IMAGES = 16
+FORGETTING_IMAGES = 500
+
+
+@dataclass
+class Run:
+    """A job under way: what it writes to its record."""
+
+    job: Job
+    jobs: Jobs
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    progress: dict[str, Any] = field(default_factory=dict)  # of the last epoch, then the steps of the publication
+
+    def note(self, progress: dict[str, Any], stage: str) -> None:
+        """Write the progress down."""
+        self.progress = progress
+        self.jobs.update(self.job, stage=stage, progress=progress)
+
+    def publishing(self, done: str) -> None:
+        """A step of the publication is done; asked again while the next one waits, it ends a cancelled job."""
+        steps = self.progress.get("publishing", {})
+        if done in steps:
+            self.jobs.update(self.job, stage="publishing")
+            return
+        stage = "warming" if done == "proven" else "publishing"
+        self.note({**self.progress, "publishing": {**steps, done: round(time.time(), 3)}}, stage)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What happens inside counts as this stage."""
+        self.jobs.update(self.job, stage=name)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 3)
+
+
+def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:
+    """Run a claimed job to its success.
+
+    Raises:
+        TemperError: why it failed; nothing of it is served or left on disk.
+        NotMine: it was cancelled or given to another worker.
+    """
+    staged = settings.staging / job.id
+    clear_leavings(job, settings=settings, registry=registry, servers=servers)
+    live = [version for version in registry.of_job(job.id) if version.live]
+    if live:  # a worker died between making it live and saying so
+        jobs.finish(job, "succeeded", version=live[0].version, report_status="quick")
+        return
+    run = Run(job, jobs)
+    try:
+        with run.stage("validating"):
+            spec = Spec.model_validate_json(json.dumps(job.spec))
+            device = _device(spec.device)
+            data = _Data.load(job.dataset, settings, spec)
+            source = _named(job.base, registry)
+            base = load_params(settings.version(source.model, source.version))
+            known = list(data.classes) == source.manifest["classes"]
+            start = begin(spec, base, classes=len(data.classes), same_classes=known)
+        with tf.device(device):
+            with run.stage("training"):
+                across = _fold(spec, start, data, run) if spec.folds else None
+                train, validation = data.split(spec)
+                fitted = _fit(spec, start, train, validation, data, run)
+            with run.stage("evaluating"):
+                before = None if start.new else start.params
+                card = report.quick(fitted, train, validation, data.classes, spec, base=before)
+                probe = Probe(data.as_sent(validation), fitted.network.logits(validation.images[:PROBE_IMAGES]))
+        with run.stage("exporting"):
+            manifest = {
+                "classes": list(data.classes), "polarity": data.polarity, "base": job.base,
+                "base_sha256": digest(base), "sha256": digest(fitted.params), "spec": described(spec),
+                "dataset": job.dataset, "job": job.id, "adapter_bottleneck": bottleneck_of(fitted.params),
+            }  # fmt: skip
+            export(staged, fitted.params, invert=data.invert, manifest=manifest)
+            delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest)
+            card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
+            probe.save(staged)
+            seal(staged)
+        card |= {"device": device.removeprefix("/"), "cost": report.cost(run.seconds, fitted)}
+        if across:
+            card["cross_validation"] = across
+        with run.stage("publishing"):
+            version = publish(
+                settings, registry, servers,
+                staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
+                step=run.publishing,
+            )  # fmt: skip
+        registry.set_report(job.model, version, card)
+        steps = {**run.progress["publishing"], "labelled": round(time.time(), 3)}
+        progress = {**run.progress, "publishing": steps}
+        jobs.finish(job, "succeeded", version=version, report_status="quick", progress=progress)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def clear_leavings(job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
+    """Remove what an earlier attempt at a job may have left half-done."""
+    shutil.rmtree(settings.staging / job.id, ignore_errors=True)
+    for version in registry.of_job(job.id):
+        if not version.live:
+            withdraw(settings, registry, servers, version.model, version.version)
+
+
+def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry) -> Iterator[None]:
+    """Work out the costly part of a report; yields wherever other work may come first."""
+    assert job.version is not None
+    try:
+        version = registry.find(job.model, job.version)
+    except UnknownModel:  # removed since
+        jobs.reported(job, "none")
+        return
+    spec = Spec.model_validate_json(json.dumps(job.spec))
+    data = _Data.load(job.dataset, settings, spec)
+    device = _device("auto" if spec.device == "gpu" else spec.device)
+    params = load_params(settings.version(job.model, job.version))
+    with tf.device(device):
+        _, validation = data.split(spec)
+    steps = report.robustness(functools.partial(serve, params), validation, report.epsilon_of(spec))
+    found = None
+    while found is None:
+        yield
+        with tf.device(device):  # not across the yield: other work comes with a device of its own
+            found = next(steps)
+    with tf.device(device):
+        lost = _forgetting(params, job.base, data.classes, settings, registry)
+    robustness = {**version.report["robustness"], **found}
+    registry.set_report(job.model, job.version, {**version.report, "robustness": robustness, "forgetting": lost})
+    jobs.reported(job, "complete")
+
+
+def _forgetting(
+    params: Arrays, base: str, classes: tuple[str, ...], settings: Settings, registry: Registry
+) -> dict[str, Any] | None:
+    """How much of the base's task is left; None where nothing of that task is there."""
+    try:
+        version = _named(base, registry)
+    except UnknownModel:  # removed since
+        return None
+    if version.model == BASE:
+        source, (images, labels) = "drawn digits", drawn_digits(FORGETTING_IMAGES, seed=0)
+        sample = Split(tf.constant(images), labels)
+    else:
+        spec = Spec.model_validate_json(json.dumps(version.manifest["spec"]))
+        try:
+            data = _Data.load(version.manifest["dataset"], settings, spec)
+        except FileNotFoundError:
+            return None
+        source, (_, sample) = f"validation images of {base}", data.split(spec)
+        sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
+    before = load_params(settings.version(version.model, version.version))
+    same = version.manifest["classes"] == list(classes)
+    return {"sample": source, **report.forgetting(params, before, sample, same_classes=same)}
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A job's images and what is known of them."""
+
+    dataset: Dataset
+    validation: Dataset | None  # where it was uploaded apart
+    polarity: str
+
+    @classmethod
+    def load(cls, record: dict[str, Any], settings: Settings, spec: Spec) -> "_Data":
+        """What an upload has left."""
+        dataset = Dataset.load(settings.datasets / f"{record['id']}.npz")
+        apart = record.get("validation")
+        validation = Dataset.load(settings.datasets / f"{apart['id']}.npz") if apart else None
+        return cls(dataset, validation, record["polarity"] if spec.polarity == "auto" else spec.polarity)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.dataset.classes
+
+    @property
+    def invert(self) -> bool:
+        """Tell whether the writing is darker than its ground."""
+        return self.polarity == "dark_on_light"
+
+    def split(self, spec: Spec) -> tuple[Split, Split]:
+        """Training and validation images, with the same share of every class unless they were uploaded apart."""
+        if self.validation is not None:
+            return self._ready(self.dataset), self._ready(self.validation)
+        chosen = stratified(self.dataset.labels, spec.seed, lambda n: max(1, round(spec.validation_split * n)))
+        return self._ready(self.dataset, ~chosen), self._ready(self.dataset, chosen)
+
+    def folds(self, spec: Spec, count: int) -> Iterator[tuple[Split, Split]]:
+        """Each image is in the validation part once; every class is spread evenly."""
+        for chosen in stratified_folds(self.dataset.labels, spec.seed, count):
+            yield self._ready(self.dataset, ~chosen), self._ready(self.dataset, chosen)
+
+    def as_sent(self, validation: Split) -> np.ndarray:
+        """The first validation images as a client would send them, (n, 784) uint8."""
+        images = np.asarray(validation.images[:PROBE_IMAGES]).reshape(-1, 784)
+        return np.rint(255 * (1.0 - images if self.invert else images)).astype(np.uint8)
+
+    def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:
+        images = (dataset.images[some] / np.float32(255))[..., None]
+        labels = np.array([self.classes.index(name) for name in dataset.classes], np.int32)[dataset.labels[some]]
+        return Split(tf.constant(1.0 - images if self.invert else images), labels)
+
+
+def stratified(labels: np.ndarray, seed: int, held_out: Callable[[int], int]) -> np.ndarray:
+    """Which images are held out, (n,) bool: of each class of n images `held_out(n)`, at random."""
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen[members[: held_out(len(members))]] = True
+    return chosen
+
+
+def stratified_folds(labels: np.ndarray, seed: int, count: int) -> Iterator[np.ndarray]:
+    """Which images are held out in each fold, (n,) bool; each image once, every class spread evenly."""
+    rng = np.random.default_rng(seed)
+    fold = np.zeros(len(labels), int)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        fold[members] = np.arange(len(members)) % count
+    for index in range(count):
+        yield fold == index
+
+
+def _device(wanted: str) -> str:
+    gpus = tf.config.list_logical_devices("GPU")
+    if wanted == "gpu" and not gpus:
+        raise DeviceUnavailable("the spec asks for a GPU, and TensorFlow sees none", param="spec.device")
+    return "/GPU:0" if gpus and wanted != "cpu" else "/CPU:0"
+
+
+def _named(name: str, registry: Registry) -> Version:
+    """The live version `name:version`."""
+    model, _, number = name.partition(":")
+    return registry.find(model, int(number))
+
+
+def _fit(spec: Spec, start: Start, train: Split, validation: Split, data: _Data, run: Run, **more: Any) -> Fitted:
+    """Fit with the job's progress written down."""
+
+    def write_down(record: dict[str, Any]) -> None:
+        run.note({**PENALTIES, **record, "epochs": spec.epochs, **more}, "training")
+
+    return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down)
+
+
+def _fold(spec: Spec, start: Start, data: _Data, run: Run) -> dict[str, Any]:
+    """An estimate from all images: each was held out of the training of one of five networks."""
+    scores, labels, each = [], [], []
+    for index, (train, validation) in enumerate(data.folds(spec, spec.folds or 0), start=1):
+        fitted = _fit(spec, start, train, validation, data, run, fold=index, folds=spec.folds)
+        scores.append(fitted.network.logits(validation.images))
+        labels.append(validation.labels)
+        each.append(evaluate.accuracy(scores[-1], labels[-1]))
+    return {"folds": each, **evaluate.score(np.concatenate(scores), np.concatenate(labels))}
+
+
+def publish_base(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
+    """Publish the pretrained LeNet-5 as version 1 of `lenet5`, unless it is there.
+
+    Raises:
+        ModelServerUnavailable: nothing was done.
+    """
+    with alone(settings, "base"):
+        if registry.has_live(BASE):
+            return
+        for server in servers:
+            server.states(BASE)  # is it there at all? A number that is given is not given again
+        for version in registry.of_job(BASE):
+            withdraw(settings, registry, servers, BASE, version.version)
+        params, card = pretrained()
+        classes = [str(digit) for digit in range(10)]
+        manifest = {"classes": classes, "polarity": "light_on_dark", "base": None, "sha256": digest(params), **card}
+        pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, 784), np.uint8)
+        logits = serve(params).logits((pixels / np.float32(255)).reshape(-1, 28, 28, 1))
+        staged = settings.staging / BASE
+        shutil.rmtree(staged, ignore_errors=True)
+        export(staged, params, invert=False, manifest=manifest)
+        Probe(pixels, logits).save(staged)
+        seal(staged)
+        publish(settings, registry, servers, staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=card)
+
+
+def pretrained() -> tuple[Arrays, dict[str, Any]]:
+    """Parameters of the pretrained LeNet-5, and its card: where they come from."""
+    folder = Path(__file__).parents[1] / "base"
+    with np.load(folder / "lenet5.npz") as arrays:
+        return dict(arrays), json.loads((folder / "lenet5.json").read_text(encoding="utf-8"))
