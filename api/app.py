@@ -11,14 +11,13 @@ from starlette.types import ASGIApp
 from api import __version__
 from api.gateway import Gateway
 from api.http import errors
-from api.http.fast_path import Shortcut
+from api.http.fast_path import FastPath
 from api.http.limits import BodyLimit
 from api.http.tracing import Tracing
-from api.inference.batcher import MicroBatcher, Routes
-from api.inference.server_pool import Targets
-from api.routes import health, models, predict, tensorflow_rest
-from api.routes import jobs as finetune
-from api.routes import open_inference as inference_protocol
+from api.inference.batcher import MicroBatcher
+from api.inference.router import Router
+from api.inference.server_pool import ServerPool
+from api.routes import health, jobs, models, open_inference, predict, tensorflow_rest
 from api.uploads import Uploads, sweep
 from serving.registry import Registry
 from store.engine import connect
@@ -36,9 +35,9 @@ def create_app(settings: Settings) -> ASGIApp:
         sweep(settings)
         engine = await asyncio.to_thread(connect, settings.store_url)
         registry = Registry(engine)
-        async with Targets(settings.targets) as targets, Uploads(settings) as uploads:
-            routes, batcher = Routes(registry), MicroBatcher(targets)
-            gateway = Gateway(settings, Jobs(engine), registry, targets, routes, batcher, uploads)
+        async with ServerPool(settings.server_addresses) as pool, Uploads(settings) as uploads:
+            router, batcher = Router(registry), MicroBatcher(pool)
+            gateway = Gateway(settings, Jobs(engine), registry, pool, router, batcher, uploads)
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}
@@ -57,7 +56,7 @@ def create_app(settings: Settings) -> ASGIApp:
         redoc_url=None,
     )
     errors.install(app)
-    for face in (predict, tensorflow_rest, inference_protocol, finetune, models, health):
+    for face in (predict, tensorflow_rest, open_inference, jobs, models, health):
         face.add(app)
-    limited = BodyLimit(Shortcut(app), uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
+    limited = BodyLimit(FastPath(app), uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
     return Tracing(limited)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from api.inference.batcher import MicroBatcher, Routes
-from api.inference.server_pool import Target, Targets
+from api.inference.batcher import MicroBatcher
+from api.inference.router import Router
+from api.inference.server_pool import PooledServer, ServerPool
 from api.metrics import SERVER_UP
 from api.uploads import Uploads
 from serving.publishing import reconcile
@@ -30,8 +31,8 @@ class Gateway:
     settings: Settings
     jobs: Jobs
     registry: Registry
-    targets: Targets
-    routes: Routes
+    pool: ServerPool
+    router: Router
     batcher: MicroBatcher
     uploads: Uploads
 
@@ -39,18 +40,18 @@ class Gateway:
         """Keep the routes fresh, and every model server at what the registry says whenever it comes back."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_routes())
-            for target in self.targets.all:
+            for target in self.pool.all:
                 tasks.create_task(self._watch(target))
 
     async def _keep_routes(self) -> None:
         while True:
             try:
-                await self.routes.refresh()
+                await self.router.refresh()
             except Exception:
                 log.exception("the routes cannot be read")
             await asyncio.sleep(LOOK_S)
 
-    async def _watch(self, target: Target) -> None:
+    async def _watch(self, target: PooledServer) -> None:
         while True:
             target.look.clear()
             try:
@@ -68,7 +69,7 @@ class Gateway:
                     await target.look.wait()
                 await asyncio.sleep(LOOK_FOR_LOST_S)  # however often it is asked for
 
-    def _look_at(self, target: Target) -> None:
+    def _look_at(self, target: PooledServer) -> None:
         behind, target.behind = target.behind, False  # what is noticed from here on is for the next look
         if (not target.control.available(BASE, LOOK_TIMEOUT_S) or behind) and self.registry.wanted():
             reconcile(self.settings, self.registry, [target.control])
@@ -76,8 +77,8 @@ class Gateway:
 
     async def align(self) -> None:
         """Have all model servers serve what the registry says now; one that is away will when it comes back."""
-        await self.routes.refresh()
-        servers = [target.control for target in self.targets.all]
+        await self.router.refresh()
+        servers = [target.control for target in self.pool.all]
         with contextlib.suppress(TemperError):
             await asyncio.to_thread(reconcile, self.settings, self.registry, servers)
 

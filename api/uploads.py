@@ -62,12 +62,12 @@ class Uploads:
             raise Overloaded(f"{MAX_UPLOADS} uploads are being read already")
         self._under_way += 1
         try:
-            with contextlib.ExitStack() as leavings:
+            with contextlib.ExitStack() as leftovers:
                 async with self._decoders:
-                    dataset, path = await self._prepare(data, "data", 2, leavings)
+                    dataset, path = await self._prepare(data, "data", 2, leftovers)
                     prepared = {path: dataset["id"]}
                     if validation is not None:
-                        apart, path = await self._prepare(validation, "validation", 1, leavings)
+                        apart, path = await self._prepare(validation, "validation", 1, leftovers)
                         prepared[path] = apart["id"]
                         _check_apart(dataset, apart)
                         dataset["validation"] = apart
@@ -79,12 +79,12 @@ class Uploads:
         return dataset
 
     async def _prepare(
-        self, upload: UploadFile, field: str, least: int, leavings: contextlib.ExitStack
+        self, upload: UploadFile, field: str, least: int, leftovers: contextlib.ExitStack
     ) -> tuple[dict[str, Any], Path]:
-        """What is said of the upload, and where its prepared form lies, which `leavings` removes unless it is moved."""
+        """Describe the upload and say where its prepared form lies; `leftovers` removes that unless it is moved."""
         name = secrets.token_hex(8)
         raw, prepared = (self._settings.staging / f"{name}.{kind}" for kind in ("upload", "npz"))
-        leavings.callback(prepared.unlink, missing_ok=True)
+        leftovers.callback(prepared.unlink, missing_ok=True)
 
         def keep() -> None:
             with raw.open("wb") as file:

@@ -21,7 +21,7 @@ import tensorflow as tf  # noqa: E402
 
 from trainer.fit import begin, coefficients, schedule, serve, structure  # noqa: E402
 from trainer.spec import Spec  # noqa: E402
-from trainer.train_step import program  # noqa: E402
+from trainer.train_step import train_step  # noqa: E402
 from trainer.worker.run_job import pretrained  # noqa: E402
 
 ROUNDS = 5
@@ -101,7 +101,7 @@ def ours(x: np.ndarray, y: np.ndarray, epochs: int, **fields: Any) -> Side:
     params, _ = pretrained()
     start = begin(spec, params, classes=10, same_classes=True)
     n, c = len(y), coefficients(spec, len(y))
-    fitted = program(structure(spec, start, 10, tf.constant(0.0).device))
+    fitted = train_step(structure(spec, start, 10, tf.constant(0.0).device))
     images, labels = tf.constant(x), tf.constant(y)
     updates = -(-n // c.batch_size) * c.replays
     plan, rng = schedule(spec, epochs * updates), np.random.default_rng(0)

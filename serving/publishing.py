@@ -86,7 +86,7 @@ def reconcile(settings: Settings, registry: Registry, servers: Sequence[ModelSer
         ModelServerError: of the last of the servers that could not be reached; the others are done.
     """
     failure: TemperError | None = None
-    with alone(settings, "reconcile"):  # an older view of the registry must not replace a newer one
+    with file_lock(settings, "reconcile"):  # an older view of the registry must not replace a newer one
         removed = registry.removed()
         wanted = {
             model: there
@@ -106,7 +106,7 @@ def reconcile(settings: Settings, registry: Registry, servers: Sequence[ModelSer
 
 
 @contextlib.contextmanager
-def alone(settings: Settings, task: str) -> Iterator[None]:
+def file_lock(settings: Settings, task: str) -> Iterator[None]:
     """One process at a time."""
     with (settings.home / f"{task}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

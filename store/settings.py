@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         return self.model_server in (AUTO, EMBEDDED) or "/" in self.model_server
 
     @property
-    def targets(self) -> tuple[str, ...]:
+    def server_addresses(self) -> tuple[str, ...]:
         """Addresses of the model servers, all of which serve the same."""
         if self.supervised:
             return (LOCAL_TARGET,)

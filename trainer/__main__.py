@@ -15,12 +15,12 @@ from serving.registry import Registry
 from store.engine import connect
 from store.errors import ModelServerError, TemperError
 from store.settings import Settings
-from trainer.jobs.records import Job, Jobs, NotMine
+from trainer.jobs.records import Job, Jobs, LeaseLost
 
 POLL_S = 0.1  # between looks for a job
 RECOVER_S = 2.0  # between looks for jobs of dead workers
 SWEEP_S = 60.0  # between looks for data sets that nothing needs
-SIGN_S = 1.0  # between signs of life
+HEARTBEAT_S = 1.0  # between signs of life
 
 log = logging.getLogger("temper.worker")
 
@@ -58,7 +58,7 @@ class Worker:
 
     def work(self) -> None:
         """Until `Stopped` is raised."""
-        signs = threading.Thread(target=self._show_life, name="signs-of-life", daemon=True)
+        signs = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         signs.start()
         try:
             self._work()
@@ -67,13 +67,13 @@ class Worker:
             signs.join()
             self.jobs.forget_worker(self.id)
 
-    def _show_life(self) -> None:
+    def _beat(self) -> None:
         while True:
             try:
-                self.jobs.sign_of_life(self.id, self.state)
+                self.jobs.heartbeat(self.id, self.state)
             except Exception:
                 log.exception("worker %s cannot reach the store", self.id)
-            if self.stopped.wait(SIGN_S):
+            if self.stopped.wait(HEARTBEAT_S):
                 return
 
     def _work(self) -> None:
@@ -81,14 +81,14 @@ class Worker:
         import tensorflow as tf
 
         from trainer.worker.retention import retire_surplus, sweep_datasets
-        from trainer.worker.run_job import clear_leavings, publish_base
+        from trainer.worker.run_job import clear_leftovers, publish_base
 
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
             tf.config.experimental.enable_op_determinism()  # the same seed gives the same weights
         idle = threading.Event()
         with ExitStack() as stack:
-            servers = [stack.enter_context(ModelServer(target)) for target in self.settings.targets]
+            servers = [stack.enter_context(ModelServer(target)) for target in self.settings.server_addresses]
             while True:
                 try:
                     publish_base(self.settings, self.registry, servers)
@@ -106,7 +106,7 @@ class Worker:
                     for lost in self.jobs.recover():
                         log.info("job %s %s: its worker died", lost.id, lost.status)
                         with suppress(ModelServerError):
-                            clear_leavings(lost, settings=self.settings, registry=self.registry, servers=servers)
+                            clear_leftovers(lost, settings=self.settings, registry=self.registry, servers=servers)
                 job = self.jobs.claim(self.id)
                 if job is not None:
                     self.state = "busy"
@@ -146,12 +146,12 @@ class Worker:
         log.info("job %s begins: %s on %d images", job.id, job.model, job.dataset["images"])
         try:
             run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
-        except NotMine:
+        except LeaseLost:
             self.jobs.finish(job, "cancelled")
         except TemperError as exc:
             self.jobs.finish(job, "failed", error={"code": exc.code, "message": exc.message, "param": exc.param})
         except Stopped:
-            self.jobs.put_back(job)
+            self.jobs.requeue(job)
             raise
         except Exception:
             log.exception("job %s", job.id)

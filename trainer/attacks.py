@@ -43,7 +43,7 @@ def project(perturbed: Tensor, images: Tensor, epsilon: Tensor) -> Tensor:
     return tf.clip_by_value(tf.clip_by_value(perturbed, images - epsilon, images + epsilon), 0.0, 1.0)
 
 
-def slope(objective: Function, at: Tensor) -> Tensor:
+def input_gradient(objective: Function, at: Tensor) -> Tensor:
     """Gradient of the summed objective."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(at)
@@ -59,7 +59,7 @@ def in_ball(images: Tensor, epsilon: Tensor, seed: Tensor) -> Tensor:
 
 def fgsm(objective: Function, images: Tensor, epsilon: Tensor) -> Tensor:
     """X + epsilon * sign(gradient) (Goodfellow et al. 2015): the attack that reports use."""
-    return project(images + epsilon * tf.sign(slope(objective, images)), images, epsilon)
+    return project(images + epsilon * tf.sign(input_gradient(objective, images)), images, epsilon)
 
 
 def pgd(objective: Function, images: Tensor, start: Tensor, epsilon: Tensor, steps: Tensor, size: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def pgd(objective: Function, images: Tensor, start: Tensor, epsilon: Tensor, ste
     """
 
     def ascend(index: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        return index + 1, project(at + size * tf.sign(slope(objective, at)), images, epsilon)
+        return index + 1, project(at + size * tf.sign(input_gradient(objective, at)), images, epsilon)
 
     _, found = tf.while_loop(lambda index, _: index < steps, ascend, (0, start))
     return tf.stop_gradient(found)
@@ -82,7 +82,7 @@ def vat(network: Function, images: Tensor, epsilon: Tensor, steps: Tensor, seed:
     short = 1e-2 * tf.sqrt(tf.cast(tf.size(images[0]), tf.float32))
 
     def iterate(index: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        return index + 1, _unit(slope(lambda d: divergence(clean, network(images + short * d)), direction))
+        return index + 1, _unit(input_gradient(lambda d: divergence(clean, network(images + short * d)), direction))
 
     _, direction = tf.while_loop(lambda index, _: index < steps, iterate, (0, direction))
     step = direction if norm == "l2" else tf.sign(direction)

@@ -12,17 +12,17 @@ from store.errors import Diverged
 from trainer import evaluate
 from trainer.attacks import STEP_SHARE
 from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
-from trainer.methods import Method, first_touched
+from trainer.methods import Method, first_trained
 from trainer.network import Network, network
 from trainer.optimizers import RISE, learning_rates
 from trainer.spec import Adversarial, Fgsm, Free, Pgd, Spec, Trades, Vat, refused
-from trainer.train_step import SCHEDULE, Coefficients, Program, Structure, program
+from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep, train_step
 
 PROBE_IMAGES, PROBE_STEPS = 128, 7  # of the attack on validation images after each epoch
-RECEIPT_IMAGES = 64
+SHARE_IMAGES = 64
 EXPLODED = 100.0  # nats of cross-entropy, as a mean over an epoch: from there no run has come back
 ADVICE = "lower the learning rate"
-INERT, DROWNING = 1e-3, 0.9  # shares of the update below and above which a regularizer is warned of
+NEGLIGIBLE, DOMINANT = 1e-3, 0.9  # shares of the update below and above which a regularizer is warned of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Fitted:
     method: Method
     lora_scale: float
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
-    receipt: list[dict[str, Any]] = field(default_factory=list)  # value and share of each term, an epoch a record
+    gradient_shares: list[dict[str, Any]] = field(default_factory=list)  # of each term, by epoch
     kept_epoch: int = 0
     ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting
     overfitted_epoch: int | None = None  # in which the attack was found to be overfitted
@@ -109,7 +109,7 @@ def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
     """What has to be compiled for a spec."""
     attack = spec.adversarial
     untouched = spec.augmentation is None and spec.mixup == 0 and attack is None
-    entry = first_touched(start.method.start(start.params, 0)) if untouched else FIRST
+    entry = first_trained(start.method.start(start.params, 0)) if untouched else FIRST
     if untouched and spec.dropout and entry == HEAD:
         entry = "dense2"  # which takes in what dropout has left of dense1
     return Structure(
@@ -158,7 +158,7 @@ def _weight(attack: Adversarial | None) -> float:
 
 
 def schedule(spec: Spec, updates: int) -> np.ndarray:
-    """What changes from update to update, (updates, 4) float32, see `program.SCHEDULE`."""
+    """What changes from update to update, (updates, 4) float32, see `train_step.SCHEDULE`."""
     rng = np.random.default_rng([spec.seed, 1])
     number = np.arange(updates)
     columns = {
@@ -192,7 +192,7 @@ def fit(
     Raises:
         Diverged: the loss is no finite number any more.
     """
-    fitted = program(structure(spec, start, classes, tf.constant(0.0).device))
+    fitted = train_step(structure(spec, start, classes, tf.constant(0.0).device))
     entry = fitted.structure.entry
     n = len(train.labels)
     c = coefficients(spec, n)
@@ -226,10 +226,10 @@ def fit(
             raise Diverged(f"the weights are no finite numbers after step {done + updates}, epoch {epoch}; {ADVICE}")
         verdict = choice.judge(record, seen, warm=plan[done + updates - 1, 1] >= 1)
         if len(fitted.terms()) > 1:
-            some = order[:RECEIPT_IMAGES]
+            some = order[:SHARE_IMAGES]
             shares = fitted.shares(tf.gather(features, some), tf.gather(labels, some), c)
             values = {name: {"value": terms[name], "share": shares[name]} for name in terms}
-            result.receipt.append({"epoch": epoch, **values})
+            result.gradient_shares.append({"epoch": epoch, **values})
         result.history.append(record)
         on_epoch(record)
         if verdict:
@@ -246,7 +246,7 @@ def fit(
 class _Choice:
     """Which epoch's weights are kept, and when training ends before its time."""
 
-    def __init__(self, spec: Spec, fitted: Program, validation: Split) -> None:
+    def __init__(self, spec: Spec, fitted: TrainStep, validation: Split) -> None:
         self._spec = spec
         self._fitted = fitted
         self._attack = None if isinstance(spec.adversarial, Vat) else spec.adversarial
@@ -298,21 +298,21 @@ def _patience(spec: Spec) -> float:
     return spec.early_stopping.patience if spec.early_stopping else np.inf
 
 
-def warnings(receipt: list[dict[str, Any]], *, zeros: bool) -> list[dict[str, str]]:
-    """What the receipt says of terms that do nothing, or that leave nothing to the data.
+def warnings(gradient_shares: list[dict[str, Any]], *, zeros: bool) -> list[dict[str, str]]:
+    """What the gradient_shares says of terms that do nothing, or that leave nothing to the data.
 
     Args:
         zeros: L1 has made exact zeros, so it is not inert however small its share.
     """
     found = []
-    for name in receipt[0] if receipt else ():
+    for name in gradient_shares[0] if gradient_shares else ():
         if name in ("epoch", "data_loss"):
             continue
-        share = float(np.median([record[name]["share"] for record in receipt]))
-        if share < INERT and not (name == "l1" and zeros):
-            text = f"{name} makes up {share:.1g} of the update: it is inert; raise it or leave it out"
-            found.append({"term": name, "kind": "inert", "message": text})
-        if share > DROWNING and name != "adversarial_loss":
+        share = float(np.median([record[name]["share"] for record in gradient_shares]))
+        if share < NEGLIGIBLE and not (name == "l1" and zeros):
+            text = f"{name} makes up {share:.1g} of the update: it is negligible; raise it or leave it out"
+            found.append({"term": name, "kind": "negligible", "message": text})
+        if share > DOMINANT and name != "adversarial_loss":
             text = f"{name} makes up {share:.0%} of the update: it drowns the data loss; lower it"
-            found.append({"term": name, "kind": "drowning", "message": text})
+            found.append({"term": name, "kind": "dominant", "message": text})
     return found

@@ -91,7 +91,7 @@ def effective(base: Params, trained: Params, scale: Tensor) -> dict[str, Tensor]
     return params
 
 
-def touched_kernels(trained: Iterable[str]) -> list[str]:
+def trained_kernels(trained: Iterable[str]) -> list[str]:
     """Names of the effective kernels that training changes, which are those that the penalties act on."""
     touched = set()
     for name in trained:
@@ -108,9 +108,9 @@ def direct_kernels(trained: Iterable[str]) -> list[str]:
     return sorted(name for name in names - scaled if name.endswith("/kernel"))
 
 
-def first_touched(trained: Iterable[str]) -> str:
+def first_trained(trained: Iterable[str]) -> str:
     """The first layer that training changes: what lies before it is the same for every step."""
     names = list(trained)
-    layers = {name.partition("/")[0] for name in touched_kernels(names)}
+    layers = {name.partition("/")[0] for name in trained_kernels(names)}
     layers |= {name.partition("/")[0] for name in names if name.endswith("/bias")}
     return next((layer for layer in LAYERS if layer in layers), FIRST)

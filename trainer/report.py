@@ -13,7 +13,7 @@ import tensorflow as tf
 from trainer import attacks, evaluate, fit
 from trainer.fit import Fitted, Split, serve
 from trainer.lenet import HEAD, Arrays
-from trainer.methods import direct_kernels, touched_kernels
+from trainer.methods import direct_kernels, trained_kernels
 from trainer.network import BATCH, Network
 from trainer.spec import Spec, Vat
 
@@ -55,7 +55,8 @@ def quick(
         "calibration": evaluate.calibration(logits, validation.labels),
         "robustness": {"attack": "fgsm", "epsilon": epsilon, "accuracy": attacked},
         "regularization": {
-            "epochs": fitted.receipt, "warnings": fit.warnings(fitted.receipt, zeros=sparse["zeros"] > 0)
+            "epochs": fitted.gradient_shares,
+            "warnings": fit.warnings(fitted.gradient_shares, zeros=sparse["zeros"] > 0),
         },
         "sparsity": {**sparse, **_promise(spec, fitted)},
         "parameters": {
@@ -107,7 +108,7 @@ def _promise(spec: Spec, fitted: Fitted) -> dict[str, Any]:
     if spec.l1 == 0:
         return {}
     direct = direct_kernels(fitted.trained)
-    indirect = sorted(set(touched_kernels(fitted.trained)) - set(direct))
+    indirect = sorted(set(trained_kernels(fitted.trained)) - set(direct))
     names = [[name.removesuffix("/kernel") for name in group] for group in (direct, indirect)]
     return {"exact_zeros_in": names[0], "shrunk_without_zeros": names[1]}
 

@@ -35,7 +35,7 @@ STROKES: dict[int, list[list[Points]]] = {
 SIZE, WIDE = 28, 112  # of the result, and of the paper that is drawn on
 
 
-def drawn_digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def synthetic_digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(count, 28, 28, 1) float32 in [0, 1], light on dark, and (count,) int32; every digit equally often."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count, dtype=np.int32) % 10

@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer import attacks, penalties
 from trainer.augmentation import affine, mixed
 from trainer.lenet import FIRST, Arrays, Tensor, adapters, dropout_masks, initial, logits
-from trainer.methods import Method, direct_kernels, effective, relative_rate, touched_kernels
+from trainer.methods import Method, direct_kernels, effective, relative_rate, trained_kernels
 from trainer.network import COUNT, LABELS, SCALAR, inputs
 from trainer.optimizers import Optimizer
 
@@ -69,13 +69,13 @@ SCHEDULE = ("rate", "reach", "mix", "t")  # of every update: learning rate, shar
 
 
 @functools.lru_cache(maxsize=16)
-def program(structure: Structure) -> "Program":
+def train_step(structure: Structure) -> "TrainStep":
     """The process's program of this structure; one job at a time may use it."""
     with tf.device(structure.device):
-        return Program(structure)
+        return TrainStep(structure)
 
 
-class Program:
+class TrainStep:
     """Variables and compiled functions of one structure. `load` begins a job."""
 
     def __init__(self, structure: Structure) -> None:
@@ -86,8 +86,8 @@ class Program:
             shapes |= adapters(method.bottleneck, seed=0)
         trained = method.start(shapes, seed=0)
         self._base = {name: tf.Variable(value, trainable=False) for name, value in shapes.items()}
-        self._touched = touched_kernels(trained)
-        self._anchors = {name: tf.Variable(shapes[name], trainable=False) for name in self._touched}
+        self._trained = trained_kernels(trained)
+        self._anchors = {name: tf.Variable(shapes[name], trainable=False) for name in self._trained}
         self._proximal = frozenset(direct_kernels(trained)) if "l1" in structure.penalties else frozenset()
         self._lora_scale = tf.Variable(0.0, trainable=False)
         self._class_weights = tf.Variable(tf.ones(structure.classes), trainable=False)
@@ -253,7 +253,7 @@ class Program:
             return inference(x, dropout_masks(tf.shape(x)[0], c["dropout"], chance) if self.structure.dropout else ())
 
         values, factors = self._losses(x, y, inference, training, chance, c, tape)
-        kernels = {name: params[name] for name in self._touched}
+        kernels = {name: params[name] for name in self._trained}
         if "l1" in self.structure.penalties:
             still = self._proximal if prox else ()
             lasso = [tf.stop_gradient(kernel) if name in still else kernel for name, kernel in kernels.items()]

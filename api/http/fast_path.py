@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from api.http import errors
 
 
-class Direct(APIRoute):
+class FastRoute(APIRoute):
     """A route that reads its request itself: its endpoint takes that alone and returns a response."""
 
 
@@ -33,13 +33,13 @@ class Json(Response):
         await send({"type": "http.response.body", "body": self.body})
 
 
-class Shortcut:
-    """Calls the endpoints of `Direct` routes, and FastAPI for all else."""
+class FastPath:
+    """Calls the endpoints of `FastRoute` routes, and FastAPI for all else."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app: ASGIApp = app
         self._owner = app
-        routes = [route for route in app.router.routes if isinstance(route, Direct)]
+        routes = [route for route in app.router.routes if isinstance(route, FastRoute)]
         self._fixed = {route.path: route for route in routes if "{" not in route.path}
         self._with_parameters = [route for route in routes if "{" in route.path]
 
@@ -58,7 +58,7 @@ class Shortcut:
         return await self._app(scope, receive, send)
 
 
-async def _answer(route: Direct, scope: Scope, receive: Receive, send: Send) -> None:
+async def _answer(route: FastRoute, scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
     try:
         response = await route.endpoint(request)

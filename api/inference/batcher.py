@@ -1,109 +1,20 @@
 """The predict path inside the gateway: which version answers, and one gRPC call for many requests."""
 
 import asyncio
-import random
 import time
 from collections import deque
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 
-from api.inference.server_pool import Targets
-from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, VERSIONS, WAITING
+from api.inference.server_pool import ServerPool
+from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, WAITING
 from serving.client import Prediction
-from serving.registry import STABLE, Registry, Route
-from store.errors import ModelServerTimeout, Overloaded, UnknownModel
+from store.errors import ModelServerTimeout, Overloaded
 
 MAX_BATCH = 128  # images a call, unless a single request brings more
 CALLS = 4  # in flight to a model server; a real one rejects what its threads cannot take
 MAX_WAITING = 4096  # images of all requests
-
-
-class Routes:
-    """The registry's routes, held in memory and read anew when something is missing or has changed."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._routes: dict[str, Route] = {}
-        self._revision = -1
-        self._one_look = asyncio.Lock()
-        self._next_look: asyncio.Task[None] | None = None
-
-    async def refresh(self) -> None:
-        """Read the registry if it has changed. Who asks while it is being read shares the next look with others."""
-        if self._next_look is None:
-            self._next_look = asyncio.create_task(self._look())
-        await asyncio.shield(self._next_look)
-
-    async def _look(self) -> None:
-        async with self._one_look:
-            self._next_look = None  # who asks from here on has to be told what is written later
-            revision = await asyncio.to_thread(self._registry.revision)
-            if revision != self._revision:
-                self._routes, self._revision = await asyncio.to_thread(self._registry.routes), revision
-                VERSIONS.clear()
-                for model, route in self._routes.items():
-                    VERSIONS.labels(model).set(len(route.classes))
-
-    @property
-    def all(self) -> dict[str, Route]:
-        """Every model, by name."""
-        return self._routes
-
-    def knows(self, model: str, version: int) -> bool:
-        """Tell whether this version is among those that predictions can go to."""
-        return model in self._routes and version in self._routes[model].classes
-
-    async def resolve(
-        self, model: str, version: int | None, label: str | None, key: bytes | None = None
-    ) -> tuple[int, tuple[str, ...]]:
-        """The number and the classes of the version that a request means.
-
-        Args:
-            key: requests with the same one follow the same label, when neither version nor label is named.
-
-        Raises:
-            UnknownModel: there is no such model, version or label.
-        """
-        try:
-            return self._look_up(model, version, label, key)
-        except UnknownModel:
-            await self.refresh()
-            return self._look_up(model, version, label, key)
-
-    def _look_up(
-        self, model: str, version: int | None, label: str | None, key: bytes | None
-    ) -> tuple[int, tuple[str, ...]]:
-        route = self._routes.get(model)
-        if route is None:
-            raise UnknownModel(f"there is no model {model!r}", param="model")
-        if version is None:
-            label = label or _drawn(model, route, key)
-            if label not in route.labels:
-                raise UnknownModel(f"model {model!r} has no label {label!r}", param="label")
-            version = route.labels[label].version
-        if version not in route.classes:
-            raise UnknownModel(f"model {model!r} has no version {version}", param="version")
-        return version, route.classes[version]
-
-
-def _drawn(model: str, route: Route, key: bytes | None) -> str:
-    """The label that a request follows which names none: by weight, at random or by its key."""
-    place = -1.0
-    for label, target in route.labels.items():
-        if target.weight:
-            if place < 0:
-                place = random.random() if key is None else _place(model.encode() + b"\n" + key)
-            if place < target.weight:
-                return label
-            place -= target.weight
-    return STABLE
-
-
-def _place(key: bytes) -> float:
-    """A number in [0, 1) that is always the same for a key."""
-    return int.from_bytes(blake2b(key, digest_size=6).digest()) / (1 << 48)
 
 
 @dataclass(eq=False, slots=True)
@@ -123,8 +34,8 @@ class MicroBatcher:
     What waits of different versions takes turns. A request whose time is up is not sent any more.
     """
 
-    def __init__(self, targets: Targets) -> None:
-        self._targets = targets
+    def __init__(self, pool: ServerPool) -> None:
+        self._pool = pool
         self._queues: dict[_Key, deque[_Waiting]] = {}  # none is empty; the first one's turn is next
         self._in_flight: dict[_Key, list[int]] = {}  # images of each call
         self._calls = 0
@@ -164,7 +75,7 @@ class MicroBatcher:
     def _send(self) -> None:
         """Begin calls for what waits, as far as calls in flight allow."""
         for key in list(self._queues):
-            if self._calls >= CALLS * max(1, len(self._targets.up)):
+            if self._calls >= CALLS * max(1, len(self._pool.up)):
                 break
             if self._may_call(key):
                 queue = self._queues.pop(key)
@@ -183,7 +94,7 @@ class MicroBatcher:
 
         A second goes beside a full one, so that a large request does not hold up small ones.
         """
-        sizes, servers = self._in_flight.get(key, []), max(1, len(self._targets.up))
+        sizes, servers = self._in_flight.get(key, []), max(1, len(self._pool.up))
         return len(sizes) < servers or (len(sizes) < 2 * servers and min(sizes) >= MAX_BATCH)
 
     def _next_batch(self, queue: deque[_Waiting]) -> list[_Waiting]:
@@ -205,7 +116,7 @@ class MicroBatcher:
             QUEUE_S.observe(now - waiting.since)
         try:
             left = max(waiting.deadline for waiting in batch) - asyncio.get_running_loop().time()
-            answer = await self._targets.predict(key[0], key[1], images, left)
+            answer = await self._pool.predict(key[0], key[1], images, left)
             position = 0
             for waiting in batch:
                 end = position + len(waiting.images)

@@ -13,7 +13,7 @@ from store.errors import ModelServerUnavailable, Overloaded, UnknownModel
 
 
 @dataclass(eq=False)
-class Target:
+class PooledServer:
     """One model server, and what the gateway knows of it."""
 
     predictor: Predictor
@@ -45,25 +45,25 @@ class Target:
             call.cancel()
 
 
-class Targets:
+class ServerPool:
     """All model servers; their channels are open inside of `async with`."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self._addresses = addresses
         self._stack = contextlib.AsyncExitStack()
-        self.all: list[Target] = []
+        self.all: list[PooledServer] = []
 
     async def __aenter__(self) -> Self:
         for address in self._addresses:
             predictor = await self._stack.enter_async_context(Predictor(address))
-            self.all.append(Target(predictor, self._stack.enter_context(ModelServer(address))))
+            self.all.append(PooledServer(predictor, self._stack.enter_context(ModelServer(address))))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
     @property
-    def up(self) -> list[Target]:
+    def up(self) -> list[PooledServer]:
         """Those that answered when they were last looked at."""
         return [target for target in self.all if target.up]
 

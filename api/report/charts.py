@@ -127,19 +127,19 @@ def line_plot(
     return _figure(title, _plot(title, told, x, y, "".join(drawing)), legend, note)
 
 
-def receipt_plot(receipt: Sequence[Json]) -> str:
+def gradient_share_plot(gradient_shares: Sequence[Json]) -> str:
     """What the update is made of: a stacked bar an epoch."""
-    x = linear("epoch", 0.5, len(receipt) + 0.5, least=1)
+    x = linear("epoch", 0.5, len(gradient_shares) + 0.5, least=1)
     y = linear("share of the update", 0, 1, percent=True)
-    bars = {name: "" for name in LOOKS if name in receipt[0]}
-    half = 0.42 if len(receipt) <= 60 else 0.5
-    for record in receipt:
+    bars = {name: "" for name in LOOKS if name in gradient_shares[0]}
+    half = 0.42 if len(gradient_shares) <= 60 else 0.5
+    for record in gradient_shares:
         left, right = (x.across(record["epoch"] + side) for side in (-half, half))
         top = 0.0
         for name in bars:
             foot, top = top, top + record[name]["share"]
             bars[name] += _box(left, y.up(foot), right, y.up(top))
-    texts = [f"{LOOKS[name][0]}, median {median(one[name]['share'] for one in receipt):.2%}" for name in bars]
+    texts = [f"{LOOKS[name][0]}, median {median(one[name]['share'] for one in gradient_shares):.2%}" for name in bars]
     svg = _plot("What the update is made of", texts, x, y, "".join(map(_area, bars.values(), bars, texts)))
     legend = [(_area(SWATCH, name), text) for name, text in zip(bars, texts, strict=True)]
     return _figure("What the update is made of", svg, legend, "The norm of each term's gradient over the sum of all.")

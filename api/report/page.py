@@ -15,11 +15,11 @@ from api.report.charts import (
     MANY,
     Json,
     confusion_plot,
+    gradient_share_plot,
     line_plot,
     linear,
     logarithmic,
     percent,
-    receipt_plot,
     reliability_plot,
     section,
     series,
@@ -135,8 +135,8 @@ def _plots(report: Json, manifest: Json) -> Iterator[str]:
         right = linear("validation images right", math.floor(10 * least) / 10, 1, percent=True)
         note = "The attacks of every epoch are quick, and on some of the images." if len(shares) > 1 else ""
         yield line_plot("Accuracy by epoch", epochs, right, shares, marks, note)
-    if receipt := (report.get("regularization") or {}).get("epochs"):
-        yield receipt_plot(receipt)
+    if gradient_shares := (report.get("regularization") or {}).get("epochs"):
+        yield gradient_share_plot(gradient_shares)
     if curve := robustness.get("curve"):
         sizes = linear("ε, the largest change of a pixel (0 to 1)", 0, max(point["epsilon"] for point in curve))
         right = linear("validation images right", 0, 1, percent=True)

@@ -38,11 +38,11 @@ def add(app: FastAPI) -> None:
         except Exception:
             log.exception("the store does not answer")
             workers, store = {}, False
-        up = bool(gateway.targets.up)
+        up = bool(gateway.pool.up)
         words: dict[bool, Literal["ok", "unavailable"]] = {True: "ok", False: "unavailable"}
         body = Ready(
             status="ready" if store and up else "not_ready", store=words[store], model_server=words[up],
-            model_servers={target.address: words[target.up] for target in gateway.targets.all}, workers=workers,
+            model_servers={target.address: words[target.up] for target in gateway.pool.all}, workers=workers,
         )  # fmt: skip
         return JSONResponse(body.model_dump(), 200 if store and up else 503)
 

@@ -76,8 +76,8 @@ def add(app: FastAPI) -> None:
         """One job: its state, its progress, its error or its version."""
         gateway = gateway_of(request)
         job = await asyncio.to_thread(gateway.jobs.get, id)
-        if job.version is not None and not gateway.routes.knows(job.model, job.version):
-            await gateway.routes.refresh()  # who reads of a version may ask for it at once
+        if job.version is not None and not gateway.router.knows(job.model, job.version):
+            await gateway.router.refresh()  # who reads of a version may ask for it at once
         return JobView.of(job)
 
     @app.post("/finetune/{id}/cancel", tags=["fine-tune"], responses=errors(404, 409, 422, 503))

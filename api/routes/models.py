@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 
 from api.gateway import Gateway, gateway_of
 from api.http.openapi import After, Limit, Name, Number, errors
-from api.inference.server_pool import Target
+from api.inference.server_pool import PooledServer
 from api.routes.schemas import (
     Deleted,
     LabelMove,
@@ -68,7 +68,7 @@ def add(app: FastAPI) -> None:
         """Check a version's files, and prove anew that every model server answers as the trainer did."""
         gateway = gateway_of(request)
         await asyncio.to_thread(gateway.registry.find, name, version)
-        found = await asyncio.to_thread(_verify, gateway, gateway.targets.all, name, version)
+        found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, name, version)
         return Verification(model=name, version=version, proven=not any(found.values()), failures=found)
 
     @app.put("/models/{name}/labels/{label}", tags=["models"], responses=errors(400, 404, 422, 503))
@@ -80,7 +80,7 @@ def add(app: FastAPI) -> None:
         gateway = gateway_of(request)
         moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
         log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
-        await gateway.routes.refresh()
+        await gateway.router.refresh()
         return LabelView.of(name, label, moved)
 
     @app.delete("/models/{name}/labels/{label}", tags=["models"], responses=errors(404, 409, 422, 503))
@@ -89,7 +89,7 @@ def add(app: FastAPI) -> None:
         gateway = gateway_of(request)
         await asyncio.to_thread(gateway.registry.drop_label, name, label)
         log.info("%s: label %s removed", name, label)
-        await gateway.routes.refresh()
+        await gateway.router.refresh()
         return Deleted(model=name, label=label)
 
     @app.get(
@@ -132,7 +132,7 @@ async def _delete(gateway: Gateway, name: str, version: int | None) -> Deleted:
     return Deleted(model=name, versions=versions)
 
 
-def _verify(gateway: Gateway, targets: Sequence[Target], name: str, version: int) -> dict[str, str | None]:
+def _verify(gateway: Gateway, targets: Sequence[PooledServer], name: str, version: int) -> dict[str, str | None]:
     """What is wrong with the files and with each model server; None where nothing is."""
     failures: dict[str, str | None] = {"files": None}
     place = gateway.settings.version(name, version)

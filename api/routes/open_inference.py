@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from api import __version__
 from api.gateway import gateway_of
 from api.http.errors import invalid_request
-from api.http.fast_path import Direct, Json
+from api.http.fast_path import FastRoute, Json
 from api.http.openapi import NAME, PLAIN_ERRORS, VERSION, Name, Number, whole
 from api.inference.json_body import PIXELS, SHAPES, as_images, check_range, is_array, is_object, numbers, parse, plain
 from api.routes.predict import answer
@@ -33,7 +33,7 @@ def add(app: FastAPI) -> None:
         ("/v2/models/{name}/versions/{version:int}/infer", [NAME, VERSION]),
     ):
         app.router.add_api_route(
-            path, infer, methods=["POST"], route_class_override=Direct, response_model=InferResponse, **documented,
+            path, infer, methods=["POST"], route_class_override=FastRoute, response_model=InferResponse, **documented,
             operation_id=f"infer by {parameters[-1]['name']}",
             openapi_extra={
                 "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
@@ -54,7 +54,7 @@ def add(app: FastAPI) -> None:
     @app.get("/v2/health/ready", **documented)
     async def ready(request: Request) -> JSONResponse:
         """A model server answers."""
-        up = bool(gateway_of(request).targets.up)
+        up = bool(gateway_of(request).pool.up)
         return JSONResponse({"ready": up}, 200 if up else 503)
 
     @app.get("/v2/models/{name}", **documented)
@@ -128,13 +128,13 @@ def _images(data: Any, shape: list[int], datatype: str, most: int) -> np.ndarray
 
 async def _metadata(request: Request, name: str, version: int | None) -> dict[str, Any]:
     gateway = gateway_of(request)
-    _, classes = await gateway.routes.resolve(name, version, None)
+    _, classes = await gateway.router.resolve(name, version, None)
     outputs = [
         {"name": output, "datatype": "FP32", "shape": [-1, len(classes)], "parameters": {"classes": list(classes)}}
         for output in ("logits", "probabilities")
     ]
     return {
-        "name": name, "versions": [str(number) for number in sorted(gateway.routes.all[name].classes)],
+        "name": name, "versions": [str(number) for number in sorted(gateway.router.all[name].classes)],
         "platform": "tensorflow_savedmodel",
         "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 28, 28, 1]}], "outputs": outputs,
     }  # fmt: skip
@@ -142,6 +142,6 @@ async def _metadata(request: Request, name: str, version: int | None) -> dict[st
 
 async def _ready(request: Request, name: str, version: int | None) -> JSONResponse:
     gateway = gateway_of(request)
-    await gateway.routes.resolve(name, version, None)
-    up = bool(gateway.targets.up)
+    await gateway.router.resolve(name, version, None)
+    up = bool(gateway.pool.up)
     return JSONResponse({"name": name, "ready": up}, 200 if up else 503)

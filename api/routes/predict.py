@@ -9,7 +9,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 
 from api.gateway import gateway_of
-from api.http.fast_path import Direct, Json
+from api.http.fast_path import FastRoute, Json
 from api.http.openapi import errors, whole
 from api.http.tracing import answered_by
 from api.inference import bodies
@@ -47,7 +47,7 @@ async def answer(
         raise InvalidRequest("give a version or a label, not both", param="label")
     headers = dict(request.scope["headers"])
     timeout_s = _timeout(headers.get(b"x-request-timeout"), gateway.settings.predict_timeout_s)
-    number, classes = await gateway.routes.resolve(model, version, label, headers.get(b"x-sticky-key"))
+    number, classes = await gateway.router.resolve(model, version, label, headers.get(b"x-sticky-key"))
     answered_by(request.scope, model, number)
     found = await gateway.batcher.predict(model, number, images, timeout_s)
     return Answer(model, number, classes, found.logits, found.probabilities)
@@ -130,7 +130,7 @@ def add(app: FastAPI) -> None:
         STICKY: {"type": "string", "description": "Requests with the same key follow the same label."},
     }
     app.router.add_api_route(
-        "/predict", predict, methods=["POST"], tags=["predict"], route_class_override=Direct,
+        "/predict", predict, methods=["POST"], tags=["predict"], route_class_override=FastRoute,
         response_model=PredictResponse, responses=errors(400, 404, 413, 415, 422, 429, 503, 504),
         openapi_extra={
             "requestBody": {

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from api.gateway import gateway_of
-from api.http.fast_path import Direct, Json
+from api.http.fast_path import FastRoute, Json
 from api.http.openapi import LABEL, NAME, PLAIN_ERRORS, VERSION, Name, Number, whole
 from api.inference.json_body import as_images, images_of, is_array, is_object, one_by_one, parse, plain
 from api.routes.predict import Answer, answer
@@ -33,7 +33,7 @@ def add(app: FastAPI) -> None:
         ("/v1/models/{name}/labels/{label}:predict", [NAME, LABEL]),
     ):
         app.router.add_api_route(
-            path, predict, methods=["POST"], tags=["TensorFlow Serving REST"], route_class_override=Direct,
+            path, predict, methods=["POST"], tags=["TensorFlow Serving REST"], route_class_override=FastRoute,
             response_model=TensorFlowPredictions, responses=PLAIN_ERRORS,
             operation_id=f"predict by {parameters[-1]['name']}",
             openapi_extra={"requestBody": body, "parameters": parameters},
@@ -56,7 +56,7 @@ def add(app: FastAPI) -> None:
     @app.get("/v1/models/{name}/labels/{label}", **documented)
     async def status_of_label(request: Request, name: Name, label: Labelled) -> JSONResponse:
         """The state of the version that a label stands for."""
-        return _status([(await gateway_of(request).routes.resolve(name, None, label))[0]])
+        return _status([(await gateway_of(request).router.resolve(name, None, label))[0]])
 
     @app.get("/v1/models/{name}/metadata", **documented)
     async def metadata(request: Request, name: Name) -> JSONResponse:
@@ -130,7 +130,7 @@ def _named(instance: Any) -> Any:
 
 
 def _route(request: Request, name: str) -> Route:
-    route = gateway_of(request).routes.all.get(name)
+    route = gateway_of(request).router.all.get(name)
     if route is None:
         raise UnknownModel(f"Could not find any versions of model {name}")
     return route
@@ -143,7 +143,7 @@ def _status(versions: list[int]) -> JSONResponse:
 
 
 async def _metadata(request: Request, name: str, version: int | None, label: str | None) -> JSONResponse:
-    number, classes = await gateway_of(request).routes.resolve(name, version, label)
+    number, classes = await gateway_of(request).router.resolve(name, version, label)
     outputs = {output: _tensor("DT_FLOAT", -1, len(classes)) for output in ("logits", "probabilities")}
     signatures = {
         signature: {

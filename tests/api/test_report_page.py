@@ -93,7 +93,7 @@ def quick_report(classes: list[str], epochs: int = 4) -> Json:
         "robustness": {"attack": "fgsm", "epsilon": 0.1, "accuracy": 0.4},
         "regularization": {
             "epochs": [{"epoch": n, **{k: {"value": terms[k], "share": shares[k]} for k in terms}} for n in numbers],
-            "warnings": [{"term": "l1", "kind": "inert", "message": "l1 makes up 0 of the update"}],
+            "warnings": [{"term": "l1", "kind": "negligible", "message": "l1 makes up 0 of the update"}],
         },
         "sparsity": {"zeros": 0.25, "by_layer": {"dense1": 0.0, "head": 0.5}},
         "parameters": {"trained": 5946, "total": 107786, "delta_bytes": 23784},
@@ -112,7 +112,7 @@ def full_report(classes: list[str]) -> Json:
         "settings": {"pgd_steps": 40}, "accuracy_at_epsilon_1": 0.0, "gradient_masking": [], "trusted": True,
     }  # fmt: skip
     report = quick_report(classes)
-    forgetting = {"sample": "drawn digits", "images": 500, "base": 0.994, "accuracy": 0.964, "lost": 0.03}
+    forgetting = {"sample": "synthetic digits", "images": 500, "base": 0.994, "accuracy": 0.964, "lost": 0.03}
     return report | {"robustness": report["robustness"] | found, "forgetting": forgetting}
 
 

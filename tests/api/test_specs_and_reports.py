@@ -18,7 +18,7 @@ def test_the_costly_part_of_the_report_follows_and_the_page_shows_it(service: Se
     service.completed(done["id"])
     report = service.api.get(path).json()["report"]
     assert report["robustness"]["trusted"] in (True, False)
-    assert report["forgetting"]["sample"] == "drawn digits"
+    assert report["forgetting"]["sample"] == "synthetic digits"
     page = service.api.get(f"{path}/report")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "<svg" in page.text

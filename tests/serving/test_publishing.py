@@ -159,7 +159,7 @@ def test_reconcile_repairs_a_server_that_lost_everything(tmp_path: Path) -> None
     port = free_port()
     settings = Settings(home=tmp_path, model_server=f"127.0.0.1:{port}")
     settings.make_home()
-    with opened(settings.store_url) as engine, ModelServer(settings.targets[0]) as server:
+    with opened(settings.store_url) as engine, ModelServer(settings.server_addresses[0]) as server:
         press = Press(settings, Registry(engine), [server])
         with running_model_server(port):
             press.publish(1)

@@ -64,7 +64,7 @@ def test_a_version_that_was_unloaded_once_can_come_back(tmp_path: Path, model_se
 )
 def test_a_model_server_is_a_word_a_path_or_addresses(given: str, supervised: bool, targets: tuple[str, ...]) -> None:
     settings = Settings(model_server=given)
-    assert (settings.supervised, settings.targets) == (supervised, targets)
+    assert (settings.supervised, settings.server_addresses) == (supervised, targets)
 
 
 @pytest.mark.parametrize("given", ["", "nowhere", "a:b", "a:1,,b:2", "a:123456"])

@@ -50,9 +50,11 @@ def test_fgsm_is_epsilon_times_the_sign_of_the_gradient_clipped_to_images() -> N
         n, i, j = rng.integers(0, [6, 28, 28])
         up, down = x.astype(np.float64), x.astype(np.float64)
         up[n, i, j], down[n, i, j] = up[n, i, j] + step, down[n, i, j] - step
-        slope = (loss(up)[n] - loss(down)[n]) / (2 * step)
-        if abs(slope) > 1e-4:
-            assert found[n, i, j, 0] == pytest.approx(np.clip(x[n, i, j, 0] + 0.2 * np.sign(slope), 0, 1), abs=1e-6)
+        input_gradient = (loss(up)[n] - loss(down)[n]) / (2 * step)
+        if abs(input_gradient) > 1e-4:
+            assert found[n, i, j, 0] == pytest.approx(
+                np.clip(x[n, i, j, 0] + 0.2 * np.sign(input_gradient), 0, 1), abs=1e-6
+            )
             agreed += 1
     assert agreed > 10
 
@@ -141,7 +143,7 @@ def test_masking_is_told_by_square_by_fgsm_and_by_epsilon_one() -> None:
 
 
 def test_a_network_with_flat_gradients_is_caught(base: Arrays, digits_split: Split) -> None:
-    """Logits times 1,000: the softmax saturates and cross-entropy has no slope, but nothing is any safer."""
+    """Logits times 1,000: the softmax saturates and cross-entropy has no input_gradient, but nothing is any safer."""
     masked = base | {name: value * np.float32(1000) for name, value in base.items() if name.startswith("head/")}
     model = functools.partial(serve, masked)
     by_cross_entropy = last(report.withstood_pgd(model, digits_split, 0.3, steps=10, restarts=1)).mean()

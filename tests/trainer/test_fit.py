@@ -13,7 +13,7 @@ from trainer.evaluate import accuracy
 from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, structure
 from trainer.lenet import Arrays
 from trainer.spec import parse_spec
-from trainer.train_step import Program
+from trainer.train_step import TrainStep
 from trainer.worker.run_job import pretrained, stratified, stratified_folds
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -68,7 +68,7 @@ def test_training_from_the_features_is_training_from_the_images(
 ) -> None:
     spec = {"method": "lora", "lora": {"targets": ["dense1"]}, "epochs": 3}
     quick = run(spec, base, digits)
-    monkeypatch.setattr(fitting, "first_touched", lambda names: "conv1")
+    monkeypatch.setattr(fitting, "first_trained", lambda names: "conv1")
     slow = run(spec, base, digits)
     for name, value in slow.params.items():
         np.testing.assert_allclose(quick.params[name], value, atol=1e-4)
@@ -79,13 +79,13 @@ def test_the_data_are_shuffled_anew_every_epoch_and_cut_into_batches_after(
 ) -> None:
     """Cutting first would give the same batches every epoch."""
     orders: list[np.ndarray] = []
-    original = Program.epoch
+    original = TrainStep.epoch
 
-    def spy(self: Program, features: Any, labels: Any, order: Any, *rest: Any) -> Any:
+    def spy(self: TrainStep, features: Any, labels: Any, order: Any, *rest: Any) -> Any:
         orders.append(order.numpy())
         return original(self, features, labels, order, *rest)
 
-    monkeypatch.setattr(Program, "epoch", spy)
+    monkeypatch.setattr(TrainStep, "epoch", spy)
     run({"method": "head", "epochs": 3}, base, digits)
     batches = [{frozenset(order[at : at + 8].tolist()) for at in range(0, 100, 8)} for order in orders]
     assert all(sorted(order.tolist()) == list(range(100)) for order in orders)
@@ -181,7 +181,7 @@ def test_the_receipt_gives_every_term_its_value_and_share(base: Arrays, digits: 
     spec = {"method": "full", "l1": 1e-5, "l2": 1e-3, "l2_sp": 1e-3, "adversarial": {}, "epochs": 3}
     fitted = run(spec, base, digits)
     terms = {"data_loss", "adversarial_loss", "l1", "l2", "l2_sp"}
-    for record, history in zip(fitted.receipt, fitted.history, strict=True):
+    for record, history in zip(fitted.gradient_shares, fitted.history, strict=True):
         assert set(record) == {"epoch", *terms}
         assert sum(record[name]["share"] for name in terms) == pytest.approx(1)
         assert all(record[name]["value"] == history[name] for name in terms)
@@ -190,10 +190,10 @@ def test_the_receipt_gives_every_term_its_value_and_share(base: Arrays, digits: 
 def test_a_term_that_is_inert_or_that_drowns_the_data_is_warned_of(base: Arrays, digits: Digits) -> None:
     def said(**spec: Any) -> set[tuple[str, str]]:
         fitted = run({"method": "full", "epochs": 3, **spec}, base, digits)
-        return {(warning["term"], warning["kind"]) for warning in fitting.warnings(fitted.receipt, zeros=False)}
+        return {(warning["term"], warning["kind"]) for warning in fitting.warnings(fitted.gradient_shares, zeros=False)}
 
-    assert said(l2=1e-8) == {("l2", "inert")}
-    assert said(l2=10.0) == {("l2", "drowning")}
+    assert said(l2=1e-8) == {("l2", "negligible")}
+    assert said(l2=10.0) == {("l2", "dominant")}
     assert said(l2=1e-3) == set()
 
 

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from store.errors import UnknownJob, WrongState
 from trainer.jobs import records as module
-from trainer.jobs.records import Job, Jobs, NotMine
+from trainer.jobs.records import Job, Jobs, LeaseLost
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_claimed_job_is_only_its_workers(jobs: Jobs) -> None:
     assert job is not None
     jobs.update(job, stage="training", progress={"epoch": 1})
     stranger = Job(**{**vars(job), "worker": "other"})
-    with pytest.raises(NotMine):
+    with pytest.raises(LeaseLost):
         jobs.update(stranger, stage="publishing")
     jobs.finish(stranger, "failed")
     assert jobs.get(job.id).stage == "training"
@@ -63,7 +63,7 @@ def test_a_queued_job_is_cancelled_at_once_and_a_running_one_at_its_next_update(
     job = jobs.claim("w")
     assert job is not None
     assert jobs.cancel(job.id).status == "running"
-    with pytest.raises(NotMine):
+    with pytest.raises(LeaseLost):
         jobs.update(job, stage="training")
     jobs.finish(job, "cancelled")
     with pytest.raises(WrongState):
@@ -73,7 +73,7 @@ def test_a_queued_job_is_cancelled_at_once_and_a_running_one_at_its_next_update(
 def test_the_job_of_a_dead_worker_is_queued_anew_and_given_up_after_three(jobs: Jobs) -> None:
     job_id = queued(jobs).id
     for attempt in range(1, module.MAX_ATTEMPTS + 1):
-        jobs.sign_of_life("w", "busy")
+        jobs.heartbeat("w", "busy")
         job = jobs.claim("w")
         assert job is not None
         assert job.attempts == attempt
@@ -89,9 +89,9 @@ def test_the_job_of_a_dead_worker_is_queued_anew_and_given_up_after_three(jobs: 
 
 
 def test_a_worker_without_signs_of_life_is_dead(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs.sign_of_life("w", "warming")
+    jobs.heartbeat("w", "warming")
     assert jobs.worker_states() == {"w": "warming"}
-    jobs.sign_of_life("w", "idle")
+    jobs.heartbeat("w", "idle")
     assert jobs.worker_states() == {"w": "idle"}
     monkeypatch.setattr("trainer.jobs.records.LOST_AFTER_S", -1.0)
     assert jobs.worker_states() == {}
@@ -101,7 +101,7 @@ def test_a_job_that_its_worker_puts_back_costs_no_attempt(jobs: Jobs) -> None:
     queued(jobs)
     job = jobs.claim("w")
     assert job is not None
-    jobs.put_back(job)
+    jobs.requeue(job)
     again = jobs.claim("v")
     assert again is not None
     assert (again.id, again.attempts) == (job.id, 1)

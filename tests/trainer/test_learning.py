@@ -9,9 +9,9 @@ import tensorflow as tf
 
 from trainer import attacks, penalties
 from trainer.lenet import LAYERS, Arrays, adapters, dropout_masks, initial, logits
-from trainer.methods import Method, direct_kernels, effective, first_touched, touched_kernels
+from trainer.methods import Method, direct_kernels, effective, first_trained, trained_kernels
 from trainer.optimizers import learning_rates
-from trainer.train_step import Coefficients, Program, Structure, program
+from trainer.train_step import Coefficients, Structure, TrainStep, train_step
 
 ALL = ("conv1", "conv2", "dense1", "dense2")
 LORA = Method("lora", targets=("conv2", "dense1", "dense2"), rank=4)
@@ -42,7 +42,7 @@ def base_for(method: Method) -> Arrays:
 
 
 def one_epoch(
-    model: Program, base: Arrays, *, seed: int = 0, rate: float = 1e-3, n: int = 40, **values: Any
+    model: TrainStep, base: Arrays, *, seed: int = 0, rate: float = 1e-3, n: int = 40, **values: Any
 ) -> dict[str, float]:
     x, y = images_and_labels(n)
     model.load(base, seed=seed, lora_scale=2.0)
@@ -55,7 +55,7 @@ def one_epoch(
     return terms
 
 
-def merged(model: Program) -> Arrays:
+def merged(model: TrainStep) -> Arrays:
     return {name: np.asarray(value) for name, value in model.params().items()}
 
 
@@ -149,14 +149,14 @@ def test_penalties_leave_biases_and_untouched_kernels_alone() -> None:
     params = initial(10, 0)
 
     def touched(method: Method) -> list[str]:
-        return touched_kernels(method.start(params | adapters(4, 0), seed=0))
+        return trained_kernels(method.start(params | adapters(4, 0), seed=0))
 
     assert touched(Method("lora", ("conv2",), rank=2)) == ["conv2/kernel", "head/kernel"]
     assert touched(Method("bias", ALL)) == ["head/kernel"]
     assert touched(Method("ia3", ("conv1", "dense1"))) == ["conv2/kernel", "dense2/kernel", "head/kernel"]
-    assert touched_kernels(Method("full").start(params, 0)) == sorted(f"{name}/kernel" for name in LAYERS)
+    assert trained_kernels(Method("full").start(params, 0)) == sorted(f"{name}/kernel" for name in LAYERS)
     ia3 = Method("ia3", ("dense2",)).start(params, seed=0)
-    assert (touched_kernels(ia3), direct_kernels(ia3)) == (["head/kernel"], [])  # head times scale
+    assert (trained_kernels(ia3), direct_kernels(ia3)) == (["head/kernel"], [])  # head times scale
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,8 @@ def test_penalties_leave_biases_and_untouched_kernels_alone() -> None:
 )  # fmt: skip
 def test_what_lies_before_the_first_touched_layer_never_changes(method: Method, layer: str) -> None:
     base = base_for(method)
-    assert first_touched(method.start(base, seed=0)) == layer
-    model = program(Structure(method, 10))
+    assert first_trained(method.start(base, seed=0)) == layer
+    model = train_step(Structure(method, 10))
     one_epoch(model, base, rate=0.01)
     x, _ = images_and_labels(3)
     before, after = (logits(params, tf.constant(x), until=layer) for params in (base, merged(model)))
@@ -181,14 +181,14 @@ def test_what_lies_before_the_first_touched_layer_never_changes(method: Method, 
 @pytest.mark.parametrize("method", METHODS, ids=named)
 def test_a_fresh_method_changes_nothing(method: Method) -> None:
     base, (x, _) = base_for(method), images_and_labels()
-    model = program(Structure(method, 10))
+    model = train_step(Structure(method, 10))
     model.load(base, seed=5, lora_scale=2.0)
     np.testing.assert_array_equal(logits(merged(model), tf.constant(x)), logits(base, tf.constant(x)))
 
 
 def test_the_merge_of_lora_is_exact() -> None:
     base, (x, _) = initial(10, seed=0), images_and_labels()
-    model = program(Structure(LORA, 10))
+    model = train_step(Structure(LORA, 10))
     one_epoch(model, base, rate=0.01)
     params, trained = merged(model), model.snapshot()
     assert sum(value.size for value in params.values()) == 107_786
@@ -228,7 +228,7 @@ def test_the_merge_of_ia3_scales_activations_of_either_sign() -> None:
 )
 def test_frozen_weights_stay_bit_identical(method: Method, changed: set[str]) -> None:
     base = base_for(method)
-    model = program(Structure(method, 10, penalties=frozenset({"l1", "l2", "l2_sp"}), attack="pgd", augment=True))
+    model = train_step(Structure(method, 10, penalties=frozenset({"l1", "l2", "l2_sp"}), attack="pgd", augment=True))
     values: dict[str, Any] = {
         "l1": 1e-4,
         "l2": 1e-3,
@@ -246,7 +246,7 @@ def test_frozen_weights_stay_bit_identical(method: Method, changed: set[str]) ->
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(attack: str | None) -> None:
     base = initial(10, seed=0)
     structure = Structure(LORA, 10, penalties=frozenset({"l2"}), attack=attack, clean=attack != "free", mixup=True)
-    model = program(structure)
+    model = train_step(structure)
     runs = []
     for seed in (7, 7, 8):
         values: dict[str, Any] = {"l2": 1e-3, "dropout": 0.3, "epsilon": 0.1, "adversarial_weight": 0.5}
@@ -257,7 +257,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(attack: str | None) ->
 
 
 def test_other_coefficients_and_data_sizes_trace_nothing_anew() -> None:
-    base, model = initial(10, seed=0), program(REGULARIZED)
+    base, model = initial(10, seed=0), train_step(REGULARIZED)
     one_epoch(model, base, l1=1e-3, l2=1e-3)
     traces = model.traces()
     values: dict[str, Any] = {
@@ -272,7 +272,7 @@ def test_other_coefficients_and_data_sizes_trace_nothing_anew() -> None:
     assert model.traces() == traces == 1
 
 
-def size(model: Program) -> float:
+def size(model: TrainStep) -> float:
     return float(sum(np.abs(value).sum() for name, value in merged(model).items() if name.endswith("kernel")))
 
 
@@ -280,7 +280,7 @@ def size(model: Program) -> float:
 @pytest.mark.parametrize(("penalty", "strength"), [("l1", 0.1), ("l2", 10.0)])
 def test_a_penalty_is_minimized_and_not_only_reported(method: Method, penalty: str, strength: float) -> None:
     """Keras takes no notice of a regularizer that is added after `compile`: the kernels stay as they are."""
-    base, model = initial(10, seed=0), program(Structure(method, 10, penalties=frozenset({penalty})))
+    base, model = initial(10, seed=0), train_step(Structure(method, 10, penalties=frozenset({penalty})))
     one_epoch(model, base)
     plain = size(model)
     strengths: dict[str, Any] = {penalty: strength}
@@ -289,7 +289,7 @@ def test_a_penalty_is_minimized_and_not_only_reported(method: Method, penalty: s
 
 
 def test_l2_sp_holds_the_weights_at_the_base_and_a_new_head_at_zero() -> None:
-    base, model = initial(10, seed=0), program(Structure(Method("full"), 10, penalties=frozenset({"l2_sp"})))
+    base, model = initial(10, seed=0), train_step(Structure(Method("full"), 10, penalties=frozenset({"l2_sp"})))
     distances = []
     for strength in (0.0, 10.0):
         one_epoch(model, base, l2_sp=strength)
@@ -305,9 +305,9 @@ def test_l2_sp_holds_the_weights_at_the_base_and_a_new_head_at_zero() -> None:
 
 
 def test_reported_penalties_are_those_of_the_effective_kernels() -> None:
-    base, model = initial(10, seed=0), program(REGULARIZED)
+    base, model = initial(10, seed=0), train_step(REGULARIZED)
     terms = one_epoch(model, base, batch_size=40, l1=0.01, l2=0.1)
-    kernels = [base[name] for name in touched_kernels(model.snapshot())]
+    kernels = [base[name] for name in trained_kernels(model.snapshot())]
     assert terms["l1"] == pytest.approx(0.01 * sum(np.abs(kernel).sum() for kernel in kernels), rel=1e-4)
     assert terms["l2"] == pytest.approx(0.05 * sum((kernel**2).sum() for kernel in kernels), rel=1e-4)
 
@@ -315,7 +315,7 @@ def test_reported_penalties_are_those_of_the_effective_kernels() -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_l1_gives_directly_trained_kernels_exact_zeros(optimizer: str) -> None:
     base = initial(10, seed=0)
-    model = program(Structure(Method("full"), 10, penalties=frozenset({"l1"}), optimizer=optimizer))
+    model = train_step(Structure(Method("full"), 10, penalties=frozenset({"l1"}), optimizer=optimizer))
     one_epoch(model, base, l1=0.3, rate=0.01 if optimizer != "sgd" else 0.1)
     after = merged(model)
     zeros = [np.mean(value == 0) for name, value in after.items() if name.endswith("kernel")]
@@ -324,7 +324,7 @@ def test_l1_gives_directly_trained_kernels_exact_zeros(optimizer: str) -> None:
 
 
 def test_l1_shrinks_the_kernels_of_lora_and_promises_no_zeros() -> None:
-    base, model = initial(10, seed=0), program(Structure(LORA, 10, penalties=frozenset({"l1"})))
+    base, model = initial(10, seed=0), train_step(Structure(LORA, 10, penalties=frozenset({"l1"})))
     one_epoch(model, base, l1=0.3)
     after = merged(model)
     assert np.abs(after["dense1/kernel"]).sum() < np.abs(base["dense1/kernel"]).sum() - 10
@@ -335,7 +335,7 @@ def test_l1_shrinks_the_kernels_of_lora_and_promises_no_zeros() -> None:
 def test_the_zeros_of_l1_are_those_of_the_lasso() -> None:
     """At the end w = 0 needs |slope| <= lambda, and w != 0 needs slope = -lambda sign(w) (Tibshirani 1996)."""
     base, strength = initial(10, seed=0), 0.02
-    model = program(Structure(Method("head"), 10, penalties=frozenset({"l1"})))
+    model = train_step(Structure(Method("head"), 10, penalties=frozenset({"l1"})))
     x, y = images_and_labels(20)
     model.load(base, seed=0)
     updates = 3000
@@ -366,7 +366,7 @@ def test_the_loss_takes_logits_and_its_gradient_is_probability_minus_target() ->
 
 
 def test_the_first_term_of_an_epoch_is_the_mean_cross_entropy_of_the_logits() -> None:
-    base, model = initial(10, seed=0), program(Structure(Method("full"), 10))
+    base, model = initial(10, seed=0), train_step(Structure(Method("full"), 10))
     x, y = images_and_labels()
     terms = one_epoch(model, base, batch_size=40)
     scores = numpy_logits(base, x)
@@ -378,7 +378,7 @@ def test_the_first_term_of_an_epoch_is_the_mean_cross_entropy_of_the_logits() ->
 def test_an_epoch_takes_every_image_once_a_replay(replays: int, batches: int) -> None:
     """With a rate of zero the mean loss over the batches is that of the data."""
     attack = "free" if replays > 1 else None
-    base, model = initial(10, seed=0), program(Structure(Method("full"), 10, attack=attack, clean=attack is None))
+    base, model = initial(10, seed=0), train_step(Structure(Method("full"), 10, attack=attack, clean=attack is None))
     x, y = images_and_labels()
     terms = one_epoch(model, base, rate=0.0, replays=replays)
     scores = numpy_logits(base, x)
@@ -399,7 +399,7 @@ def test_the_schedules_begin_peak_and_end_where_their_papers_say() -> None:
 
 
 def test_adamw_decays_kernels_and_leaves_biases() -> None:
-    base, model = base_for(Method("full")), program(Structure(Method("full"), 10, optimizer="adamw"))
+    base, model = base_for(Method("full")), train_step(Structure(Method("full"), 10, optimizer="adamw"))
     one_epoch(model, base, rate=1e-3)
     plain = merged(model)
     one_epoch(model, base, rate=1e-3, weight_decay=1.0)

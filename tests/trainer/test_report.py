@@ -16,7 +16,7 @@ from trainer.export import load_params
 from trainer.fit import Split, serve
 from trainer.jobs.records import Job
 from trainer.lenet import HEAD
-from trainer.synthetic_digits import drawn_digits
+from trainer.synthetic_digits import synthetic_digits
 from trainer.worker.run_job import complete_report, pretrained, stratified
 
 
@@ -43,9 +43,9 @@ def test_sparsity_counts_exact_zeros_of_kernels_only() -> None:
 
 
 def test_the_drawn_digits_are_digits_to_the_base_and_the_same_each_time() -> None:
-    images, labels = drawn_digits(200, seed=3)
+    images, labels = synthetic_digits(200, seed=3)
     assert evaluate.accuracy(serve(pretrained()[0]).logits(images), labels) > 0.95
-    np.testing.assert_array_equal(images, drawn_digits(200, seed=3)[0])
+    np.testing.assert_array_equal(images, synthetic_digits(200, seed=3)[0])
     assert (images.min(), images.max() <= 1) == (0, True)
 
 
@@ -100,7 +100,7 @@ def test_every_number_can_be_recomputed_from_the_saved_model(place: Place) -> No
     again = list(report.robustness(lambda: serve(params), split, 0.05))[-1]
     assert again is not None
     assert card["robustness"]["curve"] == again["curve"]
-    drawn, digits = drawn_digits(500, 0)
+    drawn, digits = synthetic_digits(500, 0)
     assert card["forgetting"]["accuracy"] == evaluate.accuracy(served(drawn), digits)
     assert card["parameters"]["total"] == sum(value.size for value in params.values())
     assert set(card["cost"]["seconds"]) == {"validating", "training", "evaluating", "exporting", "publishing"}
@@ -146,7 +146,7 @@ def test_the_curve_falls_and_the_worst_case_is_below_every_attack(place: Place) 
 
 def test_forgetting_of_another_task_asks_the_bases_classifier(place: Place) -> None:
     base, _ = pretrained()
-    drawn, digits = drawn_digits(100, 0)
+    drawn, digits = synthetic_digits(100, 0)
     sample = Split(tf.constant(drawn), digits)
     fresh = base | {f"{HEAD}/kernel": np.zeros((84, 3), np.float32), f"{HEAD}/bias": np.zeros(3, np.float32)}
     same = report.forgetting(fresh, base, sample, same_classes=False)

@@ -76,7 +76,7 @@ class Job:
     cancel_requested: bool
 
 
-class NotMine(Exception):
+class LeaseLost(Exception):
     """The job was taken from this worker: cancelled, or given to another that it seemed to have died."""
 
 
@@ -168,13 +168,13 @@ class Jobs:
         """Write values of a running job.
 
         Raises:
-            NotMine: the job no longer runs in the name of the worker that claimed it, or shall be cancelled.
+            LeaseLost: the job no longer runs in the name of the worker that claimed it, or shall be cancelled.
         """
         mine = (jobs.c.id == job.id) & (jobs.c.worker == job.worker) & (jobs.c.attempts == job.attempts)
         with self._engine.begin() as connection:
             update = jobs.update().where(mine, jobs.c.status == "running", ~jobs.c.cancel_requested)
             if not connection.execute(update.values(**values)).rowcount:
-                raise NotMine(job.id)
+                raise LeaseLost(job.id)
 
     def finish(self, job: Job, status: Status, **values: Any) -> None:
         """The end of a running job, unless it has been taken away."""
@@ -214,7 +214,7 @@ class Jobs:
         with self._engine.begin() as connection:
             connection.execute(jobs.update().where(jobs.c.id == job.id).values(report_status=report_status))
 
-    def put_back(self, job: Job) -> None:
+    def requeue(self, job: Job) -> None:
         """Queue a running job anew: its worker stops."""
         with self._engine.begin() as connection:
             mine = (jobs.c.id == job.id) & (jobs.c.worker == job.worker) & (jobs.c.status == "running")
@@ -224,7 +224,7 @@ class Jobs:
                 )
             )  # fmt: skip
 
-    def sign_of_life(self, worker: str, state: str) -> None:
+    def heartbeat(self, worker: str, state: str) -> None:
         """`worker` lives and is `state`."""
         with self._engine.begin() as connection:
             values = {"state": state, "seen_at": time.time()}
@@ -246,7 +246,7 @@ class Jobs:
         """Queue the jobs of dead workers anew, cancel those that were to be, and fail those that keep killing.
 
         Returns:
-            The jobs that are finished by this, for their leavings to be cleared.
+            The jobs that are finished by this, for their leftovers to be cleared.
         """
         with self._engine.begin() as connection:
             connection.execute(workers.delete().where(workers.c.seen_at < time.time() - LOST_AFTER_S))

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from serving.client import ModelServer
-from serving.publishing import Probe, alone, publish, seal, withdraw
+from serving.publishing import Probe, file_lock, publish, seal, withdraw
 from serving.registry import BASE, Registry, Version
 from store.errors import DeviceUnavailable, UnknownModel
 from store.settings import Settings
@@ -25,7 +25,7 @@ from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job, Jobs
 from trainer.lenet import Arrays
 from trainer.spec import Spec, described
-from trainer.synthetic_digits import drawn_digits
+from trainer.synthetic_digits import synthetic_digits
 
 PENALTIES = {"l1": 0.0, "l2": 0.0, "l2_sp": 0.0}  # in the progress of every job
 PROBE_IMAGES = 16
@@ -69,10 +69,10 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
 
     Raises:
         TemperError: why it failed; nothing of it is served or left on disk.
-        NotMine: it was cancelled or given to another worker.
+        LeaseLost: it was cancelled or given to another worker.
     """
     staged = settings.staging / job.id
-    clear_leavings(job, settings=settings, registry=registry, servers=servers)
+    clear_leftovers(job, settings=settings, registry=registry, servers=servers)
     live = [version for version in registry.of_job(job.id) if version.live]
     if live:  # a worker died between making it live and saying so
         jobs.finish(job, "succeeded", version=live[0].version, report_status="quick")
@@ -124,7 +124,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def clear_leavings(job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
+def clear_leftovers(job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
     """Remove what an earlier attempt at a job may have left half-done."""
     shutil.rmtree(settings.staging / job.id, ignore_errors=True)
     for version in registry.of_job(job.id):
@@ -168,7 +168,7 @@ def _forgetting(
     except UnknownModel:  # removed since
         return None
     if version.model == BASE:
-        source, (images, labels) = "drawn digits", drawn_digits(FORGETTING_IMAGES, seed=0)
+        source, (images, labels) = "synthetic digits", synthetic_digits(FORGETTING_IMAGES, seed=0)
         sample = Split(tf.constant(images), labels)
     else:
         spec = Spec.model_validate_json(json.dumps(version.manifest["spec"]))
@@ -291,7 +291,7 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
     Raises:
         ModelServerUnavailable: nothing was done.
     """
-    with alone(settings, "base"):
+    with file_lock(settings, "base"):
         if registry.has_live(BASE):
             return
         for server in servers:

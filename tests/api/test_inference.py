@@ -12,9 +12,10 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from api.inference import batcher as predicting
-from api.inference.batcher import CALLS, MAX_BATCH, MAX_WAITING, MicroBatcher, Routes
-from api.inference.server_pool import Targets
+from api.inference import router
+from api.inference.batcher import CALLS, MAX_BATCH, MAX_WAITING, MicroBatcher
+from api.inference.router import Router
+from api.inference.server_pool import ServerPool
 from serving.pb import model_server_pb2 as pb
 from serving.registry import Label, Route
 from store.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded
@@ -82,22 +83,22 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def with_servers(count: int, test: Callable[[list[Held], Targets, MicroBatcher], Awaitable[None]]) -> None:
+def with_servers(count: int, test: Callable[[list[Held], ServerPool, MicroBatcher], Awaitable[None]]) -> None:
     async def main() -> None:
         servers = [Held() for _ in range(count)]
         async with contextlib.AsyncExitStack() as stack:
             for server in servers:
                 await stack.enter_async_context(server.running())
-            targets = await stack.enter_async_context(Targets([server.address for server in servers]))
-            for target in targets.all:
+            pool = await stack.enter_async_context(ServerPool([server.address for server in servers]))
+            for target in pool.all:
                 target.up = True
-            await test(servers, targets, MicroBatcher(targets))
+            await test(servers, pool, MicroBatcher(pool))
 
     asyncio.run(main())
 
 
 def test_requests_that_come_while_calls_are_under_way_share_the_next_one() -> None:
-    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
         asked = [asyncio.create_task(batcher.predict("m", 1, image(number), 20)) for number in range(50)]
         await until(lambda: len(server.calls) == 1)
@@ -112,7 +113,7 @@ def test_requests_that_come_while_calls_are_under_way_share_the_next_one() -> No
 
 
 def test_a_batch_is_of_one_version_and_one_signature_and_not_too_large() -> None:
-    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
         pixels = np.ones((1, 784), np.uint8)
         asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(2 * MAX_BATCH)]
@@ -128,7 +129,7 @@ def test_a_batch_is_of_one_version_and_one_signature_and_not_too_large() -> None
 
 
 def test_what_is_in_flight_is_bounded_and_versions_take_turns() -> None:
-    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
         crowd = [asyncio.create_task(batcher.predict("crowd", 1, image(1), 20)) for _ in range(500)]
         await until(lambda: len(server.calls) == 1)
@@ -145,7 +146,7 @@ def test_what_is_in_flight_is_bounded_and_versions_take_turns() -> None:
 
 
 def test_a_large_request_does_not_hold_up_small_ones() -> None:
-    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
         large = asyncio.create_task(batcher.predict("m", 1, np.zeros((1000, 28, 28, 1), np.float32), 20))
         small = asyncio.create_task(batcher.predict("m", 1, image(1), 20))
@@ -158,7 +159,7 @@ def test_a_large_request_does_not_hold_up_small_ones() -> None:
 
 
 def test_a_request_whose_time_is_up_is_not_sent() -> None:
-    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
         first = asyncio.create_task(batcher.predict("m", 1, image(1), 20))
         await until(lambda: len(server.calls) == 1)
@@ -175,7 +176,7 @@ def test_a_request_whose_time_is_up_is_not_sent() -> None:
 
 
 def test_when_too_many_wait_more_are_refused_but_not_those_for_another_version() -> None:
-    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
         many = np.zeros((MAX_BATCH, 28, 28, 1), np.float32)
         asked = [asyncio.create_task(batcher.predict("m", 1, many, 20)) for _ in range(2 + MAX_WAITING // MAX_BATCH)]
@@ -191,7 +192,7 @@ def test_when_too_many_wait_more_are_refused_but_not_those_for_another_version()
 
 
 def test_calls_go_to_the_server_with_the_least_in_flight() -> None:
-    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(2)]
         await until(lambda: all(len(server.calls) == 1 for server in servers))
         for server in servers:
@@ -204,14 +205,14 @@ def test_calls_go_to_the_server_with_the_least_in_flight() -> None:
 @pytest.mark.parametrize("refuse", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND,
                                     grpc.StatusCode.RESOURCE_EXHAUSTED])  # fmt: skip
 def test_what_one_server_cannot_do_another_does(refuse: grpc.StatusCode) -> None:
-    async def test(servers: list[Held], targets: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], pool: ServerPool, batcher: MicroBatcher) -> None:
         bad, good = servers
         bad.refuse = refuse
         good.gate.set()
         answers = await asyncio.gather(*(batcher.predict("m", 1, image(1), 20) for _ in range(40)))
         assert len(answers) == 40
         assert bad.calls
-        state = next(target for target in targets.all if target.address == bad.address)
+        state = next(target for target in pool.all if target.address == bad.address)
         assert state.up is (refuse != grpc.StatusCode.UNAVAILABLE)
         assert state.behind
 
@@ -222,10 +223,10 @@ def test_a_server_that_dies_in_the_middle_of_calls_costs_no_request() -> None:
     async def main() -> None:
         survivor, dying = Held(), Held()
         survivor.gate.set()
-        async with survivor.running(), Targets([survivor.address, dying.address]) as targets:
-            for target in targets.all:
+        async with survivor.running(), ServerPool([survivor.address, dying.address]) as pool:
+            for target in pool.all:
                 target.up = True
-            batcher = MicroBatcher(targets)
+            batcher = MicroBatcher(pool)
             async with dying.running():
                 asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(40)]
                 await until(lambda: dying.now > 0)
@@ -235,7 +236,7 @@ def test_a_server_that_dies_in_the_middle_of_calls_costs_no_request() -> None:
 
 
 def test_without_a_server_the_error_says_so_and_a_bad_answer_is_not_retried() -> None:
-    async def test(servers: list[Held], _: Targets, batcher: MicroBatcher) -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         for server in servers:
             server.refuse = grpc.StatusCode.UNAVAILABLE
         with pytest.raises(ModelServerUnavailable, match="cannot be reached"):
@@ -251,18 +252,18 @@ def test_without_a_server_the_error_says_so_and_a_bad_answer_is_not_retried() ->
 def test_a_share_of_the_traffic_follows_the_canary_and_a_key_sticks() -> None:
     labels = {"stable": Label(1), "canary": Label(2, 0.3), "other": Label(3, 0.2)}
     route = Route({1: ("a",), 2: ("a",), 3: ("a",)}, labels)
-    drawn = Counter(predicting._drawn("m", route, b"user-%d" % number) for number in range(5000))
-    again = Counter(predicting._drawn("m", route, b"user-%d" % number) for number in range(5000))
+    drawn = Counter(router._drawn("m", route, b"user-%d" % number) for number in range(5000))
+    again = Counter(router._drawn("m", route, b"user-%d" % number) for number in range(5000))
     assert drawn == again
     assert abs(drawn["canary"] / 5000 - 0.3) < 0.03
     assert abs(drawn["other"] / 5000 - 0.2) < 0.03
-    free = Counter(predicting._drawn("m", route, None) for _ in range(5000))
+    free = Counter(router._drawn("m", route, None) for _ in range(5000))
     assert abs(free["canary"] / 5000 - 0.3) < 0.05
-    assert predicting._drawn("m", Route({1: ("a",)}, {"stable": Label(1), "canary": Label(1)}), None) == "stable"
+    assert router._drawn("m", Route({1: ("a",)}, {"stable": Label(1), "canary": Label(1)}), None) == "stable"
 
 
 def test_a_version_or_label_that_is_named_is_never_drawn() -> None:
-    class Fixed(Routes):
+    class Fixed(Router):
         def __init__(self) -> None:
             self._routes = {"m": Route({1: ("a",), 2: ("b",)}, {"stable": Label(1), "canary": Label(2, 1.0)})}
 
