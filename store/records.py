@@ -1,0 +1,255 @@
+"""Records that several processes share: what a worker writes, the store keeps and the gateway shows.
+
+They are frozen, and read leniently: a record of another release keeps its unknown fields, and loses those whose value
+does not fit any more. `dump` gives back what was set and nothing else, so a record survives the round trip unchanged.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+log = logging.getLogger("temper.store")
+
+
+class Record(BaseModel):
+    """What all of them share."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Self:
+        """The record in stored JSON, without the fields that this release cannot read."""
+        fields = dict(stored)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as exc:
+            unreadable = {str(error["loc"][0]) for error in exc.errors()}
+        log.warning("%s: cannot read %s", cls.__name__, ", ".join(sorted(unreadable)))
+        return cls.model_validate({name: value for name, value in fields.items() if name not in unreadable})
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON: the fields that were set, and the unknown ones."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class InputForm(Record):
+    """The images that a version takes: grey, `height` by `width` pixels."""
+
+    height: int = 28
+    width: int = 28
+    channels: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of one image."""
+        return self.height, self.width, self.channels
+
+    @property
+    def pixels(self) -> int:
+        """Numbers of one image."""
+        return self.height * self.width * self.channels
+
+
+GREY_28 = InputForm()  # the only form today
+
+
+class DatasetCard(Record):
+    """A prepared data set. `id` is the SHA-256 of its content."""
+
+    id: str = ""
+    filename: str = ""
+    images: int = 0
+    classes: dict[str, int] = Field(default_factory=dict)  # images of each class
+    polarity: str = "light_on_dark"
+    validation: "DatasetCard | None" = None  # uploaded with it, to measure on
+
+
+class Manifest(Record):
+    """What a published version is; also `assets.extra/manifest.json` in its directory."""
+
+    classes: tuple[str, ...] = ()  # in the order of the probabilities
+    polarity: str = "light_on_dark"
+    base: str | None = None  # name:version, None for a pretrained model
+    base_sha256: str | None = None
+    sha256: str = ""  # of the effective parameters
+    spec: dict[str, Any] = Field(default_factory=dict)
+    dataset: DatasetCard | None = None
+    job: str | None = None
+    adapter_bottleneck: int = 0  # units; 0 without adapters
+    input: InputForm = GREY_28
+
+
+class Epoch(Record):
+    """One epoch of a run. Losses are means over its steps, in nats; a term that does not take part is absent."""
+
+    epoch: int = 0
+    data_loss: float | None = None
+    adversarial_loss: float | None = None
+    l1: float | None = None
+    l2: float | None = None
+    l2_sp: float | None = None
+    validation_accuracy: float | None = None
+    validation_cross_entropy: float | None = None
+    validation_accuracy_under_pgd: float | None = None
+    validation_accuracy_under_fgsm: float | None = None
+
+
+class Progress(Epoch):
+    """How far a job is: its last epoch, and when each step of the publication was done (Unix seconds)."""
+
+    epochs: int | None = None
+    fold: int | None = None
+    folds: int | None = None
+    publishing: dict[str, float] = Field(default_factory=dict)
+
+
+class Score(Record):
+    """Accuracy on `images` images, with its 95% interval (Wilson 1927), and cross-entropy in nats."""
+
+    images: int = 0
+    accuracy: float = 0.0
+    accuracy_interval: tuple[float, float] = (0.0, 1.0)
+    cross_entropy: float = 0.0
+
+
+class Validation(Score):
+    """The score on held-out images, by class."""
+
+    classification_report: dict[str, Any] = Field(default_factory=dict)
+    confusion_matrix: list[list[int]] = Field(default_factory=list)  # rows are true classes
+
+
+class CrossValidation(Score):
+    """The score on out-of-fold predictions."""
+
+    folds: list[float] = Field(default_factory=list)  # accuracy of each
+
+
+class Gap(Record):
+    """Training minus validation accuracy; validation minus training cross-entropy."""
+
+    accuracy: float = 0.0
+    cross_entropy: float = 0.0
+
+
+class Bin(Record):
+    """Images whose confidence lies in (lower, upper]; their mean confidence and their accuracy, if there are any."""
+
+    lower: float = 0.0
+    upper: float = 1.0
+    images: int = 0
+    confidence: float | None = None
+    accuracy: float | None = None
+
+
+class Calibration(Record):
+    """Expected calibration error (Guo et al. 2017)."""
+
+    expected_calibration_error: float = 0.0
+    bins: list[Bin] = Field(default_factory=list)
+
+
+class AttackedAt(Record):
+    """Accuracy under each attack at one epsilon, and under the worst of them for each image."""
+
+    epsilon: float = 0.0
+    fgsm: float = 0.0
+    pgd: float = 0.0
+    square: float = 0.0
+    worst: float = 0.0
+
+
+class Robustness(Record):
+    """Accuracy under `attack` before publishing; the curve and the signs of gradient masking follow."""
+
+    attack: str = "fgsm"
+    epsilon: float = 0.0
+    accuracy: float = 0.0
+    images: int | None = None
+    curve: list[AttackedAt] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    gradient_masking: list[str] = Field(default_factory=list)
+    trusted: bool | None = None
+
+
+class RegularizerWarning(Record):
+    """A term that does nothing (`negligible`) or leaves nothing to the data (`dominant`)."""
+
+    term: str = ""
+    kind: str = ""
+    message: str = ""
+
+
+class Regularization(Record):
+    """Value and gradient share of every term, an epoch each, and warnings."""
+
+    epochs: list[dict[str, Any]] = Field(default_factory=list)
+    warnings: list[RegularizerWarning] = Field(default_factory=list)
+
+
+class Sparsity(Record):
+    """Share of exact zeros in the served kernels."""
+
+    zeros: float = 0.0
+    by_layer: dict[str, float] = Field(default_factory=dict)
+    exact_zeros_in: list[str] | None = None  # layers in which L1 promises them
+    shrunk_without_zeros: list[str] | None = None
+
+
+class Parameters(Record):
+    """Numbers that the method trains, of all that are served; size of the delta file."""
+
+    trained: int = 0
+    total: int = 0
+    delta_bytes: int | None = None
+
+
+class Training(Record):
+    """How training went: epochs run, the epoch whose weights are kept, and why it ended."""
+
+    epochs: int = 0
+    kept_epoch: int = 0
+    ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting
+    overfitted_attack_in_epoch: int | None = None
+
+
+class Cost(Record):
+    """What the job took: seconds of each stage, peak memory in bytes."""
+
+    seconds: dict[str, float] = Field(default_factory=dict)
+    images_per_second: int = 0
+    peak_memory_bytes: int = 0
+    peak_gpu_memory_bytes: int | None = None
+
+
+class Forgetting(Record):
+    """Accuracy on the base's own task, before and after."""
+
+    sample: str = ""
+    images: int = 0
+    base: float = 0.0
+    accuracy: float = 0.0
+    lost: float = 0.0
+
+
+class ReportCard(Record):
+    """How good a version is. A pretrained model has a card of other fields, which are kept as they are."""
+
+    warnings: list[str] = Field(default_factory=list)
+    base: dict[str, float] | None = None  # accuracy of what training began with, where it knew the same classes
+    train: Score | None = None
+    validation: Validation | None = None
+    generalization_gap: Gap | None = None
+    calibration: Calibration | None = None
+    robustness: Robustness | None = None
+    regularization: Regularization | None = None
+    sparsity: Sparsity | None = None
+    parameters: Parameters | None = None
+    training: Training | None = None
+    history: list[Epoch] = Field(default_factory=list)
+    cross_validation: CrossValidation | None = None
+    forgetting: Forgetting | None = None
+    device: str | None = None
+    cost: Cost | None = None
