@@ -1,4 +1,7 @@
-"""Tensors as JSON, the way TensorFlow Serving reads and writes them (tensorflow_serving/util/json_tensor.cc)."""
+"""Tensors as JSON, the way TensorFlow Serving reads and writes them (tensorflow_serving/util/json_tensor.cc).
+
+Every message is TensorFlow Serving's, word for word.
+"""
 
 import base64
 import binascii
@@ -11,28 +14,31 @@ import grpc
 import numpy as np
 from tensorflow.core.framework import types_pb2
 
+from serving.embedded.rapid_json import ParseError
 from serving.embedded.servable import Refused, invalid
 from serving.embedded.tensors import KINDS, dtype_of, type_name
 
-SHOWN_BYTES = 256  # after which a value in an error message ends
-INT_BITS = {  # what is accepted; it is cast to a smaller type as in C++
+SHOWN_BYTES = 256  # where a value quoted in an error message is cut
+INT_RANGES = {  # accepted values, [low, high); small types are then cast as in C++
     types_pb2.DT_INT32: (-(1 << 31), 1 << 31), types_pb2.DT_INT16: (-(1 << 31), 1 << 31),
     types_pb2.DT_INT8: (-(1 << 31), 1 << 31), types_pb2.DT_UINT8: (-(1 << 31), 1 << 31),
     types_pb2.DT_INT64: (-(1 << 63), 1 << 63), types_pb2.DT_UINT32: (0, 1 << 32), types_pb2.DT_UINT64: (0, 1 << 64),
 }  # fmt: skip
-DIGITS = {types_pb2.DT_FLOAT: 24, types_pb2.DT_DOUBLE: 53}  # of the mantissa
+FLOATS = (types_pb2.DT_FLOAT, types_pb2.DT_DOUBLE)
+INT64 = range(-(1 << 63), 1 << 63)
 TYPES = {dict: "Object", list: "Array", str: "String", int: "Number", float: "Number", type(None): "Null"}
 
 
 def arrays_of(value: Any, inputs: Mapping[str, int], *, by_row: bool) -> dict[str, np.ndarray]:
-    """Arrays by name of input, from the value of `instances` (by row) or of `inputs`.
+    """Arrays by input name, from the value of `instances` (by row) or of `inputs`.
 
     Args:
-        value: parsed JSON; `instances` is a list that is not empty.
-        inputs: TensorFlow type of each input of the signature.
+        value: parsed JSON; `instances` is a non-empty list.
+        inputs: TensorFlow dtype of each input of the signature.
 
     Raises:
-        Refused: INVALID_ARGUMENT, in the real server's words.
+        Refused: INVALID_ARGUMENT.
+        ParseError: a number is too big for a double.
     """
     if by_row:
         return _by_row(value, inputs)
@@ -102,8 +108,8 @@ def _is_named(value: Any) -> bool:
 
 
 def _dense(value: Any, dtype: int) -> np.ndarray:
-    """The array of nested lists, whose first elements say the shape."""
-    if dtype not in (*INT_BITS, *DIGITS, types_pb2.DT_STRING, types_pb2.DT_BOOL):
+    """The array in nested lists. The first element at each level sets the shape."""
+    if dtype not in (*INT_RANGES, *FLOATS, types_pb2.DT_STRING, types_pb2.DT_BOOL):
         raise Refused(
             grpc.StatusCode.UNIMPLEMENTED, f"Conversion of JSON Value: {shown(value)} to type: {type_name(dtype)}"
         )
@@ -114,20 +120,18 @@ def _dense(value: Any, dtype: int) -> np.ndarray:
             break
         inner = inner[0]
     leaves: list[Any] = []
-    plain = {float, int} if dtype in DIGITS else set()
+    plain = {float, int} if dtype in FLOATS else set()
     _fill(value, 0, shape, dtype, plain, leaves)
     kind = KINDS[dtype]
     if kind.hasobject:
         return np.array([*leaves, None], object)[:-1].reshape(shape)
-    if dtype in DIGITS:
+    if dtype in FLOATS:
         try:
             numbers = np.array(leaves, np.float64)
-        except OverflowError:  # of an integer, which is refused below
-            numbers = np.array(math.inf)
-        if (np.abs(numbers) >= 1 << DIGITS[dtype]).any():
-            for leaf in leaves:
-                _check_lossless(leaf, dtype)
-        return numbers.astype(kind).reshape(shape)
+        except OverflowError as exc:  # an integer of 309 digits or more: the parser should have refused it
+            raise ParseError("Number too big to be stored in double.", 0) from exc
+        with np.errstate(over="ignore"):  # beyond the largest float32 is infinity
+            return numbers.astype(kind).reshape(shape)
     if dtype == types_pb2.DT_UINT64:
         return np.array(leaves, np.uint64).reshape(shape)
     return np.array(leaves, bool if dtype == types_pb2.DT_BOOL else np.int64).astype(kind).reshape(shape)
@@ -167,14 +171,16 @@ def _leaf(value: Any, dtype: int) -> Any:
     elif dtype == types_pb2.DT_BOOL:
         if isinstance(value, bool):
             return value
-    elif dtype in DIGITS:
+    elif dtype in FLOATS:
         if type(value) in (int, float):
-            _check_lossless(value, dtype)
             return value
-    elif type(value) is int and INT_BITS[dtype][0] <= value < INT_BITS[dtype][1]:
+    elif type(value) is int and INT_RANGES[dtype][0] <= value < INT_RANGES[dtype][1]:
         return value
-    kind = str(value) if isinstance(value, bool) else TYPES[type(value)]
-    raise invalid(f"JSON Value: {shown(value)} Type: {kind} is not of expected type: {type_name(dtype)}")
+    raise invalid(f"JSON Value: {shown(value)} Type: {_type(value)} is not of expected type: {type_name(dtype)}")
+
+
+def _type(value: Any) -> str:
+    return str(value) if isinstance(value, bool) else TYPES[type(value)]
 
 
 def _from_base64(value: dict[str, Any]) -> bytes:
@@ -187,18 +193,55 @@ def _from_base64(value: dict[str, Any]) -> bytes:
         raise invalid("Unable to base64 decode") from exc
 
 
-def _check_lossless(value: float, dtype: int) -> None:
-    """Refuse an integer that the type may round, and a number that is beyond its largest."""
-    lost = abs(value) >= 1 << DIGITS[dtype] if isinstance(value, int) else (
-        math.isfinite(value) and abs(value) > float(np.finfo(KINDS[dtype]).max)
-    )  # fmt: skip
-    if lost:
-        kind = type_name(dtype)
-        raise invalid(f"Cannot convert JSON value: {shown(value)} to {kind} without loss of precision.")
+def check_examples(document: Mapping[str, Any]) -> None:
+    """Check the body of classify and regress as far as it can be without a model.
+
+    Raises:
+        Refused: INVALID_ARGUMENT.
+    """
+    if "context" in document:
+        _check_example(document["context"])
+    if "examples" not in document:
+        problem = "When method is classify, key 'examples' is expected and was not found"
+    elif not isinstance(document["examples"], list):
+        problem = "Expecting 'examples' value to be an list/array"
+    elif not document["examples"]:
+        problem = "'examples' value is an empty array"
+    else:
+        for example in document["examples"]:
+            _check_example(example)
+        return
+    raise invalid(f"JSON Value: {shown(document)} {problem}")
+
+
+def _check_example(example: Any) -> None:
+    if not isinstance(example, dict):
+        raise invalid(f"Example must be JSON object but got JSON {_type(example)}")
+    for name, feature in example.items():
+        expected = ""
+        for value in feature if isinstance(feature, list) else [feature]:
+            kind = _feature_kind(name, value)
+            if expected and kind != expected:
+                raise invalid(f"Unexpected element type in feature: {name} expecting type: {expected}")
+            if kind == "int64" and value not in INT64:
+                raise invalid(f"Feature: {name} has uint64 element. Only int64 is supported.")
+            if isinstance(value, dict):
+                _from_base64(value)
+            expected = kind
+
+
+def _feature_kind(name: str, value: Any) -> str:
+    if isinstance(value, int):  # a boolean counts as 0 or 1
+        return "int64"
+    if isinstance(value, float):
+        return "float"
+    if isinstance(value, str) or _is_base64(value):
+        return "bytes"
+    raise invalid(f"Feature: {name} has element with unexpected JSON type: {_type(value)}")
 
 
 def shown(value: Any) -> str:
-    """A value in an error message, ending with the token that fills it up."""
+    """A value as error messages quote it: cut after the token that reaches SHOWN_BYTES."""
     text = ""
     for token in _tokens(value, 1):
         text += token
@@ -229,15 +272,15 @@ def _tokens(value: Any, level: int) -> Iterator[str]:
 
 
 def listing(key: str, value: str) -> str:
-    """The body of an answer."""
+    """A response body: an object with one key, around JSON text."""
     return f'{{\n    "{key}": {value}\n}}'
 
 
 def rows(outputs: Mapping[str, np.ndarray]) -> str:
-    """Outputs by row: a list of values, or of objects where there are several outputs.
+    """Outputs by row as JSON text: a list of values, or of objects where there are several outputs.
 
     Raises:
-        Refused: INVALID_ARGUMENT, an output has no rows, or another number of them.
+        Refused: INVALID_ARGUMENT, because an output is a scalar or the outputs differ in their number of rows.
     """
     size = -1
     for name, array in outputs.items():
@@ -260,7 +303,7 @@ def rows(outputs: Mapping[str, np.ndarray]) -> str:
 
 
 def columns(outputs: Mapping[str, np.ndarray]) -> str:
-    """Outputs whole: the one there is, or an object."""
+    """Outputs by column as JSON text: the only output, or an object of all."""
     texts = {name: _texts(name, array) for name, array in outputs.items()}
     if len(texts) == 1:
         return "".join(_block(text, 2) for text in texts.values())
@@ -270,7 +313,7 @@ def columns(outputs: Mapping[str, np.ndarray]) -> str:
 
 
 def _texts(name: str, array: np.ndarray) -> Any:
-    """The array as nested lists of printed values."""
+    """The array as nested lists of JSON texts."""
     if array.dtype == object:
         if name.endswith("_bytes"):
             texts = [f'{{"b64": "{base64.b64encode(item).decode()}"}}' for item in array.ravel()]
@@ -289,7 +332,7 @@ def _texts(name: str, array: np.ndarray) -> Any:
 
 
 def _decimals(array: np.ndarray) -> list[str]:
-    """Six digits where they say the number exactly, else all that it needs: 9 of a float, 17 of a double."""
+    """Six significant digits where those round-trip, else the full precision: 9 for a float, 17 for a double."""
     wide = array.dtype == np.float64
     values = array.astype(np.float64 if wide else np.float32).ravel()
     short = [f"{value:.6g}" for value in values.tolist()]

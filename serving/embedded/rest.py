@@ -1,6 +1,6 @@
-"""TensorFlow Serving's REST API over the same models: a plain ASGI application.
+"""TensorFlow Serving's REST API over the same models, as a plain ASGI application.
 
-Messages and layout are those of TensorFlow Serving 2.20, down to its odd ones.
+Status codes, messages and layout are those of TensorFlow Serving 2.20, oddities included.
 """
 
 import asyncio
@@ -17,8 +17,9 @@ import uvicorn
 from google.protobuf import json_format
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
-from serving.embedded.json_tensors import arrays_of, columns, listing, rows, shown
+from serving.embedded.json_tensors import arrays_of, check_examples, columns, listing, rows, shown
 from serving.embedded.model_manager import Models
+from serving.embedded.rapid_json import ParseError, parse
 from serving.embedded.servable import DEFAULT_SIGNATURE, Refused, invalid, status_of
 from serving.embedded.server import metadata, refuse_examples, status
 
@@ -28,7 +29,9 @@ PREDICT = re.compile(
 STATUS = re.compile(
     r"/v1/models(?:/([^/:]+))?(?:/versions/(\d+)|/labels/([^/:]+))?(?:/(metadata))?", re.IGNORECASE | re.ASCII
 )
-NOT_FOUND = b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n</BODY></HTML>\n"
+PAGE = "<HTML><HEAD>\n<TITLE>{0} {1}</TITLE>\n</HEAD><BODY>\n<H1>{1}</H1>\n</BODY></HTML>\n"
+MAX_VERSION_DIGITS = 19  # of 2^63 - 1
+METHODS = ("GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS")
 JSON = "application/json"
 HTTP = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -45,34 +48,28 @@ HTTP = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
-PARSE_ERRORS = {  # json's words: RapidJSON's
-    "Expecting value": "Invalid value.",
-    "Extra data": "The document root must not be followed by other values.",
-    "Expecting property name enclosed in double quotes": "Missing a name for object member.",
-    "Illegal trailing comma before end of object": "Missing a name for object member.",
-    "Expecting ':' delimiter": "Missing a colon after a name of object member.",
-    "Unterminated string starting at": "Missing a closing quotation mark in string.",
-}
 
 
 class _Empty(Exception):
-    """A version that is no number of 64 bits is answered by 400 and nothing."""
+    """The version does not fit into 64 bits. The real server answers 400 without a body."""
 
 
 def create_app(models: Models) -> Callable[..., Awaitable[None]]:
-    """The application: status, metadata and predict, refusals for the rest."""
+    """The application. It serves status, metadata and predict, and refuses the rest."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         method, path = scope["method"], scope["path"]
         body = await _body(receive)
+        if method not in METHODS:
+            return await _send_page(send, 501, "Not Implemented")
         if method == "OPTIONS":
             return await _send(send, 400, b"", "text/html; charset=ISO-8859-1")
         if not path.lower().startswith("/v1/"):
-            return await _send(send, 404, NOT_FOUND, "text/html", ((b"connection", b"close"),))
+            return await _send_page(send, 404, "Not Found")
         if query := scope["query_string"].decode("latin-1"):
             path = f"{path}?{query}"
         if any(name == b"content-encoding" and b"gzip" in value.lower() for name, value in scope["headers"]):
-            body = b""  # what the real server makes of it
+            body = b""  # the real server cannot decompress, and sees no body
         code, text = await asyncio.to_thread(_answer, models, method, path, body)
         return await _send(send, code, text, JSON, head=method == "HEAD")
 
@@ -86,6 +83,10 @@ async def _body(receive: Any) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+async def _send_page(send: Any, code: int, phrase: str) -> None:
+    await _send(send, code, PAGE.format(code, phrase).encode(), "text/html", ((b"connection", b"close"),))
 
 
 async def _send(
@@ -106,6 +107,10 @@ def _answer(models: Models, method: str, path: str, body: bytes) -> tuple[int, b
         return HTTP.get(exc.code, 500), _error(exc.message)
     except tf.errors.OpError as exc:
         return HTTP.get(status_of(exc), 500), _error(exc.message)
+    except ParseError as exc:
+        return 400, _error(f"JSON Parse error: {exc.message} at offset: {exc.offset}")
+    except RecursionError:  # from the parser, or from what walks the parsed lists
+        return 400, _error("JSON Parse error: The document is nested too deeply.")
     return 200, text.encode("utf-8", "surrogateescape")
 
 
@@ -121,9 +126,9 @@ def _called(models: Models, method: str, path: str, body: bytes) -> str:
                 return _predict(models, spec, body)
             case "classify" | "regress" as verb:
                 document = _parsed(body)
-                if not document.get("examples"):
-                    raise invalid("When method is classify, key 'examples' is expected and was not found")
-                refuse_examples(models, spec, {"classify": "classification", "regress": "regression"}[verb])
+                spec.signature_name = _signature(document)
+                check_examples(document)
+                refuse_examples(models, spec, verb)
     if method == "GET" and (match := STATUS.fullmatch(path)):
         name, number, label, what = match.groups()
         if not name:
@@ -131,7 +136,7 @@ def _called(models: Models, method: str, path: str, body: bytes) -> str:
         spec = _spec(name, number, label)
         if what:
             return _metadata(metadata(models, spec))
-        # A label is ignored here, as over gRPC.
+        # The real server ignores a label here, over gRPC too.
         return _printed(status(models, name, spec.version.value if number else None)) + "\n"
     raise invalid(f"Malformed request: {method} {path}")
 
@@ -139,51 +144,40 @@ def _called(models: Models, method: str, path: str, body: bytes) -> str:
 def _spec(name: str, number: str | None, label: str | None) -> Any:
     spec = model_pb2.ModelSpec(name=name)
     if number is not None:
-        if int(number) >= 1 << 63:
+        digits = number.lstrip("0") or "0"
+        # int() itself refuses thousands of digits.
+        if len(digits) > MAX_VERSION_DIGITS or int(digits) >= 1 << 63:
             raise _Empty
-        spec.version.value = int(number)
+        spec.version.value = int(digits)
     elif label is not None:
         spec.version_label = label
     return spec
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; bare NaN and Infinity are numbers."""
+    """The JSON object in a body."""
     if not body:
         raise invalid("JSON Parse error: The document is empty")
-    try:
-        document = json.loads(body.decode("utf-8", "surrogateescape"))
-    except json.JSONDecodeError as exc:
-        raise invalid(f"JSON Parse error: {_parse_error(exc)} at offset: {exc.pos}") from exc
-    except ValueError as exc:  # an integer of thousands of digits
-        raise invalid("JSON Parse error: Number too big to be stored in double. at offset: 0") from exc
-    except RecursionError as exc:
-        raise invalid("JSON Parse error: Terminate parsing due to Handler error. at offset: 0") from exc
+    document = parse(body)
     if not isinstance(document, dict):
         raise invalid(f"JSON Value: {shown(document)} Is not object")
     return document
 
 
-def _parse_error(exc: json.JSONDecodeError) -> str:
-    if exc.msg == "Expecting ',' delimiter":
-        try:
-            json.loads(exc.doc[: exc.pos] + "]")
-        except json.JSONDecodeError as other:
-            if other.pos <= exc.pos and other.msg == exc.msg:
-                return "Missing a comma or } after an object member."
-        return "Missing a comma or ] after an array element."
-    return PARSE_ERRORS.get(exc.msg, "Invalid value.")
+def _signature(document: dict[str, Any]) -> str:
+    """The signature's name, or "" for the default one."""
+    name = document.get("signature_name", "")
+    if not isinstance(name, str):
+        raise invalid(
+            f"JSON Value: {shown(document)} not formatted correctly. 'signature_name' key must be a string value."
+        )
+    return name
 
 
 def _predict(models: Models, spec: Any, body: bytes) -> str:
     document = _parsed(body)
-    key = document.get("signature_name", "")
-    if not isinstance(key, str):
-        raise invalid(
-            f"JSON Value: {shown(document)} not formatted correctly. 'signature_name' key must be a string value."
-        )
+    key = _signature(document) or DEFAULT_SIGNATURE
     _, servable = models.find(spec)
-    key = key or DEFAULT_SIGNATURE
     try:
         inputs = {known.name: known.dtype for known in servable.inputs(key)}
     except Refused as exc:
@@ -225,10 +219,11 @@ def _metadata(response: Any) -> str:
 
 
 def listening(address: str) -> socket.socket:
-    """A socket that listens at host:port.
+    """A socket that listens on `host:port`.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address is taken, or not ours.
+        ValueError: the port is not a number.
     """
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -236,7 +231,7 @@ def listening(address: str) -> socket.socket:
 
 
 def start(listener: socket.socket, models: Models) -> tuple[uvicorn.Server, threading.Thread]:
-    """Serve in a thread until the server's `should_exit` is set."""
+    """Serve in a thread of its own until `should_exit` of the returned server is set."""
     config = uvicorn.Config(create_app(models), log_config=None, access_log=False, lifespan="off")
     config.server_header = config.date_header = False
     config.timeout_graceful_shutdown = 5

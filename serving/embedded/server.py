@@ -1,13 +1,13 @@
 """The embedded model server: TensorFlow Serving's gRPC protocol over SavedModels on disk, on the CPU.
 
-Status codes and messages are those of TensorFlow Serving 2.20. Where it differs on purpose, mostly because the real
-one harms itself, tests/contract/differences.py says so.
+Status codes and messages are those of TensorFlow Serving 2.20. tests/contract/differences.py lists where it differs
+on purpose, mostly where the real server harms itself.
 """
 
 import threading
 from collections.abc import Callable
 from concurrent import futures
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import tensorflow as tf
@@ -16,8 +16,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
+    inference_pb2,
     model_management_pb2,
-    model_pb2,
     model_service_pb2_grpc,
     predict_pb2,
     prediction_service_pb2_grpc,
@@ -28,11 +28,12 @@ from serving.embedded.servable import DEFAULT_SIGNATURE, Refused, invalid, statu
 from serving.embedded.tensors import decoded, encode
 
 THREADS = 8
+KINDS = {"classify": "classification", "regress": "regression"}
 SERVICES = ("", "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService")
 
 
 def _guarded(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any, grpc.ServicerContext], Any]:
-    """A service method that ends with the status of what it raises."""
+    """A service method that turns what `call` raises into the status of the RPC."""
 
     def method(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
         try:
@@ -46,14 +47,14 @@ def _guarded(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any, grpc.Servic
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):  # type: ignore[misc]
-    """Predict and GetModelMetadata; the others are refused, for want of signatures for them."""
+    """Predict and GetModelMetadata. The other calls take tf.Examples, which no signature of ours accepts."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
 
     @_guarded
     def Predict(self, request: Any) -> Any:  # noqa: N802
-        """Run one signature of one version."""
+        """Run one signature of one model version."""
         if not request.HasField("model_spec"):
             raise invalid("Missing ModelSpec")
         version, servable = self._models.find(request.model_spec)
@@ -74,7 +75,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
 
     @_guarded
     def GetModelMetadata(self, request: Any) -> Any:  # noqa: N802
-        """The signatures of one version."""
+        """The signatures of one model version."""
         if not request.HasField("model_spec"):
             raise invalid("Missing ModelSpec")
         if not request.metadata_field:
@@ -86,19 +87,32 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer): 
 
     @_guarded
     def Classify(self, request: Any) -> Any:  # noqa: N802
-        """Refused: no signature of ours takes examples."""
-        refuse_examples(self._models, request.model_spec, "classification")
+        """Always refused."""
+        self._refuse(request, "classify")
 
     @_guarded
     def Regress(self, request: Any) -> Any:  # noqa: N802
-        """Refused: no signature of ours takes examples."""
-        refuse_examples(self._models, request.model_spec, "regression")
+        """Always refused."""
+        self._refuse(request, "regress")
+
+    def _refuse(self, request: Any, verb: str) -> NoReturn:
+        if not request.HasField("model_spec"):
+            raise invalid("Missing ModelSpec")
+        refuse_examples(self._models, request.model_spec, verb)
 
     @_guarded
     def MultiInference(self, request: Any) -> Any:  # noqa: N802
-        """Refused: no signature of ours takes examples."""
-        spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
-        refuse_examples(self._models, spec, "classification")
+        """Always refused, because of its first task."""
+        task = request.tasks[0] if request.tasks else inference_pb2.InferenceTask()
+        _, servable = self._models.find(task.model_spec)
+        key = task.model_spec.signature_name or DEFAULT_SIGNATURE
+        if key not in servable.signatures:
+            raise invalid(f"Requested signature not found in model graph: {key}")
+        verb = task.method_name.removeprefix("tensorflow/serving/")
+        if verb not in KINDS:
+            unsupported = f"Unsupported signature method_name: {task.method_name}"
+            raise Refused(grpc.StatusCode.UNIMPLEMENTED, unsupported)
+        refuse_examples(self._models, task.model_spec, verb)
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore[misc]
@@ -110,7 +124,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
 
     @_guarded
     def GetModelStatus(self, request: Any) -> Any:  # noqa: N802
-        """State of one or all versions of a model; a label is ignored."""
+        """The state of one or all versions of a model. A label is ignored."""
         if not request.HasField("model_spec"):
             raise invalid("Missing ModelSpec")
         spec = request.model_spec
@@ -118,7 +132,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
 
     @_guarded
     def HandleReloadConfigRequest(self, request: Any) -> Any:  # noqa: N802
-        """Replace the configuration of the server."""
+        """Replace the whole configuration of the server."""
         with self._one_reload:
             self._models.reload(checked(request))
         response = model_management_pb2.ReloadConfigResponse()
@@ -134,7 +148,7 @@ def _name(spec: Any, name: str, version: int) -> None:
 
 
 def status(models: Models, name: str, version: int | None) -> Any:
-    """GetModelStatusResponse about one or all versions of a model."""
+    """The GetModelStatusResponse for one or all versions of a model."""
     response = get_model_status_pb2.GetModelStatusResponse()
     for number, state in models.states(name, version):
         found = response.model_version_status.add(version=number, state=state.state)
@@ -144,7 +158,7 @@ def status(models: Models, name: str, version: int | None) -> Any:
 
 
 def metadata(models: Models, spec: Any) -> Any:
-    """GetModelMetadataResponse with the signatures of one version."""
+    """The GetModelMetadataResponse with the signatures of one model version."""
     version, servable = models.find(spec)
     signatures = get_model_metadata_pb2.SignatureDefMap()
     for key, signature in servable.signatures.items():
@@ -156,22 +170,38 @@ def metadata(models: Models, spec: Any) -> Any:
     return response
 
 
-def refuse_examples(models: Models, spec: Any, kind: str) -> None:
-    """End a call that sends tf.Examples, of kind `classification` or `regression`."""
+def refuse_examples(models: Models, spec: Any, verb: str) -> NoReturn:
+    """Refuse a call that sends tf.Examples, with the first problem that the real server would find.
+
+    Args:
+        verb: `classify` or `regress`.
+    """
     _, servable = models.find(spec)
     key = spec.signature_name or DEFAULT_SIGNATURE
-    servable.inputs(key)
+    if key not in servable.signatures:
+        raise invalid(f"No signature was found with the name: {key}")
     signature = servable.signatures[key]
-    if "inputs" in signature.inputs:
-        raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"This server does no {kind}; call Predict")
-    raise invalid(f"No {kind} inputs found in SignatureDef: {text_format.MessageToString(signature)}")
+    if len(signature.inputs) != 1:
+        raise invalid("Expected one input Tensor.")
+    if verb == "regress" and len(signature.outputs) != 1:
+        raise invalid("Expected one output Tensor.")
+    if len(signature.outputs) not in (1, 2):
+        raise invalid(f"Expected one or two output Tensors, found {len(signature.outputs)}")
+    if "inputs" not in signature.inputs:
+        text = text_format.MessageToString(signature)
+        raise invalid(f"No {KINDS[verb]} inputs found in SignatureDef: {text}")
+    raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"This server does no {KINDS[verb]}. Call Predict.")
 
 
 def start(address: str, models: Models, threads: int = THREADS) -> tuple[grpc.Server, int]:
-    """A running server of these models, and its port.
+    """Start a gRPC server for these models; return it with its port.
+
+    Args:
+        address: `host:port` (port 0 picks a free one) or `unix:/path`, whose port means nothing.
+        threads: calls answered at a time; further ones wait.
 
     Raises:
-        RuntimeError: the address cannot be had.
+        RuntimeError: the address is taken or malformed.
     """
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, thread_name_prefix="grpc"),

@@ -12,6 +12,7 @@ from tensorflow_serving.apis import (
     get_model_status_pb2,
     inference_pb2,
     predict_pb2,
+    regression_pb2,
 )
 
 from tests.contract.conftest import AVAILABLE, IMAGES, Refusal, Server, config, expected, predict_request, refusal
@@ -155,14 +156,40 @@ def test_a_type_is_never_converted(server: Server, served: str, value: np.ndarra
     )
 
 
-def test_examples_are_refused_for_want_of_a_signature(server: Server, served: str) -> None:
-    nothing = inference_pb2.MultiInferenceRequest()
-    assert refusal(server.prediction.MultiInference, nothing) == invalid("ModelSpec has no name specified.")
-    request = classification_pb2.ClassificationRequest()
-    request.model_spec.name = served
-    found = refusal(server.prediction.Classify, request)
-    assert found.code == "INVALID_ARGUMENT"
-    assert found.message.startswith('No classification inputs found in SignatureDef: inputs {\n  key: "image"\n')
+def test_examples_need_a_signature_that_takes_them(server: Server, served: str) -> None:
+    for method, request in (
+        (server.prediction.Classify, classification_pb2.ClassificationRequest()),
+        (server.prediction.Regress, regression_pb2.RegressionRequest()),
+    ):
+        assert refusal(method, request) == invalid("Missing ModelSpec")
+        request.model_spec.name = served
+        request.model_spec.signature_name = "zzz"
+        assert refusal(method, request) == invalid("No signature was found with the name: zzz")
+        request.model_spec.signature_name = ""
+        found = refusal(method, request)
+        assert found.code == "INVALID_ARGUMENT"
+        if method is server.prediction.Regress:
+            assert found.message == "Expected one output Tensor."
+        else:
+            expected = 'No classification inputs found in SignatureDef: inputs {\n  key: "image"\n'
+            assert found.message.startswith(expected)
+
+
+def test_several_inferences_need_signatures_that_take_them(server: Server, served: str) -> None:
+    request = inference_pb2.MultiInferenceRequest()
+    assert refusal(server.prediction.MultiInference, request) == invalid("ModelSpec has no name specified.")
+    task = request.tasks.add(method_name="tensorflow/serving/classify")
+    task.model_spec.name = served
+    found = refusal(server.prediction.MultiInference, request)
+    assert found.message.startswith("No classification inputs found in SignatureDef: ")
+    task.method_name = "tensorflow/serving/regress"
+    assert refusal(server.prediction.MultiInference, request) == invalid("Expected one output Tensor.")
+    task.method_name = "tensorflow/serving/predict"
+    found = refusal(server.prediction.MultiInference, request)
+    assert found == Refusal("UNIMPLEMENTED", "Unsupported signature method_name: tensorflow/serving/predict")
+    task.model_spec.signature_name = "zzz"
+    found = refusal(server.prediction.MultiInference, request)
+    assert found == invalid("Requested signature not found in model graph: zzz")
 
 
 def test_metadata_are_the_signatures(server: Server, served: str) -> None:

@@ -92,6 +92,45 @@ def test_bare_nan_and_infinity_are_numbers(rest: httpx.Client) -> None:
     assert response.text == '{\n    "predictions": [[NaN, Infinity, -Infinity]\n    ]\n}'
 
 
+@pytest.mark.parametrize("spelled", ["Inf", "-Inf", "-NaN", "Infinity"])
+def test_inf_is_short_for_infinity_and_nan_may_have_a_sign(rest: httpx.Client, spelled: str) -> None:
+    body = f'{{"signature_name": "echo_float32", "instances": [[{spelled}]]}}'
+    value = rest.post("/v1/models/mixed:predict", content=body).json()["predictions"][0][0]
+    np.testing.assert_equal(value, float(spelled))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent", "printed"),
+    [
+        ("float32", "2147483648", "2.14748365e+09"),
+        ("float32", "16777217", "16777216.0"),
+        ("float32", "1e39", "Infinity"),
+        ("float32", "18446744073709551615", "1.84467441e+19"),
+        ("float64", "9007199254740993", "9007199254740992.0"),
+    ],
+)
+def test_numbers_beyond_the_precision_of_a_float_are_rounded(
+    rest: httpx.Client, kind: str, sent: str, printed: str
+) -> None:
+    body = f'{{"signature_name": "echo_{kind}", "instances": [{sent}]}}'
+    response = rest.post("/v1/models/mixed:predict", content=body)
+    assert response.text == f'{{\n    "predictions": [{printed}\n    ]\n}}'
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1E+400", "9" * 400, "9" * 5000])
+def test_a_number_that_no_double_holds_is_refused(rest: httpx.Client, number: str) -> None:
+    body = f'{{"signature_name": "echo_float64", "instances": [{number}]}}'
+    found = refused(rest.post("/v1/models/mixed:predict", content=body))
+    assert found.startswith("JSON Parse error: Number too big to be stored in double. at offset: ")
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"", b"} trailing"), (b"", b"\0\0"), (b"\xef\xbb\xbf", b"")])
+def test_a_byte_order_mark_and_trailing_bytes_are_ignored(rest: httpx.Client, before: bytes, after: bytes) -> None:
+    body = before + b'{"signature_name": "echo_float32", "instances": [1.5]}' + after
+    response = rest.post("/v1/models/mixed:predict", content=body)
+    assert (response.status_code, response.json()) == (200, {"predictions": [1.5]})
+
+
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
@@ -133,7 +172,19 @@ def test_several_inputs_are_given_by_name(rest: httpx.Client) -> None:
         ("", "JSON Parse error: The document is empty"),
         ("hello", "JSON Parse error: Invalid value. at offset: 0"),
         ('{"instances": [1,', "JSON Parse error: Invalid value. at offset: 17"),
+        ('{"instances": [1 2]}', "JSON Parse error: Missing a comma or ']' after an array element. at offset: 17"),
+        ('{"instances": [1}', "JSON Parse error: Missing a comma or ']' after an array element. at offset: 16"),
+        ('{"a": 1 "b": 2}', "JSON Parse error: Missing a comma or '}' after an object member. at offset: 8"),
+        ('{"é": 1 "b": 2}', "JSON Parse error: Missing a comma or '}' after an object member. at offset: 9"),
+        ('{"a" 1}', "JSON Parse error: Missing a colon after a name of object member. at offset: 5"),
+        ("{1: 2}", "JSON Parse error: Missing a name for object member. at offset: 1"),
+        ('{"a": [nulx]}', "JSON Parse error: Invalid value. at offset: 10"),
         ("[1]", "JSON Value: [1] Is not object"),
+        (
+            '{"signature_name": 1}',
+            'JSON Value: {\n    "signature_name": 1\n} not formatted correctly. '
+            "'signature_name' key must be a string value.",
+        ),
         ('{"foo": 1}', "Missing 'inputs' or 'instances' key"),
         ('{"instances": 5}', "JSON Value: {\n    \"instances\": 5\n} Expecting 'instances' to be an list/array"),
         ('{"instances": []}', "JSON Value: {\n    \"instances\": []\n} No values in 'instances' array"),
@@ -234,10 +285,29 @@ def test_odd_requests_are_answered_by_nothing(rest: httpx.Client) -> None:
     options = rest.options(PREDICT)
     assert (options.status_code, options.content) == (400, b"")
     assert options.headers["Content-Type"] == "text/html; charset=ISO-8859-1"
-    head = rest.head("/v1/models/rest")
+    # The real server sends a body with its answer to HEAD, which spoils the connection for the next request.
+    with httpx.Client(base_url=rest.base_url) as client:
+        head = client.head("/v1/models/rest")
     assert (head.status_code, head.content, head.headers["Content-Type"]) == (400, b"", "application/json")
-    huge = rest.post("/v1/models/rest/versions/99999999999999999999:predict", content=ROW)
-    assert (huge.status_code, huge.content, huge.headers["Content-Type"]) == (400, b"", "application/json")
+
+
+def test_trace_is_not_implemented(rest: httpx.Client) -> None:
+    with httpx.Client(base_url=rest.base_url) as client:
+        response = client.request("TRACE", "/v1/models/rest")
+    assert (response.status_code, response.headers["Content-Type"]) == (501, "text/html")
+
+
+@pytest.mark.parametrize("digits", [20, 5000])
+def test_a_version_beyond_64_bits_is_answered_by_nothing(rest: httpx.Client, digits: int) -> None:
+    path = "/v1/models/rest/versions/" + "9" * digits
+    for response in (rest.post(f"{path}:predict", content=ROW), rest.get(path)):
+        assert (response.status_code, response.content) == (400, b"")
+        assert response.headers["Content-Type"] == "application/json"
+
+
+def test_leading_zeros_of_a_version_do_not_count(rest: httpx.Client) -> None:
+    found = rest.get("/v1/models/rest/versions/" + "0" * 5000 + "1").json()
+    assert [state["version"] for state in found["model_version_status"]] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -252,10 +322,49 @@ def test_what_is_not_there_is_refused_by_name(rest: httpx.Client, path: str, cod
     assert refused(rest.post(path, content=ROW), code) == message
 
 
-@pytest.mark.parametrize(("verb", "kind"), [("classify", "classification"), ("regress", "regression")])
-def test_examples_are_refused_for_want_of_a_signature(rest: httpx.Client, verb: str, kind: str) -> None:
-    found = refused(rest.post(f"/v1/models/rest:{verb}", json={"examples": [{"image": [0.0]}]}))
-    assert found.startswith(f'No {kind} inputs found in SignatureDef: inputs {{\n  key: "image"\n')
+def test_examples_need_a_signature_that_takes_them(rest: httpx.Client) -> None:
+    def asked(model: str, verb: str, signature: str = "") -> str:
+        body = {"signature_name": signature, "examples": [{"image": [0.0]}]}
+        return refused(rest.post(f"/v1/models/{model}:{verb}", json=body))
+
+    found = asked("rest", "classify")
+    assert found.startswith('No classification inputs found in SignatureDef: inputs {\n  key: "image"\n')
+    assert asked("rest", "regress") == "Expected one output Tensor."
+    found = asked("mixed", "regress", "echo_float32")
+    assert found.startswith('No regression inputs found in SignatureDef: inputs {\n  key: "x"\n')
+    assert asked("mixed", "classify") == "Expected one input Tensor."
+    assert asked("rest", "classify", "zzz") == "No signature was found with the name: zzz"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"examples": [', "JSON Parse error: Invalid value. at offset: 14"),
+        ("{}", "JSON Value: {} When method is classify, key 'examples' is expected and was not found"),
+        ('{"examples": 5}', "JSON Value: {\n    \"examples\": 5\n} Expecting 'examples' value to be an list/array"),
+        ('{"examples": []}', "JSON Value: {\n    \"examples\": []\n} 'examples' value is an empty array"),
+        ('{"examples": [1]}', "Example must be JSON object but got JSON Number"),
+        ('{"context": 1, "examples": []}', "Example must be JSON object but got JSON Number"),
+        ('{"examples": [{"x": null}]}', "Feature: x has element with unexpected JSON type: Null"),
+        ('{"examples": [{"x": [[1]]}]}', "Feature: x has element with unexpected JSON type: Array"),
+        ('{"examples": [{"x": [1, "a"]}]}', "Unexpected element type in feature: x expecting type: int64"),
+        ('{"examples": [{"x": [1.5, true]}]}', "Unexpected element type in feature: x expecting type: float"),
+        (
+            '{"examples": [{"x": 18446744073709551615}]}',
+            "Feature: x has uint64 element. Only int64 is supported.",
+        ),
+        (
+            '{"signature_name": 1, "examples": 5}',
+            'JSON Value: {\n    "signature_name": 1,\n    "examples": 5\n} not formatted correctly. '
+            "'signature_name' key must be a string value.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["classify", "regress"])
+def test_examples_are_checked_before_the_model_is_looked_up(
+    rest: httpx.Client, verb: str, body: str, message: str
+) -> None:
+    assert refused(rest.post(f"/v1/models/nope:{verb}", content=body)) == message
 
 
 def test_status_is_that_of_grpc(rest: httpx.Client) -> None:
