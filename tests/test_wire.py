@@ -1,6 +1,7 @@
-"""Our messages against the official ones, and the direction of imports."""
+"""Our protocol messages against the official ones, and which room may import which."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,23 @@ from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2, 
 from serving.pb import model_server_pb2 as ours
 
 ROOT = Path(__file__).parent.parent
-TENSORFLOW_FREE = (
-    "api.app", "cli.main", "cli.supervisor", "trainer.spec", "trainer.jobs.datasets", "trainer.jobs.images",
-    "trainer.jobs.records", "serving.client", "serving.registry", "serving.tensorflow_serving", "serving.publishing",
-    "store.settings", "store.engine", "store.errors",
-)  # fmt: skip
+# A room is the modules below its longest matching prefix. Each may import itself and the rooms named here, at the top
+# of a file or within a function. `free` is the part of the trainer that needs no TensorFlow.
+FREE = ("trainer.spec", "trainer.jobs")
+ROOMS = {
+    "cli": {"api", "free", "serving", "store"},
+    "api": {"free", "serving", "store"},
+    "trainer.worker": {"trainer", "free", "serving", "serving.quiet", "store"},
+    "trainer": {"free", "serving.quiet", "store"},
+    "free": {"store"},
+    "serving.__main__": {"serving.embedded", "serving.quiet", "store"},
+    "serving.embedded": {"serving.pb"},
+    "serving": {"serving.pb", "store"},
+    "serving.quiet": set(),
+    "serving.pb": set(),
+    "store": set(),
+}
+WITH_TENSORFLOW = {"trainer", "trainer.worker", "serving.embedded", "serving.quiet"}
 
 # proto3 packs repeated floats: on the wire they are bytes.
 PACKED = ("float_val", FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_FLOAT, True)
@@ -59,30 +72,82 @@ def test_every_field_has_the_official_number_and_type(mine: type, official: type
     same_fields(mine.DESCRIPTOR, official.DESCRIPTOR, set())  # type: ignore[attr-defined]
 
 
-def test_generated_code_is_that_of_the_proto_file(tmp_path: Path) -> None:
+def test_generated_code_matches_the_proto_file(tmp_path: Path) -> None:
     command = ["-m", "grpc_tools.protoc", "-I", "proto", f"--python_out={tmp_path}", "proto/model_server.proto"]
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
     generated = (tmp_path / "model_server_pb2.py").read_text()
     assert generated == (ROOT / "serving/pb/model_server_pb2.py").read_text()
 
 
-@pytest.mark.parametrize(("room", "may_not_know"), [("trainer", {"api"}), ("serving", {"api", "trainer"})])
-def test_imports_point_in_one_direction(room: str, may_not_know: set[str]) -> None:
-    for path in (ROOT / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            wrong = [name for name in names if name.partition(".")[0] in may_not_know]
-            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("module", TENSORFLOW_FREE)
-def test_importing_it_leaves_tensorflow_unloaded(module: str) -> None:
-    code = f"import {module}, sys; sys.exit('tensorflow' in sys.modules)"
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def room_of(module: str) -> str:
+    if any(within(module, package) for package in FREE):
+        return "free"
+    if module == "trainer.__main__":  # the worker's process
+        return "trainer.worker"
+    return max((room for room in ROOMS if within(module, room)), key=len)
+
+
+SOURCES = {module_name(path): path for top in {room.partition(".")[0] for room in ROOMS} - {"free"}
+           for path in (ROOT / top).rglob("*.py")}  # fmt: skip
+
+
+def imports(module: str) -> set[str]:
+    """What a module imports, by its full name, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{module} imports relatively"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & SOURCES.keys()) or {node.module}
+    return found
+
+
+def test_each_room_imports_only_the_rooms_below_it() -> None:
+    wrong = [
+        f"{module} imports {imported}: {room_of(module)} may not know {room_of(imported)}"
+        for module in SOURCES
+        for imported in sorted(imports(module) & SOURCES.keys())
+        if room_of(imported) not in {room_of(module), *ROOMS[room_of(module)]}
+    ]
+    assert wrong == []
+
+
+def test_imports_form_no_cycle() -> None:
+    order = graphlib.TopologicalSorter({module: imports(module) & SOURCES.keys() - {module} for module in SOURCES})
+    order.prepare()  # raises CycleError, which names the cycle
+
+
+def test_only_the_rooms_that_compute_name_tensorflow() -> None:
+    wrong = [
+        f"{module} imports {imported}"
+        for module in SOURCES
+        if room_of(module) not in WITH_TENSORFLOW
+        for imported in imports(module)
+        if imported.partition(".")[0] in ("tensorflow", "tensorflow_serving", "keras")
+    ]
+    assert wrong == []
+
+
+def test_importing_the_other_rooms_leaves_tensorflow_unloaded() -> None:
+    modules = sorted(
+        module for module in SOURCES if room_of(module) not in WITH_TENSORFLOW and not module.endswith("__main__")
+    )
+    assert "api.app" in modules
+    code = f"import {', '.join(modules)}, sys; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_packed_floats_are_the_bytes_that_we_take_them_for() -> None:
+def test_packed_floats_are_little_endian_bytes_on_the_wire() -> None:
     values = np.array([0.1, -2.5, 3e38], "<f4")
     official = predict_pb2.PredictResponse()
     official.outputs["x"].float_val.extend(values.tolist())
