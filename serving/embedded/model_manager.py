@@ -1,4 +1,4 @@
-"""Which versions of which models are served: configuration, directories on disk, states."""
+"""Which versions of which models are served, from the configuration and the directories on disk."""
 
 import os
 import queue
@@ -24,7 +24,7 @@ START, LOADING, AVAILABLE, END = (
 
 @dataclass(frozen=True)
 class State:
-    """State of a version, with TensorFlow's error code and message where it has failed."""
+    """The state of a version, with TensorFlow's error code and message if it failed."""
 
     state: int
     code: int = 0
@@ -33,12 +33,12 @@ class State:
 
 @dataclass
 class _Model:
-    """A model that was ever configured. Only the loading thread writes `loaded` and `states`."""
+    """A model that is or was configured. Only the loading thread writes `loaded` and `states`."""
 
     name: str
     config: Any = None  # None: removed
-    waited_for: bool = False  # since it was added
-    loaded: Mapping[int, Servable] = field(default_factory=dict)  # replaced, never changed: readers take no lock
+    waited_for: bool = False  # a reload has waited for it since it was added
+    loaded: Mapping[int, Servable] = field(default_factory=dict)  # replaced, never mutated: readers take no lock
     states: Mapping[int, State] = field(default_factory=dict)  # likewise
 
     def set(self, version: int, state: State) -> None:
@@ -58,7 +58,7 @@ class Models:
         """The version that a ModelSpec asks for.
 
         Raises:
-            Refused: INVALID_ARGUMENT without a name or with an unknown label, NOT_FOUND.
+            Refused: INVALID_ARGUMENT for a missing name or an unknown label, NOT_FOUND for a version not loaded.
         """
         if not spec.name:
             raise invalid("ModelSpec has no name specified.")
@@ -78,7 +78,7 @@ class Models:
         return found, servable
 
     def states(self, name: str, version: int | None) -> list[tuple[int, State]]:
-        """One or all versions that were ever seen, newest first.
+        """One version, or all that were ever seen, newest first.
 
         Raises:
             Refused: NOT_FOUND.
@@ -92,10 +92,11 @@ class Models:
         return sorted(known.items(), reverse=True) if version is None else [(version, known[version])]
 
     def reload(self, configs: Mapping[str, Any]) -> None:
-        """Replace the configuration, and return when every new model serves. Not to be called twice at a time.
+        """Replace the configuration and wait until every new model serves. One call at a time.
 
         Raises:
-            Refused: nothing is changed, or (UNKNOWN) all is, but new models do not serve.
+            Refused: with UNKNOWN the configuration is in force but new models do not serve; with any other code
+                nothing has changed.
         """
         for name, config in configs.items():
             known = self._models.get(name)
@@ -151,7 +152,7 @@ class Models:
 
 
 def _align(model: _Model) -> None:
-    """Load what is wanted and missing, newest first, then unload what is loaded and no longer wanted."""
+    """Load the wanted versions that are missing, newest first, then unload those no longer wanted."""
     wanted = _wanted(model.config)
     if wanted is None:
         return
@@ -170,12 +171,12 @@ def _align(model: _Model) -> None:
             state = State(END, exc.code.value[0], exc.message)
         except tf.errors.OpError as exc:
             state = State(END, exc.error_code, exc.message)
-        except Exception as exc:  # whatever a bad directory makes TensorFlow throw is this version's end, not ours
+        except Exception as exc:  # a bad directory must end its version, never this thread
             state = State(END, tf.errors.UNKNOWN, str(exc) or type(exc).__name__)
         else:
             model.loaded = {**model.loaded, version: servable}
         model.set(version, state)
-    if model.loaded.keys() & wanted or not wanted:  # else what serves goes on, for nothing can take its place
+    if model.loaded.keys() & wanted or not wanted:  # otherwise keep serving: there is no replacement
         for version in model.loaded.keys() - wanted:
             model.loaded = {number: servable for number, servable in model.loaded.items() if number != version}
             model.set(version, State(END))
@@ -192,7 +193,10 @@ def _load(name: str, version: int, directory: str) -> Servable:
 
 
 def _failures(model: _Model) -> list[str]:
-    """Why a new model does not serve, for each version; it is new no more when all is well or a version has failed."""
+    """The reasons, by version, why a new model does not serve. None if it does.
+
+    Marks it as waited for once it serves or a version has failed.
+    """
     failed = {version: state for version, state in model.states.items() if state.code}
     model.waited_for = bool(model.loaded or failed)
     if model.loaded:
@@ -208,14 +212,14 @@ def _failures(model: _Model) -> list[str]:
 
 
 def _wanted(config: Any) -> dict[int, str] | None:
-    """Paths of the versions that the policy asks for and that are there, newest first; None: nobody knows."""
+    """Directories of the versions that the policy selects, newest first; None if the base path is unreadable."""
     if config is None:
         return {}
     there = {}
     try:
         with os.scandir(config.base_path) as entries:
             for entry in entries:
-                # As absl::SimpleAtoi reads it.
+                # Accept what absl::SimpleAtoi accepts.
                 if re.fullmatch(r"\s*\+?[0-9]+\s*", entry.name, re.ASCII) and (number := int(entry.name)) < 1 << 63:
                     there[number] = entry.path
     except OSError:
@@ -232,10 +236,10 @@ def _wanted(config: Any) -> dict[int, str] | None:
 
 
 def checked(request: Any) -> dict[str, Any]:
-    """Configurations by model name.
+    """The configurations of a reload request, by model name.
 
     Raises:
-        Refused: INVALID_ARGUMENT, for what no server could serve.
+        Refused: INVALID_ARGUMENT, because the request contradicts itself.
     """
     if request.config.WhichOneof("config") != "model_config_list":
         raise invalid(

@@ -1,7 +1,7 @@
 """A loaded SavedModel.
 
-Graphs are shared: versions whose `saved_model.pb` is the same differ in a session and its variables only, so that a
-further one costs megabytes and milliseconds.
+Versions with identical `saved_model.pb` files share one graph and differ in their sessions and variables only, so a
+further version costs megabytes and milliseconds.
 """
 
 import threading
@@ -22,14 +22,14 @@ from serving.embedded.tensors import KINDS, dtype_of, type_name
 
 DEFAULT_SIGNATURE = "serving_default"
 
-# One thread, the caller's: handing a small graph's operations to other threads costs more than they save, and the
-# second core has a gateway to run.
+# Run in the caller's thread: handing the operations of a small graph to other threads costs more than it saves, and
+# the second core is busy with the gateway.
 SESSION = config_pb2.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
 IN_CALLER = config_pb2.RunOptions(inter_op_thread_pool=-1)
 
 
 class Refused(Exception):
-    """A call ends with this gRPC status."""
+    """The call fails with this gRPC status."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
@@ -38,28 +38,28 @@ class Refused(Exception):
 
 
 def invalid(message: str) -> Refused:
-    """INVALID_ARGUMENT."""
+    """A refusal with INVALID_ARGUMENT."""
     return Refused(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
 def status_of(exc: tf.errors.OpError) -> grpc.StatusCode:
-    """The gRPC code of what TensorFlow raised."""
+    """The gRPC code of a TensorFlow error."""
     return next(code for code in grpc.StatusCode if code.value[0] == exc.error_code)
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a signature takes."""
+    """One input of a signature."""
 
     name: str
-    feed: str  # tensor in the graph
+    feed: str  # name of the tensor in the graph
     dtype: int
     shape: tuple[int, ...] | None  # -1: any size; None: any rank
 
 
 @dataclass(frozen=True, eq=False)
 class _Imported:
-    """A graph, and what its SavedModel says of it."""
+    """A graph with the metadata of its SavedModel."""
 
     graph: tf.Graph
     meta: Any
@@ -70,7 +70,7 @@ _imported: weakref.WeakValueDictionary[str, _Imported] = weakref.WeakValueDictio
 
 
 def _imported_graph(file: Path) -> _Imported:
-    """The graph for serving in `saved_model.pb`, shared by all that have the same one. For one thread."""
+    """The serving graph in `saved_model.pb`, shared by all identical files. Call it from one thread only."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def _imported_graph(file: Path) -> _Imported:
 
 
 def _is_cut(content: bytes) -> bool:
-    """Tell whether a SavedModel ends within one of its fields."""
+    """Tell whether the bytes of a SavedModel end in the middle of a field."""
     at = 0
     while at < len(content):
         tag, size = content[at], 0
@@ -120,13 +120,13 @@ def _is_cut(content: bytes) -> bool:
 
 
 class Servable:
-    """A loaded version. It goes when the last call that uses it has ended."""
+    """A loaded version. Its memory is freed when the last call that uses it has ended."""
 
     def __init__(self, directory: str) -> None:
-        """Load `directory` and run its default signature's program once into being.
+        """Load `directory` and compile its default signature.
 
         Raises:
-            Refused: there is no complete SavedModel; with the real server's code and message.
+            Refused: the SavedModel is missing or incomplete; code and message are the real server's.
             tf.errors.OpError: TensorFlow cannot restore it.
         """
         path = Path(directory)
@@ -162,10 +162,10 @@ class Servable:
         call(*(np.array(value.encode(), object) for value in feeds.values()))
 
     def run(self, key: str, arrays: Mapping[str, np.ndarray], wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """Outputs of signature `key` by name: all of them, or those wanted.
+        """The outputs of signature `key` by name: the wanted ones, or all.
 
         Raises:
-            Refused: signature, inputs or outputs are not the model's.
+            Refused: the model has no such signature, inputs or outputs.
             tf.errors.OpError: the graph failed.
         """
         inputs = self.check_names(key, arrays)
@@ -174,14 +174,14 @@ class Servable:
         return dict(zip(outputs, self._callable(key, outputs)(*feeds), strict=True))
 
     def check_names(self, key: str, given: Mapping[str, Any]) -> tuple[Input, ...]:
-        """The inputs of a signature; refuse a request that gives more or fewer."""
+        """The inputs of a signature. Refuses a request with more or fewer."""
         inputs = self.inputs(key)
         if len(given) != len(inputs):
             raise _mismatch(inputs, given)
         return inputs
 
     def inputs(self, key: str) -> tuple[Input, ...]:
-        """What the signature takes, by name."""
+        """The inputs of a signature, sorted by name."""
         if key not in self._inputs:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{key}" not found.')
         return self._inputs[key]
@@ -195,7 +195,7 @@ class Servable:
                     fetch=[signature.outputs[name].name for name in outputs],
                     run_options=IN_CALLER,
                 )
-                # A callable skips most of the cost of Session.run: 0.1 ms for one image instead of 1.
+                # A callable skips most of the overhead of Session.run: 0.1 ms for one image instead of 1 ms.
                 found = self._session._make_callable_from_options(options)
                 self._callables[key, outputs] = found
         return found
@@ -210,7 +210,7 @@ class Servable:
                 )
             if name in wanted[:position]:
                 raise invalid(f"duplicate output tensor alias: {name}")
-        return tuple(sorted(wanted)) or tuple(known)  # sorted: each choice is compiled once, in whatever order it comes
+        return tuple(sorted(wanted)) or tuple(known)  # sorted, so that each set is compiled once
 
 
 def _inputs(signature: Any) -> tuple[Input, ...]:
@@ -233,7 +233,7 @@ def _mismatch(inputs: Sequence[Input], arrays: Mapping[str, Any]) -> Refused:
 
 
 def _fed(position: int, known: Input, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The array for an input, checked against the signature."""
+    """The array for one input, checked against the signature."""
     array = arrays.get(known.name)
     if array is None:
         raise invalid(

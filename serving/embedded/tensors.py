@@ -1,4 +1,4 @@
-"""Tensors on the wire, by TensorFlow's own rules (tensorflow/core/framework/tensor.cc)."""
+"""TensorProtos to arrays and back, by TensorFlow's own rules (tensorflow/core/framework/tensor.cc)."""
 
 import math
 from typing import Any
@@ -7,9 +7,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 
-MAX_REPEATED = 1 << 28  # elements that one value given may stand for: a request of bytes must not take the memory
+MAX_REPEATED = 1 << 28  # elements that repetition may fill: a request of a few bytes must not take all memory
 
-# Where a tensor of each type keeps its values (tensorflow/core/framework/tensor.proto).
+# The field that holds the values of each dtype (tensorflow/core/framework/tensor.proto).
 FIELDS = {
     types_pb2.DT_FLOAT: "float_val", types_pb2.DT_DOUBLE: "double_val", types_pb2.DT_INT32: "int_val",
     types_pb2.DT_UINT8: "int_val", types_pb2.DT_INT16: "int_val", types_pb2.DT_INT8: "int_val",
@@ -20,21 +20,21 @@ FIELDS = {
 }  # fmt: skip
 KINDS = {dtype: np.dtype(tf.as_dtype(dtype).as_numpy_dtype) for dtype in FIELDS}
 _DTYPES = {kind: dtype for dtype, kind in KINDS.items()} | {np.dtype(object): types_pb2.DT_STRING}
-# Packed repeated fields of fixed width lie on the wire as they do in memory: tags by field name.
+# Packed repeated fields of fixed width look on the wire as they do in memory. Their tags, by field name:
 PACKED = {"float_val": b"\x2a", "double_val": b"\x32", "scomplex_val": b"\x4a", "dcomplex_val": b"\x62"}
 
 
 def type_name(dtype: int) -> str:
-    """A type as TensorFlow's C++ calls it, `float` for 1."""
+    """A dtype's name in TensorFlow's C++, such as `float` for 1."""
     name: str = tf.as_dtype(dtype).name
     return {"float32": "float", "float64": "double", "float16": "half"}.get(name, name)
 
 
 def decoded(tensor: Any) -> np.ndarray:
-    """The array of a TensorProto, after Tensor::FromProto: strings as objects.
+    """The array of a TensorProto, as Tensor::FromProto reads it. Strings become objects.
 
     Raises:
-        ValueError: not a tensor by those rules.
+        ValueError: dtype, shape and values do not make a tensor.
     """
     if tensor.dtype not in FIELDS:
         raise ValueError("no type")
@@ -50,7 +50,7 @@ def decoded(tensor: Any) -> np.ndarray:
             return _strings(content, count).reshape(shape)
         if len(content) != count * kind.itemsize:
             raise ValueError("wrong size")
-        # Read-only, but a session that feeds memory of its own copies what is not aligned.
+        # A read-only view will do: the session never writes to a feed, and copies what is not aligned.
         return np.frombuffer(content, kind).reshape(shape)
     values = _values(getattr(tensor, FIELDS[tensor.dtype]), kind)[:count]
     if len(values) < count:
@@ -70,12 +70,12 @@ def _values(field: Any, kind: np.dtype) -> np.ndarray:
     if kind.itemsize == 2 and kind.kind not in "iu":
         return np.array(field, np.int64).astype(np.uint16).view(kind)
     if kind.kind in "iu" and kind.itemsize < 4:
-        return np.array(field, np.int64).astype(kind)  # as a C++ cast does: 256 is 0
+        return np.array(field, np.int64).astype(kind)  # wraps like a C++ cast: 256 becomes 0
     return np.array(field, kind)
 
 
 def _strings(content: bytes, count: int) -> np.ndarray:
-    """`count` strings, all of their lengths first, each as a varint."""
+    """`count` strings: first all lengths as varints, then all bytes."""
     sizes, at = [], 0
     for _ in range(count):
         size = shift = 0
@@ -97,13 +97,13 @@ def _strings(content: bytes, count: int) -> np.ndarray:
 
 
 def dtype_of(array: np.ndarray) -> int:
-    """TensorFlow's number of the array's type."""
+    """The DataType number of an array."""
     number: int = _DTYPES[array.dtype]
     return number
 
 
 def encode(array: np.ndarray, tensor: Any) -> None:
-    """Put `array` into an empty TensorProto as typed values, as the real server answers."""
+    """Fill an empty TensorProto with `array` as typed values, which is how the real server answers."""
     dtype = dtype_of(array)
     tensor.dtype = dtype
     shape = tensor.tensor_shape
