@@ -38,14 +38,14 @@ IMAGES = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
 
 @dataclass(frozen=True)
 class Refusal:
-    """How a call ended."""
+    """The status of a call that failed."""
 
     code: str
     message: str
 
 
 class Server:
-    """A running server, spoken to by the official stubs and over REST."""
+    """A running server with clients: the official gRPC stubs, and httpx for REST."""
 
     real = BINARY is not None
 
@@ -58,23 +58,23 @@ class Server:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{rest_port}", timeout=30)
 
     def differs(self, name: str) -> bool:
-        """Tell whether the server under test is the real one, where row `name` of the differences says more."""
+        """Whether the server under test is the real one, which differs as row `name` of the differences says."""
         assert name in DIFFERENCES
         return self.real
 
     def reload(self, *configs: Any, timeout_s: float = 60.0, metrics: tuple[str, ...] = ()) -> Any:
-        """Replace the configuration by these: each a ModelConfig, or its arguments."""
+        """Replace the configuration with these ModelConfigs."""
         request = model_management_pb2.ReloadConfigRequest(metric_names=metrics)
         request.config.model_config_list.SetInParent()
         request.config.model_config_list.config.extend(configs)
         return self.models.HandleReloadConfigRequest(request, timeout=timeout_s)
 
     def predict(self, name: str, inputs: Mapping[str, Any], **spec: Any) -> Any:
-        """Call Predict with arrays or TensorProtos; `version`, `label`, `signature`, `filter`."""
+        """Call Predict with arrays or TensorProtos. `spec` takes `version`, `label`, `signature` and `filter`."""
         return self.prediction.Predict(predict_request(name, inputs, **spec), timeout=30)
 
     def states(self, name: str) -> dict[int, int]:
-        """State of every version by number; none for a model never heard of."""
+        """The state of every version by number; empty for an unknown model."""
         return {status.version: status.state for status in self.statuses(name)}
 
     def statuses(self, name: str) -> list[Any]:
@@ -88,14 +88,14 @@ class Server:
             return []
 
     def until(self, name: str, states: Mapping[int, int]) -> None:
-        """Wait until the model's versions are in just these states."""
+        """Wait until the model's versions are in exactly these states."""
         eventually(lambda: self.states(name) == states, f"{name} has the states {states}, not {self.states(name)}", 30)
 
     def available(self, name: str) -> set[int]:
         return {version for version, state in self.states(name).items() if state == AVAILABLE}
 
     def metadata(self, name: str, **spec: Any) -> tuple[Any, Any]:
-        """Model spec and signatures."""
+        """The model spec and the signatures from GetModelMetadata."""
         request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
         request.model_spec.CopyFrom(predict_request(name, {}, **spec).model_spec)
         response = self.prediction.GetModelMetadata(request, timeout=30)
@@ -127,7 +127,7 @@ def predict_request(
 
 
 def config(name: str, base_path: Path | str, **fields: Any) -> Any:
-    """A ModelConfig; `latest`, `all` or `specific` is its policy, `labels` its labels."""
+    """A ModelConfig. `latest`, `all` or `specific` sets its policy, `labels` its labels."""
     policy = {kind: fields.pop(kind) for kind in POLICIES if kind in fields}
     labels = fields.pop("labels", {})
     fields.setdefault("model_platform", "tensorflow")
@@ -146,14 +146,14 @@ def config(name: str, base_path: Path | str, **fields: Any) -> Any:
 
 
 def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Refusal:
-    """How a call was refused."""
+    """The status with which a call fails."""
     with pytest.raises(grpc.RpcError) as caught:
         call(*args, **kwargs)
     return Refusal(caught.value.code().name, caught.value.details())
 
 
 def put(directory: Path, seed: int = 0) -> Path:
-    """Our LeNet with weights of this seed as a version that appears by rename."""
+    """Export our LeNet, with weights of this seed, as a version that appears by rename."""
     staged = directory.parent.parent / f"staged-{directory.parent.name}-{directory.name}"
     export(staged, initial(10, seed), invert=False, manifest={})
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -161,14 +161,14 @@ def put(directory: Path, seed: int = 0) -> Path:
 
 
 def expected(seed: int) -> np.ndarray:
-    """Logits of IMAGES, (3, 10) float32."""
+    """The logits of IMAGES under the weights of this seed, (3, 10) float32."""
     found: np.ndarray = logits(initial(10, seed), tf.constant(IMAGES)).numpy()
     return found
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests of the contract; every test configures models of its own names."""
+    """One server for the whole suite. Every test configures models under names of its own."""
     port, rest_port = free_port(), free_port()
     if BINARY:
         command = tensorflow_serving_command(BINARY, port, rest_port, tmp_path_factory.mktemp("tfs") / "models.config")
@@ -200,7 +200,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def lenet(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base path of our LeNet, versions 1 and 2, weights of seeds 1 and 2."""
+    """Base path of our LeNet in versions 1 and 2, with the weights of seeds 1 and 2."""
     base = tmp_path_factory.mktemp("lenet") / "lenet"
     for version in (1, 2):
         put(base / str(version), seed=version)
@@ -209,7 +209,7 @@ def lenet(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """A model name that no other test has used: what has ended is remembered for ever."""
+    """A model name that no other test uses: servers remember ended models for ever."""
     used: list[str] = request.session.__dict__.setdefault("_model_names", [])
     used.append(f"model{len(used)}")
     return used[-1]

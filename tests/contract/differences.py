@@ -1,6 +1,6 @@
-"""Where the embedded model server and TensorFlow Serving 2.20 differ, on purpose.
+"""Where the embedded model server and TensorFlow Serving 2.20 differ on purpose.
 
-Every row is held by a test that takes it by its name. `python -m tests.contract.differences` prints them.
+Every row has a test that looks it up by name. `python -m tests.contract.differences` prints them all.
 """
 
 from dataclasses import dataclass
@@ -21,45 +21,45 @@ DIFFERENCES = {
     for row in (
         Difference(
             "shapes",
-            "checks them against the signature: INVALID_ARGUMENT, naming both shapes",
-            "never checks; the graph may refuse with a message of its own, answer nonsense, or end the process",
-            "a wrong rank that reaches a convolution must not end the server",
+            "checks them against the signature: INVALID_ARGUMENT that names both shapes",
+            "never checks them; the graph may refuse in its own words, return nonsense or abort the process",
+            "a wrong rank that reaches a convolution must not abort the server",
         ),
         Difference(
             "missing base path of a new model",
-            "the reload ends at once: UNKNOWN, 'did not become available'",
-            "the reload, and every later one, waits until the path is there",
-            "one lost directory must not stop all publishing",
+            "the reload fails at once: UNKNOWN, 'did not become available'",
+            "the reload, and every later one, blocks until the path exists",
+            "one missing directory must not stop all publishing",
         ),
         Difference(
             "missing base path of another model",
-            "the other models' new versions are found all the same",
-            "no model's new versions are found until it is back",
+            "the new versions of other models are still found",
+            "no model's new versions are found until the path is back",
             "models must not depend on each other",
         ),
         Difference(
             "version without variables",
-            "ends END with NOT_FOUND, and the older version goes on serving",
+            "ends in END with NOT_FOUND, and the older version keeps serving",
             "becomes AVAILABLE, retires the older one, and every Predict is FAILED_PRECONDITION",
-            "AVAILABLE should mean that it can answer",
+            "AVAILABLE should mean that the version can answer",
         ),
         Difference(
             "health",
             "grpc.health.v1.Health/Check answers SERVING",
             "UNIMPLEMENTED",
-            "Kubernetes and Compose can ask it",
+            "Kubernetes and Compose can probe it",
         ),
         Difference(
-            "values that stand for many",
-            "a tensor of more than 2^28 elements of which fewer are sent is no tensor: INVALID_ARGUMENT",
-            "the memory is taken, and filled",
-            "a request of some bytes must not take gigabytes",
+            "repeated values",
+            "INVALID_ARGUMENT for a tensor of more than 2^28 elements that sends fewer values",
+            "allocates the memory and repeats the last value",
+            "a request of a few bytes must not allocate gigabytes",
         ),
         Difference(
-            "calls at a time",
-            "any number: those beyond its threads wait",
+            "concurrent calls",
+            "any number; those beyond its threads wait",
             "RESOURCE_EXHAUSTED beyond its threads (--grpc_max_threads)",
-            "the gateway bounds what it has in flight; others need not know",
+            "the gateway bounds its calls in flight, and other clients should not have to",
         ),
     )
 }

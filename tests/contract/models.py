@@ -1,11 +1,11 @@
-"""SavedModels with what LeNet has not: other types, strings, several inputs, several outputs."""
+"""A SavedModel with what LeNet lacks: other dtypes, strings, several inputs and outputs."""
 
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-# Every type that Predict carries, and the field of a TensorProto in which TensorFlow keeps its values.
+# Every dtype that Predict carries, with the TensorProto field that holds its values.
 FIELDS = {
     "float32": "float_val", "float64": "double_val", "int32": "int_val", "uint8": "int_val", "int16": "int_val",
     "int8": "int_val", "uint16": "int_val", "int64": "int64_val", "bool": "bool_val", "float16": "half_val",
@@ -15,7 +15,7 @@ FIELDS = {
 
 
 def save(directory: Path) -> None:
-    """Write a SavedModel of many signatures.
+    """Write a SavedModel with many signatures.
 
     `echo_<type>(x [any shape]) -> y`, the same; `serving_default(a float32 [n], b float32 [n]) -> sum, difference`;
     `pick(i int32 []) -> y float32`, which fails outside 0..2; `text(name string [n]) -> name, name_bytes`.

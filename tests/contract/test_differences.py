@@ -1,4 +1,4 @@
-"""The differences on purpose: each holds on the server that runs."""
+"""The deliberate differences, checked on whichever server runs."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +22,11 @@ def base(tmp_path: Path) -> Path:
     return put(tmp_path / "model" / "1").parent
 
 
-def test_every_difference_is_held_by_a_test() -> None:
+def test_every_difference_has_a_test() -> None:
     assert [name for name in DIFFERENCES if f'differs("{name}")' not in FILE] == []
 
 
-# Our graph refuses them itself: no other shape may be sent here, for it could end the real server.
+# Our exported graph refuses these itself. Do not send others: they could abort the real server.
 @pytest.mark.parametrize("shape", [(), (3, 784), (3, 28, 28), (3, 28, 28, 3), (1, 32, 32, 1), (1, 3, 28, 28, 1)])
 def test_shapes(server: Server, lenet: Path, name: str, shape: tuple[int, ...]) -> None:
     server.reload(config(name, lenet))
@@ -100,20 +100,20 @@ def test_health(server: Server) -> None:
     assert refusal(stub.Check, request).code == grpc.StatusCode.NOT_FOUND.name
 
 
-def test_values_that_stand_for_many(server: Server, lenet: Path, name: str) -> None:
+def test_repeated_values(server: Server, lenet: Path, name: str) -> None:
     server.reload(config(name, lenet))
     tensor = tensor_pb2.TensorProto(dtype=1, float_val=[1])
     for size in (1 << 20, 28, 28, 1):
         tensor.tensor_shape.dim.add(size=size)
-    if server.differs("values that stand for many"):
-        pytest.skip("it would take three gigabytes")
+    if server.differs("repeated values"):
+        pytest.skip("it would allocate three gigabytes")
     found = refusal(server.predict, name, {"image": tensor})
     assert (found.code, found.message) == ("INVALID_ARGUMENT", "tensor parsing error: image")
 
 
-def test_calls_at_a_time(server: Server, lenet: Path, name: str) -> None:
+def test_concurrent_calls(server: Server, lenet: Path, name: str) -> None:
     server.reload(config(name, lenet))
-    number = 8 if server.differs("calls at a time") else 128
+    number = 8 if server.differs("concurrent calls") else 128
     with ThreadPoolExecutor(number) as pool:
         answers = list(pool.map(lambda _: server.predict(name, IMAGE).model_spec.version.value, range(2 * number)))
     assert answers == [2] * 2 * number

@@ -1,4 +1,4 @@
-"""Versions on disk: found by polling, named leniently, never tried twice."""
+"""Versions on disk: found by polling, named leniently, never retried."""
 
 import shutil
 import threading
@@ -15,7 +15,7 @@ IMAGE = {"image": IMAGES}
 
 @pytest.fixture
 def base(server: Server, name: str, tmp_path: Path) -> Path:
-    """Base path of a served model with version 1, of which the newest is wanted."""
+    """Base path of a model that serves its newest version, which is 1."""
     base = tmp_path / "model"
     put(base / "1")
     server.reload(config(name, base))
@@ -27,8 +27,8 @@ def answering(server: Server, name: str) -> int:
     return version
 
 
-def marked(server: Server, name: str, base: Path, version: int) -> None:
-    """Wait until the server has looked at the directory again: it has found a new version."""
+def wait_for_poll(server: Server, name: str, base: Path, version: int) -> None:
+    """Wait until the server has read the directory again, which shows in its finding a new version."""
     put(base / str(version))
     eventually(lambda: version in server.available(name), f"version {version} is found")
 
@@ -65,10 +65,10 @@ def test_names_that_read_as_numbers_are_versions(
     assert answering(server, name) == version
 
 
-def test_other_names_are_none(server: Server, base: Path, name: str) -> None:
+def test_other_directory_names_are_ignored(server: Server, base: Path, name: str) -> None:
     for directory in ("abc", "4.tmp", "1e3", "-5", "9999999999999999999"):
         put(base / directory)
-    marked(server, name, base, 2)
+    wait_for_poll(server, name, base, 2)
     server.until(name, {1: END, 2: AVAILABLE})
 
 
@@ -146,5 +146,5 @@ def test_files_deleted_under_a_served_version_do_not_matter(server: Server, base
     for path in (base / "1").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert answering(server, name) == 1
-    marked(server, name, base, 2)
+    wait_for_poll(server, name, base, 2)
     assert answering(server, name) == 2

@@ -22,7 +22,7 @@ IMAGE = {"image": IMAGES}
 
 @pytest.fixture(scope="module")
 def served(server: Server, lenet: Path) -> str:
-    """A model with versions 1 and 2, of which 1 is labelled."""
+    """A model with versions 1 (labelled stable) and 2."""
     server.reload(config("predicted", lenet, specific=[1, 2]))
     server.until("predicted", {1: AVAILABLE, 2: AVAILABLE})
     server.reload(config("predicted", lenet, specific=[1, 2], labels={"stable": 1}))
@@ -48,7 +48,7 @@ def test_the_newest_version_answers_in_typed_values_and_says_which_it_is(server:
 
 
 @pytest.mark.parametrize("spec", [{"version": 1}, {"label": "stable"}])
-def test_a_version_can_be_asked_for_by_number_and_label(server: Server, served: str, spec: dict[str, object]) -> None:
+def test_a_version_is_chosen_by_number_or_label(server: Server, served: str, spec: dict[str, object]) -> None:
     response = server.predict(served, IMAGE, **spec)
     np.testing.assert_allclose(tf.make_ndarray(response.outputs["logits"]), expected(1), atol=1e-4)
     assert response.model_spec.version.value == 1
@@ -62,7 +62,7 @@ def test_a_batch_may_have_any_size(server: Server, served: str, size: int) -> No
     assert [dim.size for dim in response.outputs["probabilities"].tensor_shape.dim] == [size, 10]
 
 
-def test_a_message_of_twelve_megabytes_is_taken(server: Server, served: str) -> None:
+def test_a_message_of_twelve_megabytes_is_accepted(server: Server, served: str) -> None:
     response = server.predict(served, {"image": np.zeros((4000, 28, 28, 1), np.float32)})
     assert len(response.outputs["logits"].float_val) == 40_000
 
@@ -72,11 +72,11 @@ def test_a_request_may_be_compressed(server: Server, served: str) -> None:
     assert response.model_spec.version.value == 2
 
 
-def test_only_the_outputs_asked_for_come(server: Server, served: str) -> None:
+def test_only_the_requested_outputs_are_returned(server: Server, served: str) -> None:
     assert set(server.predict(served, IMAGE, filter=("logits",)).outputs) == {"logits"}
 
 
-def test_output_filters_that_make_no_sense_are_refused(server: Server, served: str) -> None:
+def test_invalid_output_filters_are_refused(server: Server, served: str) -> None:
     for name in ("nope", ""):
         found = refusal(server.predict, served, IMAGE, filter=(name,))
         assert found.code == "INVALID_ARGUMENT"
@@ -103,7 +103,7 @@ def test_output_filters_that_make_no_sense_are_refused(server: Server, served: s
     ],
 )
 @pytest.mark.usefixtures("served")
-def test_what_is_not_there_is_refused_by_name(
+def test_unknown_models_versions_and_labels_are_named(
     server: Server, name: str, spec: dict[str, object], code: str, message: str
 ) -> None:
     assert refusal(server.predict, name, IMAGE, **spec) == Refusal(code, message)
@@ -113,7 +113,7 @@ def test_a_request_without_a_model_is_refused(server: Server) -> None:
     assert refusal(server.prediction.Predict, predict_pb2.PredictRequest()) == invalid("Missing ModelSpec")
 
 
-def test_bytes_that_are_no_message_are_an_internal_error(server: Server) -> None:
+def test_malformed_messages_are_an_internal_error(server: Server) -> None:
     call = server.channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
     assert refusal(call, b"\xff\xff\xff").code == "INTERNAL"
 
@@ -192,7 +192,7 @@ def test_several_inferences_need_signatures_that_take_them(server: Server, serve
     assert found == invalid("Requested signature not found in model graph: zzz")
 
 
-def test_metadata_are_the_signatures(server: Server, served: str) -> None:
+def test_metadata_holds_the_signatures(server: Server, served: str) -> None:
     for choice, version in (({}, 2), ({"version": 1}, 1), ({"label": "stable"}, 1)):
         spec, signatures = server.metadata(served, **choice)
         assert (spec.name, spec.version.value, spec.signature_name) == (served, version, "")
@@ -215,7 +215,7 @@ def test_metadata_are_the_signatures(server: Server, served: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("served")
-def test_metadata_requests_that_make_no_sense_are_refused(
+def test_invalid_metadata_requests_are_refused(
     server: Server, fields: list[str], name: str | None, message: str
 ) -> None:
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=fields)
@@ -238,7 +238,7 @@ def test_status_lists_versions_newest_first_and_ignores_labels(server: Server, s
     assert [status.version for status in server.models.GetModelStatus(request).model_version_status] == [1]
 
 
-def test_status_of_what_was_never_there_is_not_found(server: Server, served: str) -> None:
+def test_status_of_unknown_models_and_versions_is_not_found(server: Server, served: str) -> None:
     request = get_model_status_pb2.GetModelStatusRequest()
     assert refusal(server.models.GetModelStatus, request) == invalid("Missing ModelSpec")
     request.model_spec.name = "nope"

@@ -1,4 +1,4 @@
-"""HandleReloadConfigRequest: what is served is replaced as a whole."""
+"""HandleReloadConfigRequest replaces the whole configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def test_policies_choose_the_versions(server: Server, base: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("versions", [[9], []])
-def test_a_policy_that_nothing_fits_unloads_everything(
+def test_a_policy_that_matches_nothing_unloads_everything(
     server: Server, base: Path, name: str, versions: list[int]
 ) -> None:
     server.reload(config(name, base))
@@ -54,7 +54,7 @@ def test_a_policy_that_nothing_fits_unloads_everything(
     assert refusal(server.predict, name, IMAGE) == missing
 
 
-def test_what_is_left_out_is_unloaded_and_remembered(server: Server, base: Path, name: str) -> None:
+def test_models_left_out_are_unloaded_and_remembered(server: Server, base: Path, name: str) -> None:
     other = f"{name}-other"
     server.reload(config(name, base), config(other, base))
     server.reload(config(name, base))
@@ -69,12 +69,12 @@ def test_what_is_left_out_is_unloaded_and_remembered(server: Server, base: Path,
     server.until(other, {3: END})
 
 
-def test_a_model_may_have_no_name_which_nobody_can_ask_for(server: Server, base: Path) -> None:
+def test_a_model_without_a_name_cannot_be_called(server: Server, base: Path) -> None:
     server.reload(config("", base))
     assert refusal(server.predict, "", IMAGE) == invalid("ModelSpec has no name specified.")
 
 
-def test_metrics_asked_for_are_answered(server: Server, base: Path, name: str) -> None:
+def test_requested_metrics_are_returned(server: Server, base: Path, name: str) -> None:
     found = server.reload(config(name, base), metrics=("/tensorflow/serving/request_count", "nope")).metric
     assert [(metric.name, metric.int64_value_increase) for metric in found] == [
         ("/tensorflow/serving/request_count", 0),
@@ -82,12 +82,12 @@ def test_metrics_asked_for_are_answered(server: Server, base: Path, name: str) -
     ]
 
 
-def test_the_old_way_of_naming_the_platform_still_works(server: Server, base: Path, name: str) -> None:
+def test_the_deprecated_model_type_still_works(server: Server, base: Path, name: str) -> None:
     server.reload(config(name, base, model_platform="", model_type="TENSORFLOW"))
     assert server.states(name) == {3: AVAILABLE}
 
 
-def test_nothing_changes_when_a_request_makes_no_sense(server: Server, base: Path, name: str) -> None:
+def test_an_invalid_request_changes_nothing(server: Server, base: Path, name: str) -> None:
     server.reload(config(name, base))
     broken: list[tuple[list[Any], str]] = [
         (
@@ -133,7 +133,7 @@ def test_an_unknown_platform_is_refused(server: Server, base: Path, name: str) -
     assert server.predict(name, IMAGE).model_spec.version.value == 3
 
 
-def test_labels_move_and_go(server: Server, base: Path, name: str) -> None:
+def test_labels_can_be_moved_and_removed(server: Server, base: Path, name: str) -> None:
     server.reload(config(name, base, specific=[1, 2]))
     server.until(name, {1: AVAILABLE, 2: AVAILABLE})
     server.reload(config(name, base, specific=[1, 2], labels={"stable": 1, "canary": 2}))

@@ -18,7 +18,7 @@ ROW = json.dumps({"instances": IMAGES.tolist()})
 
 @pytest.fixture(scope="module")
 def rest(server: Server, lenet: Path, tmp_path_factory: pytest.TempPathFactory) -> httpx.Client:
-    """A client; `rest` is our LeNet in versions 1 (labelled stable) and 2, `mixed` the model of many types."""
+    """A client. `rest` is our LeNet in versions 1 (labelled stable) and 2, `mixed` the model of many dtypes."""
     mixed = tmp_path_factory.mktemp("mixed") / "mixed"
     save(mixed / "1")
     configs = config("rest", lenet, specific=[1, 2]), config("mixed", mixed)
@@ -29,7 +29,7 @@ def rest(server: Server, lenet: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def refused(response: httpx.Response, code: int = 400) -> str:
-    """The error of an answer that is one; its layout is checked too."""
+    """The message of an error response, whose layout is checked too."""
     assert response.status_code == code
     assert response.headers["Content-Type"] == "application/json"
     text: str = response.json()["error"]
@@ -80,7 +80,7 @@ def test_a_single_output_is_bare_and_laid_out_as_recorded(rest: httpx.Client) ->
     assert answer.text == '{\n    "outputs": [\n        [\n            0.5,\n            0.25\n        ]\n    ]\n}'
 
 
-def test_numbers_have_the_digits_that_they_need(rest: httpx.Client) -> None:
+def test_numbers_are_printed_with_enough_digits_to_round_trip(rest: httpx.Client) -> None:
     third = np.float32(1) / 3
     assert "[[0.333333343]\n" in mixed(rest, "echo_float32", instances=[[float(third)]]).text
     assert "[[0.33333333333333331]\n" in mixed(rest, "echo_float64", instances=[[1 / 3]]).text
@@ -159,7 +159,7 @@ def test_bytes_go_in_and_out_as_base64(rest: httpx.Client) -> None:
     }
 
 
-def test_several_inputs_are_given_by_name(rest: httpx.Client) -> None:
+def test_several_inputs_are_passed_by_name(rest: httpx.Client) -> None:
     rows = mixed(rest, "", instances=[{"a": 1, "b": 2}, {"a": 3, "b": 4}])
     assert rows.json() == {"predictions": [{"difference": -1, "sum": 3}, {"difference": -1, "sum": 7}]}
     columns = mixed(rest, "", inputs={"a": [1, 3], "b": [2, 4]})
@@ -223,7 +223,7 @@ def test_several_inputs_are_given_by_name(rest: httpx.Client) -> None:
         ),
     ],
 )
-def test_bodies_that_make_no_sense_are_refused_with_a_reason(rest: httpx.Client, body: str, message: str) -> None:
+def test_malformed_bodies_are_refused_with_a_reason(rest: httpx.Client, body: str, message: str) -> None:
     assert refused(rest.post(PREDICT, content=body)) == message
 
 
@@ -234,7 +234,7 @@ def test_rows_and_columns_at_once_are_refused_with_the_beginning_of_the_body(res
     assert len(found) < 400
 
 
-def test_base64_is_no_number(rest: httpx.Client) -> None:
+def test_base64_is_not_a_number(rest: httpx.Client) -> None:
     found = refused(rest.post(PREDICT, json={"instances": [{"image": {"b64": "AAAA"}}]}))
     assert found == (
         "Failed to process element: 0 key: image of 'instances' list. Error: INVALID_ARGUMENT: "
@@ -264,7 +264,7 @@ def test_the_content_type_does_not_matter_and_compression_is_not_understood(rest
         ("GET", "/v1/models/rest/"),
     ],
 )
-def test_requests_that_are_none_of_the_api_are_malformed(rest: httpx.Client, method: str, path: str) -> None:
+def test_requests_outside_the_api_are_malformed(rest: httpx.Client, method: str, path: str) -> None:
     body = ROW if method in ("POST", "PUT") else None
     assert refused(rest.request(method, path, content=body)) == f"Malformed request: {method} {path}"
 
@@ -273,7 +273,7 @@ def test_requests_that_are_none_of_the_api_are_malformed(rest: httpx.Client, met
     ("method", "path"),
     [("GET", "/"), ("GET", "/foo"), ("POST", "/foo"), ("GET", "/v1"), ("GET", "/monitoring/prometheus/metrics")],
 )
-def test_other_paths_are_a_page_that_says_so(rest: httpx.Client, method: str, path: str) -> None:
+def test_other_paths_get_an_html_404(rest: httpx.Client, method: str, path: str) -> None:
     response = rest.request(method, path, content="{}" if method == "POST" else None)
     assert (response.status_code, response.headers["Content-Type"]) == (404, "text/html")
     assert response.text == (
@@ -281,7 +281,7 @@ def test_other_paths_are_a_page_that_says_so(rest: httpx.Client, method: str, pa
     )
 
 
-def test_odd_requests_are_answered_by_nothing(rest: httpx.Client) -> None:
+def test_options_and_head_get_an_empty_400(rest: httpx.Client) -> None:
     options = rest.options(PREDICT)
     assert (options.status_code, options.content) == (400, b"")
     assert options.headers["Content-Type"] == "text/html; charset=ISO-8859-1"
@@ -318,7 +318,7 @@ def test_leading_zeros_of_a_version_do_not_count(rest: httpx.Client) -> None:
         ("/v1/models/rest/labels/canary:predict", 400, "Unrecognized servable version label: canary"),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(rest: httpx.Client, path: str, code: int, message: str) -> None:
+def test_unknown_models_versions_and_labels_are_named(rest: httpx.Client, path: str, code: int, message: str) -> None:
     assert refused(rest.post(path, content=ROW), code) == message
 
 
@@ -367,7 +367,7 @@ def test_examples_are_checked_before_the_model_is_looked_up(
     assert refused(rest.post(f"/v1/models/nope:{verb}", content=body)) == message
 
 
-def test_status_is_that_of_grpc(rest: httpx.Client) -> None:
+def test_status_matches_that_over_grpc(rest: httpx.Client) -> None:
     fine = {"error_code": "OK", "error_message": ""}
     two = [{"version": version, "state": "AVAILABLE", "status": fine} for version in ("2", "1")]
     for path in ("/v1/models/rest", "/v1/models/rest/labels/x"):
@@ -380,7 +380,7 @@ def test_status_is_that_of_grpc(rest: httpx.Client) -> None:
     assert refused(rest.get("/v1/models/rest/versions/9"), 404) == "Could not find version 9 of model rest"
 
 
-def test_metadata_are_the_signatures(rest: httpx.Client) -> None:
+def test_metadata_holds_the_signatures(rest: httpx.Client) -> None:
     found = rest.get("/v1/models/rest/versions/1/metadata").json()
     assert found["model_spec"] == {"name": "rest", "version": "1", "signature_name": ""}
     signature = found["metadata"]["signature_def"]["signature_def"]["serving_default"]

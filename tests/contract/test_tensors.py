@@ -1,4 +1,4 @@
-"""Tensors on the wire: every type both ways, and what TensorFlow makes of half-given ones."""
+"""TensorProtos: every dtype both ways, and how TensorFlow reads incomplete ones."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ BROKEN = Refusal("INVALID_ARGUMENT", "tensor parsing error: x")
 
 @pytest.fixture(scope="module")
 def many(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The model of many types."""
+    """The model of many dtypes."""
     base = tmp_path_factory.mktemp("many") / "many"
     save(base / "1")
     server.reload(config("many", base))
@@ -99,7 +99,7 @@ def test_missing_strings_are_empty_or_repeat_the_last(server: Server, many: str)
     assert list(echoed(server, many, "string", given("string", (2,), string_val=[b"z"])).string_val) == [b"z", b"z"]
 
 
-def test_no_number_is_refused(server: Server, many: str) -> None:
+def test_nan_and_infinity_are_accepted(server: Server, many: str) -> None:
     sent = np.array([np.nan, np.inf, -np.inf], np.float32)
     np.testing.assert_array_equal(tf.make_ndarray(echoed(server, many, "float32", sent)), sent)
 
@@ -128,7 +128,7 @@ def test_scalars_and_empty_tensors_come_back_as_they_are(server: Server, many: s
     ],
     ids=["too short", "too long", "negative dimension", "no shape", "nothing"],
 )
-def test_what_is_no_tensor_is_refused(server: Server, many: str, tensor: Any) -> None:
+def test_malformed_tensors_are_refused(server: Server, many: str, tensor: Any) -> None:
     assert refusal(server.predict, many, {"x": tensor}, signature="echo_float32") == BROKEN
 
 
@@ -144,7 +144,7 @@ def test_several_inputs_and_outputs_are_told_apart_by_name(server: Server, many:
     assert list(outputs["difference"].float_val) == [-9, -18]
 
 
-def test_an_error_of_the_graph_is_the_answer(server: Server, many: str) -> None:
+def test_an_error_in_the_graph_is_returned(server: Server, many: str) -> None:
     assert list(server.predict(many, {"i": np.int32(2)}, signature="pick").outputs["y"].float_val) == [2]
     found = refusal(server.predict, many, {"i": np.int32(9)}, signature="pick")
     assert found.code == "INVALID_ARGUMENT"
@@ -160,7 +160,7 @@ def test_a_signature_without_inputs_takes_none(server: Server, many: str) -> Non
 
 
 def random_tensor(rng: np.random.Generator) -> tuple[str, Any]:
-    """A TensorProto that may be wrong in its size, shape, content or type."""
+    """A TensorProto whose size, shape, content or dtype may be wrong."""
     kind = str(rng.choice(list(FIELDS)))
     sizes = tuple(int(size) for size in rng.choice([-1, 0, 1, 2, 3], rng.integers(0, 4), p=[0.05, 0.1, 0.25, 0.3, 0.3]))
     tensor = given(kind, sizes)
