@@ -24,6 +24,7 @@ EXPLODED = 100.0  # nats of cross-entropy, as a mean over an epoch: from there n
 ROBUST = 0.2  # accuracy under PGD that counts as robust, and by which FGSM's must exceed it to be overfitted
 ADVICE = "lower the learning rate"
 NEGLIGIBLE, DOMINANT = 1e-3, 0.9  # shares of the update below and above which a regularizer is warned of
+FITTED = 0.1  # nats of data loss below which the images are fitted
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,8 @@ def fit(
         seconds += time.perf_counter() - began
         if wrong is not None:
             raise Diverged(f"the loss is no finite number in step {done + wrong + 1}, epoch {epoch}; {ADVICE}")
-        cross_entropy = terms.get(
-            "data_loss", terms.get("adversarial_loss", 0.0)
-        )  # without a clean part: `free`, `pgd`
+        # `free`, and `pgd` of weight 1, have no clean part.
+        cross_entropy = terms.get("data_loss", terms.get("adversarial_loss", 0.0))
         if cross_entropy > EXPLODED:
             raise Diverged(f"the loss is {cross_entropy:.3g} after step {done + updates}, epoch {epoch}; {ADVICE}")
         logits = seen.use(fitted.params()).part(held_out, entry)
@@ -313,21 +313,37 @@ def _patience(spec: Spec) -> float:
     return spec.early_stopping.patience if spec.early_stopping else np.inf
 
 
-def warnings(gradient_shares: list[dict[str, Any]], *, zeros: bool) -> list[dict[str, str]]:
-    """What the gradient_shares says of terms that do nothing, or that leave nothing to the data.
+def warnings(gradient_shares: list[dict[str, Any]], spec: Spec, *, zeros: bool) -> list[dict[str, str]]:
+    """Regularizers with next to no share in the update, or that leave none to the data.
+
+    Strengths that are the defaults are not warned of, and a data loss near zero is no sign that a penalty is too
+    strong: when all images are fitted, the penalty is what is left of the update.
 
     Args:
-        zeros: L1 has made exact zeros, so it is not inert however small its share.
+        gradient_shares: value and share of every term, an epoch each.
+        zeros: L1 has made exact zeros, so it is not negligible however small its share.
     """
     found = []
     for name in gradient_shares[0] if gradient_shares else ():
-        if name in ("epoch", "data_loss"):
+        if name in ("epoch", "data_loss") or _is_default(spec, name):
             continue
-        share = float(np.median([record[name]["share"] for record in gradient_shares]))
+        shares = [record[name]["share"] for record in gradient_shares]
+        share = float(np.median(shares))
         if share < NEGLIGIBLE and not (name == "l1" and zeros):
-            text = f"{name} makes up {share:.1g} of the update: it is negligible; raise it or leave it out"
+            text = f"{name} makes up {share:.1g} of the update, which is negligible; raise it or leave it out"
             found.append({"term": name, "kind": "negligible", "message": text})
-        if share > DOMINANT and name != "adversarial_loss":
-            text = f"{name} makes up {share:.0%} of the update: it drowns the data loss; lower it"
+        learning = [share for share, record in zip(shares, gradient_shares, strict=True) if _data_loss(record) > FITTED]
+        if name != "adversarial_loss" and len(learning) > len(shares) / 2 and float(np.median(learning)) > DOMINANT:
+            text = f"{name} makes up {np.median(learning):.0%} of the update and dominates the data loss; lower it"
             found.append({"term": name, "kind": "dominant", "message": text})
     return found
+
+
+def _is_default(spec: Spec, name: str) -> bool:
+    field = Spec.model_fields.get(name)  # none of `adversarial_loss`, which is there only where it was asked for
+    return field is not None and getattr(spec, name) == field.default
+
+
+def _data_loss(record: dict[str, Any]) -> float:
+    term: dict[str, float] = record.get("data_loss") or record["adversarial_loss"]
+    return term["value"]

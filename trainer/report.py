@@ -61,7 +61,7 @@ def quick(
         "robustness": attacked,
         "regularization": {
             "epochs": fitted.gradient_shares,
-            "warnings": fit.warnings(fitted.gradient_shares, zeros=sparse["zeros"] > 0),
+            "warnings": fit.warnings(fitted.gradient_shares, spec, zeros=sparse["zeros"] > 0),
         },
         "sparsity": {**sparse, **_promise(spec, fitted)},
         "parameters": {

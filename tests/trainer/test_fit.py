@@ -228,14 +228,35 @@ def test_the_receipt_gives_every_term_its_value_and_share(base: Arrays, digits: 
         assert all(record[name]["value"] == history[name] for name in terms)
 
 
-def test_a_term_that_is_inert_or_that_drowns_the_data_is_warned_of(base: Arrays, digits: Digits) -> None:
-    def said(**spec: Any) -> set[tuple[str, str]]:
-        fitted = run({"method": "full", "epochs": 3, **spec}, base, digits)
-        return {(warning["term"], warning["kind"]) for warning in fitting.warnings(fitted.gradient_shares, zeros=False)}
+def warned(base: Arrays, digits: Digits, **spec: Any) -> set[tuple[str, str]]:
+    fitted = run(spec, base, digits)
+    found = fitting.warnings(fitted.gradient_shares, parse_spec(json.dumps(spec)), zeros=False)
+    return {(warning["term"], warning["kind"]) for warning in found}
 
-    assert said(l2=1e-8) == {("l2", "negligible")}
-    assert said(l2=10.0) == {("l2", "dominant")}
-    assert said(l2=1e-3) == set()
+
+def test_a_term_that_is_negligible_or_dominates_the_data_is_warned_of(base: Arrays, digits: Digits) -> None:
+    spec = {"method": "full", "epochs": 3}
+    assert warned(base, digits, **spec, l2=1e-8) == {("l2", "negligible")}
+    assert warned(base, digits, **spec, l2=10.0) == {("l2", "dominant")}
+    assert warned(base, digits, **spec, l2=1e-3) == set()
+
+
+def shares_of_l2(share: float, data_loss: float = 1.0) -> list[dict[str, Any]]:
+    terms = {"data_loss": {"value": data_loss, "share": 1 - share}, "l2": {"value": 0.1, "share": share}}
+    return [{"epoch": epoch, **terms} for epoch in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.99])
+def test_a_strength_that_nobody_chose_is_not_warned_of(share: float) -> None:
+    for spec in (None, '{"method": "head"}', '{"l2": 1e-4}'):
+        assert fitting.warnings(shares_of_l2(share), parse_spec(spec), zeros=False) == []
+    assert len(fitting.warnings(shares_of_l2(share), parse_spec('{"l2": 2e-4}'), zeros=False)) == 1
+
+
+def test_a_penalty_is_not_warned_of_when_all_images_are_fitted() -> None:
+    spec = parse_spec('{"l2": 1e-2}')
+    assert fitting.warnings(shares_of_l2(0.98, data_loss=0.01), spec, zeros=False) == []
+    assert len(fitting.warnings(shares_of_l2(0.98, data_loss=1.0), spec, zeros=False)) == 1
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_the_step(base: Arrays, digits: Digits) -> None:
