@@ -167,6 +167,7 @@ class Robustness(Record):
     attack: str = "fgsm"
     epsilon: float = 0.0
     accuracy: float = 0.0
+    accuracy_under_fgsm: float | None = None
     images: int | None = None
     curve: list[AttackedAt] | None = None
     settings: dict[str, Any] = Field(default_factory=dict)

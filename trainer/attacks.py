@@ -5,6 +5,7 @@ epsilon is a scalar or (n, 1, 1, 1). No attack is part of a gradient: what it re
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -12,6 +13,7 @@ from trainer.lenet import Tensor
 
 Function = Callable[[Tensor], Tensor]
 STEP_SHARE = 2.5  # an attack of k steps takes steps of 2.5 epsilon / k (Madry et al. 2018)
+MOMENTUM, RISES = 0.75, 0.75  # of APGD: weight of the new direction; share of steps that must raise the loss
 TINY = 1e-12
 
 
@@ -36,6 +38,18 @@ def margin(labels: Tensor, logits: Tensor) -> Tensor:
     own = tf.one_hot(labels, tf.shape(logits)[1])
     other = tf.reduce_max(logits - 1e9 * own, axis=1)
     return other - tf.reduce_sum(logits * own, axis=1)
+
+
+def logits_ratio(labels: Tensor, logits: Tensor) -> Tensor:
+    """DLR, the margin over the distance of the best from the third-best logit (n,) (Croce & Hein 2020).
+
+    Scaling the logits leaves it as it is, so a saturated softmax hides nothing. With fewer than three classes there
+    is no third logit, and it is the margin.
+    """
+    if logits.shape[1] < 3:
+        return margin(labels, logits)
+    best = tf.math.top_k(logits, 3).values
+    return margin(labels, logits) / (best[:, 0] - best[:, 2] + TINY)
 
 
 def project(perturbed: Tensor, images: Tensor, epsilon: Tensor) -> Tensor:
@@ -73,6 +87,100 @@ def pgd(objective: Function, images: Tensor, start: Tensor, epsilon: Tensor, ste
 
     _, found = tf.while_loop(lambda index, _: index < steps, ascend, (0, start))
     return tf.stop_gradient(found)
+
+
+class _Ascent(NamedTuple):
+    """State of APGD between two steps; n rows each, but for the last two."""
+
+    at: Tensor  # current points
+    previous: Tensor
+    gradient: Tensor  # at the current points
+    loss: Tensor
+    best: Tensor  # points of the greatest loss so far
+    best_gradient: Tensor
+    best_loss: Tensor
+    size: Tensor  # of a step, (n, 1, 1, 1)
+    worst: Tensor  # points of the greatest margin so far
+    worst_margin: Tensor
+    rises: Tensor  # steps since the checkpoint that raised the loss
+    checked_loss: Tensor  # greatest loss at the last checkpoint
+    halved: Tensor  # bool, at the last checkpoint
+    since: Tensor  # steps since the checkpoint, ()
+    window: Tensor  # steps from the last checkpoint to the next, ()
+
+
+def apgd(
+    network: Function, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor, start: Tensor,
+    epsilon: Tensor, steps: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Auto-PGD (Croce & Hein 2020, algorithm 1): ascent with momentum whose step size adapts to each image.
+
+        z = project(x_k + size * sign(gradient))
+        x_{k+1} = project(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))
+
+    The size starts at 2 epsilon. At each checkpoint it is halved, and the ascent goes on from the best point, where
+    fewer than three quarters of the steps raised the loss, or where neither size nor best loss has changed since the
+    checkpoint before. Checkpoints come after 22% of the steps, then at intervals that shrink by 3% down to 6%.
+
+    Args:
+        network: images to logits.
+        loss: labels and logits to the loss (n,) that is maximized.
+        start: where to begin, in the ball.
+
+    Returns:
+        The points of the greatest margin that were met, and their margins (n,): above zero where misclassified. It
+        ends early when all are.
+    """
+
+    def evaluate(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(at)
+            logits = network(at)
+            height = loss(labels, logits)
+        return height, tape.gradient(height, at), margin(labels, logits)
+
+    def share(of_steps: float) -> Tensor:
+        return tf.maximum(tf.cast(of_steps * tf.cast(steps, tf.float32), tf.int32), 1)
+
+    def step(index: Tensor, s: _Ascent) -> tuple[Tensor, _Ascent]:
+        ascended = project(s.at + s.size * tf.sign(s.gradient), images, epsilon)
+        weight = tf.where(index == 0, 1.0, MOMENTUM)  # the first step has no direction to keep
+        at = project(s.at + weight * (ascended - s.at) + (1.0 - weight) * (s.at - s.previous), images, epsilon)
+        height, gradient, gap = evaluate(at)
+        better, worse = height > s.best_loss, gap > s.worst_margin
+        best, best_gradient = _pick(better, at, s.best), _pick(better, gradient, s.best_gradient)
+        best_loss = tf.maximum(height, s.best_loss)
+        rises = s.rises + tf.cast(height > s.loss, tf.float32)
+        due = s.since + 1 >= s.window
+        oscillates = rises <= RISES * tf.cast(s.window, tf.float32)
+        stuck = ~s.halved & (s.checked_loss >= best_loss)
+        halve = due & (oscillates | stuck)
+        return index + 1, _Ascent(
+            at=_pick(halve, best, at), previous=s.at, gradient=_pick(halve, best_gradient, gradient),
+            loss=tf.where(halve, best_loss, height), best=best, best_gradient=best_gradient, best_loss=best_loss,
+            size=_pick(halve, s.size / 2.0, s.size),
+            worst=_pick(worse, at, s.worst), worst_margin=tf.maximum(gap, s.worst_margin),
+            rises=tf.where(due, 0.0, rises), checked_loss=tf.where(due, best_loss, s.checked_loss),
+            halved=tf.where(due, halve, s.halved), since=tf.where(due, 0, s.since + 1),
+            window=tf.where(due, tf.maximum(s.window - share(0.03), share(0.06)), s.window),
+        )  # fmt: skip
+
+    height, gradient, gap = evaluate(start)
+    begin = _Ascent(
+        at=start, previous=start, gradient=gradient, loss=height, best=start, best_gradient=gradient,
+        best_loss=height, size=2.0 * epsilon * tf.ones_like(start[:, :1, :1]), worst=start, worst_margin=gap,
+        rises=tf.zeros_like(height), checked_loss=height, halved=tf.ones_like(height, tf.bool),
+        since=tf.constant(0), window=share(0.22),
+    )  # fmt: skip
+    _, end = tf.while_loop(
+        lambda index, s: (index < steps) & tf.reduce_any(s.worst_margin <= 0), step, (0, begin), parallel_iterations=1
+    )
+    return end.worst, end.worst_margin
+
+
+def _pick(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Images of `one` where `chosen` (n,), else of `other`."""
+    return tf.where(chosen[:, None, None, None], one, other)
 
 
 def vat(network: Function, images: Tensor, epsilon: Tensor, steps: Tensor, seed: Tensor, norm: str) -> Tensor:
@@ -124,7 +232,7 @@ def square(
         candidate = tf.where(inside, tf.clip_by_value(images + epsilon * sign, 0.0, 1.0), at)
         reached = objective(candidate)
         better = reached > height
-        return index + 1, tf.where(better[:, None, None, None], candidate, at), tf.where(better, reached, height)
+        return index + 1, _pick(better, candidate, at), tf.where(better, reached, height)
 
     _, found, height = tf.while_loop(
         lambda index, *_: index < last, query, (first, start, objective(start)), parallel_iterations=1

@@ -18,11 +18,13 @@ from trainer.optimizers import RISE, learning_rates
 from trainer.spec import Adversarial, Fgsm, Free, Pgd, Spec, Trades, Vat, refused
 from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep, train_step
 
-PROBE_IMAGES, PROBE_STEPS = 128, 7  # of the attack on validation images after each epoch
+PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
 SHARE_IMAGES = 64
 EXPLODED = 100.0  # nats of cross-entropy, as a mean over an epoch: from there no run has come back
+ROBUST = 0.2  # accuracy under PGD that counts as robust, and by which FGSM's must exceed it to be overfitted
 ADVICE = "lower the learning rate"
 NEGLIGIBLE, DOMINANT = 1e-3, 0.9  # shares of the update below and above which a regularizer is warned of
+FITTED = 0.1  # nats of data loss below which the images are fitted
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def fit(
     updates = -(-n // c.batch_size) * c.replays
     plan = schedule(spec, spec.epochs * updates)
     result = Fitted({}, {}, start.method, start.lora_scale)
-    choice = _Choice(spec, fitted, validation)
+    choice = Choice(spec, fitted, validation)
     rng = np.random.default_rng(spec.seed)
     seconds = 0.0
     for epoch in range(1, spec.epochs + 1):
@@ -215,8 +217,10 @@ def fit(
         seconds += time.perf_counter() - began
         if wrong is not None:
             raise Diverged(f"the loss is no finite number in step {done + wrong + 1}, epoch {epoch}; {ADVICE}")
-        if terms.get("data_loss", 0.0) > EXPLODED:
-            raise Diverged(f"the loss is {terms['data_loss']:.3g} after step {done + updates}, epoch {epoch}; {ADVICE}")
+        # `free`, and `pgd` of weight 1, have no clean part.
+        cross_entropy = terms.get("data_loss", terms.get("adversarial_loss", 0.0))
+        if cross_entropy > EXPLODED:
+            raise Diverged(f"the loss is {cross_entropy:.3g} after step {done + updates}, epoch {epoch}; {ADVICE}")
         logits = seen.use(fitted.params()).part(held_out, entry)
         record = {
             "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, validation.labels),
@@ -234,8 +238,8 @@ def fit(
         on_epoch(record)
         if verdict:
             result.ended_by = verdict
-            result.overfitted_epoch = epoch if verdict == "catastrophic_overfitting" else None
             break
+    result.overfitted_epoch = epoch if result.ended_by == "catastrophic_overfitting" else choice.never_robust
     result.kept_epoch = choice.restore(epoch)
     result.params = {name: np.asarray(value) for name, value in fitted.params().items()}
     result.trained = fitted.snapshot()
@@ -243,7 +247,7 @@ def fit(
     return result
 
 
-class _Choice:
+class Choice:
     """Which epoch's weights are kept, and when training ends before its time."""
 
     def __init__(self, spec: Spec, fitted: TrainStep, validation: Split) -> None:
@@ -253,8 +257,14 @@ class _Choice:
         some = np.unique(np.linspace(0, len(validation.labels) - 1, PROBE_IMAGES).astype(int))
         self._images, self._labels = tf.gather(validation.images, some), validation.labels[some]
         self._best: tuple[float, int, Arrays] = (-np.inf, 0, {})
-        self._improved = 0  # the last epoch that was better by so much as counts
+        self._improved, self._mark = 0, -np.inf  # last epoch better by `min_delta`, and its score
         self._most_robust = 0.0
+        self._first_fall = 0
+
+    @property
+    def never_robust(self) -> int | None:
+        """First epoch, after the warm-up, that withstood FGSM and not PGD, in a run that never withstood PGD."""
+        return self._first_fall if self._first_fall and self._most_robust < ROBUST else None
 
     def judge(self, record: dict[str, Any], seen: Network, *, warm: bool) -> str:
         """Why training shall end now, or nothing. Adds the accuracy under attack to the record.
@@ -266,19 +276,24 @@ class _Choice:
         overfitted = False
         if self._attack:
             epsilon = tf.constant(self._attack.epsilon, tf.float32)
-            probe = tf.constant(PROBE_STEPS), tf.constant(STEP_SHARE), tf.constant([spec.seed, 0]), tf.constant(False)
+            probe = tf.constant(PROBE_STEPS), tf.constant([spec.seed, 0]), tf.constant(False)
             labels = tf.constant(self._labels)
-            robust = evaluate.accuracy(seen.pgd(self._images, labels, epsilon, *probe).numpy(), self._labels)
+            _, margins = seen.apgd(self._images, labels, epsilon, *probe)
+            robust = float(np.mean(margins.numpy() <= 0))
             fast = evaluate.accuracy(seen.fgsm(self._images, labels, epsilon).numpy(), self._labels)
             record |= {"validation_accuracy_under_pgd": robust, "validation_accuracy_under_fgsm": fast}
-            overfitted = warm and self._most_robust >= 0.2 and robust < self._most_robust / 2 and fast > robust + 0.2
+            falls = warm and fast > robust + ROBUST
+            overfitted = falls and self._most_robust >= ROBUST and robust < self._most_robust / 2
+            if falls and robust < ROBUST / 2:
+                self._first_fall = self._first_fall or record["epoch"]
             self._most_robust = max(self._most_robust, robust) if warm else 0.0
             share = self._attack.weight if isinstance(self._attack, Fgsm | Pgd) else 1.0
             score = (1 - share) * record["validation_accuracy"] + share * robust
         elif not spec.early_stopping:
             return ""
-        if score > self._best[0] + (spec.early_stopping.min_delta if spec.early_stopping else 0.0):
-            self._improved = record["epoch"]
+        # As in Keras, against the last improvement that counted: the best score may creep up by less than `min_delta`.
+        if score > self._mark + (spec.early_stopping.min_delta if spec.early_stopping else 0.0):
+            self._improved, self._mark = record["epoch"], score
         if score >= self._best[0]:  # the later of equals
             self._best = (score, record["epoch"], self._fitted.snapshot())
         if overfitted:
@@ -298,21 +313,37 @@ def _patience(spec: Spec) -> float:
     return spec.early_stopping.patience if spec.early_stopping else np.inf
 
 
-def warnings(gradient_shares: list[dict[str, Any]], *, zeros: bool) -> list[dict[str, str]]:
-    """What the gradient_shares says of terms that do nothing, or that leave nothing to the data.
+def warnings(gradient_shares: list[dict[str, Any]], spec: Spec, *, zeros: bool) -> list[dict[str, str]]:
+    """Regularizers with next to no share in the update, or that leave none to the data.
+
+    Strengths that are the defaults are not warned of, and a data loss near zero is no sign that a penalty is too
+    strong: when all images are fitted, the penalty is what is left of the update.
 
     Args:
-        zeros: L1 has made exact zeros, so it is not inert however small its share.
+        gradient_shares: value and share of every term, an epoch each.
+        zeros: L1 has made exact zeros, so it is not negligible however small its share.
     """
     found = []
     for name in gradient_shares[0] if gradient_shares else ():
-        if name in ("epoch", "data_loss"):
+        if name in ("epoch", "data_loss") or _is_default(spec, name):
             continue
-        share = float(np.median([record[name]["share"] for record in gradient_shares]))
+        shares = [record[name]["share"] for record in gradient_shares]
+        share = float(np.median(shares))
         if share < NEGLIGIBLE and not (name == "l1" and zeros):
-            text = f"{name} makes up {share:.1g} of the update: it is negligible; raise it or leave it out"
+            text = f"{name} makes up {share:.1g} of the update, which is negligible; raise it or leave it out"
             found.append({"term": name, "kind": "negligible", "message": text})
-        if share > DOMINANT and name != "adversarial_loss":
-            text = f"{name} makes up {share:.0%} of the update: it drowns the data loss; lower it"
+        learning = [share for share, record in zip(shares, gradient_shares, strict=True) if _data_loss(record) > FITTED]
+        if name != "adversarial_loss" and len(learning) > len(shares) / 2 and float(np.median(learning)) > DOMINANT:
+            text = f"{name} makes up {np.median(learning):.0%} of the update and dominates the data loss; lower it"
             found.append({"term": name, "kind": "dominant", "message": text})
     return found
+
+
+def _is_default(spec: Spec, name: str) -> bool:
+    field = Spec.model_fields.get(name)  # none of `adversarial_loss`, which is there only where it was asked for
+    return field is not None and getattr(spec, name) == field.default
+
+
+def _data_loss(record: dict[str, Any]) -> float:
+    term: dict[str, float] = record.get("data_loss") or record["adversarial_loss"]
+    return term["value"]

@@ -75,25 +75,20 @@ class Network:
         """The logits under FGSM."""
         return self._scores(attacks.fgsm(lambda x: attacks.cross_entropy(labels, self._scores(x)), images, epsilon))
 
-    @tf.function(
-        autograph=False, input_signature=[IMAGES, LABELS, SCALAR, COUNT, SCALAR, SEED, tf.TensorSpec((), tf.bool)]
-    )
-    def pgd(
-        self, images: Tensor, labels: Tensor, epsilon: Tensor, steps: Tensor, reach: Tensor, seed: Tensor,
-        by_margin: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """The logits under one run of PGD whose steps add up to `reach` epsilons.
+    @tf.function(autograph=False, input_signature=[IMAGES, LABELS, SCALAR, COUNT, SEED, tf.TensorSpec((), tf.bool)])
+    def apgd(
+        self, images: Tensor, labels: Tensor, epsilon: Tensor, steps: Tensor, seed: Tensor, by_ratio: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One run of APGD from a random start: the worst images met and their margins, above zero where it has won.
 
-        It climbs the cross-entropy, or the margin, which does not go flat.
+        It climbs the cross-entropy (APGD-CE) or, with `by_ratio`, the difference of logits ratio (APGD-DLR).
         """
 
-        def objective(x: Tensor) -> Tensor:
-            scores = self._scores(x)
-            return tf.where(by_margin, attacks.margin(labels, scores), attacks.cross_entropy(labels, scores))
+        def loss(labels: Tensor, scores: Tensor) -> Tensor:
+            return tf.where(by_ratio, attacks.logits_ratio(labels, scores), attacks.cross_entropy(labels, scores))
 
         start = attacks.in_ball(images, epsilon, seed)
-        size = reach * epsilon / tf.cast(steps, tf.float32)
-        return self._scores(attacks.pgd(objective, images, start, epsilon, steps, size))
+        return attacks.apgd(self._scores, loss, images, labels, start, epsilon, steps)
 
     @tf.function(autograph=False, input_signature=[IMAGES, LABELS, IMAGES, SCALAR, COUNT, COUNT, COUNT, SEED])
     def square(

@@ -38,11 +38,19 @@ def _cosine(start: float, end: float, share: np.ndarray) -> np.ndarray:
 class Optimizer:
     """The trained values in one flat variable, so that a step is one fused update however many there are.
 
-    `adam`: Kingma & Ba (2015). `adamw`: with decoupled decay (Loshchilov & Hutter 2019), on all but biases and
-    scales. `sgd`: with Nesterov momentum (Sutskever et al. 2013).
+    `adam`: Kingma & Ba (2015). `adamw`: with decoupled decay (Loshchilov & Hutter 2019). `sgd`: with Nesterov momentum
+    (Sutskever et al. 2013).
 
-    A value with a learning rate of its own is kept in other units: where a step moves `value / unit` by so much, it
-    moves the value by `unit` times as much (with plain gradients by its square).
+    Where all values have the same rate, these are the updates of `keras.optimizers`, with two differences on purpose:
+
+    - `adamw` decays neither biases nor the scales of IA3, which Keras leaves to `exclude_from_weight_decay`. A scale
+      of one changes nothing; decay would pull it to zero.
+    - `sgd` accumulates gradients, v = momentum * v + g, and multiplies by the rate of the step, as PyTorch does. Keras
+      accumulates rate * g, so that after a change of rate the old one goes on acting. At a constant rate both agree.
+
+    A value with a relative learning rate r is kept in units of its own, `flat = value / unit`. Adam moves `flat` by the
+    rate whatever the unit, so the value by `unit` times as much: the unit is r. A plain gradient grows by the unit
+    too: there it is the root of r.
     """
 
     def __init__(self, name: str, shapes: Mapping[str, tuple[int, ...]], rates: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,17 +137,111 @@ def test_square_stays_in_the_ball_and_its_margins_are_those_of_its_images(base: 
 
 def test_masking_is_told_by_square_by_fgsm_and_by_epsilon_one() -> None:
     honest = [{"epsilon": 0.1, "fgsm": 0.9, "pgd": 0.5, "square": 0.6}]
-    assert report.gradient_masking(honest, 0.0) == []
-    assert len(report.gradient_masking([{"epsilon": 0.1, "fgsm": 0.9, "pgd": 0.5, "square": 0.4}], 0.0)) == 1
-    assert len(report.gradient_masking([{"epsilon": 0.1, "fgsm": 0.4, "pgd": 0.5, "square": 0.6}], 0.0)) == 1
-    assert len(report.gradient_masking(honest, 0.11)) == 1
+    assert report.gradient_masking(honest, 0.0, 500) == []
+    assert len(report.gradient_masking([{"epsilon": 0.1, "fgsm": 0.9, "pgd": 0.5, "square": 0.4}], 0.0, 500)) == 1
+    assert len(report.gradient_masking([{"epsilon": 0.1, "fgsm": 0.4, "pgd": 0.5, "square": 0.6}], 0.0, 500)) == 1
+    assert len(report.gradient_masking(honest, 0.11, 500)) == 1
+
+
+@pytest.mark.parametrize(("images", "tolerated", "suspicious"), [(20, 2, 3), (500, 5, 6), (150, 2, 3)])
+def test_a_few_images_that_a_weaker_attack_finds_are_no_sign_of_masking(
+    images: int, tolerated: int, suspicious: int
+) -> None:
+    def signs(more: int) -> list[str]:
+        point = {"epsilon": 0.1, "fgsm": 0.9, "pgd": 10 / images, "square": (10 - more) / images}
+        return report.gradient_masking([point], 0.0, images)
+
+    assert signs(1) == signs(tolerated) == []
+    assert len(signs(suspicious)) == 1
+    assert report.gradient_masking([], 2 / 10, 10) == []
 
 
 def test_a_network_with_flat_gradients_is_caught(base: Arrays, digits_split: Split) -> None:
-    """Logits times 1,000: the softmax saturates and cross-entropy has no input_gradient, but nothing is any safer."""
+    """Logits times 1,000: the softmax saturates and cross-entropy has no gradient, but nothing is any safer."""
     masked = base | {name: value * np.float32(1000) for name, value in base.items() if name.startswith("head/")}
     model = functools.partial(serve, masked)
     by_cross_entropy = last(report.withstood_pgd(model, digits_split, 0.3, steps=10, restarts=1)).mean()
-    with_margin = last(report.withstood_pgd(model, digits_split, 0.3, steps=10, restarts=2)).mean()
+    with_ratio = last(report.withstood_pgd(model, digits_split, 0.3, steps=10, restarts=2)).mean()
     assert by_cross_entropy > 0.5
-    assert with_margin <= 0.05  # the second restart climbs the margin
+    assert with_ratio <= 0.05  # the second restart climbs the difference of logits ratio
+
+
+def test_the_logits_ratio_is_the_margin_in_units_of_the_spread_of_the_best_three() -> None:
+    scores, labels = tf.constant([[3.0, 1.0, 2.0, 0.0], [0.0, 5.0, 4.0, 1.0]]), tf.constant([0, 2])
+    expected = [-1.0 / 2.0, 1.0 / 4.0]
+    np.testing.assert_allclose(attacks.logits_ratio(labels, scores).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(attacks.logits_ratio(labels, 1000 * scores).numpy(), expected, rtol=1e-6)
+    two, label = tf.constant([[3.0, 1.0]]), tf.constant([0])
+    np.testing.assert_allclose(attacks.logits_ratio(label, two).numpy(), attacks.margin(label, two).numpy())
+
+
+@pytest.mark.parametrize("loss", [attacks.cross_entropy, attacks.logits_ratio])
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_apgd_stays_in_the_ball_and_returns_the_worst_point_that_it_met(
+    base: Arrays, digits_split: Split, loss: Any, steps: int
+) -> None:
+    x, y = digits_split.images, tf.constant(digits_split.labels)
+    met: list[np.ndarray] = []
+
+    def network(at: Any) -> Any:
+        met.append(at.numpy())  # tf.while_loop runs eagerly here, so every point is seen
+        return logits(base, at)
+
+    start = attacks.in_ball(x, EPSILON, tf.constant([0, 5]))
+    found, margins = attacks.apgd(network, loss, x, y, start, EPSILON, tf.constant(steps))
+    assert np.abs(found.numpy() - x.numpy()).max() <= 0.1 + 1e-6
+    assert 0 <= found.numpy().min() <= found.numpy().max() <= 1
+    np.testing.assert_allclose(attacks.margin(y, logits(base, found)).numpy(), margins.numpy(), atol=1e-4)
+    seen = np.stack([attacks.margin(y, logits(base, tf.constant(at))).numpy() for at in met])
+    np.testing.assert_allclose(seen.max(axis=0), margins.numpy(), atol=1e-4)
+    assert (seen.max(axis=0) > seen[-1] + 1e-3).any() or steps == 1  # the last point is not the worst one
+
+
+def test_apgd_takes_the_steps_of_its_paper() -> None:
+    """Written out in NumPy, an image at a time, for a loss that is a quadratic of the pixels."""
+    rng = np.random.default_rng(0)
+    x = rng.random((3, 28, 28, 1)).astype(np.float32)
+    peak = np.clip(x + rng.uniform(-0.15, 0.15, x.shape), 0, 1).astype(np.float32)
+    weight = rng.uniform(0.1, 10, x.shape).astype(np.float32)
+    epsilon, steps = 0.1, 40
+
+    def height(at: Any, where: Any = slice(None)) -> Any:
+        return -tf.reduce_sum(weight[where] * (at - peak[where]) ** 2, axis=(1, 2, 3))
+
+    def slope(at: np.ndarray, where: Any) -> np.ndarray:
+        return np.asarray(-2 * weight[where] * (at - peak[where]))
+
+    def clip(at: np.ndarray, where: Any) -> np.ndarray:
+        return np.asarray(np.clip(np.clip(at, x[where] - epsilon, x[where] + epsilon), 0, 1))
+
+    def network(at: Any) -> Any:  # logits 0 and the loss, below zero: the margin of label 0 is the loss
+        return tf.stack([tf.zeros_like(height(at)), height(at)], axis=1)
+
+    labels = tf.zeros(3, tf.int32)
+    found, margins = attacks.apgd(
+        network, attacks.margin, tf.constant(x), labels, tf.constant(x), tf.constant(epsilon), tf.constant(steps)
+    )
+    for i in range(3):
+        w = slice(i, i + 1)
+        points, losses, size = [x[w]], [float(height(x[w], w)[0])], 2 * epsilon
+        best, best_loss, checked, halved = x[w], losses[0], losses[0], True
+        at, previous, window, since = x[w], x[w], 8, 0  # 22% of 40 steps
+        current, rises = losses[0], 0
+        for k in range(steps):
+            momentum = 0.75 if k else 1.0
+            z = clip(at + size * np.sign(slope(at, w)), w)
+            at, previous = clip(at + momentum * (z - at) + (1 - momentum) * (at - previous), w), at
+            loss = float(height(at, w)[0])
+            points.append(at)
+            losses.append(loss)
+            rises, current, since = rises + (loss > current), loss, since + 1
+            if loss > best_loss:
+                best, best_loss = at, loss
+            if since == window:
+                stuck = not halved and checked >= best_loss
+                halved = rises <= 0.75 * window or stuck
+                if halved:
+                    size, at, current = size / 2, best, best_loss
+                checked, rises, since, window = best_loss, 0, 0, max(window - 1, 2)
+        assert float(margins[i]) == pytest.approx(max(losses), rel=1e-3)
+        np.testing.assert_allclose(found.numpy()[w], points[int(np.argmax(losses))], atol=2e-3)

@@ -10,10 +10,11 @@ import tensorflow as tf
 from store.errors import Diverged, InvalidSpec
 from trainer import fit as fitting
 from trainer.evaluate import accuracy
-from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, structure
+from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, serve, structure
 from trainer.lenet import Arrays
+from trainer.network import Network
 from trainer.spec import parse_spec
-from trainer.train_step import TrainStep
+from trainer.train_step import TrainStep, train_step
 from trainer.worker.run_job import pretrained, stratified, stratified_folds
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -155,26 +156,66 @@ def test_early_stopping_with_an_attack_ends_when_nothing_gets_better(base: Array
     assert len(fitted.history) < 50
 
 
+def test_early_stopping_compares_with_the_last_improvement_that_counted(base: Arrays, digits: Digits) -> None:
+    """As `keras.callbacks.EarlyStopping` does: scores that creep up by less than `min_delta` add up."""
+    losses = [1.0, 0.95, 0.89, 0.84, 0.78, 0.74, 0.73, 0.72, 0.71]
+    spec = parse_spec('{"early_stopping": {"patience": 2, "min_delta": 0.1}}')
+    start = begin(spec, base, classes=10, same_classes=True)
+    model = train_step(structure(spec, start, 10, "/CPU:0"))
+    choice = fitting.Choice(spec, model, part(digits, 1000, 1100))
+
+    class Model:  # what the callback needs of a Keras model
+        stop_training = False
+
+        def get_weights(self) -> list[Any]:
+            return []
+
+    keras = tf.keras.callbacks.EarlyStopping("loss", patience=2, min_delta=0.1, mode="min")
+    keras.set_model(model := Model())
+    keras.on_train_begin()
+    ended: list[int] = []
+    for epoch, loss in enumerate(losses, start=1):
+        record = {"epoch": epoch, "validation_cross_entropy": loss}
+        if choice.judge(record, serve(start.params), warm=True) == "early_stopping":
+            ended.append(epoch)
+        keras.on_epoch_end(epoch, {"loss": loss})
+        if model.stop_training:
+            break
+    assert ended == [epoch] == [7]
+
+
+def under(monkeypatch: pytest.MonkeyPatch, labels: np.ndarray, *, robust: list[float], fast: float) -> None:
+    """Let the attacks leave these shares of the images, PGD one after the other."""
+    shares = iter(robust)
+
+    def margins(share: float) -> np.ndarray:
+        return np.where(np.arange(len(labels)) < share * len(labels), -1.0, 1.0)
+
+    monkeypatch.setattr(Network, "apgd", lambda *_: (None, tf.constant(margins(next(shares)))))
+    scores = np.eye(10, dtype=np.float32)[labels] * -margins(fast)[:, None]
+    monkeypatch.setattr(Network, "fgsm", lambda *_: tf.constant(scores))
+
+
 def test_an_overfitted_attack_ends_training_and_is_rolled_back(
     base: Arrays, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The probe sees what FGSM does not: PGD accuracy falls to nothing while FGSM accuracy stays."""
-    from trainer.network import Network
-
-    robust = iter([0.9, 0.8, 0.85, 0.8, 0.2, 0.2])
-    labels = part(digits, 1000, 1100).labels
-
-    def probe(share: float) -> Any:
-        scores = np.eye(10, dtype=np.float32)[labels]
-        scores[int(share * len(labels)) :] *= -1
-        return tf.constant(scores)
-
-    monkeypatch.setattr(Network, "pgd", lambda *_: probe(next(robust)))
-    monkeypatch.setattr(Network, "fgsm", lambda *_: probe(0.9))
+    under(monkeypatch, digits[1][1000:1100], robust=[0.9, 0.8, 0.85, 0.8, 0.2, 0.2], fast=0.9)
     fitted = run({"adversarial": {"attack": "fgsm", "weight": 1}, "epochs": 6}, base, digits)
     assert (fitted.ended_by, fitted.overfitted_epoch) == ("catastrophic_overfitting", 5)
     assert fitted.kept_epoch == 1
     assert len(fitted.history) == 5
+
+
+def test_a_run_that_never_withstood_pgd_is_flagged_and_not_ended(
+    base: Arrays, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {"adversarial": {"attack": "fgsm"}, "epochs": 6}
+    under(monkeypatch, digits[1][1000:1100], robust=[0.6, 0.1, 0.04, 0.03, 0.03, 0.03], fast=0.7)  # warm from 2 on
+    fitted = run(spec, base, digits)
+    assert (fitted.ended_by, fitted.overfitted_epoch) == ("epochs", 3)
+    under(monkeypatch, digits[1][1000:1100], robust=[0.0, 0.0, 0.04, 0.3, 0.3, 0.3], fast=0.7)
+    assert run(spec, base, digits).overfitted_epoch is None
 
 
 def test_the_receipt_gives_every_term_its_value_and_share(base: Arrays, digits: Digits) -> None:
@@ -187,14 +228,35 @@ def test_the_receipt_gives_every_term_its_value_and_share(base: Arrays, digits: 
         assert all(record[name]["value"] == history[name] for name in terms)
 
 
-def test_a_term_that_is_inert_or_that_drowns_the_data_is_warned_of(base: Arrays, digits: Digits) -> None:
-    def said(**spec: Any) -> set[tuple[str, str]]:
-        fitted = run({"method": "full", "epochs": 3, **spec}, base, digits)
-        return {(warning["term"], warning["kind"]) for warning in fitting.warnings(fitted.gradient_shares, zeros=False)}
+def warned(base: Arrays, digits: Digits, **spec: Any) -> set[tuple[str, str]]:
+    fitted = run(spec, base, digits)
+    found = fitting.warnings(fitted.gradient_shares, parse_spec(json.dumps(spec)), zeros=False)
+    return {(warning["term"], warning["kind"]) for warning in found}
 
-    assert said(l2=1e-8) == {("l2", "negligible")}
-    assert said(l2=10.0) == {("l2", "dominant")}
-    assert said(l2=1e-3) == set()
+
+def test_a_term_that_is_negligible_or_dominates_the_data_is_warned_of(base: Arrays, digits: Digits) -> None:
+    spec = {"method": "full", "epochs": 3}
+    assert warned(base, digits, **spec, l2=1e-8) == {("l2", "negligible")}
+    assert warned(base, digits, **spec, l2=10.0) == {("l2", "dominant")}
+    assert warned(base, digits, **spec, l2=1e-3) == set()
+
+
+def shares_of_l2(share: float, data_loss: float = 1.0) -> list[dict[str, Any]]:
+    terms = {"data_loss": {"value": data_loss, "share": 1 - share}, "l2": {"value": 0.1, "share": share}}
+    return [{"epoch": epoch, **terms} for epoch in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.99])
+def test_a_strength_that_nobody_chose_is_not_warned_of(share: float) -> None:
+    for spec in (None, '{"method": "head"}', '{"l2": 1e-4}'):
+        assert fitting.warnings(shares_of_l2(share), parse_spec(spec), zeros=False) == []
+    assert len(fitting.warnings(shares_of_l2(share), parse_spec('{"l2": 2e-4}'), zeros=False)) == 1
+
+
+def test_a_penalty_is_not_warned_of_when_all_images_are_fitted() -> None:
+    spec = parse_spec('{"l2": 1e-2}')
+    assert fitting.warnings(shares_of_l2(0.98, data_loss=0.01), spec, zeros=False) == []
+    assert len(fitting.warnings(shares_of_l2(0.98, data_loss=1.0), spec, zeros=False)) == 1
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_the_step(base: Arrays, digits: Digits) -> None:
@@ -203,6 +265,15 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_step(base: Arrays, digit
         run({"method": "full", "epochs": 50}, hot, digits)
     with pytest.raises(Diverged, match=r"step \d+, epoch \d"):
         run({"method": "full", "epochs": 50, "optimizer": "sgd", "learning_rate": 1.0, "l2": 10.0}, base, digits)
+
+
+@pytest.mark.parametrize("attack", ["free", "pgd"])
+def test_an_exploded_loss_is_seen_where_there_is_only_an_adversarial_one(
+    attack: str, base: Arrays, digits: Digits
+) -> None:
+    hot = {name: value * np.float32(300) for name, value in base.items()}  # finite, and beyond all training
+    with pytest.raises(Diverged, match=r"the loss is \d.* after step \d+, epoch 1"):
+        run({"method": "full", "epochs": 1, "l2": 0, "adversarial": {"attack": attack}}, hot, digits)
 
 
 def test_adapters_of_another_size_than_the_bases_are_refused(base: Arrays) -> None:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from trainer import attacks, penalties
 from trainer.lenet import LAYERS, Arrays, adapters, dropout_masks, initial, logits
 from trainer.methods import Method, direct_kernels, effective, first_trained, trained_kernels
-from trainer.optimizers import learning_rates
+from trainer.optimizers import Optimizer, learning_rates
 from trainer.train_step import Coefficients, Structure, TrainStep, train_step
 
 ALL = ("conv1", "conv2", "dense1", "dense2")
@@ -407,6 +407,67 @@ def test_adamw_decays_kernels_and_leaves_biases() -> None:
     norm = {name: (np.abs(plain[name]).sum(), np.abs(decayed[name]).sum()) for name in base}
     assert all(after < before for name, (before, after) in norm.items() if name.endswith("kernel"))
     np.testing.assert_allclose(decayed["conv1/bias"], plain["conv1/bias"], atol=2e-3)
+
+
+def steps_of(name: str, rates: list[float], values: Arrays, relative: float = 1.0, **options: float) -> Arrays:
+    """The values after a step at each rate, with gradients that depend on the step alone."""
+    optimizer = Optimizer(name, {key: value.shape for key, value in values.items()}, dict.fromkeys(values, relative))
+    optimizer.begin(values)
+    momentum, decay = options.get("momentum", 0.0), options.get("weight_decay", 0.0)
+    for number, rate in enumerate(rates):
+        flat = np.concatenate([gradient.reshape(-1) for gradient in gradients(number, values).values()])
+        inputs = (tf.constant(value, tf.float32) for value in (rate, number + 1, momentum, decay, 0.0))
+        optimizer.step(tf.constant(flat * optimizer.units), *inputs, ())
+    return {key: value.numpy() for key, value in optimizer.values(optimizer.flat).items()}
+
+
+def gradients(number: int, values: Arrays) -> Arrays:
+    rng = np.random.default_rng(number)
+    return {key: rng.normal(size=value.shape).astype(np.float32) for key, value in values.items()}
+
+
+VALUES = {"a/kernel": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "a/bias": np.ones(4, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adam", {}), ("adamw", {"weight_decay": 0.1}), ("sgd", {"momentum": 0.0}), ("sgd", {"momentum": 0.9}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_optimizers_take_the_steps_of_keras(name: str, options: dict[str, float]) -> None:
+    rates = [0.01] * 10 if name == "sgd" else [0.01 * share for share in learning_rates("cosine", 10).tolist()]
+    kinds = {"adam": tf.keras.optimizers.Adam, "adamw": tf.keras.optimizers.AdamW, "sgd": tf.keras.optimizers.SGD}
+    keras = kinds[name](**({"nesterov": True} if name == "sgd" else {}), **options)
+    variables = {key: tf.keras.Variable(value, name=key.replace("/", "_")) for key, value in VALUES.items()}
+    if name == "adamw":
+        keras.exclude_from_weight_decay(var_list=[variables["a/bias"]])
+    for number, rate in enumerate(rates):
+        keras.learning_rate = rate
+        keras.apply(list(map(tf.constant, gradients(number, VALUES).values())), list(variables.values()))
+    for key, value in steps_of(name, rates, VALUES, **options).items():
+        np.testing.assert_allclose(value, variables[key].numpy(), rtol=1e-5, atol=1e-6)
+        assert np.abs(value - VALUES[key]).min() > 1e-4
+
+
+def test_a_change_of_rate_takes_effect_at_once_in_sgd() -> None:
+    """As in PyTorch; in Keras, what the momentum holds keeps the rate of its day."""
+    after = steps_of("sgd", [0.1, 0.0, 0.0], VALUES, momentum=0.9)
+    first = steps_of("sgd", [0.1], VALUES, momentum=0.9)
+    np.testing.assert_array_equal(after["a/kernel"], first["a/kernel"])
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("adam", 1e-4), ("sgd", 1e-6)])
+def test_a_relative_rate_is_a_multiple_of_the_rate(name: str, tolerance: float) -> None:
+    """Of Adam but for its epsilon, which is added to gradients in other units."""
+    relative, plain = (steps_of(name, rates, VALUES, r) for rates, r in (([0.01] * 5, 4.0), ([0.04] * 5, 1.0)))
+    for key, value in relative.items():
+        np.testing.assert_allclose(value, plain[key], atol=tolerance)
+
+
+def test_products_are_exact_float32() -> None:
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
 def test_mixup_mixes_images_and_labels_in_the_same_share() -> None:

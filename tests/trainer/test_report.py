@@ -13,9 +13,11 @@ import tensorflow as tf
 from tests.conftest import Place
 from trainer import delta, evaluate, report
 from trainer.export import load_params
-from trainer.fit import Split, serve
+from trainer.fit import Fitted, Split, serve
 from trainer.jobs.records import Job
 from trainer.lenet import HEAD
+from trainer.methods import Method
+from trainer.spec import Spec, parse_spec
 from trainer.synthetic_digits import synthetic_digits
 from trainer.worker.run_job import complete_report, pretrained, stratified
 
@@ -96,10 +98,12 @@ def test_every_number_can_be_recomputed_from_the_saved_model(place: Place) -> No
     assert card["generalization_gap"]["accuracy"] == pytest.approx(gap)
     split = Split(tf.constant(images), labels)
     attacked = evaluate.accuracy(report.fgsm(serve(params), split, 0.05), labels)
-    assert card["robustness"]["accuracy"] == attacked
+    assert card["robustness"]["accuracy_under_fgsm"] == attacked
     again = list(report.robustness(lambda: serve(params), split, 0.05))[-1]
     assert again is not None
     assert card["robustness"]["curve"] == again["curve"]
+    at_epsilon = next(point for point in again["curve"] if point["epsilon"] == 0.05)
+    assert (card["robustness"]["attack"], card["robustness"]["accuracy"]) == ("pgd", at_epsilon["pgd"])
     drawn, digits = synthetic_digits(500, 0)
     assert card["forgetting"]["accuracy"] == evaluate.accuracy(served(drawn), digits)
     assert card["parameters"]["total"] == sum(value.size for value in params.values())
@@ -121,7 +125,7 @@ def test_attacks_find_the_same_way_through_the_saved_model(place: Place) -> None
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, signature(image=x)["logits"])
     attacked = tf.clip_by_value(x + 0.1 * tf.sign(tape.gradient(losses, x)), 0.0, 1.0)
     found = evaluate.accuracy(signature(image=attacked)["logits"].numpy(), labels)
-    assert found == place.registry.find("m").report["robustness"]["accuracy"]
+    assert found == place.registry.find("m").report["robustness"]["accuracy_under_fgsm"]
 
 
 def test_a_version_that_is_worse_than_its_base_or_than_guessing_says_so() -> None:
@@ -134,6 +138,24 @@ def test_a_version_that_is_worse_than_its_base_or_than_guessing_says_so() -> Non
     assert "most frequent" in guessing
     (missing,) = report._warnings(0.8, 0.8, split, ("a", "b", "c"))
     assert "'c'" in missing
+
+
+def test_a_network_that_withstands_fgsm_and_not_pgd_says_so() -> None:
+    trained = parse_spec('{"adversarial": {"attack": "fgsm"}}')
+    fitted = Fitted({}, {}, Method("head"), 0.0)
+
+    def said(spec: Spec, pgd: float, fgsm: float) -> list[str]:
+        figures = {"attack": "pgd", "epsilon": 0.1, "accuracy": pgd, "accuracy_under_fgsm": fgsm}
+        return report._attack_warnings(spec, figures, fitted)
+
+    (warning,) = said(trained, 0.03, 0.68)
+    assert "68.0% under FGSM but 3.0% under PGD" in warning
+    assert said(trained, 0.5, 0.68) == []
+    assert said(parse_spec(None), 0.03, 0.68) == []  # nobody asked for robustness
+    fitted.overfitted_epoch = 7
+    assert "from epoch 7 on" in said(trained, 0.5, 0.6)[0]
+    fitted.ended_by = "catastrophic_overfitting"  # which the report shows already
+    assert said(trained, 0.5, 0.6) == []
 
 
 def test_the_curve_falls_and_the_worst_case_is_below_every_attack(place: Place) -> None:
