@@ -5,7 +5,6 @@ then `live`, and `removed` until its files are gone. Numbers are never given twi
 number that has failed once.
 """
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from store.engine import metadata
+from store.engine import metadata, now
 from store.errors import InvalidRequest, UnknownModel, WrongState
 
 BASE = "lenet5"  # the pretrained model, which every service has
@@ -30,14 +29,22 @@ models = sa.Table(
 versions = sa.Table(
     "versions",
     metadata,
-    sa.Column("model", sa.String, primary_key=True),
+    sa.Column("model", sa.String, sa.ForeignKey("models.name"), primary_key=True),
     sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("live", sa.Boolean, nullable=False),
     sa.Column("removed", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("job_id", sa.String, index=True),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("manifest", sa.JSON, nullable=False),
+)
+_VERSION = ["versions.model", "versions.version"]
+reports = sa.Table(
+    "reports",
+    metadata,
+    sa.Column("model", sa.String, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
     sa.Column("report", sa.JSON, nullable=False),
+    sa.ForeignKeyConstraint(["model", "version"], _VERSION, ondelete="CASCADE"),
 )
 labels = sa.Table(
     "labels",
@@ -46,9 +53,13 @@ labels = sa.Table(
     sa.Column("label", sa.String, primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("weight", sa.Float, nullable=False, server_default="0"),
+    sa.ForeignKeyConstraint(["model", "version"], _VERSION),
 )
-revisions = sa.Table(  # one row, which every change counts up
-    "revisions", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("revision", sa.Integer)
+revisions = sa.Table(  # one row, incremented by every change
+    "revisions",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("revision", sa.Integer, nullable=False),
 )
 
 
@@ -105,15 +116,15 @@ class Registry:
 
     def reserve(self, model: str, job_id: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> int:
         """Number of a new version, which is `publishing` from now on."""
-        now = time.time()
         with self._change() as connection:
-            insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now)
+            insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now())
             insert = insert.on_conflict_do_update(
                 index_elements=["name"], set_={"last_version": models.c.last_version + 1}
             )
             number = connection.execute(insert.returning(models.c.last_version)).scalar_one()
-            row = {"model": model, "version": number, "live": False, "job_id": job_id, "created_at": now}
-            connection.execute(versions.insert().values(**row, manifest=dict(manifest), report=dict(report)))
+            row = {"model": model, "version": number, "live": False, "job_id": job_id, "created_at": now()}
+            connection.execute(versions.insert().values(**row, manifest=dict(manifest)))
+            connection.execute(reports.insert().values(model=model, version=number, report=dict(report)))
         return int(number)
 
     def go_live(self, model: str, version: int, label: str = STABLE) -> None:
@@ -127,7 +138,8 @@ class Registry:
     def set_report(self, model: str, version: int, report: Mapping[str, Any]) -> None:
         """What is known of a version by now."""
         with self._change() as connection:
-            connection.execute(versions.update().where(_is(model, version)).values(report=dict(report)))
+            of_version = (reports.c.model == model) & (reports.c.version == version)
+            connection.execute(reports.update().where(of_version).values(report=dict(report)))
 
     def put_label(self, model: str, label: str, version: int, weight: float | None = None) -> Label:
         """Make a label stand for a live version, and send it a share of the requests that name neither.
@@ -279,7 +291,12 @@ class Registry:
 
     def _select(self, condition: Any) -> list[Version]:
         columns = [column for column in versions.c if column is not versions.c.removed]
-        query = sa.select(*columns).where(condition).order_by(versions.c.model, versions.c.version.desc())
+        query = (
+            sa.select(*columns, reports.c.report)
+            .join(reports)
+            .where(condition)
+            .order_by(versions.c.model, versions.c.version.desc())
+        )
         with self._engine.connect() as connection:
             return [Version(**row) for row in connection.execute(query).mappings()]
 

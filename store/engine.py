@@ -1,39 +1,138 @@
 """The relational store that the processes share: SQLite by default, PostgreSQL where several machines share it."""
 
 import sqlite3
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
-metadata = sa.MetaData()
+from store.errors import StoreUnavailable
+
+T = TypeVar("T")
+
+# Alembic needs a name to change a constraint.
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+# What a store raises while it is away or busy: a restart, a lost connection, a lock held too long, a full disk.
+PASSING_FAILURES = (sa.exc.OperationalError, sa.exc.InterfaceError)
+RETRY_FIRST_S, RETRY_MOST_S = 0.1, 5.0  # pauses between attempts, each twice as long as the one before
+
+
+class now(FunctionElement[float]):  # noqa: N801 (a function of SQL)
+    """The database's clock, Unix seconds.
+
+    Processes on several machines share the store, and their clocks disagree. Whatever is compared across processes,
+    heartbeats above all, is written and compared with this clock.
+    """
+
+    type = sa.Float()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")  # to the millisecond; unixepoch('subsec') needs 3.42
+def _now_sqlite(element: now, compiler: Any, **_: Any) -> str:
+    return "round((julianday('now') - 2440587.5) * 86400.0, 3)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: Any, **_: Any) -> str:
+    return "CAST(extract(epoch from clock_timestamp()) AS double precision)"
 
 
 def connect(url: str) -> sa.Engine:
-    """Engine of the store at `url`, with all tables of `metadata` made."""
-    engine = sa.create_engine(url, pool_pre_ping=True)
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _prepare_sqlite)
-    with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":  # two processes may start at once
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(7393)"))
-        for table in metadata.sorted_tables:
-            connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
-            for index in table.indexes:
-                connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
-            _add_new_columns(connection, table)
+    """Open the store at `url` and bring its schema up to date.
+
+    Raises:
+        StoreUnavailable: it cannot be reached or opened, or a newer release has changed its schema.
+    """
+    engine = _engine(url)
+    try:
+        # Alembic takes 0.3 s and 12 MB, so import it only where there is something to do.
+        if not is_current(engine):
+            from store.migrations import upgrade
+
+            upgrade(engine)
+    except BaseException as exc:
+        engine.dispose()
+        if isinstance(exc, sa.exc.DBAPIError):
+            raise _unavailable(engine.url, exc) from exc
+        raise
     return engine
 
 
-def _add_new_columns(connection: sa.Connection, table: sa.Table) -> None:
-    """Add what a store of an earlier release lacks; such columns have a default."""
-    present = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
-    for column in table.columns:
-        if column.name not in present:
-            definition = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
-            connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
+def is_current(engine: sa.Engine) -> bool:
+    """Tell whether the store's schema is that of this release.
+
+    Raises:
+        StoreUnavailable: a newer release has changed it.
+    """
+    from store.migrations import HEAD
+
+    with engine.connect() as connection:
+        stored = revision(connection)
+    if stored is not None and stored > HEAD:
+        where = engine.url.render_as_string()
+        raise StoreUnavailable(f"the store at {where} has schema {stored} of a newer release; this one knows {HEAD}")
+    return stored == HEAD
+
+
+def revision(connection: sa.Connection) -> str | None:
+    """Alembic's revision of the store; None for a new one and for those of releases without migrations."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+
+
+def retrying(call: Callable[[], T], *, timeout_s: float, failed: Callable[[Exception], None]) -> T:
+    """Call until the store answers.
+
+    Args:
+        call: may run again after it has done its work, if the confirmation is lost.
+        timeout_s: age at which a failure is no longer taken for a passing one, and raised.
+        failed: told of each failure that is waited out.
+    """
+    deadline, pause_s = time.monotonic() + timeout_s, RETRY_FIRST_S
+    while True:
+        try:
+            return call()
+        except PASSING_FAILURES as exc:
+            if time.monotonic() + pause_s > deadline:
+                raise
+            failed(exc)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, RETRY_MOST_S)
+
+
+def reason(exc: Exception) -> str:
+    """What a driver says of a failure, in one line without SQLAlchemy's additions."""
+    said = str(exc.orig if isinstance(exc, sa.exc.DBAPIError) and exc.orig else exc).strip()
+    return " ".join(said.split()) or type(exc).__name__
+
+
+def _engine(url: str) -> sa.Engine:
+    engine = sa.create_engine(url, pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _unavailable(url: sa.URL, exc: Exception) -> StoreUnavailable:
+    return StoreUnavailable(f"cannot open the store at {url.render_as_string(hide_password=True)}: {reason(exc)}")
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
     connection.execute("PRAGMA busy_timeout = 15000")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")

@@ -15,7 +15,7 @@ from serving.registry import Registry
 from store.engine import connect
 from store.errors import ModelServerError, TemperError
 from store.settings import Settings
-from trainer.jobs.records import Job, Jobs, LeaseLost
+from trainer.jobs.records import Job, Jobs, LeaseLost, WorkerState
 
 POLL_S = 0.1  # between looks for a job
 RECOVER_S = 2.0  # between looks for jobs of dead workers
@@ -53,7 +53,7 @@ class Worker:
         self.id = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         engine = connect(settings.store_url)
         self.jobs, self.registry = Jobs(engine), Registry(engine)
-        self.state = "warming"
+        self.state: WorkerState = "warming"
         self.stopped = threading.Event()
 
     def work(self) -> None:

@@ -6,7 +6,6 @@ import pytest
 import sqlalchemy as sa
 
 from serving.registry import Label, Registry
-from store.engine import connect
 from store.errors import InvalidRequest, UnknownModel, WrongState
 
 
@@ -142,17 +141,3 @@ def test_every_change_changes_the_revision(registry: Registry) -> None:
         change()
         seen.add(registry.revision())
     assert len(seen) == 7
-
-
-def test_a_store_of_an_earlier_release_gets_its_new_columns(engine: sa.Engine) -> None:
-    registry = Registry(engine)
-    registry.go_live("m", registry.reserve("m", None, {"classes": ["a"]}, {}))
-    with engine.begin() as connection:
-        connection.execute(sa.text("ALTER TABLE labels DROP COLUMN weight"))
-        connection.execute(sa.text("ALTER TABLE versions DROP COLUMN removed"))
-    again = connect(engine.url.render_as_string(hide_password=False))
-    try:
-        assert Registry(again).labels("m") == {"stable": Label(1)}
-        assert Registry(again).wanted() == {"m": [1]}
-    finally:
-        again.dispose()

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -44,10 +45,10 @@ def test_a_claimed_job_is_only_its_workers(jobs: Jobs) -> None:
     queued(jobs)
     job = jobs.claim("w")
     assert job is not None
-    jobs.update(job, stage="training", progress={"epoch": 1})
+    jobs.append_event(job, "epoch", {"epoch": 1}, stage="training")
     stranger = Job(**{**vars(job), "worker": "other"})
     with pytest.raises(LeaseLost):
-        jobs.update(stranger, stage="publishing")
+        jobs.set_stage(stranger, "publishing")
     jobs.finish(stranger, "failed")
     assert jobs.get(job.id).stage == "training"
     jobs.finish(job, "succeeded", version=3)
@@ -64,7 +65,9 @@ def test_a_queued_job_is_cancelled_at_once_and_a_running_one_at_its_next_update(
     assert job is not None
     assert jobs.cancel(job.id).status == "running"
     with pytest.raises(LeaseLost):
-        jobs.update(job, stage="training")
+        jobs.check_lease(job)
+    with pytest.raises(LeaseLost):
+        jobs.set_stage(job, "training")
     jobs.finish(job, "cancelled")
     with pytest.raises(WrongState):
         jobs.cancel(job.id)
@@ -97,6 +100,23 @@ def test_a_worker_without_signs_of_life_is_dead(jobs: Jobs, monkeypatch: pytest.
     assert jobs.worker_states() == {}
 
 
+def test_workers_whose_clocks_disagree_leave_each_other_alone(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    queued(jobs)
+    jobs.heartbeat("w", "busy")
+    job = jobs.claim("w")
+    assert job is not None
+    clock = time.time
+    for ahead_s in (20.0, -20.0):
+        monkeypatch.setattr("time.time", lambda ahead_s=ahead_s: clock() + ahead_s)  # of another machine
+        jobs.heartbeat("v", "idle")
+        assert jobs.worker_states() == {"v": "idle", "w": "busy"}
+        assert jobs.recover() == []
+        monkeypatch.undo()
+        assert jobs.worker_states() == {"v": "idle", "w": "busy"}
+        assert jobs.recover() == []
+        jobs.append_event(job, "epoch", {"epoch": 1})  # its lease holds
+
+
 def test_a_job_that_its_worker_puts_back_costs_no_attempt(jobs: Jobs) -> None:
     queued(jobs)
     job = jobs.claim("w")
@@ -118,3 +138,59 @@ def test_pages_are_newest_first_and_complete(jobs: Jobs) -> None:
     assert (more, end) == (True, False)
     with pytest.raises(UnknownJob):
         jobs.page(after="ftjob-0", limit=3)
+
+
+def test_every_change_is_an_event_and_progress_follows_from_them(jobs: Jobs) -> None:
+    queued(jobs)
+    job = jobs.claim("w")
+    assert job is not None
+    jobs.append_event(job, "epoch", {"epoch": 1})
+    jobs.requeue(job)
+    assert jobs.get(job.id).progress == {}
+    job = jobs.claim("w")
+    assert job is not None
+    assert jobs.get(job.id).progress == {}
+    jobs.set_stage(job, "training")
+    for number in (1, 2):
+        jobs.append_event(job, "epoch", {"epoch": number, "epochs": 2})
+    jobs.append_event(job, "publishing", {"step": "staged"}, stage="publishing")
+    jobs.finish(job, "succeeded", happened=[("publishing", {"step": "labelled"})], version=1, report_status="quick")
+    jobs.reported(job, "complete")
+    happened = jobs.events(job.id)
+    assert [(event.type, event.data) for event in happened] == [
+        ("status", {"status": "queued", "stage": None}),
+        ("status", {"status": "running", "stage": "validating"}),
+        ("epoch", {"epoch": 1}),
+        ("status", {"status": "queued", "stage": None}),
+        ("status", {"status": "running", "stage": "validating"}),
+        ("status", {"status": "running", "stage": "training"}),
+        ("epoch", {"epoch": 1, "epochs": 2}),
+        ("epoch", {"epoch": 2, "epochs": 2}),
+        ("publishing", {"step": "staged"}),
+        ("status", {"status": "running", "stage": "publishing"}),
+        ("publishing", {"step": "labelled"}),
+        ("status", {"status": "succeeded", "stage": None, "version": 1}),
+        ("report", {"report_status": "complete"}),
+    ]
+    assert [event.seq for event in happened] == list(range(1, 14))
+    assert [event.at for event in happened] == sorted(event.at for event in happened)
+    assert [event.seq for event in jobs.events(job.id, after=11)] == [12, 13]
+    steps = {event.data["step"]: round(event.at, 3) for event in happened if event.type == "publishing"}
+    found = jobs.get(job.id)
+    assert found.progress == {"epoch": 2, "epochs": 2, "publishing": steps}
+    assert jobs.page(after=None, limit=1) == ([found], False)
+
+
+def test_events_written_at_once_have_each_its_number(jobs: Jobs) -> None:
+    queued(jobs)
+    job = jobs.claim("w")
+    assert job is not None
+    leased = job
+
+    def write(_: int) -> None:
+        for number in range(10):
+            jobs.append_event(leased, "epoch", {"epoch": number})
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    assert [event.seq for event in jobs.events(job.id)] == list(range(1, 33))

@@ -1,24 +1,32 @@
-"""Jobs and data sets as records in the store: the gateway writes and reads them, workers claim and run them.
+"""Jobs as records in the store: the gateway creates and reads them, workers lease and run them.
 
 queued ──claim──▶ running ──▶ succeeded
-  │                  │  ╰────▶ failed
-  ╰──▶ cancelled ◀───╯
+  ▲  │              │  │ ╰──▶ failed
+  │  ╰▶ cancelled ◀─╯  │
+  ╰──────requeue───────╯
+
+A claim gives a worker the lease of a job: the pair (worker, attempts) in its row. Whoever writes to a running job
+shows the pair, and the write fails once the job has been requeued, cancelled or claimed by another worker. A worker
+that has sent no heartbeat for `LOST_AFTER_S` is taken for dead, and its jobs are requeued. All times are those of the
+database's clock.
 """
 
 import secrets
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from store.engine import metadata
+from store.engine import metadata, now
 from store.errors import UnknownJob, WrongState
+from trainer.jobs.events import Event, EventType, events, insert, progress_of
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+WorkerState = Literal["warming", "idle", "busy", "reporting"]
+Happened = tuple[EventType, dict[str, Any]]
 FINISHED = ("succeeded", "failed", "cancelled")
-LOST_AFTER_S = 10.0  # a worker without a sign of life for so long is dead
+LOST_AFTER_S = 10.0  # a worker without a heartbeat for this long is taken for dead
 MAX_ATTEMPTS = 3
 
 jobs = sa.Table(
@@ -31,7 +39,6 @@ jobs = sa.Table(
     sa.Column("base", sa.String, nullable=False),
     sa.Column("status", sa.String, nullable=False, index=True),
     sa.Column("stage", sa.String),
-    sa.Column("progress", sa.JSON, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
     sa.Column("finished_at", sa.Float),
@@ -42,28 +49,30 @@ jobs = sa.Table(
     sa.Column("worker", sa.String),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    sa.Column("last_seq", sa.Integer, nullable=False),  # of its events
+    sa.Column("progress_seq", sa.Integer, nullable=False),  # the event that its progress begins with
 )
 workers = sa.Table(
     "workers",
     metadata,
     sa.Column("id", sa.String, primary_key=True),
-    sa.Column("state", sa.String, nullable=False),  # warming, idle or busy
-    sa.Column("seen_at", sa.Float, nullable=False),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("seen_at", sa.Float, nullable=False),  # last heartbeat
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """A fine-tune, as it stands. Times are unix seconds."""
+    """A fine-tune as it stands. Times are Unix seconds."""
 
     id: str
     model: str
     version: int | None  # of the model, once it is live
-    label: str  # what will stand for that version
+    label: str  # moves to that version
     base: str  # name:version
     status: Status
-    stage: str | None  # validating, training, evaluating, exporting or publishing, while it runs
-    progress: dict[str, Any]
+    stage: str | None  # validating, training, evaluating, exporting, publishing or warming, while it runs
+    progress: dict[str, Any]  # from its events: the last epoch, then the publishing steps
     created_at: float
     started_at: float | None
     finished_at: float | None
@@ -72,16 +81,19 @@ class Job:
     error: dict[str, Any] | None  # code, message, param
     report_status: str  # none, quick or complete
     worker: str | None
-    attempts: int  # times that a worker has begun it
+    attempts: int  # how often a worker has started it
     cancel_requested: bool
 
 
+_COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
+
+
 class LeaseLost(Exception):
-    """The job was taken from this worker: cancelled, or given to another that it seemed to have died."""
+    """The job no longer belongs to this worker: it was cancelled, or reassigned because the worker looked dead."""
 
 
 class Jobs:
-    """Reads and writes jobs and the signs of life of workers."""
+    """Reads and writes jobs, their events and the heartbeats of workers."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -89,58 +101,67 @@ class Jobs:
     def create(
         self, *, model: str, base: str, spec: Mapping[str, Any], dataset: Mapping[str, Any], label: str = "stable"
     ) -> Job:
-        """A queued job. Ids sort by time."""
-        now = time.time()
-        job = Job(
-            id=f"ftjob-{int(now * 1000):011x}{secrets.token_hex(5)}", model=model, version=None, label=label, base=base,
-            status="queued", stage=None, progress={}, created_at=now, started_at=None, finished_at=None,
-            spec=dict(spec), dataset=dict(dataset), error=None, report_status="none", worker=None, attempts=0,
-            cancel_requested=False,
-        )  # fmt: skip
+        """Queue a job. Ids sort by creation time."""
         with self._engine.begin() as connection:
-            connection.execute(jobs.insert().values(**vars(job)))
+            created_at = connection.execute(sa.select(now())).scalar_one()
+            job = Job(
+                id=f"ftjob-{int(created_at * 1000):011x}{secrets.token_hex(5)}", model=model, version=None, label=label,
+                base=base, status="queued", stage=None, progress={}, created_at=created_at, started_at=None,
+                finished_at=None, spec=dict(spec), dataset=dict(dataset), error=None, report_status="none", worker=None,
+                attempts=0, cancel_requested=False,
+            )  # fmt: skip
+            row = {column.name: getattr(job, column.name) for column in _COLUMNS}
+            connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
+            insert(connection, job.id, 1, [_status("queued")])
         return job
 
     def get(self, job_id: str) -> Job:
-        """One job.
+        """Return a job.
 
         Raises:
-            UnknownJob: there is none of that id.
+            UnknownJob: no job has this id.
         """
         with self._engine.connect() as connection:
-            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).mappings().one_or_none()
-        if row is None:
+            found = _read(connection, sa.select(*_COLUMNS).where(jobs.c.id == job_id))
+        if not found:
             raise UnknownJob(f"there is no job {job_id!r}", param="id")
-        return Job(**row)
+        return found[0]
 
     def page(self, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
-        """Jobs, newest first, that come after the job `after`; and whether there are more."""
-        query = sa.select(jobs).order_by(jobs.c.id.desc()).limit(limit + 1)
+        """Return up to `limit` jobs, newest first, that come after the job `after`; and whether there are more."""
+        query = sa.select(*_COLUMNS).order_by(jobs.c.id.desc()).limit(limit + 1)
         if after is not None:
             query = query.where(jobs.c.id < self.get(after).id)
         with self._engine.connect() as connection:
-            rows = [Job(**row) for row in connection.execute(query).mappings()]
-        return rows[:limit], len(rows) > limit
+            found = _read(connection, query)
+        return found[:limit], len(found) > limit
+
+    def events(self, job_id: str, *, after: int = 0) -> list[Event]:
+        """Return the events of a job whose number is greater than `after`."""
+        query = sa.select(events).where(events.c.job == job_id, events.c.seq > after).order_by(events.c.seq)
+        with self._engine.connect() as connection:
+            return [Event(**row) for row in connection.execute(query).mappings()]
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a queued job now, or a running one at its next epoch.
 
         Raises:
+            UnknownJob: no job has this id.
             WrongState: it has finished.
         """
-        now = time.time()
+        of_job = jobs.c.id == job_id
         with self._engine.begin() as connection:
-            of_job = jobs.update().where(jobs.c.id == job_id)
-            queued = of_job.where(jobs.c.status == "queued")
-            if not connection.execute(queued.values(status="cancelled", finished_at=now)).rowcount:
-                connection.execute(of_job.where(jobs.c.status == "running").values(cancel_requested=True))
+            changed = _write(
+                connection, of_job & (jobs.c.status == "queued"), [_status("cancelled")],
+                status="cancelled", finished_at=now(),
+            ) or _write(connection, of_job & (jobs.c.status == "running"), (), cancel_requested=True)  # fmt: skip
         job = self.get(job_id)
-        if job.status in FINISHED and not (job.status == "cancelled" and job.finished_at == now):
-            raise WrongState(f"job {job_id} is over: {job.status}", param="id")
+        if not changed:
+            raise WrongState(f"job {job_id} has already {_ENDED[job.status]}", param="id")
         return job
 
     def claim(self, worker: str) -> Job | None:
-        """The oldest queued job, running from now on in the name of `worker`."""
+        """Lease the oldest queued job to `worker`; None if there is none."""
         oldest = (
             sa.select(jobs.c.id)
             .where(jobs.c.status == "queued")
@@ -148,121 +169,175 @@ class Jobs:
             .limit(1)
             .with_for_update(skip_locked=True)
         )
-        update = (
-            jobs.update()
-            .where(jobs.c.id == oldest.scalar_subquery(), jobs.c.status == "queued")
-            .values(
-                status="running", stage="validating", worker=worker, started_at=time.time(),
-                attempts=jobs.c.attempts + 1, progress={},
-            )
-            .returning(*jobs.c)
-        )  # fmt: skip
-        with self._engine.connect() as connection:  # most often there is none, and a look takes no write lock
+        with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
             if connection.execute(oldest).first() is None:
                 return None
         with self._engine.begin() as connection:
-            row = connection.execute(update).mappings().one_or_none()
-        return Job(**row) if row else None
+            claimed = _write(
+                connection, (jobs.c.id == oldest.scalar_subquery()) & (jobs.c.status == "queued"),
+                [_status("running", "validating")],
+                status="running", stage="validating", worker=worker, started_at=now(),
+                attempts=jobs.c.attempts + 1, progress_seq=jobs.c.last_seq + 2,
+            )  # fmt: skip
+        return claimed[0] if claimed else None
 
-    def update(self, job: Job, **values: Any) -> None:
-        """Write values of a running job.
+    def append_event(self, job: Job, type: EventType, data: Mapping[str, Any], *, stage: str | None = None) -> None:
+        """Append an event to a job that runs, in one transaction with a new stage, if one is given.
 
         Raises:
-            LeaseLost: the job no longer runs in the name of the worker that claimed it, or shall be cancelled.
+            LeaseLost: the job no longer belongs to the worker that claimed it, or a client has cancelled it.
         """
-        mine = (jobs.c.id == job.id) & (jobs.c.worker == job.worker) & (jobs.c.attempts == job.attempts)
-        with self._engine.begin() as connection:
-            update = jobs.update().where(mine, jobs.c.status == "running", ~jobs.c.cancel_requested)
-            if not connection.execute(update.values(**values)).rowcount:
+        values: dict[str, Any] = {"progress_seq": jobs.c.last_seq + 1} if type == "epoch" else {}
+        happened: list[Happened] = [(type, dict(data))]
+        if stage is not None:
+            happened.append(_status("running", stage))
+            values["stage"] = stage
+        self._write_leased(job, happened, **values)
+
+    def set_stage(self, job: Job, stage: str) -> None:
+        """Note the stage of a job that runs.
+
+        Raises:
+            LeaseLost: as above.
+        """
+        self._write_leased(job, [_status("running", stage)], stage=stage)
+
+    def check_lease(self, job: Job) -> None:
+        """Raise `LeaseLost` if the job no longer belongs to the worker that claimed it, or a client cancelled it."""
+        with self._engine.connect() as connection:
+            if connection.execute(sa.select(jobs.c.id).where(_leased(job), ~jobs.c.cancel_requested)).first() is None:
                 raise LeaseLost(job.id)
 
-    def finish(self, job: Job, status: Status, **values: Any) -> None:
-        """The end of a running job, unless it has been taken away."""
-        mine = (jobs.c.id == job.id) & (jobs.c.worker == job.worker) & (jobs.c.attempts == job.attempts)
+    def _write_leased(self, job: Job, happened: Sequence[Happened], **values: Any) -> None:
         with self._engine.begin() as connection:
-            update = jobs.update().where(mine, jobs.c.status == "running")
-            connection.execute(update.values(status=status, stage=None, finished_at=time.time(), **values))
+            if not _write(connection, _leased(job) & ~jobs.c.cancel_requested, happened, **values):
+                raise LeaseLost(job.id)
+
+    def finish(self, job: Job, status: Status, *, happened: Sequence[Happened] = (), **values: Any) -> None:
+        """End a running job, unless its lease is lost; `happened` are its last events before that."""
+        ending = {name: values[name] for name in ("version", "error") if name in values}
+        last = _status(status, **ending)
+        with self._engine.begin() as connection:
+            _write(
+                connection, _leased(job), [*happened, last], status=status, stage=None, finished_at=now(), **values
+            )  # fmt: skip
+
+    def requeue(self, job: Job, *, counts: bool = False) -> None:
+        """Give the lease of a running job back; unless it `counts`, the attempt is as if it had not been."""
+        values = {} if counts else {"attempts": jobs.c.attempts - 1}
+        with self._engine.begin() as connection:
+            _write(connection, _leased(job), [_status("queued")], **_QUEUED, **values)
 
     def unreported(self, worker: str, but: Collection[str] = ()) -> Job | None:
-        """The oldest job whose report `worker` shall complete: it has succeeded, and no living worker is at it."""
+        """Lease to `worker` the oldest job whose report is not complete and that no living worker works on."""
         free = jobs.c.worker.is_(None) | (jobs.c.worker == worker) | jobs.c.worker.not_in(sa.select(workers.c.id))
         open_ = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick") & free & jobs.c.id.not_in(but)
         oldest = sa.select(jobs.c.id).where(open_).order_by(jobs.c.id).limit(1).with_for_update(skip_locked=True)
-        with self._engine.connect() as connection:  # most often there is none, and a look takes no write lock
+        with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
             if connection.execute(oldest).first() is None:
                 return None
-        update = jobs.update().where(jobs.c.id == oldest.scalar_subquery(), open_).values(worker=worker)
         with self._engine.begin() as connection:
-            row = connection.execute(update.returning(*jobs.c)).mappings().one_or_none()
-        return Job(**row) if row else None
+            claimed = _write(connection, (jobs.c.id == oldest.scalar_subquery()) & open_, (), worker=worker)
+        return claimed[0] if claimed else None
+
+    def reported(self, job: Job, report_status: str) -> None:
+        """Note how much of a finished job's report there is."""
+        with self._engine.begin() as connection:
+            happened: list[Happened] = [("report", {"report_status": report_status})]
+            _write(connection, jobs.c.id == job.id, happened, report_status=report_status)
 
     def open_bases(self) -> set[str]:
-        """Versions, `name:version`, that jobs which have not finished start from."""
+        """Return the versions, `name:version`, that unfinished jobs start from."""
         with self._engine.connect() as connection:
             query = sa.select(jobs.c.base).where(jobs.c.status.not_in(FINISHED)).distinct()
             return set(connection.execute(query).scalars())
 
     def needed_datasets(self) -> list[dict[str, Any]]:
-        """Data sets of jobs that have not finished or whose report is not complete."""
+        """Return the data sets of jobs that have not finished or whose report is not complete."""
         open_report = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
         with self._engine.connect() as connection:
             query = sa.select(jobs.c.dataset).where(jobs.c.status.not_in(FINISHED) | open_report)
             return list(connection.execute(query).scalars())
 
-    def reported(self, job: Job, report_status: str) -> None:
-        """How much of a finished job's report is there by now."""
+    def heartbeat(self, worker: str, state: WorkerState) -> None:
+        """Note that `worker` lives, and what it does."""
         with self._engine.begin() as connection:
-            connection.execute(jobs.update().where(jobs.c.id == job.id).values(report_status=report_status))
-
-    def requeue(self, job: Job) -> None:
-        """Queue a running job anew: its worker stops."""
-        with self._engine.begin() as connection:
-            mine = (jobs.c.id == job.id) & (jobs.c.worker == job.worker) & (jobs.c.status == "running")
-            connection.execute(
-                jobs.update().where(mine).values(
-                    status="queued", stage=None, worker=None, started_at=None, attempts=jobs.c.attempts - 1, progress={}
-                )
-            )  # fmt: skip
-
-    def heartbeat(self, worker: str, state: str) -> None:
-        """`worker` lives and is `state`."""
-        with self._engine.begin() as connection:
-            values = {"state": state, "seen_at": time.time()}
+            values = {"state": state, "seen_at": now()}
             if not connection.execute(workers.update().where(workers.c.id == worker).values(**values)).rowcount:
                 connection.execute(workers.insert().values(id=worker, **values))
 
     def forget_worker(self, worker: str) -> None:
-        """`worker` has stopped."""
+        """Remove a worker that stops."""
         with self._engine.begin() as connection:
             connection.execute(workers.delete().where(workers.c.id == worker))
 
     def worker_states(self) -> dict[str, str]:
-        """State of every worker that lives."""
+        """Return the state of every living worker by its id."""
         with self._engine.connect() as connection:
-            query = sa.select(workers.c.id, workers.c.state).where(workers.c.seen_at > time.time() - LOST_AFTER_S)
+            query = sa.select(workers.c.id, workers.c.state).where(workers.c.seen_at > now() - LOST_AFTER_S)
             return {row.id: row.state for row in connection.execute(query)}
 
     def recover(self) -> list[Job]:
-        """Queue the jobs of dead workers anew, cancel those that were to be, and fail those that keep killing.
+        """Requeue the jobs of dead workers, but end those to be cancelled and those out of attempts.
 
         Returns:
-            The jobs that are finished by this, for their leftovers to be cleared.
+            The jobs that have ended, whose leftovers the caller has to clear.
         """
+        message = f"its worker died {MAX_ATTEMPTS} times"
+        died = {"code": "worker_lost", "message": message, "param": None}
+        lost = (jobs.c.status == "running") & jobs.c.worker.not_in(sa.select(workers.c.id))
+        again = lost & (jobs.c.attempts < MAX_ATTEMPTS) & ~jobs.c.cancel_requested
+        ending = {"stage": None, "worker": None, "finished_at": now()}
         with self._engine.begin() as connection:
-            connection.execute(workers.delete().where(workers.c.seen_at < time.time() - LOST_AFTER_S))
-            lost = (jobs.c.status == "running") & jobs.c.worker.not_in(sa.select(workers.c.id))
-            fields: dict[str, Any] = {"stage": None, "worker": None}
-            now = time.time()
-            died = {"code": "worker_lost", "message": f"its worker died {MAX_ATTEMPTS} times", "param": None}
-            again = lost & (jobs.c.attempts < MAX_ATTEMPTS) & ~jobs.c.cancel_requested
-            connection.execute(
-                jobs.update().where(again).values(status="queued", started_at=None, progress={}, **fields)
+            connection.execute(workers.delete().where(workers.c.seen_at < now() - LOST_AFTER_S))
+            _write(connection, again, [_status("queued")], **_QUEUED)
+            cancelled = _write(
+                connection, lost & jobs.c.cancel_requested, [_status("cancelled")], status="cancelled", **ending
             )
-            ended = []
-            for condition, values in (
-                (lost & jobs.c.cancel_requested, {"status": "cancelled"}),
-                (lost, {"status": "failed", "error": died}),
-            ):
-                update = jobs.update().where(condition).values(**values, finished_at=now, **fields).returning(*jobs.c)
-                ended += [Job(**row) for row in connection.execute(update).mappings()]
-        return ended
+            failed = _write(connection, lost, [_status("failed", error=died)], status="failed", error=died, **ending)
+        return [*cancelled, *failed]
+
+
+_ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}
+_QUEUED = {
+    "status": "queued", "stage": None, "worker": None, "started_at": None, "progress_seq": jobs.c.last_seq + 2,
+}  # fmt: skip
+
+
+def _leased(job: Job) -> sa.ColumnElement[bool]:
+    """The row of a running job, as long as the claim that `job` came from holds."""
+    lease = (jobs.c.worker == job.worker) & (jobs.c.attempts == job.attempts)
+    return (jobs.c.id == job.id) & lease & (jobs.c.status == "running")
+
+
+def _status(status: Status, stage: str | None = None, **more: Any) -> Happened:
+    return "status", {"status": status, "stage": stage, **more}
+
+
+def _write(
+    connection: sa.Connection, where: sa.ColumnElement[bool], happened: Sequence[Happened], **values: Any
+) -> list[Job]:
+    """Change the jobs that match, append what has happened to each, and return them, without progress."""
+    values["last_seq"] = jobs.c.last_seq + len(happened)  # locks the row, so the numbers of events have no gaps
+    update = jobs.update().where(where).values(**values).returning(*_COLUMNS, jobs.c.last_seq)
+    changed = []
+    for row in connection.execute(update).mappings().all():
+        fields = dict(row)
+        insert(connection, row["id"], fields.pop("last_seq"), happened)
+        changed.append(Job(**fields, progress={}))
+    return changed
+
+
+def _read(connection: sa.Connection, query: sa.Select[Any]) -> list[Job]:
+    """Jobs with their progress, which begins at the last epoch: a few events of each."""
+    rows = connection.execute(query).mappings().all()
+    in_progress = (
+        sa.select(events)
+        .join(jobs, jobs.c.id == events.c.job)
+        .where(jobs.c.id.in_([row["id"] for row in rows]), events.c.seq >= jobs.c.progress_seq)
+        .order_by(events.c.job, events.c.seq)
+    )
+    happened: dict[str, list[Event]] = {}
+    for event in connection.execute(in_progress).mappings() if rows else ():
+        happened.setdefault(event["job"], []).append(Event(**event))
+    return [Job(**row, progress=progress_of(happened.get(row["id"], ()))) for row in rows]

@@ -22,7 +22,7 @@ from trainer import delta, evaluate, report
 from trainer.export import digest, export, load_params
 from trainer.fit import Fitted, Split, Start, begin, bottleneck_of, fit, serve
 from trainer.jobs.datasets import Dataset
-from trainer.jobs.records import Job, Jobs
+from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
 from trainer.spec import Spec, described
 from trainer.synthetic_digits import synthetic_digits
@@ -39,26 +39,25 @@ class Run:
     job: Job
     jobs: Jobs
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
-    progress: dict[str, Any] = field(default_factory=dict)  # of the last epoch, then the steps of the publication
+    published: set[str] = field(default_factory=set)  # publishing steps that are done
 
-    def note(self, progress: dict[str, Any], stage: str) -> None:
-        """Write the progress down."""
-        self.progress = progress
-        self.jobs.update(self.job, stage=stage, progress=progress)
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Note an epoch."""
+        self.jobs.append_event(self.job, "epoch", record)
 
     def publishing(self, done: str) -> None:
-        """A step of the publication is done; asked again while the next one waits, it ends a cancelled job."""
-        steps = self.progress.get("publishing", {})
-        if done in steps:
-            self.jobs.update(self.job, stage="publishing")
+        """Note a publishing step. Called again while the next step waits, to end a cancelled job."""
+        if done in self.published:
+            self.jobs.check_lease(self.job)
             return
-        stage = "warming" if done == "proven" else "publishing"
-        self.note({**self.progress, "publishing": {**steps, done: round(time.time(), 3)}}, stage)
+        stage = {"proven": "warming", "warmed": "publishing"}.get(done)
+        self.jobs.append_event(self.job, "publishing", {"step": done}, stage=stage)
+        self.published.add(done)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens inside counts as this stage."""
-        self.jobs.update(self.job, stage=name)
+        """Everything inside belongs to this stage."""
+        self.jobs.set_stage(self.job, name)
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
@@ -117,9 +116,8 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 step=run.publishing,
             )  # fmt: skip
         registry.set_report(job.model, version, card)
-        steps = {**run.progress["publishing"], "labelled": round(time.time(), 3)}
-        progress = {**run.progress, "publishing": steps}
-        jobs.finish(job, "succeeded", version=version, report_status="quick", progress=progress)
+        labelled: Happened = ("publishing", {"step": "labelled"})
+        jobs.finish(job, "succeeded", happened=[labelled], version=version, report_status="quick")
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -269,7 +267,7 @@ def _fit(spec: Spec, start: Start, train: Split, validation: Split, data: _Data,
     """Fit with the job's progress written down."""
 
     def write_down(record: dict[str, Any]) -> None:
-        run.note({**PENALTIES, **record, "epochs": spec.epochs, **more}, "training")
+        run.epoch({**PENALTIES, **record, "epochs": spec.epochs, **more})
 
     return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down)
 
