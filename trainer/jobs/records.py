@@ -176,6 +176,17 @@ class Jobs:
             if not connection.execute(update.values(**values)).rowcount:
                 raise LeaseLost(job.id)
 
+    def check_lease(self, job: Job, connection: sa.Connection) -> None:
+        """Lock the row of a running job until the transaction of `connection` ends.
+
+        Raises:
+            LeaseLost: as in `update`.
+        """
+        mine = (jobs.c.id == job.id) & (jobs.c.worker == job.worker) & (jobs.c.attempts == job.attempts)
+        held = sa.select(jobs.c.id).where(mine, jobs.c.status == "running", ~jobs.c.cancel_requested)
+        if connection.execute(held.with_for_update()).first() is None:
+            raise LeaseLost(job.id)
+
     def finish(self, job: Job, status: Status, **values: Any) -> None:
         """The end of a running job, unless it has been taken away."""
         mine = (jobs.c.id == job.id) & (jobs.c.worker == job.worker) & (jobs.c.attempts == job.attempts)
