@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -19,6 +20,7 @@ from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.routes import health, jobs, models, open_inference, predict, tensorflow_rest
 from api.uploads import Uploads, sweep
+from serving.publishing import has_files
 from serving.registry import Registry
 from store.engine import connect
 from store.memory import settle
@@ -35,7 +37,10 @@ def create_app(settings: Settings) -> ASGIApp:
         sweep(settings)
         engine = await asyncio.to_thread(connect, settings.store_url)
         registry = Registry(engine)
-        async with ServerPool(settings.server_addresses) as pool, Uploads(settings) as uploads:
+        async with (
+            ServerPool(settings.server_addresses, functools.partial(has_files, settings)) as pool,
+            Uploads(settings) as uploads,
+        ):
             router, batcher = Router(registry), MicroBatcher(pool)
             gateway = Gateway(settings, Jobs(engine), registry, pool, router, batcher, uploads)
             looking = asyncio.create_task(gateway.look_after())

@@ -1,4 +1,4 @@
-"""What the routes share, and the watch over the model servers."""
+"""State shared by the routes, and the watch over the model servers."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from api.inference.router import Router
 from api.inference.server_pool import PooledServer, ServerPool
 from api.metrics import SERVER_UP
 from api.uploads import Uploads
-from serving.publishing import reconcile
+from serving.publishing import Probe, has_files, prove, reconcile
 from serving.registry import BASE, Registry
 from store.errors import TemperError
 from store.settings import Settings
@@ -22,11 +22,12 @@ log = logging.getLogger("temper.gateway")
 
 LOOK_S, LOOK_FOR_LOST_S = 0.5, 0.1  # between looks at a model server that answers, and at one that does not
 LOOK_TIMEOUT_S = 3.0  # after which a server that says nothing is taken for lost
+PUBLISHING_S = 60.0  # how long before the loss of a server a version may have been numbered that it was to prove
 
 
 @dataclass
 class Gateway:
-    """What the routes share."""
+    """State shared by the routes."""
 
     settings: Settings
     jobs: Jobs
@@ -37,7 +38,7 @@ class Gateway:
     uploads: Uploads
 
     async def look_after(self) -> None:
-        """Keep the routes fresh, and every model server at what the registry says whenever it comes back."""
+        """Keep the routes fresh and the model servers up to date, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_routes())
             for target in self.pool.all:
@@ -54,36 +55,55 @@ class Gateway:
     async def _watch(self, target: PooledServer) -> None:
         while True:
             target.look.clear()
+            behind, target.behind = target.behind, False  # what is noticed from here on is for the next look
             try:
-                await asyncio.to_thread(self._look_at, target)
+                loaded = await asyncio.to_thread(target.control.available, BASE, LOOK_TIMEOUT_S)
+                target.silent = False
             except TemperError as exc:
                 if target.up:
                     log.warning("model server %s: %s", target.address, exc.message)
                 target.give_up()
-            except Exception:
-                target.behind = True
-                log.exception("looking after the model server %s", target.address)
+            else:
+                try:
+                    await asyncio.to_thread(self._update, target, behind or not loaded)
+                    target.up, target.lost_at = True, None
+                except TemperError as exc:
+                    target.behind = True
+                    log.warning("model server %s is out of date: %s", target.address, exc.message)
+                except Exception:
+                    target.behind = True
+                    log.exception("updating the model server %s", target.address)
             SERVER_UP.labels(target.address).set(target.up)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S if target.up else LOOK_FOR_LOST_S):
                     await target.look.wait()
                 await asyncio.sleep(LOOK_FOR_LOST_S)  # however often it is asked for
 
-    def _look_at(self, target: PooledServer) -> None:
-        behind, target.behind = target.behind, False  # what is noticed from here on is for the next look
-        if (not target.control.available(BASE, LOOK_TIMEOUT_S) or behind) and self.registry.wanted():
-            reconcile(self.settings, self.registry, [target.control])
-        target.up = True
+    def _update(self, target: PooledServer, behind: bool) -> None:
+        """Have a server load what the registry says, and prove what may have been published without it."""
+        if not behind or not self.registry.wanted():
+            return
+        reconcile(self.settings, self.registry, [target.control])
+        if target.lost_at is None:
+            return
+        for version in self.registry.live():
+            model, number = version.model, version.version
+            if version.created_at > target.lost_at - PUBLISHING_S and has_files(self.settings, model, number):
+                target.control.wait_until_available(model, number)
+                prove(target.control, model, number, Probe.load(self.settings.version(model, number)))
 
     async def align(self) -> None:
         """Have all model servers serve what the registry says now; one that is away will when it comes back."""
         await self.router.refresh()
-        servers = [target.control for target in self.pool.all]
-        with contextlib.suppress(TemperError):
+        servers = [target.control for target in self.pool.all if not target.silent]
+        try:
             await asyncio.to_thread(reconcile, self.settings, self.registry, servers)
+        except TemperError:
+            for target in self.pool.all:
+                target.fell_behind()
 
 
 def gateway_of(request: Request) -> Gateway:
-    """The gateway that a request has come to."""
+    """Return the gateway that serves a request."""
     gateway: Gateway = request.scope["state"]["gateway"]
     return gateway

@@ -138,10 +138,11 @@ class ModelServer:
         """Versions that the server calls AVAILABLE."""
         return {v for v, s in self.states(model, timeout_s).items() if s.state == pb.ModelVersionStatus.AVAILABLE}
 
-    def reload(self, root: Path, wanted: Mapping[str, Iterable[int]], timeout_s: float = 120.0) -> None:
+    def reload(self, root: Path, wanted: Mapping[str, Iterable[int]], timeout_s: float = 30.0) -> None:
         """Replace what the server serves: for each model exactly these versions, found in `root`/model.
 
-        A version that cannot be loaded is no failure of the whole; `wait_until_available` tells of it.
+        The server goes on loading when the time is up. A version that cannot be loaded does not fail the call;
+        `wait_until_available` reports it.
         """
         request = pb.ReloadConfigRequest()
         for model, versions in wanted.items():
@@ -160,20 +161,24 @@ class ModelServer:
         if response.status.error_code:
             raise errors.ModelServerError(f"reload refused: {response.status.error_message}")
 
-    def wait_until_available(self, model: str, version: int, timeout_s: float = 60.0) -> None:
-        """Return when the version is AVAILABLE; raise `PublishFailed` when it has failed or time is up."""
+    def wait_until_available(self, model: str, version: int, timeout_s: float = 5.0) -> None:
+        """Return once the version is AVAILABLE.
+
+        Raises:
+            PublishFailed: the server could not load it.
+            ModelServerTimeout: it is not AVAILABLE in time. The server may have restarted: reload, then wait again.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             status = self.states(model).get(version)
             if status and status.state == pb.ModelVersionStatus.AVAILABLE:
                 return
-            failed = status is not None and status.status.error_code  # without one, END means that it was unloaded once
-            if failed or time.monotonic() > deadline:
-                state = pb.ModelVersionStatus.State.Name(status.state) if status else "unknown to it"
-                reason = status.status.error_message if status else ""
-                raise errors.PublishFailed(
-                    f"version {version} of {model} is {state} at the model server {self.target}: {reason}"
-                )
+            state = pb.ModelVersionStatus.State.Name(status.state) if status else "unknown"
+            where = f"version {version} of {model} is {state} at the model server {self.target}"
+            if status and status.status.error_code:  # END without an error means that it was unloaded once
+                raise errors.PublishFailed(f"{where}: {status.status.error_message}")
+            if time.monotonic() > deadline:
+                raise errors.ModelServerTimeout(f"{where} after {timeout_s:g} s")
             time.sleep(0.01)
 
 

@@ -1,12 +1,14 @@
-"""Making versions live, and keeping model servers at what the registry says.
+"""Publish versions, and keep model servers in step with the registry.
 
-staged -> verified -> renamed -> available -> proven -> warmed -> labelled, each on every model server. What fails on
-the way is taken back out, and the version before goes on answering.
+staged -> verified -> renamed -> available -> proven -> warmed -> labelled. A version that fails on the way is
+withdrawn, and the one before it goes on answering.
 """
 
 import contextlib
 import fcntl
+import functools
 import json
+import logging
 import os
 import shutil
 import time
@@ -17,14 +19,28 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import sqlalchemy as sa
 
 from serving.client import ModelServer
-from serving.registry import STABLE, Registry
-from store.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded, PublishFailed, TemperError
+from serving.registry import BASE, STABLE, Registry
+from store.errors import (
+    ModelServerError,
+    ModelServerTimeout,
+    ModelServerUnavailable,
+    Overloaded,
+    PublishFailed,
+    TemperError,
+    UnknownModel,
+)
 from store.settings import Settings
 
-PARITY = 1e-4  # largest difference of a logit between the trainer and the model server
-PATIENCE_S = 60.0  # how long a publication waits for a model server that is away
+log = logging.getLogger("temper.publishing")
+
+PARITY = 1e-4  # largest accepted difference of a logit, relative to the largest logit where that is above 1
+PATIENCE_S = 300.0  # how long a publication waits for a model server when all are away
+ABSENT_S = 3.0  # how long it waits for one that is away when another is there
+ANSWER_S = 2.0  # within which a server that is alive says so
+LOCK_S = 5.0  # how long a reload waits for another process that reloads the same server
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # sizes for which kernels are chosen before a client needs them
 PROBE, FILES = "assets.extra/probe.npz", "assets.extra/files.json"
 
@@ -78,38 +94,65 @@ def _sums(version: Path) -> dict[str, Any]:
 
 
 def reconcile(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
-    """Make model servers serve exactly the versions that the registry names, and remove what it no longer names.
+    """Make model servers serve exactly the versions that the registry names, and delete files it no longer names.
 
-    Idempotent. Versions whose directory is gone are left out: a real TensorFlow Serving waits for them for ever.
+    Idempotent. Versions without files are left out, because a real TensorFlow Serving waits for them for ever.
 
     Raises:
-        ModelServerError: of the last of the servers that could not be reached; the others are done.
+        ModelServerError: a server could not be brought up to date (the last such error); the others are.
     """
     failure: TemperError | None = None
-    with file_lock(settings, "reconcile"):  # an older view of the registry must not replace a newer one
-        removed = registry.removed()
-        wanted = {
-            model: there
-            for model, versions in registry.wanted().items()
-            if (there := [v for v in versions if (settings.version(model, v) / "saved_model.pb").is_file()])
-        }
-        for server in servers:
-            try:
-                server.reload(settings.served_root, wanted)
-            except TemperError as exc:
-                failure = exc
-        for model, version in removed:
-            shutil.rmtree(settings.version(model, version), ignore_errors=True)
-            registry.forget(model, version)
+    removed = registry.removed()
+    for server in servers:
+        try:
+            server.states(BASE, ANSWER_S)  # one that is down or frozen must not cost the time that a reload may take
+            # The registry is read under the lock, so an older view of it never replaces a newer one. One lock per
+            # server: a server that freezes holds up nobody who asks another.
+            lock = f"reconcile-{sha256(server.target.encode()).hexdigest()[:12]}"
+            with file_lock(settings, lock, timeout_s=LOCK_S):
+                server.reload(settings.served_root, _present(settings, registry.wanted()))
+        except TemperError as exc:
+            failure = exc
+    for model, version in removed:
+        shutil.rmtree(settings.version(model, version), ignore_errors=True)
+        registry.forget(model, version)
     if failure:
         raise failure
 
 
+def _present(settings: Settings, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The wanted versions whose files are on disk."""
+    present = {}
+    for model, versions in wanted.items():
+        if found := [number for number in versions if has_files(settings, model, number)]:
+            present[model] = found
+    return present
+
+
+def has_files(settings: Settings, model: str, version: int) -> bool:
+    """Tell whether the SavedModel of a version is on disk."""
+    return (settings.version(model, version) / "saved_model.pb").is_file()
+
+
 @contextlib.contextmanager
-def file_lock(settings: Settings, task: str) -> Iterator[None]:
-    """One process at a time."""
+def file_lock(settings: Settings, task: str, timeout_s: float | None = None) -> Iterator[None]:
+    """Let one process at a time in.
+
+    Raises:
+        ModelServerTimeout: the lock was not free within `timeout_s`.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     with (settings.home / f"{task}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while deadline is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as exc:
+                if time.monotonic() > deadline:
+                    raise ModelServerTimeout(f"{task}: another process has held the lock for {timeout_s:g} s") from exc
+                time.sleep(0.02)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -125,20 +168,26 @@ def publish(
     report: Mapping[str, Any],
     label: str = STABLE,
     step: Callable[[str], None] = lambda done: None,
+    fence: Callable[[sa.Connection], None] = lambda connection: None,
 ) -> int:
-    """Move a staged SavedModel to its place, prove that it is served, and move the label to it.
+    """Move a staged SavedModel into place, prove that it is served, and point the label at it.
+
+    A server that restarts on the way is told again what to serve. One that stays away is left behind as long as another
+    is there: the gateway brings it up to date when it returns.
 
     Args:
         staged: sealed directory with a probe, on the file system of the models.
-        label: what requests for the model will follow to the new version.
-        step: told of every step that is done, again while the next one has to wait; raises to take everything back.
+        label: requests for the model that follow this label get the new version.
+        step: called after every step, and again while the next one waits; raises to abandon the publication.
+        fence: called in the transaction that makes the version live; raises if the caller may no longer do so.
 
     Returns:
         The number of the version, live.
 
     Raises:
-        PublishFailed: a server does not serve it, or answers otherwise than the trainer; nothing is left of it.
-        ModelServerError: a server stayed away; the same.
+        PublishFailed: a server does not serve it, or answers unlike the trainer. Nothing is left of the version.
+        ModelServerError: no server came back in time. Nothing is left either.
+        WrongState: the version was withdrawn meanwhile.
     """
     step("staged")
     check_files(staged)
@@ -150,43 +199,76 @@ def publish(
         place.parent.mkdir(exist_ok=True)
         os.rename(staged, place)
         step("renamed")
-        done, deadline = "renamed", time.monotonic() + PATIENCE_S
-
-        def patiently(name: str, act: Callable[[ModelServer], object]) -> None:
-            nonlocal done
-            for server in servers:
-                while True:
-                    try:
-                        act(server)
-                        break
-                    except (ModelServerUnavailable, ModelServerTimeout, Overloaded):
-                        if time.monotonic() > deadline:
-                            raise
-                    step(done)
-                    time.sleep(0.2)
-            done = name
-            step(done)
 
         def load(server: ModelServer) -> None:
             reconcile(settings, registry, [server])
             server.wait_until_available(model, version)
 
-        patiently("available", load)
-        patiently("proven", lambda server: prove(server, model, version, probe))
-        patiently("warmed", lambda server: _warm(server, model, version, probe))
+        here, done, deadline = list(servers), "renamed", time.monotonic() + PATIENCE_S
+        for name, act in (
+            ("available", load),
+            ("proven", lambda server: prove(server, model, version, probe)),
+            ("warmed", lambda server: _warm(server, model, version, probe)),
+        ):
+            here = _on_each(here, act, load, deadline, wait=functools.partial(step, done))
+            done = name
+            step(done)
+        registry.go_live(model, version, label, fence)
     except BaseException:
         with contextlib.suppress(TemperError):
             withdraw(settings, registry, servers, model, version)
         raise
-    registry.go_live(model, version, label)
     return version
 
 
+def _on_each(
+    servers: Sequence[ModelServer],
+    act: Callable[[ModelServer], object],
+    load: Callable[[ModelServer], None],
+    deadline: float,
+    wait: Callable[[], None],
+) -> list[ModelServer]:
+    """Do a step on every server; return those that did it.
+
+    Args:
+        load: repeated on a server that was away or lacks the version, for it may have restarted with nothing to serve.
+        deadline: in `time.monotonic()`, up to which the last server is waited for.
+        wait: called before each further attempt; raises to give up.
+    """
+    finished: list[ModelServer] = []
+    missed_at: dict[ModelServer, float] = {}  # when a server first failed the step
+    waiting = list(servers)
+    while True:
+        for server in list(waiting):
+            try:
+                if server in missed_at and act is not load:
+                    load(server)
+                act(server)
+            except (ModelServerUnavailable, ModelServerTimeout, Overloaded, UnknownModel) as exc:
+                now = time.monotonic()
+                since = missed_at.setdefault(server, now)
+                if finished and now - since > ABSENT_S:
+                    log.warning("published without the model server %s: %s", server.target, exc.message)
+                    waiting.remove(server)
+                elif now > deadline:
+                    if finished or len(waiting) > 1:
+                        waiting.remove(server)
+                    else:
+                        raise
+            else:
+                waiting.remove(server)
+                finished.append(server)
+        if not waiting:
+            return finished
+        wait()
+        time.sleep(0.2)
+
+
 def prove(server: ModelServer, model: str, version: int, probe: Probe) -> float:
-    """The largest difference of a logit between the trainer and a model server, over every form of the probe.
+    """Return the largest difference of a logit between the trainer and a model server, over every form of the probe.
 
     Raises:
-        PublishFailed: it is more than `PARITY`, or another version answers.
+        PublishFailed: it is more than `PARITY` times the largest logit, or another version answers.
     """
     largest = 0.0
     for images in probe.forms():
@@ -194,7 +276,7 @@ def prove(server: ModelServer, model: str, version: int, probe: Probe) -> float:
         if answer.version != version or answer.logits.shape != probe.logits.shape:
             raise PublishFailed(f"{model}:{version} is answered by {answer.version} with shape {answer.logits.shape}")
         difference = float(np.max(np.abs(answer.logits - probe.logits)))
-        if not difference <= PARITY:  # a NaN is none either
+        if not difference <= PARITY * max(1.0, float(np.max(np.abs(probe.logits)))):  # `not`: NaN compares false
             raise PublishFailed(
                 f"{model}:{version} at {server.target} differs from the trained model by {difference:.2g} in a logit"
             )
@@ -210,6 +292,10 @@ def _warm(server: ModelServer, model: str, version: int, probe: Probe) -> None:
 
 
 def withdraw(settings: Settings, registry: Registry, servers: Sequence[ModelServer], model: str, version: int) -> None:
-    """Take a version out: of the registry, the model servers and the disk."""
+    """Take a version that did not go live out of the registry, the model servers and the disk.
+
+    A server that cannot be reached drops the version when the gateway brings it up to date.
+    """
     registry.remove(model, version)
-    reconcile(settings, registry, servers)
+    with contextlib.suppress(ModelServerError):
+        reconcile(settings, registry, servers)

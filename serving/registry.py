@@ -5,7 +5,7 @@ then `live`, and `removed` until its files are gone. Numbers are never given twi
 number that has failed once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,10 +127,26 @@ class Registry:
             connection.execute(reports.insert().values(model=model, version=number, report=dict(report)))
         return int(number)
 
-    def go_live(self, model: str, version: int, label: str = STABLE) -> None:
-        """The version is proven: requests for `label` get it from now on; a model's first one is its stable one too."""
+    def go_live(
+        self,
+        model: str,
+        version: int,
+        label: str = STABLE,
+        fence: Callable[[sa.Connection], None] = lambda connection: None,
+    ) -> None:
+        """Make a proven version live and point `label` at it; a model's first version becomes `stable` too.
+
+        Args:
+            fence: called in the same transaction; raises to leave everything as it was.
+
+        Raises:
+            WrongState: the version has been withdrawn.
+        """
         with self._change() as connection:
-            connection.execute(versions.update().where(_is(model, version)).values(live=True))
+            fence(connection)
+            waiting = versions.update().where(_is(model, version), ~versions.c.removed)
+            if not connection.execute(waiting.values(live=True)).rowcount:
+                raise WrongState(f"{model}:{version} has been withdrawn", param="version")
             _put_label(connection, model, label, version)
             if label != STABLE and STABLE not in _labels(connection, model):
                 _put_label(connection, model, STABLE, version)

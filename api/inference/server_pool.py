@@ -1,15 +1,19 @@
-"""The model servers as one: calls are spread by load, and go to another server where one fails."""
+"""The model servers as one: spread calls by load, and retry on another server when one fails."""
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 
 from serving.client import ModelServer, Prediction, Predictor
-from store.errors import ModelServerUnavailable, Overloaded, UnknownModel
+from store.errors import ModelServerError, ModelServerUnavailable, Overloaded, UnknownModel
+
+log = logging.getLogger("temper.gateway")
 
 
 @dataclass(eq=False)
@@ -20,36 +24,46 @@ class PooledServer:
     control: ModelServer
     calls: set[asyncio.Task[Prediction]] = field(default_factory=set)  # under way
     up: bool = False  # it answers, and has been told what to serve
+    silent: bool = False  # it did not answer when it was last looked at
+    lost_at: float | None = None  # unix seconds when it was given up; None once it is up to date again
     behind: bool = True  # it may not serve what the registry says
     look: asyncio.Event = field(default_factory=asyncio.Event)  # set to have it looked at soon
 
     @property
     def address(self) -> str:
-        """host:port."""
+        """host:port or unix:/path."""
         return self.control.target
 
     def fell_behind(self) -> None:
-        """It lacks what the registry names."""
+        """Mark the server as out of date."""
         self.behind = True
         self.look.set()
 
     def went_away(self) -> None:
-        """It cannot be reached."""
+        """Mark the server as unreachable."""
         self.up, self.behind = False, True
         self.look.set()
 
     def give_up(self) -> None:
-        """It does not answer when it is looked at: what it was asked is asked of another, if there is one."""
-        self.up, self.behind = False, True
+        """Stop asking a server that does not answer; its pending calls go to another one, if there is one."""
+        if self.lost_at is None:
+            self.lost_at = time.time()
+        self.up, self.behind, self.silent = False, True, True
         for call in self.calls:
             call.cancel()
 
 
 class ServerPool:
-    """All model servers; their channels are open inside of `async with`."""
+    """All model servers; their channels are open inside of `async with`.
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    Args:
+        has_files: tells whether a version of a model is on disk.
+    """
+
+    def __init__(self, addresses: Sequence[str], has_files: Callable[[str, int], bool]) -> None:
         self._addresses = addresses
+        self._has_files = has_files
+        self._missing: set[tuple[str, int]] = set()  # versions whose loss has been logged
         self._stack = contextlib.AsyncExitStack()
         self.all: list[PooledServer] = []
 
@@ -64,19 +78,22 @@ class ServerPool:
 
     @property
     def up(self) -> list[PooledServer]:
-        """Those that answered when they were last looked at."""
+        """Servers that answer and have been told what to serve."""
         return [target for target in self.all if target.up]
 
     async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
-        """Ask the server with the least in flight; another one if it is away, overloaded or has not loaded the version.
+        """Ask the server with the fewest calls; another if it is away, overloaded or has not loaded the version.
 
         Raises:
-            ModelServerError: none of them answers; what the last one said.
-            Overloaded: the same.
+            ModelServerUnavailable: no server answers, or none has loaded the version yet.
+            ModelServerError: the files of the version are missing, or what the last server said.
+            Overloaded: every server refused the call.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        untried = list(self.all)
+        untried = [target for target in self.all if not target.silent]
+        if not untried:
+            raise ModelServerUnavailable(f"no model server answers ({', '.join(t.address for t in self.all)})")
         while True:
             target = min(untried, key=lambda target: (not target.up, len(target.calls)))
             untried.remove(target)
@@ -95,6 +112,8 @@ class ServerPool:
                 if not untried:
                     raise
             except UnknownModel as exc:  # the registry knows it
+                if not self._has_files(model, version):
+                    raise self._files_missing(model, version) from exc
                 target.fell_behind()
                 if not untried:
                     text = f"{target.address} has not loaded {model}:{version} yet"
@@ -104,3 +123,10 @@ class ServerPool:
                     raise
             finally:
                 target.calls.discard(call)
+
+    def _files_missing(self, model: str, version: int) -> ModelServerError:
+        text = f"the files of {model}:{version} are missing; restore them or delete the version"
+        if (model, version) not in self._missing:
+            self._missing.add((model, version))
+            log.error(text)
+        return ModelServerError(text)

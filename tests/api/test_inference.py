@@ -89,7 +89,7 @@ def with_servers(count: int, test: Callable[[list[Held], ServerPool, MicroBatche
         async with contextlib.AsyncExitStack() as stack:
             for server in servers:
                 await stack.enter_async_context(server.running())
-            pool = await stack.enter_async_context(ServerPool([server.address for server in servers]))
+            pool = await stack.enter_async_context(ServerPool([server.address for server in servers], lambda *_: True))
             for target in pool.all:
                 target.up = True
             await test(servers, pool, MicroBatcher(pool))
@@ -223,7 +223,7 @@ def test_a_server_that_dies_in_the_middle_of_calls_costs_no_request() -> None:
     async def main() -> None:
         survivor, dying = Held(), Held()
         survivor.gate.set()
-        async with survivor.running(), ServerPool([survivor.address, dying.address]) as pool:
+        async with survivor.running(), ServerPool([survivor.address, dying.address], lambda *_: True) as pool:
             for target in pool.all:
                 target.up = True
             batcher = MicroBatcher(pool)

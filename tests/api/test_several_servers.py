@@ -1,6 +1,7 @@
 """A service in front of two model servers."""
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
@@ -106,3 +107,67 @@ def test_predictions_come_back_with_their_server(tmp_path: Path) -> None:
         began = time.monotonic()
         eventually(lambda: service.api.post(path, content=bytes(784), headers=RAW).status_code == 200, "it answers")
         print(f"answered {time.monotonic() - began:.2f} s after the server listened again")
+
+
+def test_a_version_published_without_a_server_is_there_when_it_returns(tmp_path: Path, digits_zip: bytes) -> None:
+    ports = [free_port(), free_port()]
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running_model_server(ports[0]))
+        absent = stack.enter_context(running_model_server(ports[1]))
+        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=",".join(addresses)))
+        absent.kill()
+        absent.wait()
+        job = service.finetune(digits_zip, "shared", '{"epochs": 1, "method": "head"}').json()["id"]
+        assert service.finished(job, timeout_s=50)["status"] == "succeeded"
+        crowd = stack.enter_context(Crowd(service, "shared"))
+        crowd.asked(50)
+        stack.enter_context(running_model_server(ports[1]))
+        eventually(lambda: "unavailable" not in service.api.get("/readyz").text, "both are up")
+        with ModelServer(addresses[1]) as second:
+            assert second.available("shared") == {1}
+        crowd.asked(50)
+        assert set(crowd.statuses) == {200}
+
+
+def test_nobody_waits_for_a_server_that_is_known_to_be_frozen(tmp_path: Path, digits_zip: bytes) -> None:
+    port, path = free_port(), "/predict?model=lenet5"
+    with contextlib.ExitStack() as stack:
+        frozen = stack.enter_context(running_model_server(port))
+        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=f"127.0.0.1:{port}"))
+        job = service.finetune(digits_zip, "unwanted", '{"epochs": 1, "method": "head"}').json()["id"]
+        assert service.finished(job)["status"] == "succeeded"
+        frozen.send_signal(signal.SIGSTOP)
+        eventually(lambda: service.api.get("/readyz").status_code == 503, "it is given up")
+        for _ in range(10):
+            began = time.monotonic()
+            answer = service.api.post(path, content=bytes(784), headers=RAW)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_server_unavailable")
+            assert time.monotonic() - began < 0.5
+        began = time.monotonic()
+        assert service.api.delete("/models/unwanted").status_code == 200
+        assert time.monotonic() - began < 3
+        frozen.send_signal(signal.SIGCONT)
+        eventually(lambda: service.api.post(path, content=bytes(784), headers=RAW).status_code == 200, "it answers")
+        with ModelServer(f"127.0.0.1:{port}") as server:
+            eventually(lambda: not server.available("unwanted"), "the deleted model is unloaded")
+
+
+def test_a_version_whose_files_are_gone_is_reported_as_such(tmp_path: Path) -> None:
+    port, path = free_port(), "/predict?model=lenet5"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running_model_server(port))
+        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=f"127.0.0.1:{port}"))
+        shutil.move(tmp_path / "models/lenet5/1", tmp_path / "elsewhere")
+        server.kill()
+        server.wait()
+        stack.enter_context(running_model_server(port))
+
+        def error() -> dict[str, str]:
+            found: dict[str, str] = service.api.post(path, content=bytes(784), headers=RAW).json()["error"]
+            return found
+
+        eventually(lambda: error()["code"] == "model_server_error", "the loss is reported")
+        assert "the files of lenet5:1 are missing" in error()["message"]
+        shutil.move(tmp_path / "elsewhere", tmp_path / "models/lenet5/1")
+        eventually(lambda: service.api.post(path, content=bytes(784), headers=RAW).status_code == 200, "it is back")

@@ -1,25 +1,31 @@
 """Going live, staying live, going: real model servers, real files."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import tensorflow as tf
 
-from serving.client import ModelServer
+from serving.client import ModelServer, Prediction
 from serving.publishing import FILES, Probe, check_files, prove, publish, reconcile, seal
-from serving.registry import Registry
-from store.errors import ModelServerUnavailable, PublishFailed, UnknownModel
+from serving.registry import Label, Registry
+from store.errors import ModelServerTimeout, ModelServerUnavailable, PublishFailed, UnknownModel, WrongState
 from store.processes import free_port
 from store.settings import Settings
 from tests.conftest import Place, eventually, opened, running_model_server
 from trainer.export import export
+from trainer.jobs.records import Jobs, LeaseLost
 from trainer.lenet import initial, logits
 from trainer.worker.retention import UNUSED_S, retire_surplus, sweep_datasets
 
@@ -171,6 +177,116 @@ def test_reconcile_repairs_a_server_that_lost_everything(tmp_path: Path) -> None
             eventually(lambda: is_reachable(server), "the channel is back")
             reconcile(settings, press.registry, [server])
             np.testing.assert_allclose(server.predict("m", 2, IMAGES).logits, expected(2), atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", ["renamed", "available", "proven", "warmed"])
+def test_a_model_server_that_dies_at_any_step_costs_no_fine_tune(tmp_path: Path, stop: str) -> None:
+    port = free_port()
+    settings = Settings(home=tmp_path, model_server=f"127.0.0.1:{port}")
+    settings.make_home()
+    with (
+        contextlib.ExitStack() as stack,
+        opened(settings.store_url) as engine,
+        ModelServer(settings.server_addresses[0]) as server,
+    ):
+        dying = stack.enter_context(running_model_server(port))
+        press = Press(settings, Registry(engine), [server])
+        killed = False
+
+        def step(done: str) -> None:
+            nonlocal killed
+            if done == stop and not killed:
+                killed = True
+                dying.kill()
+                dying.wait()
+                stack.enter_context(running_model_server(port))  # comes back, and serves nothing
+
+        assert press.publish(1, step=step) == 1
+        assert press.registry.find("m").version == 1
+        if stop == "warmed":  # nothing was left to do at the server, so the gateway's watch tells it what to serve
+            reconcile(settings, press.registry, [server])
+            server.wait_until_available("m", 1)
+        np.testing.assert_allclose(server.predict("m", 1, IMAGES).logits, expected(1), atol=1e-4)
+
+
+def test_a_version_goes_live_on_the_servers_that_are_there(press: Press) -> None:
+    with ModelServer(f"127.0.0.1:{free_port()}") as absent:
+        press.servers.insert(0, absent)
+        began = time.monotonic()
+        assert press.publish(1) == 1
+        assert time.monotonic() - began < 30
+        press.servers.remove(absent)
+    assert press.registry.find("m").version == 1
+    np.testing.assert_allclose(press.servers[0].predict("m", 1, IMAGES).logits, expected(1), atol=1e-4)
+
+
+def test_a_version_that_was_withdrawn_meanwhile_never_goes_live(press: Press) -> None:
+    press.publish(1)
+
+    def step(done: str) -> None:
+        if done == "warmed":  # here the worker stalls, and another one clears up after it
+            press.registry.remove("m", 2)
+
+    with pytest.raises(WrongState, match="m:2 has been withdrawn"):
+        press.publish(2, step=step)
+    assert press.registry.find("m").version == 1
+    assert list(press.registry.routes()["m"].classes) == [1]
+
+
+@pytest.mark.parametrize("loss", ["reassigned", "cancelled"])
+def test_only_the_holder_of_the_lease_makes_a_version_live(engine: sa.Engine, loss: str) -> None:
+    jobs, registry = Jobs(engine), Registry(engine)
+    jobs.create(model="m", base="lenet5:1", spec={}, dataset={})
+    job = jobs.claim("stalled")
+    assert job is not None
+    fence = functools.partial(jobs.check_lease, job)
+    registry.go_live("m", registry.reserve("m", job.id, {"classes": ["a"]}, {}), fence=fence)
+    second = registry.reserve("m", job.id, {"classes": ["a"]}, {})
+    if loss == "cancelled":
+        jobs.cancel(job.id)
+    else:
+        jobs.requeue(job)
+        jobs.claim("other")
+    revision = registry.revision()
+    with pytest.raises(LeaseLost):
+        registry.go_live("m", second, "canary", fence)
+    assert (registry.revision(), registry.labels("m")) == (revision, {"stable": Label(1)})
+    assert [version.version for version in registry.of_model("m")] == [1]
+
+
+@pytest.mark.parametrize(("scale", "accepted"), [(1.0, False), (1000.0, True)])
+def test_parity_is_relative_to_the_scale_of_the_logits(scale: float, accepted: bool) -> None:
+    known = np.array([[scale, -scale, 0.0]] * 3, np.float32)
+
+    class Server:
+        target = "here"
+
+        def predict(self, model: str, version: int, images: np.ndarray) -> Prediction:
+            return Prediction(version, known + np.float32(1e-2), known)
+
+    with contextlib.nullcontext() if accepted else pytest.raises(PublishFailed, match="differs from the trained"):
+        prove(Server(), "m", 1, Probe(PIXELS, known))  # type: ignore[arg-type]
+
+
+def test_a_frozen_server_holds_up_neither_other_servers_nor_other_processes(press: Press) -> None:
+    port = free_port()
+    with running_model_server(port) as process, ModelServer(f"127.0.0.1:{port}") as frozen:
+        press.publish(1)
+        press.publish(2)
+        reconcile(press.settings, press.registry, [frozen])
+        process.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            stuck = pool.submit(lambda: frozen.reload(press.settings.served_root, {"m": [1]}, timeout_s=8))
+            press.registry.retire("m", 1)
+            began = time.monotonic()
+            with pytest.raises(ModelServerTimeout):
+                reconcile(press.settings, press.registry, [frozen, *press.servers])
+            assert time.monotonic() - began < 4
+            assert press.left() == ["2"]
+            assert press.publish(3) == 3
+            assert time.monotonic() - began < 7
+            with pytest.raises(ModelServerTimeout):
+                stuck.result()
 
 
 def is_reachable(server: ModelServer) -> bool:

@@ -202,11 +202,23 @@ class Jobs:
         """
         self._write_leased(job, [_status("running", stage)], stage=stage)
 
-    def check_lease(self, job: Job) -> None:
-        """Raise `LeaseLost` if the job no longer belongs to the worker that claimed it, or a client cancelled it."""
-        with self._engine.connect() as connection:
-            if connection.execute(sa.select(jobs.c.id).where(_leased(job), ~jobs.c.cancel_requested)).first() is None:
-                raise LeaseLost(job.id)
+    def check_lease(self, job: Job, connection: sa.Connection | None = None) -> None:
+        """Check that a job still belongs to the worker that claimed it.
+
+        Args:
+            connection: lock the job's row until its transaction ends, so that the answer holds until then.
+
+        Raises:
+            LeaseLost: another worker has the job, or a client has cancelled it.
+        """
+        held = sa.select(jobs.c.id).where(_leased(job), ~jobs.c.cancel_requested)
+        if connection is not None:
+            row = connection.execute(held.with_for_update()).first()
+        else:
+            with self._engine.connect() as own:
+                row = own.execute(held).first()
+        if row is None:
+            raise LeaseLost(job.id)
 
     def _write_leased(self, job: Job, happened: Sequence[Happened], **values: Any) -> None:
         with self._engine.begin() as connection:

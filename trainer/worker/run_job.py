@@ -113,7 +113,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             version = publish(
                 settings, registry, servers,
                 staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
-                step=run.publishing,
+                step=run.publishing, fence=functools.partial(jobs.check_lease, job),
             )  # fmt: skip
         registry.set_report(job.model, version, card)
         labelled: Happened = ("publishing", {"step": "labelled"})
