@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from api import __version__
 from api.gateway import Gateway
 from api.http import errors
-from api.http.fast_path import FastPath
+from api.http.fast_path import fast_path
 from api.http.limits import BodyLimit
 from api.http.tracing import Tracing
 from api.inference.batcher import MicroBatcher
@@ -58,5 +58,5 @@ def create_app(settings: Settings) -> ASGIApp:
     errors.install(app)
     for face in (predict, tensorflow_rest, open_inference, jobs, models, health):
         face.add(app)
-    limited = BodyLimit(FastPath(app), uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
+    limited = BodyLimit(fast_path(app, app.router.routes), uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
     return Tracing(limited)

@@ -23,6 +23,7 @@ class _Waiting:
     answer: asyncio.Future[Prediction]
     since: float  # of time.perf_counter
     deadline: float  # on the loop's clock
+    is_queued: bool = True
 
 
 _Key = tuple[str, int, str]  # model, version, and the kind of the images, which decides the signature
@@ -65,6 +66,16 @@ class MicroBatcher:
             return await waiting.answer
         finally:
             alarm.cancel()
+            if waiting.is_queued:  # its time is up, or its client hung up
+                self._give_up(key, waiting)
+
+    def _give_up(self, key: _Key, waiting: _Waiting) -> None:
+        """Free the place of a request that nobody waits for any more."""
+        self._waiting -= len(waiting.images)
+        queue = self._queues[key]
+        queue.remove(waiting)
+        if not queue:
+            del self._queues[key]
 
     def _has_its_share(self, key: _Key) -> bool:
         """Tell whether a version takes its part of the places already; a crowd for one must not keep out others."""
@@ -83,9 +94,10 @@ class MicroBatcher:
                 if queue:
                     self._queues[key] = queue  # behind the others
                 if batch:
+                    size = sum(len(waiting.images) for waiting in batch)
                     self._calls += 1
-                    self._in_flight.setdefault(key, []).append(sum(len(waiting.images) for waiting in batch))
-                    task = asyncio.create_task(self._call(key, batch))
+                    self._in_flight.setdefault(key, []).append(size)
+                    task = asyncio.create_task(self._call(key, batch, size))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
 
@@ -102,19 +114,20 @@ class MicroBatcher:
         size = 0
         while queue and (not batch or size + len(queue[0].images) <= MAX_BATCH):
             waiting = queue.popleft()
+            waiting.is_queued = False
             self._waiting -= len(waiting.images)
             if not waiting.answer.done():  # its time may be up, or its client gone
                 batch.append(waiting)
                 size += len(waiting.images)
         return batch
 
-    async def _call(self, key: _Key, batch: list[_Waiting]) -> None:
-        images = np.concatenate([waiting.images for waiting in batch]) if len(batch) > 1 else batch[0].images
-        now = time.perf_counter()
-        BATCH.observe(len(images))
-        for waiting in batch:
-            QUEUE_S.observe(now - waiting.since)
+    async def _call(self, key: _Key, batch: list[_Waiting], size: int) -> None:
         try:
+            images = np.concatenate([waiting.images for waiting in batch]) if len(batch) > 1 else batch[0].images
+            now = time.perf_counter()
+            BATCH.observe(size)
+            for waiting in batch:
+                QUEUE_S.observe(now - waiting.since)
             left = max(waiting.deadline for waiting in batch) - asyncio.get_running_loop().time()
             answer = await self._pool.predict(key[0], key[1], images, left)
             position = 0
@@ -131,7 +144,7 @@ class MicroBatcher:
                     waiting.answer.set_exception(exc)
         finally:
             self._calls -= 1
-            self._in_flight[key].remove(len(images))
+            self._in_flight[key].remove(size)
             if not self._in_flight[key]:
                 del self._in_flight[key]
             self._send()

@@ -36,21 +36,21 @@ def parse_instances(body: bytes, max_instances: int) -> tuple[PredictOptions, np
     return options, images_of(body, document, "instances", max_instances, 1.0 if options.range == "unit" else 255.0)
 
 
-def _fields(document: Any) -> tuple[tuple[str, Any], ...]:
-    """All but the instances."""
+def _fields(document: Any) -> tuple[tuple[str, type, Any], ...]:
+    """Name, type and value of all but the instances; as keys of a cache, true, 1 and 1.0 differ by their type alone."""
     names = [name for name in document if name != "instances"]  # look-ups cost far less than items()
     if len(set(names)) + 1 < len(document):
         twice = next(name for name in document if list(document).count(name) > 1)
         raise InvalidRequest(f"{twice}: given twice", param=twice)
     try:
-        return tuple((name, document[name]) for name in names)
+        return tuple((name, (value := document[name]).__class__, value) for name in names)
     except KeyError:  # a name with a NUL in it is not found
-        return tuple((name, value) for name, value in document.items() if name != "instances")
+        return tuple((name, value.__class__, value) for name, value in document.items() if name != "instances")
 
 
-@functools.lru_cache(maxsize=1024, typed=True)  # clients repeat all but the images
-def _options(fields: tuple[tuple[str, Any], ...]) -> PredictOptions:
-    return PredictOptions.model_validate(dict(fields))
+@functools.lru_cache(maxsize=1024)  # clients repeat all but the images
+def _options(fields: tuple[tuple[str, type, Any], ...]) -> PredictOptions:
+    return PredictOptions.model_validate({name: value for name, _, value in fields})
 
 
 def parse(body: bytes) -> Any:

@@ -6,7 +6,9 @@ from hashlib import blake2b
 
 from api.metrics import VERSIONS
 from serving.registry import STABLE, Registry, Route
-from store.errors import UnknownModel
+from store.errors import MalformedRequest, UnknownModel
+
+MAX_VERSION = 2**63 - 1
 
 
 class Router:
@@ -75,6 +77,23 @@ class Router:
         if version not in route.classes:
             raise UnknownModel(f"model {model!r} has no version {version}", param="version")
         return version, route.classes[version]
+
+
+def parse_version(text: str | None) -> int | None:
+    """The number of a version in a URL.
+
+    Raises:
+        MalformedRequest: it is no number.
+        UnknownModel: no version can have that number.
+    """
+    if text is None:
+        return None
+    shown = repr(text if len(text) <= 24 else f"{text[:20]}...")
+    if not (text.isascii() and text.isdecimal()):
+        raise MalformedRequest(f"version {shown} is not a number", param="version")
+    if len(text) > len(str(MAX_VERSION)) or int(text) > MAX_VERSION:
+        raise UnknownModel(f"there is no version {shown}", param="version")
+    return int(text)
 
 
 def _drawn(model: str, route: Route, key: bytes | None) -> str:

@@ -17,6 +17,7 @@ from api.http.errors import invalid_request
 from api.http.fast_path import FastRoute, Json
 from api.http.openapi import NAME, PLAIN_ERRORS, VERSION, Name, Number, whole
 from api.inference.json_body import PIXELS, SHAPES, as_images, check_range, is_array, is_object, numbers, parse, plain
+from api.inference.router import parse_version
 from api.routes.predict import answer
 from api.routes.schemas import InferenceOptions, InferRequest, InferResponse
 from store.errors import InvalidInstances, InvalidRequest, TooLarge
@@ -30,7 +31,7 @@ def add(app: FastAPI) -> None:
     documented: dict[str, Any] = {"tags": ["Open Inference Protocol"], "responses": PLAIN_ERRORS}
     for path, parameters in (
         ("/v2/models/{name}/infer", [NAME]),
-        ("/v2/models/{name}/versions/{version:int}/infer", [NAME, VERSION]),
+        ("/v2/models/{name}/versions/{version}/infer", [NAME, VERSION]),
     ):
         app.router.add_api_route(
             path, infer, methods=["POST"], route_class_override=FastRoute, response_model=InferResponse, **documented,
@@ -82,7 +83,7 @@ async def infer(request: Request) -> Response:
     """Classify images."""
     options, images = _read(await request.body(), gateway_of(request).settings.max_instances)
     where = request.path_params
-    found = await answer(request, images, where["name"], where.get("version"), options.parameters.label)
+    found = await answer(request, images, where["name"], parse_version(where.get("version")), options.parameters.label)
     arrays = {"logits": found.logits, "probabilities": found.probabilities}
     outputs = [
         {"name": name, "datatype": "FP32", "shape": arrays[name].shape, "data": arrays[name].ravel()}

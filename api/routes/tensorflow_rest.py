@@ -13,6 +13,7 @@ from api.gateway import gateway_of
 from api.http.fast_path import FastRoute, Json
 from api.http.openapi import LABEL, NAME, PLAIN_ERRORS, VERSION, Name, Number, whole
 from api.inference.json_body import as_images, images_of, is_array, is_object, one_by_one, parse, plain
+from api.inference.router import parse_version
 from api.routes.predict import Answer, answer
 from api.routes.schemas import TensorFlowPredict, TensorFlowPredictions
 from serving.registry import Route
@@ -29,7 +30,7 @@ def add(app: FastAPI) -> None:
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     for path, parameters in (
         ("/v1/models/{name}:predict", [NAME]),
-        ("/v1/models/{name}/versions/{version:int}:predict", [NAME, VERSION]),
+        ("/v1/models/{name}/versions/{version}:predict", [NAME, VERSION]),
         ("/v1/models/{name}/labels/{label}:predict", [NAME, LABEL]),
     ):
         app.router.add_api_route(
@@ -78,7 +79,7 @@ async def predict(request: Request) -> Response:
     """Classify images, in row format (`instances`) or in column format (`inputs`)."""
     images, signature, rows = _read(await request.body(), gateway_of(request).settings.max_instances)
     where = request.path_params
-    found = await answer(request, images, where["name"], where.get("version"), where.get("label"))
+    found = await answer(request, images, where["name"], parse_version(where.get("version")), where.get("label"))
     outputs: dict[str, Any]
     if rows:
         pairs = zip(found.logits, found.probabilities, strict=True)

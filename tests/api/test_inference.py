@@ -175,6 +175,46 @@ def test_a_request_whose_time_is_up_is_not_sent() -> None:
     with_servers(1, test)
 
 
+def test_requests_that_expired_or_were_abandoned_make_room_for_others() -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        full = np.zeros((MAX_BATCH, 28, 28, 1), np.float32)
+        in_flight = [asyncio.create_task(batcher.predict("m", 1, full, 20)) for _ in range(2)]
+        await until(lambda: len(server.calls) == 2)
+        crowd = MAX_WAITING // MAX_BATCH
+        expiring = [asyncio.create_task(batcher.predict("m", 1, full, 0.05)) for _ in range(crowd)]
+        assert all(isinstance(e, ModelServerTimeout) for e in await asyncio.gather(*expiring, return_exceptions=True))
+        abandoned = [asyncio.create_task(batcher.predict("m", 1, full, 20)) for _ in range(crowd)]
+        await asyncio.sleep(0)
+        for request in abandoned:
+            request.cancel()
+        assert {type(e) for e in await asyncio.gather(*abandoned, return_exceptions=True)} == {asyncio.CancelledError}
+        waiting = asyncio.create_task(batcher.predict("m", 1, image(1), 20))
+        server.gate.set()
+        assert float((await waiting).logits[0, 0]) == 784
+        await asyncio.gather(*in_flight)
+
+    with_servers(1, test)
+
+
+def test_a_batch_that_cannot_be_joined_fails_alone_and_frees_its_slot() -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        first = asyncio.create_task(batcher.predict("m", 1, image(1), 20))
+        await until(lambda: len(server.calls) == 1)
+        shapes = ((1, 28, 28, 1), (1, 27, 27, 1))
+        odd = [asyncio.create_task(batcher.predict("m", 1, np.ones(shape, np.float32), 20)) for shape in shapes]
+        await asyncio.sleep(0)
+        server.gate.set()
+        await first
+        async with asyncio.timeout(5):
+            failed = await asyncio.gather(*odd, return_exceptions=True)
+            assert [type(failure) for failure in failed] == [ValueError, ValueError]
+            assert float((await batcher.predict("m", 1, image(1), 20)).logits[0, 0]) == 784
+
+    with_servers(1, test)
+
+
 def test_when_too_many_wait_more_are_refused_but_not_those_for_another_version() -> None:
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers

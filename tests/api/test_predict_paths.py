@@ -279,6 +279,49 @@ def test_an_offer_to_upgrade_the_connection_is_ignored(service: Service, images:
     assert ask(service, images.tobytes(), RAW).status_code == 200
 
 
+@pytest.mark.parametrize("cut", [0, 30, 100])
+@pytest.mark.parametrize("name", ["Upgrade", "UPGRADE", "uPgRaDe"])
+def test_an_offer_to_upgrade_keeps_the_body_however_it_is_written_and_split(
+    service: Service, images: np.ndarray, name: str, cut: int
+) -> None:
+    one = images[:1].tobytes()
+    request = (
+        b"POST /predict?model=lenet5 HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+        b"Connection: upgrade\r\n%s: h2c\r\nContent-Length: %d\r\n\r\n" % (name.encode(), len(one))
+    ) + one
+    split = request.index(name.encode()) + 3 if cut == 30 else cut
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=10) as client:
+        for _ in range(2):  # the connection stays usable
+            client.sendall(request[:split])
+            if split:
+                select.select([client], [], [], 0.1)  # let the first part arrive on its own
+            client.sendall(request[split:])
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ["/v1/models/lenet5/versions/{}:predict", "/v2/models/lenet5/versions/{}/infer"])
+@pytest.mark.parametrize(("version", "status"), [("9" * 5000, 404), ("9" * 19, 404), ("abc", 400), ("0x1", 400)])
+def test_a_version_that_cannot_exist_gets_a_clear_answer(
+    service: Service, images: np.ndarray, path: str, version: str, status: int
+) -> None:
+    body = {"instances": (images[:1] / 255).tolist()} if "v1" in path else {"inputs": [tensor(images[:1])]}
+    answer = service.api.post(path.format(version), json=body)
+    assert answer.status_code == status, answer.text
+    assert version[:10] in answer.json()["error"]
+    assert len(answer.json()["error"]) < 200
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("version", "1.0"), ("version", "true"), ("top_k", "1.0")])
+def test_options_of_another_type_are_refused_whatever_was_asked_before(
+    service: Service, images: np.ndarray, right: str, wrong: str
+) -> None:
+    text = '{"model": "lenet5", "range": "byte", "%s": %s, "instances": ' + json.dumps(images[:1].tolist()) + "}"
+    headers = {"Content-Type": "application/json"}
+    for value, status in ((wrong, 422), ("1", 200), (wrong, 422)):
+        answer = service.api.post("/predict", content=text % (right, value), headers=headers)
+        assert (value, answer.status_code) == (value, status), answer.text
+
+
 def test_what_is_said_where_nobody_reads_it_is_refused(service: Service, images: np.ndarray) -> None:
     body = {"model": "lenet5", "range": "byte", "instances": images.tolist()}
     answer = service.api.post("/predict?version=9", json=body)
