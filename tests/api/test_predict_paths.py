@@ -1,17 +1,21 @@
 """Every path to a prediction and every kind of body: they mean the same, and say what is wrong."""
 
+import asyncio
 import contextlib
 import io
 import json
 import select
 import socket
 import threading
+import urllib.error
+import urllib.request
 from collections import Counter
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import requests  # type: ignore[import-untyped]
 
 from tests.conftest import Service, eventually, png, zipped
 
@@ -320,6 +324,49 @@ def test_options_of_another_type_are_refused_whatever_was_asked_before(
     for value, status in ((wrong, 422), ("1", 200), (wrong, 422)):
         answer = service.api.post("/predict", content=text % (right, value), headers=headers)
         assert (value, answer.status_code) == (value, status), answer.text
+
+
+@pytest.mark.parametrize("size", [9 << 20, 40 << 20])
+def test_a_refusal_of_a_large_body_reaches_every_client(service: Service, size: int) -> None:
+    body, url = bytes(size), f"{service.url}/predict?model=lenet5"
+
+    async def with_httpx() -> int:
+        async with httpx.AsyncClient(timeout=30) as api:
+            return (await api.post(url, content=body, headers={"Content-Type": RAW})).status_code
+
+    def with_urllib() -> int:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": RAW}), timeout=30)
+        except urllib.error.HTTPError as refusal:
+            assert json.load(refusal)["error"]["code"] == "too_large"
+            return refusal.code
+        raise AssertionError("accepted")
+
+    def with_requests() -> int:
+        answer = requests.post(url, body, headers={"Content-Type": RAW}, timeout=30)
+        return int(answer.status_code)
+
+    found = [send() for _ in range(10) for send in (lambda: asyncio.run(with_httpx()), with_urllib, with_requests)]
+    assert Counter(found) == {413: 30}
+
+
+def test_a_refused_body_is_not_drained_for_ever(service: Service) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=30) as client:
+        client.sendall(head)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 413")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                client.sendall(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/models", "/models/lenet5", "/finetune",
+                                  "/models/nobody", "/v1/models/lenet5", "/v2/health/ready", "/docs"])  # fmt: skip
+def test_head_is_get_without_the_body(service: Service, path: str) -> None:
+    get, head = service.api.get(path), service.api.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-type"] == get.headers["content-type"] if "content-type" in get.headers else True
+    assert service.api.head("/predict").status_code == 405
 
 
 def test_what_is_said_where_nobody_reads_it_is_refused(service: Service, images: np.ndarray) -> None:
