@@ -29,6 +29,7 @@ STATUS: dict[type[errors.TemperError], int] = {
     errors.ModelServerError: 503,
     errors.ModelServerTimeout: 504,
     errors.StoreUnavailable: 503,
+    errors.JobFailed: 500,  # goes into a job, not into a response
 }
 FORMS = ("", "multipart/form-data", "application/x-www-form-urlencoded")
 RETRY_AFTER_S = {429: 1, 503: 1}
