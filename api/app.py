@@ -15,6 +15,7 @@ from api.http.fast_path import fast_path
 from api.http.limits import BodyLimit
 from api.http.tracing import Tracing
 from api.inference.batcher import MicroBatcher
+from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.routes import health, jobs, models, open_inference, predict, tensorflow_rest
@@ -37,7 +38,7 @@ def create_app(settings: Settings) -> ASGIApp:
         registry = Registry(engine)
         async with ServerPool(settings.server_addresses) as pool, Uploads(settings) as uploads:
             router, batcher = Router(registry), MicroBatcher(pool)
-            gateway = Gateway(settings, Jobs(engine), registry, pool, router, batcher, uploads)
+            gateway = Gateway(settings, Jobs(engine), registry, pool, router, batcher, ImageDecoder(settings), uploads)
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from api.inference.batcher import MicroBatcher
+from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import PooledServer, ServerPool
 from api.metrics import SERVER_UP
@@ -34,6 +35,7 @@ class Gateway:
     pool: ServerPool
     router: Router
     batcher: MicroBatcher
+    images: ImageDecoder
     uploads: Uploads
 
     async def look_after(self) -> None:

@@ -1,9 +1,12 @@
-"""Bodies of predictions that are no JSON: raw bytes, .npy, one image, many in a form or a zip."""
+"""Readers of prediction bodies other than JSON: raw bytes, .npy, one image, many images in a form or a zip."""
 
+import asyncio
 import io
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,13 @@ from starlette.requests import Request
 from api.http.errors import invalid_request
 from api.inference.json_body import PIXELS, SHAPES, as_images, check_range
 from api.routes.schemas import ImageOptions
-from store.errors import InvalidImage, InvalidInstances, InvalidRequest, TooLarge
+from store.errors import InvalidImage, InvalidInstances, InvalidRequest, Overloaded, TooLarge
+from store.settings import Settings
 
-IMAGE_PIXELS = 1 << 22  # of an image to predict on: its decoding shares the gateway's memory
 FORM, ZIP = "multipart/form-data", "application/zip"
-KINDS = ("application/octet-stream", "application/x-npy", "image/png", "image/jpeg", ZIP, FORM)
+IMAGES = ("image/png", "image/jpeg", "image/webp", "image/bmp")
+KINDS = ("application/octet-stream", "application/x-npy", *IMAGES, ZIP, FORM)
+MAX_DECODING = 64  # requests whose images are being decoded or wait for it
 
 
 def options_of(given: Iterable[tuple[str, str]]) -> ImageOptions:
@@ -70,30 +75,61 @@ def from_npy(body: bytes) -> np.ndarray:
     return as_images(pixels, top)
 
 
-def from_images(files: Iterable[tuple[str, bytes]], most: int) -> np.ndarray:
-    """PNG and JPEG files as (n, 784) uint8.
+class ImageDecoder:
+    """Decodes images in two threads of its own: they take turns at the memory that large images need."""
 
-    Raises:
-        InvalidImage: with the name and the reason of every file that is none.
-        TooLarge: there are more than `most`.
-    """
-    from trainer.jobs.images import decode  # Pillow is for gateways that get images
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._threads = ThreadPoolExecutor(2, "decode")
+        self._requests = 0
 
-    pixels: list[np.ndarray] = []
-    wrong: list[dict[str, Any]] = []
-    for name, content in files:
-        if len(pixels) + len(wrong) >= most:
-            raise TooLarge(f"more than {most} images", param="body")
+    async def decode(self, files: Iterable[tuple[str, bytes]]) -> np.ndarray:
+        """Image files as (n, 784) uint8.
+
+        Args:
+            files: name and content of each.
+
+        Raises:
+            InvalidImage: with the name and the reason of every file that is not an image.
+            InvalidInstances: there is no file.
+            TooLarge: there are too many, or decoding them takes too long.
+            Overloaded: too many other requests are being decoded.
+        """
+        if self._requests >= MAX_DECODING:
+            raise Overloaded("too many images are being decoded")
+        self._requests += 1
         try:
-            pixels.append(decode(content, IMAGE_PIXELS).reshape(PIXELS))
-        except InvalidImage as exc:
-            wrong.append({"file": name, "reason": f"is {exc.message}"})
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise InvalidImage(f"{wrong[0]['file']} {wrong[0]['reason']}{more}", param="body", details=wrong)
-    if not pixels:
-        raise InvalidInstances("there is no image", param="body")
-    return np.stack(pixels)
+            deadline = time.monotonic() + self._settings.predict_timeout_s
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, files, deadline)
+        finally:
+            self._requests -= 1
+
+    def _decode(self, files: Iterable[tuple[str, bytes]], deadline: float) -> np.ndarray:
+        from trainer.jobs.images import decode  # Pillow is loaded by gateways that get images, and by no others
+
+        most, max_pixels = self._settings.max_instances, self._settings.max_pixels
+        if time.monotonic() > deadline:
+            raise Overloaded("too many images are being decoded")
+        pixels: list[np.ndarray] = []
+        wrong: list[dict[str, Any]] = []
+        for name, content in files:
+            if len(pixels) + len(wrong) >= most:
+                raise TooLarge(f"more than {most} images", param="body")
+            if time.monotonic() > deadline:
+                seconds = self._settings.predict_timeout_s
+                raise TooLarge(f"decoding takes longer than {seconds:g} s; send fewer or smaller images", param="body")
+            try:
+                pixels.append(decode(content, max_pixels).reshape(PIXELS))
+            except InvalidImage as exc:
+                wrong.append({"file": name, "reason": f"is {exc.message}"})
+            except MemoryError:
+                wrong.append({"file": name, "reason": "takes too much memory to decode"})
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise InvalidImage(f"{wrong[0]['file']} {wrong[0]['reason']}{more}", param="body", details=wrong)
+        if not pixels:
+            raise InvalidInstances("the body holds no image", param="body")
+        return np.stack(pixels)
 
 
 def unzipped(body: bytes, most_bytes: int) -> list[tuple[str, bytes]]:

@@ -73,7 +73,7 @@ async def predict(request: Request) -> Response:
     options: ImageOptions
     if kind == bodies.FORM:
         options, files = await bodies.read_form(request, most)
-        images = await asyncio.to_thread(bodies.from_images, files, most)
+        images = await gateway_of(request).images.decode(files)
         names = [name for name, _ in files]
     elif kind in bodies.KINDS:
         body = await request.body()
@@ -85,10 +85,10 @@ async def predict(request: Request) -> Response:
                 images = bodies.from_npy(body)
             case bodies.ZIP:
                 files = await asyncio.to_thread(bodies.unzipped, body, gateway_of(request).settings.max_predict_bytes)
-                images = await asyncio.to_thread(bodies.from_images, files, most)
+                images = await gateway_of(request).images.decode(files)
                 names = [name for name, _ in files]
             case _:
-                images = await asyncio.to_thread(bodies.from_images, [("the body", body)], 1)
+                images = await gateway_of(request).images.decode([("the body", body)])
     else:
         body = await request.body()
         if kind != "application/json" and (kind or not body):

@@ -10,13 +10,18 @@ import threading
 import urllib.error
 import urllib.request
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import requests  # type: ignore[import-untyped]
+from PIL import Image
 
+from api.inference.bodies import ImageDecoder
+from store.errors import Overloaded, TooLarge
+from store.settings import Settings
 from tests.conftest import Service, eventually, png, zipped
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -91,6 +96,50 @@ def test_a_form_of_images_is_answered_by_name(service: Service, images: np.ndarr
         ranked = [answer["classes"][index] for index in np.argsort(prediction["probabilities"])[::-1][:3]]
         assert [entry["label"] for entry in prediction["top_k"]] == ranked
         assert prediction["top_k"][0]["probability"] == max(prediction["probabilities"])
+
+
+def encoded(image: np.ndarray, kind: str, **options: Any) -> bytes:
+    packed = io.BytesIO()
+    Image.fromarray(image).save(packed, kind, **options)
+    return packed.getvalue()
+
+
+def test_every_image_format_that_trains_also_predicts(
+    service: Service, images: np.ndarray, expected: np.ndarray
+) -> None:
+    for kind, options in (("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100})):
+        answer = ask(service, encoded(images[0], kind, **options), f"image/{kind.lower()}")
+        assert answer.status_code == 200, answer.text
+        tolerance = 0.05 if kind == "JPEG" else 1e-5
+        np.testing.assert_allclose(answer.json()["predictions"][0]["probabilities"], expected[0], atol=tolerance)
+    for kind in ("TIFF", "GIF", "PPM"):
+        answer = ask(service, encoded(images[0], kind), "image/png")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_image")
+        assert "PNG, JPEG, WEBP, BMP" in answer.json()["error"]["message"]
+
+
+def test_a_phone_photo_predicts(service: Service) -> None:
+    for size, kind in (((4000, 6000), "JPEG"), ((3000, 4000), "PNG")):
+        photo = np.full(size, 90, np.uint8)
+        photo[1000:3000, 1500:1700] = 200
+        assert ask(service, encoded(photo, kind), f"image/{kind.lower()}").status_code == 200
+    answer = ask(service, encoded(np.zeros((8000, 8000), np.uint8), "PNG"), "image/png")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_image")
+    assert "8000x8000 pixels, more than the limit of 50000000" in answer.json()["error"]["message"]
+
+
+def test_images_that_take_too_long_to_decode_are_refused(tmp_path: Path) -> None:
+    large = encoded(np.zeros((6000, 8000), np.uint8), "PNG")
+    decoder = ImageDecoder(Settings(home=tmp_path, predict_timeout_s=0.1))
+
+    async def main() -> None:
+        with pytest.raises(TooLarge, match=r"longer than 0\.1 s; send fewer or smaller images"):
+            await decoder.decode([("large.png", large)] * 100)
+        crowd = await asyncio.gather(*(decoder.decode([("large.png", large)]) for _ in range(80)), return_exceptions=True)
+        assert {type(result) for result in crowd} == {np.ndarray, Overloaded}
+        assert (await decoder.decode([("small.png", png(BYTES[0]))])).shape == (1, 784)
+
+    asyncio.run(main())
 
 
 def test_top_k_is_given_only_when_asked_for(service: Service, images: np.ndarray) -> None:
