@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from api.inference.batcher import MicroBatcher
 from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
+from api.inference.service import InferenceService
 from api.routes import health, jobs, models, open_inference, predict, tensorflow_rest
 from api.uploads import Uploads, sweep
 from serving.registry import Registry
@@ -37,8 +39,11 @@ def create_app(settings: Settings) -> ASGIApp:
         engine = await asyncio.to_thread(connect, settings.store_url)
         registry = Registry(engine)
         async with ServerPool(settings.server_addresses) as pool, Uploads(settings) as uploads:
-            router, batcher = Router(registry), MicroBatcher(pool)
-            gateway = Gateway(settings, Jobs(engine), registry, pool, router, batcher, ImageDecoder(settings), uploads)
+            router = Router(registry)
+            inference = InferenceService(router, MicroBatcher(pool), settings.predict_timeout_s)
+            gateway = Gateway(
+                settings, Jobs(engine), registry, pool, router, inference, ImageDecoder(settings), uploads
+            )
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}
@@ -57,7 +62,11 @@ def create_app(settings: Settings) -> ASGIApp:
         redoc_url=None,
     )
     errors.install(app)
-    for face in (predict, tensorflow_rest, open_inference, jobs, models, health):
+    predicting = (predict.router, tensorflow_rest.router, open_inference.router)
+    for router in predicting:
+        app.include_router(router)
+    for face in (jobs, models, health):
         face.add(app)
-    limited = BodyLimit(fast_path(app, app.router.routes), uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
+    fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
+    limited = BodyLimit(fast, uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
     return Tracing(limited)

@@ -102,7 +102,7 @@ def install(app: FastAPI) -> None:
 def invalid_request(found: Any) -> errors.TemperError:
     """The error that names every parameter or field that pydantic has refused."""
     if any(error["type"] == "json_invalid" for error in found):
-        return errors.MalformedRequest(f"the body is no JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}")
+        return errors.MalformedRequest(f"the body is not JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}")
     details = []
     for error in found:
         location = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]

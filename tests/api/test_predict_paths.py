@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import requests  # type: ignore[import-untyped]
+import requests
 from PIL import Image
 
 from api.inference.bodies import ImageDecoder
@@ -135,8 +135,9 @@ def test_images_that_take_too_long_to_decode_are_refused(tmp_path: Path) -> None
     async def main() -> None:
         with pytest.raises(TooLarge, match=r"longer than 0\.1 s; send fewer or smaller images"):
             await decoder.decode([("large.png", large)] * 100)
-        crowd = await asyncio.gather(*(decoder.decode([("large.png", large)]) for _ in range(80)), return_exceptions=True)
-        assert {type(result) for result in crowd} == {np.ndarray, Overloaded}
+        crowd = [decoder.decode([("large.png", large)]) for _ in range(80)]
+        found = await asyncio.gather(*crowd, return_exceptions=True)
+        assert {type(result) for result in found} == {np.ndarray, Overloaded}
         assert (await decoder.decode([("small.png", png(BYTES[0]))])).shape == (1, 784)
 
     asyncio.run(main())
@@ -182,8 +183,8 @@ ZEROS = [[[0.0]] * 28] * 28
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
-        (":predict", "{", 400, "no JSON"),
-        (":predict", '{"instances": [' + "NaN," * 783 + "NaN]}", 400, "no JSON"),
+        (":predict", "{", 400, "not JSON"),
+        (":predict", '{"instances": [' + "NaN," * 783 + "NaN]}", 400, "not JSON"),
         (":predict", [1], 400, "JSON object"),
         (":predict", {}, 400, "Missing 'inputs' or 'instances' key"),
         (":predict", {"instances": [ZEROS], "inputs": [ZEROS]}, 400, "only one of"),
@@ -260,7 +261,7 @@ BYTES = np.zeros((1, 28, 28), np.uint8)
         ({"inputs": [tensor(BYTES, name="x")]}, 400, "input.name"),
         ({"inputs": [tensor(BYTES, datatype="INT64")]}, 400, "input.datatype"),
         ({"inputs": [tensor(BYTES, shape=[1, 27, 28])]}, 400, "shape"),
-        ({"inputs": [tensor(BYTES, shape=[2, 28, 28])]}, 400, "784 numbers are not of shape"),
+        ({"inputs": [tensor(BYTES, shape=[2, 28, 28])]}, 400, "784 numbers do not fill shape"),
         ({"inputs": [tensor(BYTES, shape=[-1, 28, 28])]}, 400, "shape"),
         ({"inputs": [tensor(BYTES, data=["a"] * 784)]}, 400, "array of FP32 numbers"),
         ({"inputs": [tensor(BYTES, data=[2] * 784)]}, 400, "instance 0 has values"),
@@ -294,7 +295,7 @@ def test_its_health_and_metadata(service: Service) -> None:
 @pytest.mark.parametrize(
     ("content", "kind", "query", "status", "code", "says"),
     [
-        (b"", RAW, "model=lenet5", 422, "invalid_instances", "0 bytes"),
+        (b"", RAW, "model=lenet5", 422, "invalid_instances", "is empty"),
         (b"x" * 785, RAW, "model=lenet5", 422, "invalid_instances", "785 bytes"),
         (b"x" * 784, RAW, "", 422, "invalid_request", "model"),
         (b"x" * 784, RAW, "model=lenet5&x=1", 422, "invalid_request", "x"),
@@ -302,15 +303,15 @@ def test_its_health_and_metadata(service: Service) -> None:
         (b"x" * 784, RAW, "model=lenet5&version=1&label=stable", 422, "invalid_request", "not both"),
         (b"x" * 784, RAW, "model=lenet5&top_k=0", 422, "invalid_request", "top_k"),
         (b"x" * 784 * 1025, RAW, "model=lenet5", 413, "too_large", "1025 images"),
-        (b"x", NPY, "model=lenet5", 422, "invalid_instances", "no .npy file"),
+        (b"x", NPY, "model=lenet5", 422, "invalid_instances", "not an .npy file"),
         (npy(BYTES)[:-1], NPY, "model=lenet5", 422, "invalid_instances", "783 bytes"),
         (npy(BYTES.astype(np.int64)), NPY, "model=lenet5", 422, "invalid_instances", "int64"),
         (npy(np.array([None])), NPY, "model=lenet5", 422, "invalid_instances", "object"),
         (npy(np.zeros((3, 27, 28), "u1")), NPY, "model=lenet5", 422, "invalid_instances", "(3, 27, 28)"),
         (npy(np.asfortranarray(np.zeros((3, 28, 28), "u1"))), NPY, "model=lenet5", 422, "invalid_instances", "Fortran"),
         (npy(np.full((2, 28, 28), np.nan)), NPY, "model=lenet5", 422, "invalid_instances", "instance 0"),
-        (npy(np.full((1, 28, 28), np.inf)), NPY, "model=lenet5", 422, "invalid_instances", "from 0 to 1"),
-        (b"PK", ZIP, "model=lenet5", 422, "invalid_instances", "broken zip"),
+        (npy(np.full((1, 28, 28), np.inf)), NPY, "model=lenet5", 422, "invalid_instances", "not between 0 and 1"),
+        (b"PK", ZIP, "model=lenet5", 422, "invalid_instances", "zip is broken"),
         (zipped({}), ZIP, "model=lenet5", 422, "invalid_instances", "no image"),
         (zipped({"a.png": png(BYTES[0]), "b.png": b"x"}), ZIP, "model=lenet5", 422, "invalid_image", "b.png"),
         (zipped({f"{i}": b"" for i in range(1025)}), ZIP, "model=lenet5", 413, "too_large", "more than 1024"),
@@ -384,16 +385,15 @@ def test_a_refusal_of_a_large_body_reaches_every_client(service: Service, size: 
             return (await api.post(url, content=body, headers={"Content-Type": RAW})).status_code
 
     def with_urllib() -> int:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": RAW}), timeout=30)
-        except urllib.error.HTTPError as refusal:
-            assert json.load(refusal)["error"]["code"] == "too_large"
-            return refusal.code
-        raise AssertionError("accepted")
+        request = urllib.request.Request(url, body, {"Content-Type": RAW})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=30)
+        with refused.value as answer:
+            assert json.load(answer)["error"]["code"] == "too_large"
+            return answer.code
 
     def with_requests() -> int:
-        answer = requests.post(url, body, headers={"Content-Type": RAW}, timeout=30)
-        return int(answer.status_code)
+        return requests.post(url, body, headers={"Content-Type": RAW}, timeout=30).status_code
 
     found = [send() for _ in range(10) for send in (lambda: asyncio.run(with_httpx()), with_urllib, with_requests)]
     assert Counter(found) == {413: 30}
@@ -405,8 +405,7 @@ def test_a_refused_body_is_not_drained_for_ever(service: Service) -> None:
         client.sendall(head)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 413")
         with pytest.raises(ConnectionError):
-            for _ in range(1000):
-                client.sendall(bytes(1 << 20))
+            client.sendall(bytes(512 << 20))
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/models", "/models/lenet5", "/finetune",
