@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -12,12 +13,14 @@ from starlette.types import ASGIApp
 from api import __version__
 from api.gateway import Gateway
 from api.http import errors
-from api.http.fast_path import FastPath
+from api.http.fast_path import fast_path
 from api.http.limits import BodyLimit
 from api.http.tracing import Tracing
 from api.inference.batcher import MicroBatcher
+from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
+from api.inference.service import InferenceService
 from api.routes import health, jobs, models, open_inference, predict, tensorflow_rest
 from api.uploads import Uploads, sweep
 from serving.publishing import has_files
@@ -41,8 +44,10 @@ def create_app(settings: Settings) -> ASGIApp:
             ServerPool(settings.server_addresses, functools.partial(has_files, settings)) as pool,
             Uploads(settings) as uploads,
         ):
-            router, batcher = Router(registry), MicroBatcher(pool)
-            gateway = Gateway(settings, Jobs(engine), registry, pool, router, batcher, uploads)
+            router = Router(registry)
+            inference = InferenceService(router, MicroBatcher(pool), settings.predict_timeout_s)
+            decoder = ImageDecoder(settings)
+            gateway = Gateway(settings, Jobs(engine), registry, pool, router, inference, decoder, uploads)
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}
@@ -61,7 +66,11 @@ def create_app(settings: Settings) -> ASGIApp:
         redoc_url=None,
     )
     errors.install(app)
-    for face in (predict, tensorflow_rest, open_inference, jobs, models, health):
+    predicting = (predict.router, tensorflow_rest.router, open_inference.router)
+    for router in predicting:
+        app.include_router(router)
+    for face in (jobs, models, health):
         face.add(app)
-    limited = BodyLimit(FastPath(app), uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
+    fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
+    limited = BodyLimit(fast, uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
     return Tracing(limited)

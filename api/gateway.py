@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from api.inference.batcher import MicroBatcher
+from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import PooledServer, ServerPool
+from api.inference.service import InferenceService
 from api.metrics import SERVER_UP
 from api.uploads import Uploads
 from serving.publishing import Probe, has_files, prove, reconcile
@@ -34,7 +35,8 @@ class Gateway:
     registry: Registry
     pool: ServerPool
     router: Router
-    batcher: MicroBatcher
+    inference: InferenceService
+    images: ImageDecoder
     uploads: Uploads
 
     async def look_after(self) -> None:

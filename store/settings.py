@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(256 << 20, ge=1, description="Largest body of POST /finetune.")
     max_predict_bytes: int = Field(8 << 20, ge=1, description="Largest body of POST /predict.")
     max_instances: int = Field(1024, ge=1, description="Most images of one POST /predict.")
-    max_pixels: int = Field(1 << 24, ge=784, description="Most pixels of one uploaded image.")
+    max_pixels: int = Field(50_000_000, ge=784, description="Most pixels of one image, uploaded or to predict on.")
     max_images: int = Field(200_000, ge=4, description="Most images of one upload.")
     decode_seconds: int = Field(120, ge=1, description="Longest time that decoding an upload may take.")
     decode_memory_bytes: int = Field(2 << 30, ge=1 << 28, description="Most memory that decoding an upload may take.")

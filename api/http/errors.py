@@ -29,6 +29,7 @@ STATUS: dict[type[errors.TemperError], int] = {
     errors.ModelServerError: 503,
     errors.ModelServerTimeout: 504,
     errors.StoreUnavailable: 503,
+    errors.JobFailed: 500,  # goes into a job, not into a response
 }
 FORMS = ("", "multipart/form-data", "application/x-www-form-urlencoded")
 RETRY_AFTER_S = {429: 1, 503: 1}
@@ -101,7 +102,7 @@ def install(app: FastAPI) -> None:
 def invalid_request(found: Any) -> errors.TemperError:
     """The error that names every parameter or field that pydantic has refused."""
     if any(error["type"] == "json_invalid" for error in found):
-        return errors.MalformedRequest(f"the body is no JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}")
+        return errors.MalformedRequest(f"the body is not JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}")
     details = []
     for error in found:
         location = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]

@@ -1,16 +1,35 @@
-"""Parts of the API's own documentation that several routes share."""
+"""Parts of the API's documentation that several routes share."""
 
 from typing import Annotated, Any
 
 from fastapi import Path, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, WithJsonSchema
 
-from api.routes.schemas import Error, ModelName, PlainError
+from api.inference.options import ModelName
+from api.routes.schemas import Error
 
-After = Annotated[str | None, Query(max_length=100, description="The last item of the page before.")]
-Limit = Annotated[int, Query(ge=1, le=100, description="Most items of the page.")]
+After = Annotated[str | None, Query(max_length=100, description="The last item of the previous page.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")]
 Name = Annotated[ModelName, Path()]
 Number = Annotated[int, Path(ge=1, lt=2**63, description="A version.")]
+
+
+def _array(items: dict[str, Any], length: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": length, "maxItems": length}
+
+
+_NUMBER = {"type": "number", "minimum": 0, "maximum": 255}
+Instance = Annotated[Any, WithJsonSchema({
+    "anyOf": [_array(_NUMBER, 784), _array(_array(_NUMBER, 28), 28), _array(_array(_array(_NUMBER, 1), 28), 28)],
+    "description": "An image: 28x28, 28x28x1 or 784 numbers, row by row.",
+})]  # fmt: skip
+
+
+class PlainError(BaseModel):
+    """An error as TensorFlow Serving and the Open Inference Protocol write it."""
+
+    error: str = Field(description="What went wrong.")
+
 
 TEXTS = {
     400: "The request cannot be parsed",
@@ -19,20 +38,20 @@ TEXTS = {
     413: "Too large",
     415: "Media type not supported",
     422: "Invalid content",
-    429: "Too much at once",
-    503: "The store or the model server is away",
+    429: "Too many requests at once",
+    503: "The store or the model server is unavailable",
     504: "The model server did not answer in time",
 }
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Documentation of the answers that are no success."""
+    """Documentation of error responses."""
     return {status: {"model": Error, "description": TEXTS[status]} for status in statuses}
 
 
 PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {
     **{status: {"model": PlainError, "description": TEXTS[status]} for status in (400, 404, 413, 429, 503, 504)},
-    "4XX": {"model": PlainError, "description": "Refused"},  # FastAPI would document a 422 of its own
+    "4XX": {"model": PlainError, "description": "Refused"},  # instead of the 422 that FastAPI documents by itself
 }
 
 
@@ -40,13 +59,13 @@ def _in_path(name: str, about: str, kind: str = "string") -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "description": about, "schema": {"type": kind}}
 
 
-# Of routes that read their request themselves.
+# Parameters of routes that read the request themselves.
 NAME, LABEL = _in_path("name", "The model."), _in_path("label", "A label.")
 VERSION = _in_path("version", "A version.", "integer")
 
 
 def whole(model: type[BaseModel]) -> dict[str, Any]:
-    """The schema of a body that its route reads itself, with nothing to look up elsewhere."""
+    """The schema of a body that its route reads itself, with all references resolved."""
     schema = model.model_json_schema()
     parts = schema.pop("$defs", {})
 

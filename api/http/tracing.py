@@ -1,6 +1,5 @@
 """A request's id, its answer's headers, its line in the log and its part of the metrics."""
 
-import functools
 import itertools
 import logging
 import re
@@ -9,10 +8,9 @@ import time
 from contextvars import ContextVar
 from typing import Any
 
-from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.metrics import LATENCY, REJECTIONS, REQUESTS
+from api.metrics import REJECTIONS, REQUEST_SERIES
 
 log = logging.getLogger("temper.gateway")
 
@@ -61,7 +59,7 @@ class Tracing:
 
     def _count(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")  # as declared: no client makes new series
-        requests, latency = _series(route, state.get("model", ""), str(state.get("version", "")), status)
+        requests, latency = REQUEST_SERIES.of(route, state.get("model", ""), str(state.get("version", "")), status)
         requests.inc()
         latency.observe(seconds)
         if status in REASONS:
@@ -79,11 +77,6 @@ class Tracing:
         self._told += 1
         if self._told <= LINES_A_SECOND:
             log.warning(text, *values)
-
-
-@functools.lru_cache(maxsize=4096)
-def _series(route: str, model: str, version: str, status: int) -> tuple[Counter, Histogram]:
-    return REQUESTS.labels(route, model, version, status), LATENCY.labels(route, model, version)
 
 
 def answered_by(scope: Scope, model: str, version: int) -> None:

@@ -1,4 +1,4 @@
-"""The predict path inside the gateway: which version answers, and one gRPC call for many requests."""
+"""Micro-batching: concurrent requests for one version share a gRPC call."""
 
 import asyncio
 import time
@@ -7,36 +7,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from api.inference.router import Servable
 from api.inference.server_pool import ServerPool
 from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, WAITING
-from serving.client import Prediction
 from store.errors import ModelServerTimeout, Overloaded
 
-MAX_BATCH = 128  # images a call, unless a single request brings more
-CALLS = 4  # in flight to a model server; a real one rejects what its threads cannot take
+MAX_BATCH = 128  # images in a call, unless a single request brings more
+CALLS = 4  # in flight to one model server; TensorFlow Serving rejects calls that its threads cannot take
 MAX_WAITING = 4096  # images of all requests
+
+Outputs = dict[str, np.ndarray]  # by name, each with one row an image
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
     images: np.ndarray
-    answer: asyncio.Future[Prediction]
+    answer: asyncio.Future[Outputs]
     since: float  # of time.perf_counter
     deadline: float  # on the loop's clock
+    is_queued: bool = True
 
 
-_Key = tuple[str, int, str]  # model, version, and the kind of the images, which decides the signature
+_Key = tuple[Servable, str]  # and the data type of the images, which decides the signature
 
 
 class MicroBatcher:
-    """Coalesces concurrent requests for one version and signature into one call; a lone request goes at once.
+    """Joins concurrent requests for one servable and signature into one call. A lone request goes out at once.
 
-    What waits of different versions takes turns. A request whose time is up is not sent any more.
+    Servables take turns. A request whose time is up is not sent any more.
     """
 
     def __init__(self, pool: ServerPool) -> None:
         self._pool = pool
-        self._queues: dict[_Key, deque[_Waiting]] = {}  # none is empty; the first one's turn is next
+        self._queues: dict[_Key, deque[_Waiting]] = {}  # none is empty, and the first is next
         self._in_flight: dict[_Key, list[int]] = {}  # images of each call
         self._calls = 0
         self._waiting = 0
@@ -44,16 +47,16 @@ class MicroBatcher:
         WAITING.set_function(lambda: self._waiting)
         IN_FLIGHT.set_function(lambda: self._calls)
 
-    async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
-        """The answer for `images`: (n, 28, 28, 1) float32 in [0, 1] or (n, 784) uint8.
+    async def predict(self, servable: Servable, images: np.ndarray, timeout_s: float) -> Outputs:
+        """The outputs for `images`: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8.
 
         Raises:
-            Overloaded: too many images wait already.
-            ModelServerError: what the model servers' trouble is.
+            Overloaded: too many images are waiting already.
+            ModelServerError: the model servers failed.
             ModelServerTimeout: there was no answer in time.
         """
         loop = asyncio.get_running_loop()
-        key = (model, version, images.dtype.char)
+        key = (servable, images.dtype.char)
         if self._waiting + len(images) > MAX_WAITING and self._has_its_share(key):
             raise Overloaded("too many predictions are waiting")
         waiting = _Waiting(images, loop.create_future(), time.perf_counter(), loop.time() + timeout_s)
@@ -65,15 +68,25 @@ class MicroBatcher:
             return await waiting.answer
         finally:
             alarm.cancel()
+            if waiting.is_queued:  # it expired, or its client hung up
+                self._give_up(key, waiting)
+
+    def _give_up(self, key: _Key, waiting: _Waiting) -> None:
+        """Free the place of a request that nobody waits for."""
+        self._waiting -= len(waiting.images)
+        queue = self._queues[key]
+        queue.remove(waiting)
+        if not queue:
+            del self._queues[key]
 
     def _has_its_share(self, key: _Key) -> bool:
-        """Tell whether a version takes its part of the places already; a crowd for one must not keep out others."""
+        """Tell whether a servable has its share of the places already: a crowd for one must not keep out others."""
         if key not in self._queues:
             return len(self._queues) >= MAX_WAITING
         return sum(len(waiting.images) for waiting in self._queues[key]) >= MAX_WAITING // len(self._queues)
 
     def _send(self) -> None:
-        """Begin calls for what waits, as far as calls in flight allow."""
+        """Start calls for waiting requests, as far as the calls in flight allow."""
         for key in list(self._queues):
             if self._calls >= CALLS * max(1, len(self._pool.up)):
                 break
@@ -83,16 +96,17 @@ class MicroBatcher:
                 if queue:
                     self._queues[key] = queue  # behind the others
                 if batch:
+                    size = sum(len(waiting.images) for waiting in batch)
                     self._calls += 1
-                    self._in_flight.setdefault(key, []).append(sum(len(waiting.images) for waiting in batch))
-                    task = asyncio.create_task(self._call(key, batch))
+                    self._in_flight.setdefault(key, []).append(size)
+                    task = asyncio.create_task(self._call(key, batch, size))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
 
     def _may_call(self, key: _Key) -> bool:
-        """One call of a version for each server: the more wait for it, the better they share the next one.
+        """Allow one call of a servable per server: requests that wait for it share the next one.
 
-        A second goes beside a full one, so that a large request does not hold up small ones.
+        A second call may run beside a full one, so that a large request does not hold up small ones.
         """
         sizes, servers = self._in_flight.get(key, []), max(1, len(self._pool.up))
         return len(sizes) < servers or (len(sizes) < 2 * servers and min(sizes) >= MAX_BATCH)
@@ -102,28 +116,29 @@ class MicroBatcher:
         size = 0
         while queue and (not batch or size + len(queue[0].images) <= MAX_BATCH):
             waiting = queue.popleft()
+            waiting.is_queued = False
             self._waiting -= len(waiting.images)
-            if not waiting.answer.done():  # its time may be up, or its client gone
+            if not waiting.answer.done():  # it may have expired, or its client hung up
                 batch.append(waiting)
                 size += len(waiting.images)
         return batch
 
-    async def _call(self, key: _Key, batch: list[_Waiting]) -> None:
-        images = np.concatenate([waiting.images for waiting in batch]) if len(batch) > 1 else batch[0].images
-        now = time.perf_counter()
-        BATCH.observe(len(images))
-        for waiting in batch:
-            QUEUE_S.observe(now - waiting.since)
+    async def _call(self, key: _Key, batch: list[_Waiting], size: int) -> None:
         try:
+            images = np.concatenate([waiting.images for waiting in batch]) if len(batch) > 1 else batch[0].images
+            now = time.perf_counter()
+            BATCH.observe(size)
+            for waiting in batch:
+                QUEUE_S.observe(now - waiting.since)
             left = max(waiting.deadline for waiting in batch) - asyncio.get_running_loop().time()
-            answer = await self._pool.predict(key[0], key[1], images, left)
+            servable = key[0]
+            found = await self._pool.predict(servable.name, servable.version, images, left)
+            outputs = {"logits": found.logits, "probabilities": found.probabilities}
             position = 0
             for waiting in batch:
                 end = position + len(waiting.images)
                 if not waiting.answer.done():
-                    waiting.answer.set_result(
-                        Prediction(answer.version, answer.logits[position:end], answer.probabilities[position:end])
-                    )
+                    waiting.answer.set_result({name: rows[position:end] for name, rows in outputs.items()})
                 position = end
         except Exception as exc:
             for waiting in batch:
@@ -131,12 +146,12 @@ class MicroBatcher:
                     waiting.answer.set_exception(exc)
         finally:
             self._calls -= 1
-            self._in_flight[key].remove(len(images))
+            self._in_flight[key].remove(size)
             if not self._in_flight[key]:
                 del self._in_flight[key]
             self._send()
 
 
-def _expire(answer: asyncio.Future[Prediction], timeout_s: float) -> None:
+def _expire(answer: asyncio.Future[Outputs], timeout_s: float) -> None:
     if not answer.done():
         answer.set_exception(ModelServerTimeout(f"no prediction within {timeout_s:g} s"))

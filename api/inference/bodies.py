@@ -1,46 +1,34 @@
-"""Bodies of predictions that are no JSON: raw bytes, .npy, one image, many in a form or a zip."""
+"""Readers of prediction bodies other than JSON: raw bytes, .npy, one image, many images in a form or a zip."""
 
+import asyncio
 import io
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
-from starlette.requests import Request
 
-from api.http.errors import invalid_request
 from api.inference.json_body import PIXELS, SHAPES, as_images, check_range
-from api.routes.schemas import ImageOptions
-from store.errors import InvalidImage, InvalidInstances, InvalidRequest, TooLarge
+from store.errors import InvalidImage, InvalidInstances, Overloaded, TooLarge
+from store.settings import Settings
 
-IMAGE_PIXELS = 1 << 22  # of an image to predict on: its decoding shares the gateway's memory
 FORM, ZIP = "multipart/form-data", "application/zip"
-KINDS = ("application/octet-stream", "application/x-npy", "image/png", "image/jpeg", ZIP, FORM)
-
-
-def options_of(given: Iterable[tuple[str, str]]) -> ImageOptions:
-    """Model, version, label and top_k, of query parameters or form fields.
-
-    Raises:
-        InvalidRequest: one is missing, unknown, wrong or there twice.
-    """
-    fields: dict[str, str] = {}
-    for name, value in given:
-        if fields.setdefault(name, value) != value:
-            raise InvalidRequest(f"{name}: given twice", param=name)
-    try:
-        return ImageOptions.model_validate(fields)
-    except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False)) from exc
+IMAGES = ("image/png", "image/jpeg", "image/webp", "image/bmp")
+KINDS = ("application/octet-stream", "application/x-npy", *IMAGES, ZIP, FORM)
+MAX_DECODING = 64  # requests whose images are being decoded or wait for it
 
 
 def from_bytes(body: bytes) -> np.ndarray:
     """Images of 784 bytes each, row by row, as (n, 784) uint8."""
-    if not body or len(body) % PIXELS:
-        raise InvalidInstances(f"{len(body)} bytes are no images of {PIXELS} bytes each", param="body")
+    if not body:
+        raise InvalidInstances("the body is empty; send 784 bytes for each image", param="body")
+    if len(body) % PIXELS:
+        raise InvalidInstances(
+            f"the length of {len(body)} bytes is not a multiple of {PIXELS}, the bytes of an image", param="body"
+        )
     return np.frombuffer(body, np.uint8).reshape(-1, PIXELS)
 
 
@@ -52,52 +40,85 @@ def from_npy(body: bytes) -> np.ndarray:
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
         shape, fortran, dtype = read(file)
     except (ValueError, KeyError, EOFError, SyntaxError) as exc:
-        raise InvalidInstances("the body is no .npy file of version 1 or 2", param="body") from exc
+        raise InvalidInstances("the body is not an .npy file of version 1 or 2", param="body") from exc
     if dtype != np.uint8 and dtype.kind != "f":
-        raise InvalidInstances(f"an array of {dtype}, where uint8 or floats should be", param="body")
+        raise InvalidInstances(f"the array is of {dtype}; send uint8 or floats", param="body")
     ends = [end for end in SHAPES if shape[-len(end) :] == end]
     if fortran:
-        raise InvalidInstances("an array in Fortran order; save np.ascontiguousarray of it", param="body")
+        raise InvalidInstances("the array is in Fortran order; save np.ascontiguousarray(array)", param="body")
     if not ends or len(shape) > 1 + len(ends[0]) or 0 in shape:
         wanted = "(n, 28, 28), (n, 28, 28, 1) or (n, 784)"
-        raise InvalidInstances(f"an array {shape}, where {wanted} should be", param="body")
+        raise InvalidInstances(f"the array has shape {shape}; send {wanted}", param="body")
     values = body[file.tell() :]
     if len(values) != np.prod(shape, dtype=object) * dtype.itemsize:
-        raise InvalidInstances(f"{len(values)} bytes are not the {shape} of {dtype} that the header says", param="body")
+        raise InvalidInstances(
+            f"{len(values)} bytes of data do not fill shape {shape} of {dtype} as the header says", param="body"
+        )
     pixels = np.frombuffer(values, dtype).reshape(-1, PIXELS)
     top = 255.0 if pixels.dtype == np.uint8 else 1.0
     check_range(pixels, "body", top)
     return as_images(pixels, top)
 
 
-def from_images(files: Iterable[tuple[str, bytes]], most: int) -> np.ndarray:
-    """PNG and JPEG files as (n, 784) uint8.
+class ImageDecoder:
+    """Decodes images in two threads of its own: they take turns at the memory that large images need."""
 
-    Raises:
-        InvalidImage: with the name and the reason of every file that is none.
-        TooLarge: there are more than `most`.
-    """
-    from trainer.jobs.images import decode  # Pillow is for gateways that get images
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._threads = ThreadPoolExecutor(2, "decode")
+        self._requests = 0
 
-    pixels: list[np.ndarray] = []
-    wrong: list[dict[str, Any]] = []
-    for name, content in files:
-        if len(pixels) + len(wrong) >= most:
-            raise TooLarge(f"more than {most} images", param="body")
+    async def decode(self, files: Iterable[tuple[str, bytes]]) -> np.ndarray:
+        """Image files as (n, 784) uint8.
+
+        Args:
+            files: name and content of each.
+
+        Raises:
+            InvalidImage: with the name and the reason of every file that is not an image.
+            InvalidInstances: there is no file.
+            TooLarge: there are too many, or decoding them takes too long.
+            Overloaded: too many other requests are being decoded.
+        """
+        if self._requests >= MAX_DECODING:
+            raise Overloaded("too many images are being decoded")
+        self._requests += 1
         try:
-            pixels.append(decode(content, IMAGE_PIXELS).reshape(PIXELS))
-        except InvalidImage as exc:
-            wrong.append({"file": name, "reason": f"is {exc.message}"})
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise InvalidImage(f"{wrong[0]['file']} {wrong[0]['reason']}{more}", param="body", details=wrong)
-    if not pixels:
-        raise InvalidInstances("there is no image", param="body")
-    return np.stack(pixels)
+            deadline = time.monotonic() + self._settings.predict_timeout_s
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, files, deadline)
+        finally:
+            self._requests -= 1
+
+    def _decode(self, files: Iterable[tuple[str, bytes]], deadline: float) -> np.ndarray:
+        from trainer.jobs.images import decode  # Pillow is loaded by gateways that get images, and by no others
+
+        most, max_pixels = self._settings.max_instances, self._settings.max_pixels
+        if time.monotonic() > deadline:
+            raise Overloaded("too many images are being decoded")
+        pixels: list[np.ndarray] = []
+        wrong: list[dict[str, Any]] = []
+        for name, content in files:
+            if len(pixels) + len(wrong) >= most:
+                raise TooLarge(f"more than {most} images", param="body")
+            if time.monotonic() > deadline:
+                seconds = self._settings.predict_timeout_s
+                raise TooLarge(f"decoding takes longer than {seconds:g} s; send fewer or smaller images", param="body")
+            try:
+                pixels.append(decode(content, max_pixels).reshape(PIXELS))
+            except InvalidImage as exc:
+                wrong.append({"file": name, "reason": f"is {exc.message}"})
+            except MemoryError:
+                wrong.append({"file": name, "reason": "takes too much memory to decode"})
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise InvalidImage(f"{wrong[0]['file']} {wrong[0]['reason']}{more}", param="body", details=wrong)
+        if not pixels:
+            raise InvalidInstances("the body holds no image", param="body")
+        return np.stack(pixels)
 
 
 def unzipped(body: bytes, most_bytes: int) -> list[tuple[str, bytes]]:
-    """The files of a zip, by name, but for what file managers add to it."""
+    """Name and content of the files in a zip, by name, without those that file managers add."""
     from trainer.jobs.datasets import IGNORED
 
     try:
@@ -105,20 +126,7 @@ def unzipped(body: bytes, most_bytes: int) -> list[tuple[str, bytes]]:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             wanted = sorted((e for e in entries if not IGNORED.search(e.filename)), key=lambda e: e.filename)
             if sum(entry.file_size for entry in wanted) > most_bytes:
-                raise TooLarge(f"the zip holds more than {most_bytes} bytes", param="body")
+                raise TooLarge(f"the files in the zip are larger than {most_bytes} bytes together", param="body")
             return [(entry.filename, archive.read(entry)) for entry in wanted]
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as exc:
-        raise InvalidInstances(f"the body is a broken zip: {exc}", param="body") from exc
-
-
-async def read_form(request: Request, most: int) -> tuple[ImageOptions, list[tuple[str, bytes]]]:
-    """Options and files of a multipart form; query parameters count as fields."""
-    files: list[tuple[str, bytes]] = []
-    fields = list(request.query_params.multi_items())
-    async with request.form(max_files=most + 1, max_fields=16) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                files.append((value.filename or name, await value.read()))
-            else:
-                fields.append((name, value))
-    return options_of(fields), files
+        raise InvalidInstances(f"the zip is broken: {exc}", param="body") from exc

@@ -1,6 +1,6 @@
-"""The JSON body of a prediction, its numbers parsed straight into one array.
+"""JSON bodies of predictions, whose numbers are parsed straight into one array.
 
-As Python objects the numbers of an image take 25 kB and several times as long.
+As Python objects the numbers of one image would take 25 kB and several times as long.
 """
 
 import functools
@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import simdjson
-from pydantic import ValidationError
 
-from api.http.errors import invalid_request
-from api.routes.schemas import PredictOptions
+from api.inference.options import PredictOptions, options_in
 from store.errors import InvalidInstances, InvalidRequest, MalformedRequest, TooLarge
 
 PIXELS = 28 * 28
@@ -20,52 +18,33 @@ NUMBER = b"0123456789+-.eE \t\r\n"  # what numbers and the space around them are
 
 
 def parse_instances(body: bytes, max_instances: int) -> tuple[PredictOptions, np.ndarray]:
-    """What is wanted, and the images: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8 if they are such.
+    """Options and images: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8 if the pixels are whole bytes.
 
     Raises:
-        MalformedRequest: the body is no JSON.
+        MalformedRequest: the body is not JSON.
         InvalidRequest: a field is missing, unknown or wrong.
-        InvalidInstances: with the index and the reason of every instance that is no image.
+        InvalidInstances: with the index and the reason of every instance that is not an image.
         TooLarge: there are more than `max_instances`.
     """
     document = parse(body)
-    try:
-        options = _options(_fields(document))
-    except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False)) from exc
+    options = options_in(document)
     return options, images_of(body, document, "instances", max_instances, 1.0 if options.range == "unit" else 255.0)
-
-
-def _fields(document: Any) -> tuple[tuple[str, Any], ...]:
-    """All but the instances."""
-    names = [name for name in document if name != "instances"]  # look-ups cost far less than items()
-    if len(set(names)) + 1 < len(document):
-        twice = next(name for name in document if list(document).count(name) > 1)
-        raise InvalidRequest(f"{twice}: given twice", param=twice)
-    try:
-        return tuple((name, document[name]) for name in names)
-    except KeyError:  # a name with a NUL in it is not found
-        return tuple((name, value) for name, value in document.items() if name != "instances")
-
-
-@functools.lru_cache(maxsize=1024, typed=True)  # clients repeat all but the images
-def _options(fields: tuple[tuple[str, Any], ...]) -> PredictOptions:
-    return PredictOptions.model_validate(dict(fields))
 
 
 def parse(body: bytes) -> Any:
     """The body as a simdjson object.
 
     Raises:
-        MalformedRequest: it is no JSON.
-        InvalidRequest: it is no object.
+        MalformedRequest: it is not JSON.
+        InvalidRequest: it is not an object.
     """
     try:
         document = simdjson.Parser().parse(body)
     except (ValueError, UnicodeDecodeError, RuntimeError) as exc:
         if b"NaN" in body or b"Infinity" in body:
-            raise MalformedRequest("the body is no JSON: NaN and Infinity are no numbers there") from exc
-        raise MalformedRequest(f"the body is no JSON: {exc}") from exc
+            raise MalformedRequest("the body is not JSON: JSON has no NaN and no Infinity") from exc
+        reason = str(exc).removesuffix(" This is a fatal and unrecoverable error.").rstrip()
+        raise MalformedRequest(f"the body is not JSON: {reason}") from exc
     if not is_object(document):
         raise InvalidRequest("body: must be a JSON object", param="body")
     return document
@@ -82,7 +61,7 @@ def is_object(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A field as Python objects; simdjson's own live no longer than their document."""
+    """A field as Python objects: simdjson's own live no longer than their document."""
     match value:
         case simdjson.Array():
             return value.as_list()
@@ -108,14 +87,14 @@ def images_of(body: bytes, document: Any, field: str, max_instances: int, top: f
 
 
 def as_images(pixels: np.ndarray, top: float) -> np.ndarray:
-    """(n, 784) numbers from 0 to `top` in one of the two forms that model servers take."""
+    """(n, 784) numbers from 0 to `top` in one of the two forms that model servers accept."""
     if top == 255 and pixels.dtype.kind == "u":
         return pixels.astype(np.uint8)
     return (pixels / top if top != 1 else pixels).astype(np.float32).reshape(-1, 28, 28, 1)
 
 
 def numbers(array: Any, top: float) -> np.ndarray | None:
-    """All numbers of nested arrays; of whole bytes as such, since they travel as bytes."""
+    """All numbers of nested arrays, as uint64 if they are whole and `top` is 255, else as float64; None otherwise."""
     if top == 255:
         try:
             return np.frombuffer(array.as_buffer(of_type="u"), np.uint64)
@@ -128,9 +107,9 @@ def numbers(array: Any, top: float) -> np.ndarray | None:
 
 
 def _is_regular(body: bytes, field: str, count: int) -> bool:
-    """Tell from the brackets and commas alone whether `field` holds `count` images, and all of one nesting.
+    """Tell from brackets and commas alone whether `field` holds `count` images of one nesting.
 
-    False only means that it has to be looked at: another field may have the name in it.
+    False means only that a closer look is needed: another field may contain the name.
     """
     name = b'"%s"' % field.encode()
     if body.count(name) != 1:
@@ -141,7 +120,7 @@ def _is_regular(body: bytes, field: str, count: int) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _skeletons(count: int) -> tuple[bytes, ...]:
-    """What is left of `count` images without their numbers: of 784, 28x28 and 28x28x1."""
+    """What remains of `count` images without their numbers, for 784, 28x28 and 28x28x1."""
     flat = b"[" + b"," * (PIXELS - 1) + b"]"
     rows = b"[" + b",".join([b"[" + b"," * 27 + b"]"] * 28) + b"]"
     pixels = b"[" + b",".join([b"[" + b",".join([b"[]"] * 28) + b"]"] * 28) + b"]"
@@ -149,7 +128,7 @@ def _skeletons(count: int) -> tuple[bytes, ...]:
 
 
 def one_by_one(instances: Any, field: str, top: float) -> np.ndarray:
-    """The pixels of a sequence of simdjson arrays, (n, 784) float64, or an error that names each that is no image."""
+    """The pixels of a sequence of simdjson arrays, (n, 784) float64; the error names each that is not an image."""
     found = np.empty((len(instances), PIXELS))
     wrong = []
     for index, instance in enumerate(instances):
@@ -170,8 +149,8 @@ def one_by_one(instances: Any, field: str, top: float) -> np.ndarray:
 
 
 def _out_of(top: float, field: str) -> str:
-    hint = '; for 0 to 255 say "range": "byte"' if top == 1 and field == "instances" else ""
-    return f"has values that are not from 0 to {top:g}{hint}"
+    hint = '; for 0 to 255 set "range": "byte"' if top == 1 and field == "instances" else ""
+    return f"has values that are not between 0 and {top:g}{hint}"
 
 
 def check_range(pixels: np.ndarray, field: str, top: float) -> None:
@@ -182,7 +161,7 @@ def check_range(pixels: np.ndarray, field: str, top: float) -> None:
 
 
 def not_images(wrong: list[dict[str, Any]], field: str) -> InvalidInstances:
-    """The error that names the instances that are no images."""
+    """The error that names the instances that are not images."""
     first = f"instance {wrong[0]['index']} {wrong[0]['reason']}"
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return InvalidInstances(first + more, param=field, details=wrong)
@@ -191,18 +170,18 @@ def not_images(wrong: list[dict[str, Any]], field: str) -> InvalidInstances:
 def _wrong_shape(instance: Any) -> str | None:
     """What is wrong with the nesting of an instance; None for 28x28, 28x28x1 and 784 values."""
     if not is_array(instance):
-        return "is no array"
-    # Counting is far cheaper than to look at every pixel; what is in strings is found out later.
+        return "is not an array"
+    # Counting is far cheaper than looking at every pixel. Brackets in strings are found out later.
     arrays = instance.mini.count(b"[")
     if len(instance) == PIXELS:
-        return None if arrays == 1 else "is nested, where 784 numbers should be"
+        return None if arrays == 1 else "has 784 elements that are not all numbers"
     if len(instance) != 28:
-        return f"has {len(instance)} elements, where 28 rows or 784 numbers should be"
+        return f"has {len(instance)} elements; expected 28 rows or 784 numbers"
     for number, row in enumerate(instance):
         if not is_array(row) or len(row) != 28:
-            return f"has a row {number} that is not 28 pixels"
+            return f"has a row {number} that is not 28 pixels long"
         if arrays != 1 + 28 and not all(is_array(pixel) and _is_one(pixel) for pixel in row):
-            return f"has a row {number} whose pixels are neither numbers nor arrays of one number"
+            return f"has a row {number} with pixels that are neither numbers nor arrays of one number"
     return None
 
 

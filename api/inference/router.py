@@ -1,95 +1,145 @@
-"""Which version of a model answers a request."""
+"""Which version of a model answers a request, and what the model server calls it."""
 
 import asyncio
 import random
+from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import NamedTuple
 
-from api.metrics import VERSIONS
+from api.metrics import REQUEST_SERIES, show_versions
 from serving.registry import STABLE, Registry, Route
-from store.errors import UnknownModel
+from store.errors import MalformedRequest, UnknownModel
+from store.records import GREY_28, InputForm
+
+MAX_VERSION = 2**63 - 1
+
+
+class Servable(NamedTuple):
+    """What a model server knows a version as."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A version by its public name, and all that is needed to ask it."""
+
+    model: str
+    version: int
+    servable: Servable
+    classes: tuple[str, ...]  # in the order of the outputs
+    input: InputForm
 
 
 class Router:
-    """The registry's routes, held in memory and read anew when something is missing or has changed."""
+    """The registry's routes in memory. They are read again when the registry changes, or when a name is not found."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._routes: dict[str, Route] = {}
+        self._targets: dict[Servable, Target] = {}  # of the versions that were asked
         self._revision = -1
-        self._one_look = asyncio.Lock()
-        self._next_look: asyncio.Task[None] | None = None
+        self._read_lock = asyncio.Lock()
+        self._next_read: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
-        """Read the registry if it has changed. Who asks while it is being read shares the next look with others."""
-        if self._next_look is None:
-            self._next_look = asyncio.create_task(self._look())
-        await asyncio.shield(self._next_look)
+        """Read the registry if it has changed. Callers that come during a read share the next one."""
+        if self._next_read is None:
+            self._next_read = asyncio.create_task(self._read())
+        await asyncio.shield(self._next_read)
 
-    async def _look(self) -> None:
-        async with self._one_look:
-            self._next_look = None  # who asks from here on has to be told what is written later
+    async def _read(self) -> None:
+        async with self._read_lock:
+            self._next_read = None  # callers from here on need to see what is written after this read began
             revision = await asyncio.to_thread(self._registry.revision)
             if revision != self._revision:
-                self._routes, self._revision = await asyncio.to_thread(self._registry.routes), revision
-                VERSIONS.clear()
-                for model, route in self._routes.items():
-                    VERSIONS.labels(model).set(len(route.classes))
+                self._routes, self._revision = await asyncio.to_thread(_routes, self._registry), revision
+                self._targets = {}
+                REQUEST_SERIES.retain(self.knows)
+                show_versions({model: len(route.classes) for model, route in self._routes.items()})
 
-    @property
-    def all(self) -> dict[str, Route]:
-        """Every model, by name."""
-        return self._routes
+    def versions(self, model: str) -> list[int]:
+        """Live versions of a model, newest first; none of a model that does not exist."""
+        route = self._routes.get(model)
+        return sorted(route.classes, reverse=True) if route else []
 
     def knows(self, model: str, version: int) -> bool:
-        """Tell whether this version is among those that predictions can go to."""
+        """Tell whether predictions can go to this version."""
         return model in self._routes and version in self._routes[model].classes
 
     async def resolve(
-        self, model: str, version: int | None, label: str | None, key: bytes | None = None
-    ) -> tuple[int, tuple[str, ...]]:
-        """The number and the classes of the version that a request means.
+        self, model: str, version: int | None, label: str | None, sticky_key: bytes | None = None
+    ) -> Target:
+        """The version that a request means.
 
         Args:
-            key: requests with the same one follow the same label, when neither version nor label is named.
+            sticky_key: requests with the same one follow the same label, if they name neither version nor label.
 
         Raises:
             UnknownModel: there is no such model, version or label.
         """
         try:
-            return self._look_up(model, version, label, key)
+            return self._look_up(model, version, label, sticky_key)
         except UnknownModel:
             await self.refresh()
-            return self._look_up(model, version, label, key)
+            return self._look_up(model, version, label, sticky_key)
 
-    def _look_up(
-        self, model: str, version: int | None, label: str | None, key: bytes | None
-    ) -> tuple[int, tuple[str, ...]]:
+    def _look_up(self, model: str, version: int | None, label: str | None, sticky_key: bytes | None) -> Target:
         route = self._routes.get(model)
         if route is None:
             raise UnknownModel(f"there is no model {model!r}", param="model")
         if version is None:
-            label = label or _drawn(model, route, key)
+            label = label or _draw(model, route, sticky_key)
             if label not in route.labels:
                 raise UnknownModel(f"model {model!r} has no label {label!r}", param="label")
             version = route.labels[label].version
-        if version not in route.classes:
-            raise UnknownModel(f"model {model!r} has no version {version}", param="version")
-        return version, route.classes[version]
+        servable = Servable(model, version)
+        found = self._targets.get(servable)
+        if found is None:
+            if version not in route.classes:
+                raise UnknownModel(f"model {model!r} has no version {version}", param="version")
+            found = Target(model, version, servable, route.classes[version], GREY_28)
+            self._targets[servable] = found
+        return found
 
 
-def _drawn(model: str, route: Route, key: bytes | None) -> str:
-    """The label that a request follows which names none: by weight, at random or by its key."""
-    place = -1.0
+def _routes(registry: Registry) -> dict[str, Route]:
+    """All routes, with labels in the order of their names: a sticky key must not depend on the database's."""
+    routes = registry.routes()
+    return {model: replace(route, labels=dict(sorted(route.labels.items()))) for model, route in routes.items()}
+
+
+def _draw(model: str, route: Route, sticky_key: bytes | None) -> str:
+    """The label that a request without version and label follows: by weight, at random or by its key."""
+    point = -1.0
     for label, target in route.labels.items():
         if target.weight:
-            if place < 0:
-                place = random.random() if key is None else _place(model.encode() + b"\n" + key)
-            if place < target.weight:
+            if point < 0:
+                point = random.random() if sticky_key is None else _hash(model.encode() + b"\n" + sticky_key)
+            if point < target.weight:
                 return label
-            place -= target.weight
+            point -= target.weight
     return STABLE
 
 
-def _place(key: bytes) -> float:
-    """A number in [0, 1) that is always the same for a key."""
+def _hash(key: bytes) -> float:
+    """A number in [0, 1) that depends on the key alone."""
     return int.from_bytes(blake2b(key, digest_size=6).digest()) / (1 << 48)
+
+
+def parse_version(text: str | None) -> int | None:
+    """The number of a version in a URL.
+
+    Raises:
+        MalformedRequest: it is not a number.
+        UnknownModel: no version can have that number.
+    """
+    if text is None:
+        return None
+    shown = repr(text if len(text) <= 24 else f"{text[:20]}...")
+    if not (text.isascii() and text.isdecimal()):
+        raise MalformedRequest(f"version {shown} is not a number", param="version")
+    if len(text) > len(str(MAX_VERSION)) or int(text) > MAX_VERSION:
+        raise UnknownModel(f"there is no version {shown}", param="version")
+    return int(text)

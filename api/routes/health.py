@@ -47,6 +47,6 @@ def add(app: FastAPI) -> None:
         return JSONResponse(body.model_dump(), 200 if store and up else 503)
 
     @app.get("/metrics", tags=["health"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
+    def metrics() -> Response:  # in a thread: rendering takes a while
         """What Prometheus collects."""
         return Response(generate_latest(COLLECTORS), media_type=CONTENT_TYPE_LATEST)

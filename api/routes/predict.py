@@ -1,117 +1,149 @@
-"""POST /predict, and the core that all three faces of the predict path share."""
+"""POST /predict."""
 
 import asyncio
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+from starlette.datastructures import UploadFile
 
 from api.gateway import gateway_of
 from api.http.fast_path import FastRoute, Json
-from api.http.openapi import errors, whole
+from api.http.openapi import Instance, errors, whole
 from api.http.tracing import answered_by
 from api.inference import bodies
 from api.inference.json_body import parse_instances
+from api.inference.options import ImageOptions, PredictOptions, options_of
+from api.inference.service import Prediction
 from api.routes.examples import IMAGE_EXAMPLE
-from api.routes.schemas import ImageOptions, PredictRequest, PredictResponse
 from store.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 
 TIMEOUT, STICKY = "X-Request-Timeout", "X-Sticky-Key"
+MAX_FIELDS = 16  # of a form, besides its files
+
+router = APIRouter(tags=["predict"])
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a version says of n images."""
+class PredictRequest(PredictOptions):
+    """Images to classify."""
 
-    model: str
-    version: int
-    classes: tuple[str, ...]
-    logits: np.ndarray  # (n, classes) float32
-    probabilities: np.ndarray  # (n, classes) float32
+    instances: list[Instance] = Field(min_length=1, description="Images of 28x28, 28x28x1 or 784 numbers.")
 
 
-async def answer(
-    request: Request, images: np.ndarray, model: str, version: int | None = None, label: str | None = None
-) -> Answer:
-    """Have the version that is meant classify images, (n, 28, 28, 1) float32 in [0, 1] or (n, 784) uint8.
+class Ranked(BaseModel):
+    """A class and its probability."""
 
-    Raises:
-        UnknownModel: there is no such model, version or label.
-        InvalidRequest: both are named, or a header is wrong.
-        Overloaded, ModelServerError: of the micro-batches.
-    """
-    gateway = gateway_of(request)
-    if version is not None and label is not None:
-        raise InvalidRequest("give a version or a label, not both", param="label")
-    headers = dict(request.scope["headers"])
-    timeout_s = _timeout(headers.get(b"x-request-timeout"), gateway.settings.predict_timeout_s)
-    number, classes = await gateway.router.resolve(model, version, label, headers.get(b"x-sticky-key"))
-    answered_by(request.scope, model, number)
-    found = await gateway.batcher.predict(model, number, images, timeout_s)
-    return Answer(model, number, classes, found.logits, found.probabilities)
+    label: str = Field(description="The class.")
+    probability: float = Field(description="Its probability.")
 
 
-def _timeout(given: bytes | None, most: float) -> float:
-    if given is None:
-        return most
-    try:
-        seconds = math.nan if b"_" in given else float(given)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        text = given.decode(errors="replace")
-        raise InvalidRequest(f"{TIMEOUT}: {text!r} is no number of seconds above 0", param=TIMEOUT)
-    return min(seconds, most)
+class ClassPrediction(BaseModel):
+    """The answer for one image."""
+
+    label: str = Field(description="The most probable class.")
+    probabilities: list[float] = Field(description="In the order of `classes`.")
+    top_k: list[Ranked] | None = Field(None, description="If asked for: the most probable classes, best first.")
+    file: str | None = Field(None, description="In a zip or a form: the image's name.")
+
+
+class PredictResponse(BaseModel):
+    """The answer for all images, and the version that gave it."""
+
+    model: str = Field(description="The model.")
+    version: int = Field(description="The version that answered.")
+    classes: list[str] = Field(description="Class names.")
+    predictions: list[ClassPrediction] = Field(description="One for each image, in the order of the request.")
 
 
 async def predict(request: Request) -> Response:
-    """Classify images: JSON instances, raw bytes, an .npy, a PNG or JPEG, or many of them in a form or a zip."""
+    """Classify images: JSON instances, raw bytes, an .npy, an image file, or many image files in a form or a zip."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    most, names = gateway_of(request).settings.max_instances, None
+    gateway, names = gateway_of(request), None
+    most = gateway.settings.max_instances
     options: ImageOptions
     if kind == bodies.FORM:
-        options, files = await bodies.read_form(request, most)
-        images = await asyncio.to_thread(bodies.from_images, files, most)
+        options, files = await _read_form(request, most)
+        images = await gateway.images.decode(files)
         names = [name for name, _ in files]
     elif kind in bodies.KINDS:
         body = await request.body()
-        options = bodies.options_of(request.query_params.multi_items())
+        options = options_of(request.query_params.multi_items())
         match kind:
             case "application/octet-stream":
                 images = bodies.from_bytes(body)
             case "application/x-npy":
                 images = bodies.from_npy(body)
             case bodies.ZIP:
-                files = await asyncio.to_thread(bodies.unzipped, body, gateway_of(request).settings.max_predict_bytes)
-                images = await asyncio.to_thread(bodies.from_images, files, most)
+                files = await asyncio.to_thread(bodies.unzipped, body, gateway.settings.max_predict_bytes)
+                images = await gateway.images.decode(files)
                 names = [name for name, _ in files]
             case _:
-                images = await asyncio.to_thread(bodies.from_images, [("the body", body)], 1)
+                images = await gateway.images.decode([("the body", body)])
     else:
         body = await request.body()
         if kind != "application/json" and (kind or not body):
             known = ", ".join(("application/json", *bodies.KINDS))
-            raise UnsupportedMediaType(f"Content-Type {kind!r}: send one of {known}")
+            raise UnsupportedMediaType(f"Content-Type {kind!r} is not supported; send one of {known}")
         if request.scope["query_string"]:
-            raise InvalidRequest("with a JSON body everything is said in the body, nothing in the query", param="query")
+            raise InvalidRequest("put options in the JSON body, not in the query string", param="query")
         options, images = parse_instances(body, most)
     if len(images) > most:
-        raise TooLarge(f"{len(images)} images, more than {most}", param="body")
-    found = await answer(request, images, options.model, options.version, options.label)
-    return Json(_written(found, options.top_k, names))
+        raise TooLarge(f"{len(images)} images, more than the limit of {most}", param="body")
+    found = await ask(request, images, options.model, options.version, options.label)
+    return Json(_body(found, options.top_k, names))
 
 
-def _written(found: Answer, top_k: int | None, names: list[str] | None) -> dict[str, Any]:
-    """The body of `PredictResponse`."""
-    classes = found.classes
+async def ask(
+    request: Request, images: np.ndarray, model: str, version: int | None = None, label: str | None = None
+) -> Prediction:
+    """Call the inference service with the options in a request's headers; the response will name the version."""
+    scope = request.scope
+    headers = dict(scope["headers"])
+    return await gateway_of(request).inference.predict(
+        images, model, version, label,
+        sticky_key=headers.get(b"x-sticky-key"),
+        timeout_s=_timeout(headers.get(b"x-request-timeout")),
+        on_resolved=lambda target: answered_by(scope, target.model, target.version),
+    )  # fmt: skip
+
+
+def _timeout(given: bytes | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        seconds = math.nan if b"_" in given else float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        text = given.decode(errors="replace")
+        raise InvalidRequest(f"{TIMEOUT}: {text!r} is not a number of seconds above 0", param=TIMEOUT)
+    return seconds
+
+
+async def _read_form(request: Request, most: int) -> tuple[ImageOptions, list[tuple[str, bytes]]]:
+    """Options and files of a multipart form. Query parameters count as fields."""
+    files: list[tuple[str, bytes]] = []
+    fields = list(request.query_params.multi_items())
+    async with request.form(max_files=most + 1, max_fields=MAX_FIELDS) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                files.append((value.filename or name, await value.read()))
+            else:
+                fields.append((name, value))
+    return options_of(fields), files
+
+
+def _body(found: Prediction, top_k: int | None, names: list[str] | None) -> dict[str, Any]:
+    """The body of a `PredictResponse`."""
+    classes, probabilities = found.classes, found.outputs["probabilities"]
     predictions: list[dict[str, Any]] = [
         {"label": classes[top], "probabilities": row}
-        for top, row in zip(found.probabilities.argmax(axis=1).tolist(), found.probabilities, strict=True)
+        for top, row in zip(probabilities.argmax(axis=1).tolist(), probabilities, strict=True)
     ]
     if top_k is not None:
-        for prediction, row in zip(predictions, found.probabilities, strict=True):
+        for prediction, row in zip(predictions, probabilities, strict=True):
             best = np.argsort(-row, kind="stable")[:top_k].tolist()
             prediction["top_k"] = [{"label": classes[index], "probability": row[index]} for index in best]
     if names is not None:
@@ -119,30 +151,27 @@ def _written(found: Answer, top_k: int | None, names: list[str] | None) -> dict[
     return {"model": found.model, "version": found.version, "classes": classes, "predictions": predictions}
 
 
-def add(app: FastAPI) -> None:
-    """The route."""
-    image = {"schema": {"type": "string", "format": "binary"}}
-    options = ImageOptions.model_json_schema()["properties"]
-    schema = whole(PredictRequest)
-    form = {"type": "object", "properties": {**options, "image": {"type": "string", "format": "binary"}}}
-    header = {
-        TIMEOUT: {"type": "number", "description": "Seconds after which the answer is of no use (504)."},
-        STICKY: {"type": "string", "description": "Requests with the same key follow the same label."},
-    }
-    app.router.add_api_route(
-        "/predict", predict, methods=["POST"], tags=["predict"], route_class_override=FastRoute,
-        response_model=PredictResponse, responses=errors(400, 404, 413, 415, 422, 429, 503, 504),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {"schema": schema, "example": IMAGE_EXAMPLE},
-                    **dict.fromkeys(bodies.KINDS, image), bodies.FORM: {"schema": form},
-                },
+_FILE = {"type": "string", "format": "binary"}
+_OPTIONS = ImageOptions.model_json_schema()["properties"]
+_HEADERS = {
+    TIMEOUT: {"type": "number", "description": "Seconds after which the answer is of no use (504)."},
+    STICKY: {"type": "string", "description": "Requests with the same key follow the same label."},
+}
+router.add_api_route(
+    "/predict", predict, methods=["POST"], route_class_override=FastRoute,
+    response_model=PredictResponse, responses=errors(400, 404, 413, 415, 422, 429, 503, 504),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": whole(PredictRequest), "example": IMAGE_EXAMPLE},
+                **{kind: {"schema": _FILE} for kind in bodies.KINDS},
+                bodies.FORM: {"schema": {"type": "object", "properties": {**_OPTIONS, "image": _FILE}}},
             },
-            "parameters": [
-                {"name": name, "in": place, "schema": found, "description": found["description"]}
-                for place, group in (("query", options), ("header", header)) for name, found in group.items()
-            ],
         },
-    )  # fmt: skip
+        "parameters": [
+            {"name": name, "in": place, "schema": schema, "description": schema["description"]}
+            for place, group in (("query", _OPTIONS), ("header", _HEADERS)) for name, schema in group.items()
+        ],
+    },
+)  # fmt: skip

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import time
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -9,15 +11,21 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import httpx
 import numpy as np
 import pytest
+import sqlalchemy as sa
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
+from api.http.tracing import Tracing, answered_by
 from api.inference import router
 from api.inference.batcher import CALLS, MAX_BATCH, MAX_WAITING, MicroBatcher
-from api.inference.router import Router
+from api.inference.router import Router, Servable
 from api.inference.server_pool import ServerPool
+from api.routes import health
 from serving.pb import model_server_pb2 as pb
-from serving.registry import Label, Route
+from serving.registry import Label, Registry, Route
 from store.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded
 from store.processes import free_port
 
@@ -100,12 +108,12 @@ def with_servers(count: int, test: Callable[[list[Held], ServerPool, MicroBatche
 def test_requests_that_come_while_calls_are_under_way_share_the_next_one() -> None:
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
-        asked = [asyncio.create_task(batcher.predict("m", 1, image(number), 20)) for number in range(50)]
+        asked = [asyncio.create_task(batcher.predict(Servable("m", 1), image(number), 20)) for number in range(50)]
         await until(lambda: len(server.calls) == 1)
         assert [images for *_, images in server.calls] == [1]  # a lone request does not wait
         server.gate.set()
         answers = await asyncio.gather(*asked)
-        assert [float(answer.logits[0, 0]) for answer in answers] == [784.0 * number for number in range(50)]
+        assert [float(answer["logits"][0, 0]) for answer in answers] == [784.0 * number for number in range(50)]
         assert sum(images for *_, images in server.calls) == 50
         assert len(server.calls) == 2
 
@@ -116,12 +124,12 @@ def test_a_batch_is_of_one_version_and_one_signature_and_not_too_large() -> None
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
         pixels = np.ones((1, 784), np.uint8)
-        asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(2 * MAX_BATCH)]
-        asked += [asyncio.create_task(batcher.predict("m", 1, pixels, 20)) for _ in range(5)]
-        asked += [asyncio.create_task(batcher.predict("m", 2, image(1), 20)) for _ in range(5)]
+        asked = [asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20)) for _ in range(2 * MAX_BATCH)]
+        asked += [asyncio.create_task(batcher.predict(Servable("m", 1), pixels, 20)) for _ in range(5)]
+        asked += [asyncio.create_task(batcher.predict(Servable("m", 2), image(1), 20)) for _ in range(5)]
         await until(lambda: len(server.calls) == 3)
         server.gate.set()
-        assert all(float(answer.logits[0, 0]) == 784 for answer in await asyncio.gather(*asked))
+        assert all(float(answer["logits"][0, 0]) == 784 for answer in await asyncio.gather(*asked))
         assert max(images for *_, images in server.calls) <= MAX_BATCH
         assert {signature for _, signature, _ in server.calls} == {"", "serving_bytes"}
 
@@ -131,9 +139,9 @@ def test_a_batch_is_of_one_version_and_one_signature_and_not_too_large() -> None
 def test_what_is_in_flight_is_bounded_and_versions_take_turns() -> None:
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
-        crowd = [asyncio.create_task(batcher.predict("crowd", 1, image(1), 20)) for _ in range(500)]
+        crowd = [asyncio.create_task(batcher.predict(Servable("crowd", 1), image(1), 20)) for _ in range(500)]
         await until(lambda: len(server.calls) == 1)
-        others = [asyncio.create_task(batcher.predict(f"m{number}", 1, image(1), 20)) for number in range(10)]
+        others = [asyncio.create_task(batcher.predict(Servable(f"m{number}", 1), image(1), 20)) for number in range(10)]
         await until(lambda: len(server.calls) == CALLS)
         server.gate.set()
         await asyncio.gather(*others)
@@ -148,8 +156,8 @@ def test_what_is_in_flight_is_bounded_and_versions_take_turns() -> None:
 def test_a_large_request_does_not_hold_up_small_ones() -> None:
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
-        large = asyncio.create_task(batcher.predict("m", 1, np.zeros((1000, 28, 28, 1), np.float32), 20))
-        small = asyncio.create_task(batcher.predict("m", 1, image(1), 20))
+        large = asyncio.create_task(batcher.predict(Servable("m", 1), np.zeros((1000, 28, 28, 1), np.float32), 20))
+        small = asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20))
         await until(lambda: len(server.calls) == 2)
         assert sorted(images for *_, images in server.calls) == [1, 1000]
         server.gate.set()
@@ -161,16 +169,58 @@ def test_a_large_request_does_not_hold_up_small_ones() -> None:
 def test_a_request_whose_time_is_up_is_not_sent() -> None:
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
-        first = asyncio.create_task(batcher.predict("m", 1, image(1), 20))
+        first = asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20))
         await until(lambda: len(server.calls) == 1)
-        late = [asyncio.create_task(batcher.predict("m", 1, image(2), 0.05)) for _ in range(7)]
+        late = [asyncio.create_task(batcher.predict(Servable("m", 1), image(2), 0.05)) for _ in range(7)]
         for request in late:
             with pytest.raises(ModelServerTimeout, match=r"no prediction within 0\.05 s"):
                 await request
         server.gate.set()
         await first
         assert [images for *_, images in server.calls] == [1]
-        await batcher.predict("m", 1, image(1), 20)  # and the way is free again
+        await batcher.predict(Servable("m", 1), image(1), 20)  # and the way is free again
+
+    with_servers(1, test)
+
+
+def test_requests_that_expired_or_were_abandoned_make_room_for_others() -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        full = np.zeros((MAX_BATCH, 28, 28, 1), np.float32)
+        in_flight = [asyncio.create_task(batcher.predict(Servable("m", 1), full, 20)) for _ in range(2)]
+        await until(lambda: len(server.calls) == 2)
+        crowd = MAX_WAITING // MAX_BATCH
+        expiring = [asyncio.create_task(batcher.predict(Servable("m", 1), full, 0.05)) for _ in range(crowd)]
+        assert all(isinstance(e, ModelServerTimeout) for e in await asyncio.gather(*expiring, return_exceptions=True))
+        abandoned = [asyncio.create_task(batcher.predict(Servable("m", 1), full, 20)) for _ in range(crowd)]
+        await asyncio.sleep(0)
+        for request in abandoned:
+            request.cancel()
+        assert {type(e) for e in await asyncio.gather(*abandoned, return_exceptions=True)} == {asyncio.CancelledError}
+        waiting = asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20))
+        server.gate.set()
+        assert float((await waiting)["logits"][0, 0]) == 784
+        await asyncio.gather(*in_flight)
+
+    with_servers(1, test)
+
+
+def test_a_batch_that_cannot_be_joined_fails_alone_and_frees_its_slot() -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        first = asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20))
+        await until(lambda: len(server.calls) == 1)
+        shapes = ((1, 28, 28, 1), (1, 27, 27, 1))
+        odd = [
+            asyncio.create_task(batcher.predict(Servable("m", 1), np.ones(shape, np.float32), 20)) for shape in shapes
+        ]
+        await asyncio.sleep(0)
+        server.gate.set()
+        await first
+        async with asyncio.timeout(5):
+            failed = await asyncio.gather(*odd, return_exceptions=True)
+            assert [type(failure) for failure in failed] == [ValueError, ValueError]
+            assert float((await batcher.predict(Servable("m", 1), image(1), 20))["logits"][0, 0]) == 784
 
     with_servers(1, test)
 
@@ -179,11 +229,14 @@ def test_when_too_many_wait_more_are_refused_but_not_those_for_another_version()
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         (server,) = servers
         many = np.zeros((MAX_BATCH, 28, 28, 1), np.float32)
-        asked = [asyncio.create_task(batcher.predict("m", 1, many, 20)) for _ in range(2 + MAX_WAITING // MAX_BATCH)]
+        asked = [
+            asyncio.create_task(batcher.predict(Servable("m", 1), many, 20))
+            for _ in range(2 + MAX_WAITING // MAX_BATCH)
+        ]
         await until(lambda: len(server.calls) == 2)
         with pytest.raises(Overloaded):
-            await batcher.predict("m", 1, image(1), 20)
-        other = asyncio.create_task(batcher.predict("other", 1, image(1), 20))
+            await batcher.predict(Servable("m", 1), image(1), 20)
+        other = asyncio.create_task(batcher.predict(Servable("other", 1), image(1), 20))
         await until(lambda: len(server.calls) == 3)
         server.gate.set()
         await asyncio.gather(other, *asked)
@@ -193,7 +246,7 @@ def test_when_too_many_wait_more_are_refused_but_not_those_for_another_version()
 
 def test_calls_go_to_the_server_with_the_least_in_flight() -> None:
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
-        asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(2)]
+        asked = [asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20)) for _ in range(2)]
         await until(lambda: all(len(server.calls) == 1 for server in servers))
         for server in servers:
             server.gate.set()
@@ -209,7 +262,7 @@ def test_what_one_server_cannot_do_another_does(refuse: grpc.StatusCode) -> None
         bad, good = servers
         bad.refuse = refuse
         good.gate.set()
-        answers = await asyncio.gather(*(batcher.predict("m", 1, image(1), 20) for _ in range(40)))
+        answers = await asyncio.gather(*(batcher.predict(Servable("m", 1), image(1), 20) for _ in range(40)))
         assert len(answers) == 40
         assert bad.calls
         state = next(target for target in pool.all if target.address == bad.address)
@@ -228,9 +281,9 @@ def test_a_server_that_dies_in_the_middle_of_calls_costs_no_request() -> None:
                 target.up = True
             batcher = MicroBatcher(pool)
             async with dying.running():
-                asked = [asyncio.create_task(batcher.predict("m", 1, image(1), 20)) for _ in range(40)]
+                asked = [asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20)) for _ in range(40)]
                 await until(lambda: dying.now > 0)
-            assert all(float(answer.logits[0, 0]) == 784 for answer in await asyncio.gather(*asked))
+            assert all(float(answer["logits"][0, 0]) == 784 for answer in await asyncio.gather(*asked))
 
     asyncio.run(main())
 
@@ -240,11 +293,11 @@ def test_without_a_server_the_error_says_so_and_a_bad_answer_is_not_retried() ->
         for server in servers:
             server.refuse = grpc.StatusCode.UNAVAILABLE
         with pytest.raises(ModelServerUnavailable, match="cannot be reached"):
-            await batcher.predict("m", 1, image(1), 20)
+            await batcher.predict(Servable("m", 1), image(1), 20)
         for server in servers:
             server.refuse = grpc.StatusCode.NOT_FOUND
         with pytest.raises(ModelServerUnavailable, match="has not loaded m:1 yet"):
-            await batcher.predict("m", 1, image(1), 20)
+            await batcher.predict(Servable("m", 1), image(1), 20)
 
     with_servers(2, test)
 
@@ -252,25 +305,107 @@ def test_without_a_server_the_error_says_so_and_a_bad_answer_is_not_retried() ->
 def test_a_share_of_the_traffic_follows_the_canary_and_a_key_sticks() -> None:
     labels = {"stable": Label(1), "canary": Label(2, 0.3), "other": Label(3, 0.2)}
     route = Route({1: ("a",), 2: ("a",), 3: ("a",)}, labels)
-    drawn = Counter(router._drawn("m", route, b"user-%d" % number) for number in range(5000))
-    again = Counter(router._drawn("m", route, b"user-%d" % number) for number in range(5000))
+    drawn = Counter(router._draw("m", route, b"user-%d" % number) for number in range(5000))
+    again = Counter(router._draw("m", route, b"user-%d" % number) for number in range(5000))
     assert drawn == again
     assert abs(drawn["canary"] / 5000 - 0.3) < 0.03
     assert abs(drawn["other"] / 5000 - 0.2) < 0.03
-    free = Counter(router._drawn("m", route, None) for _ in range(5000))
+    free = Counter(router._draw("m", route, None) for _ in range(5000))
     assert abs(free["canary"] / 5000 - 0.3) < 0.05
-    assert router._drawn("m", Route({1: ("a",)}, {"stable": Label(1), "canary": Label(1)}), None) == "stable"
+    assert router._draw("m", Route({1: ("a",)}, {"stable": Label(1), "canary": Label(1)}), None) == "stable"
 
 
 def test_a_version_or_label_that_is_named_is_never_drawn() -> None:
     class Fixed(Router):
         def __init__(self) -> None:
+            super().__init__(Registry(sa.create_engine("sqlite://")))
             self._routes = {"m": Route({1: ("a",), 2: ("b",)}, {"stable": Label(1), "canary": Label(2, 1.0)})}
 
     async def main() -> None:
         routes = Fixed()
-        assert await routes.resolve("m", None, None, b"k") == (2, ("b",))
-        assert await routes.resolve("m", None, "stable", b"k") == (1, ("a",))
-        assert await routes.resolve("m", 1, None, b"k") == (1, ("a",))
+        assert (await routes.resolve("m", None, None, b"k")).classes == ("b",)
+        assert (await routes.resolve("m", None, "stable", b"k")).version == 1
+        assert (await routes.resolve("m", 1, None, b"k")).servable == ("m", 1)
+
+    asyncio.run(main())
+
+
+class Stored(Registry):
+    """A registry whose answers are given."""
+
+    def __init__(self, routes: dict[str, Route]) -> None:
+        self.stored, self.changes = routes, 0
+
+    def revision(self) -> int:
+        return self.changes
+
+    def routes(self) -> dict[str, Route]:
+        return self.stored
+
+
+def test_a_sticky_key_follows_the_same_label_in_whatever_order_the_database_returns_them() -> None:
+    labels = {"stable": Label(1), "canary": Label(2, 0.3), "other": Label(3, 0.4)}
+    classes: dict[int, tuple[str, ...]] = {1: ("a",), 2: ("a",), 3: ("a",)}
+
+    async def followed(order: list[str]) -> list[int]:
+        found = Router(Stored({"m": Route(classes, {name: labels[name] for name in order})}))
+        return [(await found.resolve("m", None, None, b"user-%d" % number)).version for number in range(200)]
+
+    first = asyncio.run(followed(["stable", "canary", "other"]))
+    assert len(set(first)) == 3
+    assert asyncio.run(followed(["other", "canary", "stable"])) == first
+
+
+def test_with_ten_thousand_models_metrics_stay_small_and_the_event_loop_free() -> None:
+    def served(count: int) -> dict[str, Route]:
+        return {f"model-{number}": Route({1: ("a",)}, {"stable": Label(1)}) for number in range(count)}
+
+    stored = Stored(served(10_000))
+    asked = Router(stored)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        target = await asked.resolve(scope["path"], None, None)
+        answered_by(scope, target.model, target.version)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def nothing(*_: object) -> Any:
+        return None
+
+    async def longest_block(task: asyncio.Future[Any]) -> float:
+        longest, before = 0.0, time.perf_counter()
+        while not task.done():
+            await asyncio.sleep(0)
+            longest, before = max(longest, (now := time.perf_counter()) - before), now
+        return longest
+
+    async def main() -> None:
+        traced, operators = Tracing(app), FastAPI()
+        health.add(operators)
+        scrape = httpx.AsyncClient(transport=httpx.ASGITransport(operators), base_url="http://gateway")
+        await asked.refresh()
+        tracemalloc.start()
+        try:
+            for number in range(10_000):
+                scope = {"type": "http", "method": "POST", "path": f"model-{number}", "headers": [], "state": {}}
+                await traced(scope, nothing, nothing)
+            grown = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert grown < 6 << 20  # bytes; 10,000 targets included
+        scraped = asyncio.ensure_future(scrape.get("/metrics"))
+        assert await longest_block(scraped) < 0.3  # seconds
+        text = scraped.result().text
+        assert len(text) < 300_000
+        assert 'temper_requests_total{model="_others",route="unknown",status="200",version=""} 9' in text
+        assert 'temper_versions_served{model="_others"} 9900.0' in text
+        stored.stored, stored.changes = served(1), 1
+        await asked.refresh()
+        await traced(
+            {"type": "http", "method": "POST", "path": "model-0", "headers": [], "state": {}}, nothing, nothing
+        )
+        text = (await scrape.get("/metrics")).text
+        assert 'model="model-0",route="unknown",status="200",version="1"}' in text
+        assert "model-1" not in text
+        await scrape.aclose()
 
     asyncio.run(main())

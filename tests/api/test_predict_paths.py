@@ -1,18 +1,27 @@
 """Every path to a prediction and every kind of body: they mean the same, and say what is wrong."""
 
+import asyncio
 import contextlib
 import io
 import json
 import select
 import socket
 import threading
+import urllib.error
+import urllib.request
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import requests
+from PIL import Image
 
+from api.inference.bodies import ImageDecoder
+from store.errors import Overloaded, TooLarge
+from store.settings import Settings
 from tests.conftest import Service, eventually, png, zipped
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -89,6 +98,51 @@ def test_a_form_of_images_is_answered_by_name(service: Service, images: np.ndarr
         assert prediction["top_k"][0]["probability"] == max(prediction["probabilities"])
 
 
+def encoded(image: np.ndarray, kind: str, **options: Any) -> bytes:
+    packed = io.BytesIO()
+    Image.fromarray(image).save(packed, kind, **options)
+    return packed.getvalue()
+
+
+def test_every_image_format_that_trains_also_predicts(
+    service: Service, images: np.ndarray, expected: np.ndarray
+) -> None:
+    for kind, options in (("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100})):
+        answer = ask(service, encoded(images[0], kind, **options), f"image/{kind.lower()}")
+        assert answer.status_code == 200, answer.text
+        tolerance = 0.05 if kind == "JPEG" else 1e-5
+        np.testing.assert_allclose(answer.json()["predictions"][0]["probabilities"], expected[0], atol=tolerance)
+    for kind in ("TIFF", "GIF", "PPM"):
+        answer = ask(service, encoded(images[0], kind), "image/png")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_image")
+        assert "PNG, JPEG, WEBP, BMP" in answer.json()["error"]["message"]
+
+
+def test_a_phone_photo_predicts(service: Service) -> None:
+    for size, kind in (((4000, 6000), "JPEG"), ((3000, 4000), "PNG")):
+        photo = np.full(size, 90, np.uint8)
+        photo[1000:3000, 1500:1700] = 200
+        assert ask(service, encoded(photo, kind), f"image/{kind.lower()}").status_code == 200
+    answer = ask(service, encoded(np.zeros((8000, 8000), np.uint8), "PNG"), "image/png")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_image")
+    assert "8000x8000 pixels, more than the limit of 50000000" in answer.json()["error"]["message"]
+
+
+def test_images_that_take_too_long_to_decode_are_refused(tmp_path: Path) -> None:
+    large = encoded(np.zeros((6000, 8000), np.uint8), "PNG")
+    decoder = ImageDecoder(Settings(home=tmp_path, predict_timeout_s=0.1))
+
+    async def main() -> None:
+        with pytest.raises(TooLarge, match=r"longer than 0\.1 s; send fewer or smaller images"):
+            await decoder.decode([("large.png", large)] * 100)
+        crowd = [decoder.decode([("large.png", large)]) for _ in range(80)]
+        found = await asyncio.gather(*crowd, return_exceptions=True)
+        assert {type(result) for result in found} == {np.ndarray, Overloaded}
+        assert (await decoder.decode([("small.png", png(BYTES[0]))])).shape == (1, 784)
+
+    asyncio.run(main())
+
+
 def test_top_k_is_given_only_when_asked_for(service: Service, images: np.ndarray) -> None:
     assert "top_k" not in ask(service, images[:1].tobytes(), RAW).json()["predictions"][0]
     found = ask(service, images[:1].tobytes(), RAW, "model=lenet5&top_k=99").json()["predictions"][0]["top_k"]
@@ -129,8 +183,8 @@ ZEROS = [[[0.0]] * 28] * 28
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
-        (":predict", "{", 400, "no JSON"),
-        (":predict", '{"instances": [' + "NaN," * 783 + "NaN]}", 400, "no JSON"),
+        (":predict", "{", 400, "not JSON"),
+        (":predict", '{"instances": [' + "NaN," * 783 + "NaN]}", 400, "not JSON"),
         (":predict", [1], 400, "JSON object"),
         (":predict", {}, 400, "Missing 'inputs' or 'instances' key"),
         (":predict", {"instances": [ZEROS], "inputs": [ZEROS]}, 400, "only one of"),
@@ -207,7 +261,7 @@ BYTES = np.zeros((1, 28, 28), np.uint8)
         ({"inputs": [tensor(BYTES, name="x")]}, 400, "input.name"),
         ({"inputs": [tensor(BYTES, datatype="INT64")]}, 400, "input.datatype"),
         ({"inputs": [tensor(BYTES, shape=[1, 27, 28])]}, 400, "shape"),
-        ({"inputs": [tensor(BYTES, shape=[2, 28, 28])]}, 400, "784 numbers are not of shape"),
+        ({"inputs": [tensor(BYTES, shape=[2, 28, 28])]}, 400, "784 numbers do not fill shape"),
         ({"inputs": [tensor(BYTES, shape=[-1, 28, 28])]}, 400, "shape"),
         ({"inputs": [tensor(BYTES, data=["a"] * 784)]}, 400, "array of FP32 numbers"),
         ({"inputs": [tensor(BYTES, data=[2] * 784)]}, 400, "instance 0 has values"),
@@ -241,7 +295,7 @@ def test_its_health_and_metadata(service: Service) -> None:
 @pytest.mark.parametrize(
     ("content", "kind", "query", "status", "code", "says"),
     [
-        (b"", RAW, "model=lenet5", 422, "invalid_instances", "0 bytes"),
+        (b"", RAW, "model=lenet5", 422, "invalid_instances", "is empty"),
         (b"x" * 785, RAW, "model=lenet5", 422, "invalid_instances", "785 bytes"),
         (b"x" * 784, RAW, "", 422, "invalid_request", "model"),
         (b"x" * 784, RAW, "model=lenet5&x=1", 422, "invalid_request", "x"),
@@ -249,15 +303,15 @@ def test_its_health_and_metadata(service: Service) -> None:
         (b"x" * 784, RAW, "model=lenet5&version=1&label=stable", 422, "invalid_request", "not both"),
         (b"x" * 784, RAW, "model=lenet5&top_k=0", 422, "invalid_request", "top_k"),
         (b"x" * 784 * 1025, RAW, "model=lenet5", 413, "too_large", "1025 images"),
-        (b"x", NPY, "model=lenet5", 422, "invalid_instances", "no .npy file"),
+        (b"x", NPY, "model=lenet5", 422, "invalid_instances", "not an .npy file"),
         (npy(BYTES)[:-1], NPY, "model=lenet5", 422, "invalid_instances", "783 bytes"),
         (npy(BYTES.astype(np.int64)), NPY, "model=lenet5", 422, "invalid_instances", "int64"),
         (npy(np.array([None])), NPY, "model=lenet5", 422, "invalid_instances", "object"),
         (npy(np.zeros((3, 27, 28), "u1")), NPY, "model=lenet5", 422, "invalid_instances", "(3, 27, 28)"),
         (npy(np.asfortranarray(np.zeros((3, 28, 28), "u1"))), NPY, "model=lenet5", 422, "invalid_instances", "Fortran"),
         (npy(np.full((2, 28, 28), np.nan)), NPY, "model=lenet5", 422, "invalid_instances", "instance 0"),
-        (npy(np.full((1, 28, 28), np.inf)), NPY, "model=lenet5", 422, "invalid_instances", "from 0 to 1"),
-        (b"PK", ZIP, "model=lenet5", 422, "invalid_instances", "broken zip"),
+        (npy(np.full((1, 28, 28), np.inf)), NPY, "model=lenet5", 422, "invalid_instances", "not between 0 and 1"),
+        (b"PK", ZIP, "model=lenet5", 422, "invalid_instances", "zip is broken"),
         (zipped({}), ZIP, "model=lenet5", 422, "invalid_instances", "no image"),
         (zipped({"a.png": png(BYTES[0]), "b.png": b"x"}), ZIP, "model=lenet5", 422, "invalid_image", "b.png"),
         (zipped({f"{i}": b"" for i in range(1025)}), ZIP, "model=lenet5", 413, "too_large", "more than 1024"),
@@ -277,6 +331,90 @@ def test_an_offer_to_upgrade_the_connection_is_ignored(service: Service, images:
     offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
     assert ask(service, images.tobytes(), RAW, **offer).status_code == 200
     assert ask(service, images.tobytes(), RAW).status_code == 200
+
+
+@pytest.mark.parametrize("cut", [0, 30, 100])
+@pytest.mark.parametrize("name", ["Upgrade", "UPGRADE", "uPgRaDe"])
+def test_an_offer_to_upgrade_keeps_the_body_however_it_is_written_and_split(
+    service: Service, images: np.ndarray, name: str, cut: int
+) -> None:
+    one = images[:1].tobytes()
+    request = (
+        b"POST /predict?model=lenet5 HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+        b"Connection: upgrade\r\n%s: h2c\r\nContent-Length: %d\r\n\r\n" % (name.encode(), len(one))
+    ) + one
+    split = request.index(name.encode()) + 3 if cut == 30 else cut
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=10) as client:
+        for _ in range(2):  # the connection stays usable
+            client.sendall(request[:split])
+            if split:
+                select.select([client], [], [], 0.1)  # let the first part arrive on its own
+            client.sendall(request[split:])
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ["/v1/models/lenet5/versions/{}:predict", "/v2/models/lenet5/versions/{}/infer"])
+@pytest.mark.parametrize(("version", "status"), [("9" * 5000, 404), ("9" * 19, 404), ("abc", 400), ("0x1", 400)])
+def test_a_version_that_cannot_exist_gets_a_clear_answer(
+    service: Service, images: np.ndarray, path: str, version: str, status: int
+) -> None:
+    body = {"instances": (images[:1] / 255).tolist()} if "v1" in path else {"inputs": [tensor(images[:1])]}
+    answer = service.api.post(path.format(version), json=body)
+    assert answer.status_code == status, answer.text
+    assert version[:10] in answer.json()["error"]
+    assert len(answer.json()["error"]) < 200
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("version", "1.0"), ("version", "true"), ("top_k", "1.0")])
+def test_options_of_another_type_are_refused_whatever_was_asked_before(
+    service: Service, images: np.ndarray, right: str, wrong: str
+) -> None:
+    text = '{"model": "lenet5", "range": "byte", "%s": %s, "instances": ' + json.dumps(images[:1].tolist()) + "}"
+    headers = {"Content-Type": "application/json"}
+    for value, status in ((wrong, 422), ("1", 200), (wrong, 422)):
+        answer = service.api.post("/predict", content=text % (right, value), headers=headers)
+        assert (value, answer.status_code) == (value, status), answer.text
+
+
+@pytest.mark.parametrize("size", [9 << 20, 40 << 20])
+def test_a_refusal_of_a_large_body_reaches_every_client(service: Service, size: int) -> None:
+    body, url = bytes(size), f"{service.url}/predict?model=lenet5"
+
+    async def with_httpx() -> int:
+        async with httpx.AsyncClient(timeout=30) as api:
+            return (await api.post(url, content=body, headers={"Content-Type": RAW})).status_code
+
+    def with_urllib() -> int:
+        request = urllib.request.Request(url, body, {"Content-Type": RAW})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=30)
+        with refused.value as answer:
+            assert json.load(answer)["error"]["code"] == "too_large"
+            return answer.code
+
+    def with_requests() -> int:
+        return requests.post(url, body, headers={"Content-Type": RAW}, timeout=30).status_code
+
+    found = [send() for _ in range(10) for send in (lambda: asyncio.run(with_httpx()), with_urllib, with_requests)]
+    assert Counter(found) == {413: 30}
+
+
+def test_a_refused_body_is_not_drained_for_ever(service: Service) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=30) as client:
+        client.sendall(head)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 413")
+        with pytest.raises(ConnectionError):
+            client.sendall(bytes(512 << 20))
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/models", "/models/lenet5", "/finetune",
+                                  "/models/nobody", "/v1/models/lenet5", "/v2/health/ready", "/docs"])  # fmt: skip
+def test_head_is_get_without_the_body(service: Service, path: str) -> None:
+    get, head = service.api.get(path), service.api.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-type"] == get.headers["content-type"] if "content-type" in get.headers else True
+    assert service.api.head("/predict").status_code == 405
 
 
 def test_what_is_said_where_nobody_reads_it_is_refused(service: Service, images: np.ndarray) -> None:

@@ -10,6 +10,28 @@ def kinds() -> list[type[errors.TemperError]]:
     return found
 
 
+def unmapped() -> list[str]:
+    """Errors, wherever they are defined, for which nobody has chosen a status."""
+    found, todo = [], errors.TemperError.__subclasses__()
+    while todo:
+        kind = todo.pop()
+        todo += kind.__subclasses__()
+        if not any(base in STATUS for base in kind.__mro__ if base is not errors.TemperError):
+            found.append(kind.__name__)
+    return found
+
+
+def test_every_error_has_a_status_that_somebody_chose() -> None:
+    import api.app  # noqa: F401  # with all that the gateway can raise
+
+    assert unmapped() == []
+
+    class Forgotten(errors.TemperError):
+        code = "forgotten"
+
+    assert unmapped() == ["Forgotten"]
+
+
 def test_codes_are_distinct() -> None:
     assert len({kind.code for kind in kinds()}) == len(kinds())
 

@@ -254,8 +254,3 @@ def test_an_array_is_refused_by_its_header_before_it_takes_memory(tmp_path: Path
     content = npz(images=np.zeros((4, 28, 28, 8), np.uint8), labels=np.arange(4))
     with pytest.raises(InvalidDataset, match="must be"):
         reading(tmp_path, content.replace(b"(4, 28, 28, 8)", b"(9, 28, 28, 8)"))  # the data would be too short
-
-
-def test_images_of_32_bits_are_refused_rather_than_guessed_at() -> None:
-    with pytest.raises(InvalidImage, match="32 bits"):
-        decode(encoded(Image.fromarray(np.ones((28, 28), np.float32)), "TIFF"), 10_000)

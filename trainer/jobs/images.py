@@ -1,6 +1,7 @@
 """Preparation of images: one function for what is uploaded and what is predicted."""
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from store.errors import InvalidImage
 
 SIDE = 28
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # what Pillow may decode, for uploads and predictions alike
+OVERSAMPLING = 8  # a JPEG is decoded at the smallest scale that leaves so many pixels for each of the 28
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own bound, which refuses instead of warning
 
 
@@ -27,13 +29,15 @@ def decode(body: bytes, max_pixels: int) -> np.ndarray:
             with Image.open(io.BytesIO(body), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise InvalidImage(f"{width}x{height} pixels, more than {max_pixels}")
-                image.draft("L", (width, height))
-                return prepare(_grey(ImageOps.exif_transpose(image)))
+                    raise InvalidImage(f"{width}x{height} pixels, more than the limit of {max_pixels}")
+                scale = min(1.0, OVERSAMPLING * SIDE / max(width, height))
+                image.draft("L", (math.ceil(width * scale), math.ceil(height * scale)))  # concerns JPEG alone
+                ImageOps.exif_transpose(image, in_place=True)
+                return prepare(_grey(image))
     except (InvalidImage, MemoryError):
         raise
     except UnidentifiedImageError as exc:
-        raise InvalidImage(f"no image in one of the formats {', '.join(FORMATS)}") from exc
+        raise InvalidImage(f"not an image in one of the formats {', '.join(FORMATS)}") from exc
     except Exception as exc:  # Pillow's decoders raise nearly anything on broken bytes
         raise InvalidImage(f"a broken image ({exc})") from exc
 
@@ -41,14 +45,16 @@ def decode(body: bytes, max_pixels: int) -> np.ndarray:
 def _grey(image: Image.Image) -> Image.Image:
     """Luminance, 8 bits."""
     if image.mode in ("I", "F"):
-        raise InvalidImage("an image of 32 bits a pixel, whose range nobody knows; save it with 8 or 16 bits")
+        raise InvalidImage("an image of 32 bits a pixel, whose range is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(values / 257.0, 0, 255).round().astype(np.uint8))
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        image = opaque
+        if image.mode not in ("RGBA", "LA"):
+            image = image.convert("RGBA")
+        opaque = Image.new("L", image.size, 255)
+        opaque.paste(image.convert("L"), mask=image.getchannel("A"))
+        return opaque
     return image.convert("L")
 
 
