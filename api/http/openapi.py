@@ -22,6 +22,7 @@ TEXTS = {
     429: "Too much at once",
     503: "The store or the model server is away",
     504: "The model server did not answer in time",
+    507: "No space is left on the disk",
 }
 
 

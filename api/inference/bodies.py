@@ -34,7 +34,7 @@ def options_of(given: Iterable[tuple[str, str]]) -> ImageOptions:
     try:
         return ImageOptions.model_validate(fields)
     except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False)) from exc
+        raise invalid_request(exc.errors(include_url=False), ImageOptions) from exc
 
 
 def from_bytes(body: bytes) -> np.ndarray:

@@ -32,7 +32,7 @@ def parse_instances(body: bytes, max_instances: int) -> tuple[PredictOptions, np
     try:
         options = _options(_fields(document))
     except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False)) from exc
+        raise invalid_request(exc.errors(include_url=False), PredictOptions) from exc
     return options, images_of(body, document, "instances", max_instances, 1.0 if options.range == "unit" else 255.0)
 
 
