@@ -18,7 +18,7 @@ from api.inference.batcher import MicroBatcher
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.routes import health, jobs, models, open_inference, predict, tensorflow_rest
-from api.uploads import Uploads, sweep
+from api.uploads import Uploads
 from serving.registry import Registry
 from store.engine import connect
 from store.memory import settle
@@ -32,12 +32,11 @@ def create_app(settings: Settings) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Gateway]]:
         settings.make_home()
-        sweep(settings)
         engine = await asyncio.to_thread(connect, settings.store_url)
-        registry = Registry(engine)
-        async with ServerPool(settings.server_addresses) as pool, Uploads(settings) as uploads:
+        registry, jobs = Registry(engine), Jobs(engine)
+        async with ServerPool(settings.server_addresses) as pool, Uploads(settings, jobs) as uploads:
             router, batcher = Router(registry), MicroBatcher(pool)
-            gateway = Gateway(settings, Jobs(engine), registry, pool, router, batcher, uploads)
+            gateway = Gateway(settings, jobs, registry, pool, router, batcher, uploads)
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}

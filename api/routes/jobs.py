@@ -4,9 +4,11 @@ import asyncio
 import logging
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, Path, Request, Response, UploadFile
+from fastapi import FastAPI, Path, Request, Response
+from pydantic import BaseModel, Field, ValidationError
 
 from api.gateway import Gateway, gateway_of
+from api.http.errors import invalid_request
 from api.http.openapi import After, Limit, errors
 from api.routes.examples import SPEC_EXAMPLE
 from api.routes.schemas import JobList, JobView
@@ -17,51 +19,67 @@ from trainer.spec import MODEL_NAME, Spec, check_dataset, described, parse_spec,
 log = logging.getLogger("temper.gateway")
 
 JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
-FIELDS = {"data", "validation", "model", "label", "spec"}
+FILES = {
+    "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
+    "validation": "Images to measure on, in the same form; without them some of `data` are held out.",
+}
+
+
+class FinetuneFields(BaseModel):
+    """The text fields of the form."""
+
+    model: str = Field(pattern=MODEL_NAME, description="The model that gets a new version.")
+    label: str = Field(
+        STABLE, pattern=LABEL, description="The label that moves to the new version: `stable`, or `canary`."
+    )
+    spec: str | None = Field(
+        None, description="How to train, as JSON (schema `Spec`); regularized by default.", examples=[SPEC_EXAMPLE]
+    )
+
+
+def _form() -> dict[str, Any]:
+    """JSON schema of the form."""
+    schema = FinetuneFields.model_json_schema()
+    binary = {"type": "string", "contentMediaType": "application/octet-stream"}
+    files = {name: {**binary, "description": text} for name, text in FILES.items()}
+    return {"type": "object", "properties": {**files, **schema["properties"]}, "required": ["data", "model"]}
+
+
+def _fields(texts: dict[str, str]) -> FinetuneFields:
+    try:
+        return FinetuneFields.model_validate(texts)
+    except ValidationError as exc:
+        raise invalid_request(exc.errors(include_url=False), FinetuneFields) from exc
 
 
 def add(app: FastAPI) -> None:
     """The routes under /finetune."""
 
-    @app.post("/finetune", status_code=202, tags=["fine-tune"], responses=errors(400, 413, 415, 422, 429, 503))
-    async def finetune(
-        request: Request,
-        response: Response,
-        data: Annotated[
-            UploadFile,
-            File(description="Labelled images: a zip of class folders, or an .npz of `images` and `labels`."),
-        ],
-        model: Annotated[str, Form(pattern=MODEL_NAME, description="The model that gets a new version.")],
-        validation: Annotated[
-            UploadFile | None,
-            File(description="Images to measure on, in the same form; without them some of `data` are held out."),
-        ] = None,
-        label: Annotated[
-            str, Form(pattern=LABEL, description="The label that moves to the new version: `stable`, or `canary`.")
-        ] = STABLE,
-        spec: Annotated[
-            str | None,
-            Form(description="How to train, as JSON (schema `Spec`); regularized by default.", examples=[SPEC_EXAMPLE]),
-        ] = None,
-    ) -> JobView:
+    @app.post(
+        "/finetune", status_code=202, tags=["fine-tune"], responses=errors(400, 413, 415, 422, 429, 503, 507),
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form()}}}},
+    )  # fmt: skip
+    async def finetune(request: Request, response: Response) -> JobView:
         """Upload labelled images and queue a fine-tune on them."""
         gateway = gateway_of(request)
-        if model == BASE:
-            raise InvalidRequest(f"{BASE!r} is the base model; choose another name", param="model")
-        extra = sorted(set(await request.form()) - FIELDS)
-        if extra:
-            raise InvalidRequest(f"unknown form fields: {', '.join(extra)}", param=extra[0])
-        parsed = parse_spec(spec)
-        base = await asyncio.to_thread(_resolve_base, gateway, parsed)
+        async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
+            fields = _fields(form.texts)
+            if "data" not in form.files:
+                raise InvalidRequest("data: is required", param="data")
+            if fields.model == BASE:
+                raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
+            spec = parse_spec(fields.spec)
+            base = await asyncio.to_thread(_resolve_base, gateway, spec)
 
-        def check(dataset: dict[str, Any]) -> None:
-            check_dataset(parsed, dataset["classes"], held_out=validation is not None)
+            def check(dataset: dict[str, Any]) -> None:
+                check_dataset(spec, dataset["classes"], held_out="validation" in form.files)
 
-        dataset = await gateway.uploads.store(data, validation, check)
+            dataset = await gateway.uploads.store(form, check)
         job = await asyncio.to_thread(
-            gateway.jobs.create, model=model, base=base, spec=described(parsed), dataset=dataset, label=label
-        )
-        log.info("job %s: %s on %d images", job.id, model, dataset["images"])
+            gateway.jobs.create,
+            model=fields.model, base=base, spec=described(spec), dataset=dataset, label=fields.label,
+        )  # fmt: skip
+        log.info("job %s: %s on %d images", job.id, job.model, dataset["images"])
         response.headers["Location"] = f"/finetune/{job.id}"
         return JobView.of(job)
 
