@@ -20,7 +20,9 @@ from api.inference.server_pool import ServerPool
 from api.routes import health, jobs, models, open_inference, predict, tensorflow_rest
 from api.uploads import Uploads
 from serving.registry import Registry
+from store.disk import Reserve
 from store.engine import connect
+from store.health import Health
 from store.memory import settle
 from store.settings import Settings
 from trainer.jobs.records import Jobs
@@ -32,11 +34,15 @@ def create_app(settings: Settings) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Gateway]]:
         settings.make_home()
+        reserve = Reserve(settings.home)
+        reserve.release()  # SQLite may need it to open its files on a full disk
         engine = await asyncio.to_thread(connect, settings.store_url)
+        reserve.keep()
         registry, jobs = Registry(engine), Jobs(engine)
         async with ServerPool(settings.server_addresses) as pool, Uploads(settings, jobs) as uploads:
             router, batcher = Router(registry), MicroBatcher(pool)
-            gateway = Gateway(settings, jobs, registry, pool, router, batcher, uploads)
+            health = Health(engine, settings.home)
+            gateway = Gateway(settings, jobs, registry, pool, router, batcher, uploads, health, reserve)
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}

@@ -14,7 +14,9 @@ from api.metrics import SERVER_UP
 from api.uploads import Uploads
 from serving.publishing import reconcile
 from serving.registry import BASE, Registry
+from store.disk import Reserve
 from store.errors import TemperError
+from store.health import Health, Notice
 from store.settings import Settings
 from trainer.jobs.records import Jobs
 
@@ -35,6 +37,8 @@ class Gateway:
     router: Router
     batcher: MicroBatcher
     uploads: Uploads
+    health: Health
+    reserve: Reserve
 
     async def look_after(self) -> None:
         """Keep the routes fresh, and every model server at what the registry says whenever it comes back."""
@@ -44,25 +48,29 @@ class Gateway:
                 tasks.create_task(self._watch(target))
 
     async def _keep_routes(self) -> None:
+        reading = Notice("reading the routes")
         while True:
             try:
                 await self.router.refresh()
-            except Exception:
-                log.exception("the routes cannot be read")
+                reading.worked()
+            except Exception as exc:
+                reading.failed(exc)
             await asyncio.sleep(LOOK_S)
 
     async def _watch(self, target: PooledServer) -> None:
+        looking = Notice(f"looking after the model server {target.address}")
         while True:
             target.look.clear()
             try:
                 await asyncio.to_thread(self._look_at, target)
+                looking.worked()
             except TemperError as exc:
                 if target.up:
                     log.warning("model server %s: %s", target.address, exc.message)
                 target.give_up()
-            except Exception:
+            except Exception as exc:
                 target.behind = True
-                log.exception("looking after the model server %s", target.address)
+                looking.failed(exc)
             SERVER_UP.labels(target.address).set(target.up)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S if target.up else LOOK_FOR_LOST_S):

@@ -51,7 +51,7 @@ class Api:
         except (ValueError, KeyError) as exc:
             raise click.ClickException(f"{answer.status_code} {answer.reason_phrase}") from exc
         lines = [f"{error['message']} [{error['code']}]"]
-        for detail in error["details"][:20] if len(error["details"]) > 1 else ():  # the message names a single one
+        for detail in error["details"][:20]:
             where = next((str(detail[key]) for key in ("file", "index", "class", "field") if key in detail), "")
             lines.append(f"  {where}: {detail['reason']}")
         if len(error["details"]) > 20:

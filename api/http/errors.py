@@ -33,7 +33,6 @@ STATUS: dict[type[errors.TemperError], int] = {
     errors.StoreUnavailable: 503,
     errors.StorageFull: 507,
 }
-FORMS = ("", "multipart/form-data", "application/x-www-form-urlencoded")
 RETRY_AFTER_S = {429: 1, 503: 1}
 
 
@@ -68,13 +67,12 @@ def response(error: errors.TemperError, path: str) -> ErrorResponse:
 def answer_to(request: Request, failure: Exception) -> Response:
     """The answer to whatever a route has raised."""
     path = request.url.path
+    if is_full(failure):
+        request.scope["state"]["gateway"].health.note(failure)
     match failure:
         case errors.TemperError():
             return response(failure, path)
         case RequestValidationError():
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if path == "/finetune" and kind not in FORMS:
-                return response(errors.UnsupportedMediaType(f"Content-Type {kind!r}: send multipart/form-data"), path)
             field = getattr(request.scope.get("route"), "body_field", None)
             return response(invalid_request(failure.errors(), field and field.field_info.annotation), path)
         case HTTPException():

@@ -1,18 +1,17 @@
 """What operators ask: is it alive, is it ready, what has it done."""
 
 import asyncio
-import logging
 from typing import Literal
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from api.gateway import gateway_of
+from api.inference.server_pool import PooledServer
 from api.metrics import COLLECTORS
 from api.routes.schemas import Ready
-
-log = logging.getLogger("temper.gateway")
 
 
 def add(app: FastAPI) -> None:
@@ -30,23 +29,34 @@ def add(app: FastAPI) -> None:
 
     @app.get("/readyz", tags=["health"], response_model=Ready, responses={503: {"model": Ready}})
     async def ready(request: Request) -> Response:
-        """The store and a model server answer; what the workers do."""
+        """Whether the store and a model server work, whether the disk has space, and what the workers do."""
         gateway = gateway_of(request)
-        try:
-            workers = await asyncio.to_thread(gateway.jobs.worker_states)
-            store = True
-        except Exception:
-            log.exception("the store does not answer")
-            workers, store = {}, False
+        await asyncio.to_thread(gateway.health.check)
+        store, workers = gateway.health.store_works, {}
+        if store:
+            try:
+                workers = await asyncio.to_thread(gateway.jobs.worker_states)
+            except sa.exc.SQLAlchemyError:
+                store = False
         up = bool(gateway.pool.up)
         words: dict[bool, Literal["ok", "unavailable"]] = {True: "ok", False: "unavailable"}
         body = Ready(
-            status="ready" if store and up else "not_ready", store=words[store], model_server=words[up],
-            model_servers={target.address: words[target.up] for target in gateway.pool.all}, workers=workers,
-        )  # fmt: skip
+            status="ready" if store and up else "not_ready",
+            store=words[store],
+            disk="ok" if gateway.health.disk_has_space else "full",
+            model_server=words[up],
+            model_servers={server.address: _state(server) for server in gateway.pool.all},
+            workers=workers,
+        )
         return JSONResponse(body.model_dump(), 200 if store and up else 503)
 
     @app.get("/metrics", tags=["health"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """What Prometheus collects."""
         return Response(generate_latest(COLLECTORS), media_type=CONTENT_TYPE_LATEST)
+
+
+def _state(server: PooledServer) -> Literal["ok", "loading", "unavailable"]:
+    if not server.up:
+        return "unavailable"
+    return "loading" if server.behind else "ok"

@@ -23,7 +23,8 @@ from api.routes.schemas import (
 )
 from serving.publishing import Probe, check_files, prove
 from serving.registry import LABEL
-from store.errors import NotFound, TemperError, WrongState
+from store.disk import is_full
+from store.errors import NotFound, PublishFailed, TemperError, WrongState
 
 log = logging.getLogger("temper.gateway")
 
@@ -48,7 +49,7 @@ def add(app: FastAPI) -> None:
         versions = [VersionView.of(version) for version in registry.of_model(name)]
         return ModelView.of(name, registry.labels(name), versions)
 
-    @app.delete("/models/{name}", tags=["models"], responses=errors(404, 409, 422, 503))
+    @app.delete("/models/{name}", tags=["models"], responses=errors(404, 409, 422, 503, 507))
     async def delete_model(request: Request, name: Name) -> Deleted:
         """Remove a model with all its versions and labels. Their numbers are not given again."""
         return await _delete(gateway_of(request), name, None)
@@ -58,7 +59,7 @@ def add(app: FastAPI) -> None:
         """One live version with its report card."""
         return VersionView.of(gateway_of(request).registry.find(name, version))
 
-    @app.delete("/models/{name}/versions/{version}", tags=["models"], responses=errors(404, 409, 422, 503))
+    @app.delete("/models/{name}/versions/{version}", tags=["models"], responses=errors(404, 409, 422, 503, 507))
     async def delete_version(request: Request, name: Name, version: Number) -> Deleted:
         """Remove a version for which no label stands."""
         return await _delete(gateway_of(request), name, version)
@@ -71,19 +72,20 @@ def add(app: FastAPI) -> None:
         found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, name, version)
         return Verification(model=name, version=version, proven=not any(found.values()), failures=found)
 
-    @app.put("/models/{name}/labels/{label}", tags=["models"], responses=errors(400, 404, 422, 503))
+    @app.put("/models/{name}/labels/{label}", tags=["models"], responses=errors(400, 404, 409, 422, 503, 507))
     async def put_label(request: Request, name: Name, label: LabelName, move: LabelMove) -> LabelView:
         """Have a label stand for a version: promote, roll back, or send it a share of the traffic.
 
         Requests that name neither version nor label follow `stable`, but for the shares of other labels (`weight`).
         """
         gateway = gateway_of(request)
+        await asyncio.to_thread(_check_labelled, gateway, name, move.version)
         moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
         log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
         await gateway.router.refresh()
         return LabelView.of(name, label, moved)
 
-    @app.delete("/models/{name}/labels/{label}", tags=["models"], responses=errors(404, 409, 422, 503))
+    @app.delete("/models/{name}/labels/{label}", tags=["models"], responses=errors(404, 409, 422, 503, 507))
     async def delete_label(request: Request, name: Name, label: LabelName) -> Deleted:
         """Remove a label; its version stays."""
         gateway = gateway_of(request)
@@ -126,10 +128,27 @@ async def _delete(gateway: Gateway, name: str, version: int | None) -> Deleted:
             raise WrongState("a fine-tune that has not finished starts from it", param="name")
         return gateway.registry.retire(name, version)
 
-    versions = await asyncio.to_thread(retire)
+    try:
+        versions = await asyncio.to_thread(retire)
+    except Exception as exc:
+        if not is_full(exc):
+            raise
+        gateway.reserve.release()  # a deletion has to be recorded before its files go
+        versions = await asyncio.to_thread(retire)
     log.info("%s: versions %s removed", name, versions)
     await gateway.align()
+    await asyncio.to_thread(gateway.reserve.keep)
     return Deleted(model=name, versions=versions)
+
+
+def _check_labelled(gateway: Gateway, name: str, version: int) -> None:
+    """Refuse to send requests to a version whose files are gone or damaged."""
+    gateway.registry.find(name, version)
+    try:
+        check_files(gateway.settings.version(name, version))
+    except PublishFailed as exc:
+        text = f"{name}:{version} cannot be labelled: {exc.message}; delete the version or restore its files"
+        raise WrongState(text, param="version") from exc
 
 
 def _verify(gateway: Gateway, targets: Sequence[PooledServer], name: str, version: int) -> dict[str, str | None]:

@@ -274,8 +274,11 @@ class Ready(BaseModel):
     status: Literal["ready", "not_ready"] = Field(description="Do the store and the model server answer?")
     store: Literal["ok", "unavailable"] = Field(description="The store of jobs and models.")
     model_server: Literal["ok", "unavailable"] = Field(description="Does at least one model server answer?")
-    model_servers: dict[str, Literal["ok", "unavailable"]] = Field(description="Each of them, by address.")
-    workers: dict[str, str] = Field(description="State of every live worker: warming, idle or busy.")
+    disk: Literal["ok", "full"] = Field(description="Is there space for uploads and new versions?")
+    model_servers: dict[str, Literal["ok", "loading", "unavailable"]] = Field(
+        description="Each of them, by address; `loading` while it does not serve all live versions yet."
+    )
+    workers: dict[str, str] = Field(description="State of every live worker: warming, idle, busy, ...")
 
 
 class PlainError(BaseModel):
