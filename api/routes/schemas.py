@@ -1,11 +1,11 @@
 """What goes over the wire, for validation and for the API's own documentation."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from serving.registry import Label, Route, Version
-from trainer.jobs.records import Job
+from trainer.jobs.records import Job, Status
 from trainer.spec import MODEL_NAME, Spec
 
 ModelName = Annotated[str, Field(pattern=MODEL_NAME, description="Name of a model.", examples=["digits"])]
@@ -46,9 +46,18 @@ class Error(BaseModel):
 class JobError(BaseModel):
     """Why a job failed."""
 
-    code: str = Field(description="Stable name of the kind of failure.")
-    message: str = Field(description="What went wrong.")
-    param: str | None = Field(description="The field of the spec that is to blame.")
+    code: str = Field("internal_error", description="Stable name of the kind of failure.")
+    message: str = Field("", description="What went wrong.")
+    param: str | None = Field(None, description="The field of the spec that is to blame.")
+
+
+def _one_of(names: Any, *, null: bool = False) -> Any:
+    """Documents the values of this release; a stored record may have another one."""
+    enum = {"type": "string", "enum": list(get_args(names))}
+    return WithJsonSchema({"anyOf": [enum, {"type": "null"}]} if null else enum)
+
+
+Stage = Literal["validating", "training", "evaluating", "exporting", "publishing", "warming"]
 
 
 class JobView(BaseModel):
@@ -60,12 +69,8 @@ class JobView(BaseModel):
     version: int | None = Field(description="That version, once it is live.")
     label: str = Field(description="The label that moves to it.")
     base: str = Field(description="What training starts from, `name:version`.")
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"] = Field(
-        description="Where the job stands."
-    )
-    stage: Literal["validating", "training", "evaluating", "exporting", "publishing", "warming"] | None = Field(
-        description="What a running job is doing."
-    )
+    status: Annotated[str, _one_of(Status)] = Field(description="Where the job stands.")
+    stage: Annotated[str | None, _one_of(Stage, null=True)] = Field(description="What a running job is doing.")
     progress: dict[str, Any] = Field(
         description="Of the last epoch: `epoch` of `epochs`, the data loss and each penalty apart, validation "
         "accuracy. `publishing` has the time of every step: staged, verified, renamed, available, proven, warmed, "
@@ -74,16 +79,26 @@ class JobView(BaseModel):
     created_at: float = Field(description="Unix seconds.")
     started_at: float | None = Field(description="Unix seconds.")
     finished_at: float | None = Field(description="Unix seconds.")
-    spec: Spec = Field(description="The spec with every default filled in.")
+    spec: Annotated[Spec | dict[str, Any], Field(union_mode="left_to_right")] = Field(
+        description="The spec with every default filled in; as it was stored if this release cannot read it."
+    )
     dataset: dict[str, Any] = Field(description="What was uploaded: number of images, of each class, polarity, hash.")
     error: JobError | None = Field(description="Why it failed.")
-    report_status: Literal["none", "quick", "complete"] = Field(description="How much of the report card is there.")
+    report_status: Annotated[str, _one_of(Literal["none", "quick", "complete"])] = Field(
+        description="How much of the report card is there."
+    )
 
     @classmethod
     def of(cls, job: Job) -> "JobView":
-        """The public face of a job record."""
-        fields = {name: value for name, value in vars(job).items() if name in cls.model_fields and name != "spec"}
-        return cls.model_validate({**fields, "spec": Spec.model_validate(job.spec, strict=False)})
+        """The public face of a job record, also of one that another release has stored."""
+        spec: Spec | dict[str, Any]
+        try:
+            spec = Spec.model_validate(job.spec, strict=False)
+        except ValidationError:
+            spec = dict(job.spec or {})
+        fields = {name: value for name, value in vars(job).items() if name in cls.model_fields}
+        lenient = {"spec": spec, "progress": job.progress or {}, "dataset": job.dataset or {}}
+        return cls.model_validate({**fields, **lenient})
 
 
 class JobList(BaseModel):
