@@ -61,7 +61,9 @@ def create_app(settings: Settings) -> ASGIApp:
         redoc_url=None,
     )
     errors.install(app)
-    for face in (predict, tensorflow_rest, open_inference, jobs, models, health):
+    for face in (predict, tensorflow_rest, open_inference):
         face.add(app)
+    for routes in (jobs, models, health):
+        app.include_router(routes.router)
     limited = BodyLimit(FastPath(app), uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
     return Tracing(limited)

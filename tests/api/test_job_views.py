@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from api.routes.schemas import JobList, JobView
+from api.routes.jobs import JobList, JobView
 from trainer.jobs.records import Job
 from trainer.spec import described, parse_spec
 
