@@ -22,10 +22,12 @@ from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.inference.service import InferenceService
 from api.routes import health, jobs, models, open_inference, predict, tensorflow_rest
-from api.uploads import Uploads, sweep
+from api.uploads import Uploads
 from serving.publishing import has_files
 from serving.registry import Registry
+from store.disk import Reserve
 from store.engine import connect
+from store.health import Health
 from store.memory import settle
 from store.settings import Settings
 from trainer.jobs.records import Jobs
@@ -37,17 +39,21 @@ def create_app(settings: Settings) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Gateway]]:
         settings.make_home()
-        sweep(settings)
+        reserve = Reserve(settings.home)
+        reserve.release()  # SQLite may need it to open its files on a full disk
         engine = await asyncio.to_thread(connect, settings.store_url)
-        registry = Registry(engine)
+        reserve.keep()
+        registry, job_records = Registry(engine), Jobs(engine)
         async with (
             ServerPool(settings.server_addresses, functools.partial(has_files, settings)) as pool,
-            Uploads(settings) as uploads,
+            Uploads(settings, job_records) as uploads,
         ):
             router = Router(registry)
             inference = InferenceService(router, MicroBatcher(pool), settings.predict_timeout_s)
-            decoder = ImageDecoder(settings)
-            gateway = Gateway(settings, Jobs(engine), registry, pool, router, inference, decoder, uploads)
+            decoder, health_watch = ImageDecoder(settings), Health(engine, settings.home)
+            gateway = Gateway(
+                settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve
+            )
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}
@@ -67,10 +73,8 @@ def create_app(settings: Settings) -> ASGIApp:
     )
     errors.install(app)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
-    for router in predicting:
+    for router in (*predicting, jobs.router, models.router, health.router):
         app.include_router(router)
-    for face in (jobs, models, health):
-        face.add(app)
     fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
     limited = BodyLimit(fast, uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
     return Tracing(limited)

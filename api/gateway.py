@@ -15,7 +15,9 @@ from api.metrics import SERVER_UP
 from api.uploads import Uploads
 from serving.publishing import Probe, has_files, prove, reconcile
 from serving.registry import BASE, Registry
+from store.disk import Reserve
 from store.errors import TemperError
+from store.health import Health, Notice
 from store.settings import Settings
 from trainer.jobs.records import Jobs
 
@@ -38,6 +40,8 @@ class Gateway:
     inference: InferenceService
     images: ImageDecoder
     uploads: Uploads
+    health: Health
+    reserve: Reserve
 
     async def look_after(self) -> None:
         """Keep the routes fresh and the model servers up to date, until cancelled."""
@@ -47,14 +51,17 @@ class Gateway:
                 tasks.create_task(self._watch(target))
 
     async def _keep_routes(self) -> None:
+        reading = Notice("reading the routes")
         while True:
             try:
                 await self.router.refresh()
-            except Exception:
-                log.exception("the routes cannot be read")
+                reading.worked()
+            except Exception as exc:
+                reading.failed(exc)
             await asyncio.sleep(LOOK_S)
 
     async def _watch(self, target: PooledServer) -> None:
+        looking = Notice(f"looking after the model server {target.address}")
         while True:
             target.look.clear()
             behind, target.behind = target.behind, False  # what is noticed from here on is for the next look
@@ -69,12 +76,13 @@ class Gateway:
                 try:
                     await asyncio.to_thread(self._update, target, behind or not loaded)
                     target.up, target.lost_at = True, None
+                    looking.worked()
                 except TemperError as exc:
                     target.behind = True
                     log.warning("model server %s is out of date: %s", target.address, exc.message)
-                except Exception:
+                except Exception as exc:
                     target.behind = True
-                    log.exception("updating the model server %s", target.address)
+                    looking.failed(exc)
             SERVER_UP.labels(target.address).set(target.up)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S if target.up else LOOK_FOR_LOST_S):

@@ -1,114 +1,322 @@
-"""Uploaded data sets: received, prepared by `trainer.jobs.datasets` in a process of its own, and kept."""
+"""Uploaded data sets: streamed to disk, prepared by `trainer.jobs.datasets` in a process of its own, and kept."""
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
-import time
 from asyncio.subprocess import Process
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
-from fastapi import UploadFile
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
 
-from store.errors import InvalidDataset, Overloaded
+from serving.publishing import file_lock
+from serving.registry import BASE
+from store.disk import translated
+from store.errors import (
+    InvalidDataset,
+    InvalidRequest,
+    MalformedRequest,
+    Overloaded,
+    StorageFull,
+    TemperError,
+    UnknownJob,
+    UnsupportedMediaType,
+)
 from store.settings import Settings
+from trainer.jobs.records import FINISHED, Jobs
 
 log = logging.getLogger("temper.gateway")
 
 DECODERS, MAX_UPLOADS = 2, 32  # uploads that are decoded, and that may be under way, at a time
+MAX_TEXT_BYTES = 1 << 20  # of a form field that is no file
+WRITE_BYTES = 1 << 20  # that are collected before they are written
+LOCK = "lock"
+
+
+@dataclass
+class Form:
+    """A multipart form, its files on disk."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # file names as the client gave them, by field
 
 
 class Uploads:
-    """Takes in so many uploads at a time and no more, with a decoder that waits for the next one already started."""
+    """Takes in a bounded number of uploads at a time, with a decoder that waits for the next one already started.
 
-    def __init__(self, settings: Settings) -> None:
+    Unfinished files lie in a directory of this gateway alone, which it holds a lock on: a gateway that starts removes
+    the directories that nobody holds.
+    """
+
+    def __init__(self, settings: Settings, jobs: Jobs) -> None:
         self._settings = settings
+        self._jobs = jobs
+        self._staging = settings.staging / f"uploads-{secrets.token_hex(4)}"
+        self._lock: IO[bytes] | None = None
         self._decoders = asyncio.Semaphore(DECODERS)
         self._under_way = 0
         self._spare: asyncio.Task[Process] | None = None
 
     async def __aenter__(self) -> Self:
+        try:
+            await asyncio.to_thread(self._take_place)
+        except StorageFull as exc:  # predictions and deletions work all the same
+            log.error("uploads are refused: %s", exc.message)
         self._spare = asyncio.create_task(start_decoder())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._spare is not None:
             await _end(await self._spare)
+        shutil.rmtree(self._staging, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_place(self) -> None:
+        """Make this gateway's directory, once."""
+        if self._lock is not None:
+            return
+        with translated(), file_lock(self._settings, "staging"):
+            remove_leftovers(self._settings, self._jobs)
+            self._staging.mkdir(exist_ok=True)
+            self._lock = (self._staging / LOCK).open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count a request among those under way.
+
+        Raises:
+            Overloaded: there are too many already.
+        """
+        if self._under_way >= MAX_UPLOADS:
+            raise Overloaded(f"{MAX_UPLOADS} uploads are in progress; try again later")
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    @contextlib.asynccontextmanager
+    async def receive(self, request: Request, texts: set[str], files: set[str]) -> AsyncIterator[Form]:
+        """Stream a multipart form to disk; its files go when the context ends.
+
+        Args:
+            texts: names of the fields that hold text.
+            files: names of those that hold a file.
+
+        Raises:
+            Overloaded: too many uploads are under way; nothing of this one was read.
+            UnsupportedMediaType, MalformedRequest: it is no multipart form.
+            InvalidRequest: a field is unknown, given twice, or of the wrong kind.
+            StorageFull: no space is left.
+        """
+        with self.admitted(), contextlib.ExitStack() as stack:
+            receiver = _Receiver(request.headers.get("content-type", ""), self._staging, texts, files)
+            stack.callback(receiver.discard)
+            await asyncio.to_thread(self._take_place)
+            async for chunk in request.stream():
+                receiver.feed(chunk)
+                if receiver.waiting >= WRITE_BYTES:
+                    await asyncio.to_thread(receiver.write)
+            await asyncio.to_thread(receiver.finish)
+            yield receiver.form
 
     async def _take_decoder(self) -> Process:
         spare, self._spare = self._spare, asyncio.create_task(start_decoder())
         process = await spare if spare else await start_decoder()
         return process if process.returncode is None else await start_decoder()
 
-    async def store(
-        self, data: UploadFile, validation: UploadFile | None, check: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
-        """Prepare an upload and keep the result; what the job record says of it.
+    async def store(self, form: Form, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Prepare the files of a form and keep the result; returns what the job record says of it.
 
         Args:
-            check: is told that; raises what speaks against it, and then nothing is kept.
+            check: called with that; raises to reject it, and then nothing is kept.
 
         Raises:
             InvalidDataset: what is wrong with either file, or with the two together.
-            Overloaded: too many others are under way.
+            StorageFull: no space is left.
         """
-        if self._under_way >= MAX_UPLOADS:
-            raise Overloaded(f"{MAX_UPLOADS} uploads are being read already")
-        self._under_way += 1
-        try:
-            with contextlib.ExitStack() as leftovers:
-                async with self._decoders:
-                    dataset, path = await self._prepare(data, "data", 2, leftovers)
-                    prepared = {path: dataset["id"]}
-                    if validation is not None:
-                        apart, path = await self._prepare(validation, "validation", 1, leftovers)
-                        prepared[path] = apart["id"]
-                        _check_apart(dataset, apart)
-                        dataset["validation"] = apart
-                check(dataset)
+        with contextlib.ExitStack() as leftovers:
+            async with self._decoders:
+                dataset, path = await self._prepare(form, "data", 2, leftovers)
+                prepared = {path: dataset["id"]}
+                if "validation" in form.files:
+                    apart, path = await self._prepare(form, "validation", 1, leftovers)
+                    prepared[path] = apart["id"]
+                    _check_apart(dataset, apart)
+                    dataset["validation"] = apart
+            check(dataset)
+            with translated():
                 for path, name in prepared.items():
                     path.rename(self._settings.datasets / f"{name}.npz")
-        finally:
-            self._under_way -= 1
         return dataset
 
     async def _prepare(
-        self, upload: UploadFile, field: str, least: int, leftovers: contextlib.ExitStack
+        self, form: Form, name: str, least: int, leftovers: contextlib.ExitStack
     ) -> tuple[dict[str, Any], Path]:
-        """Describe the upload and say where its prepared form lies; `leftovers` removes that unless it is moved."""
-        name = secrets.token_hex(8)
-        raw, prepared = (self._settings.staging / f"{name}.{kind}" for kind in ("upload", "npz"))
+        """Describe a file and say where its prepared form lies; `leftovers` removes that unless it is moved."""
+        raw = form.files[name]
+        prepared = raw.with_suffix(".npz")
         leftovers.callback(prepared.unlink, missing_ok=True)
-
-        def keep() -> None:
-            with raw.open("wb") as file:
-                shutil.copyfileobj(upload.file, file)
-
         try:
-            await asyncio.to_thread(keep)
             dataset = await prepare_upload(await self._take_decoder(), raw, prepared, self._settings, least)
         except InvalidDataset as exc:
-            raise InvalidDataset(exc.message, param=field, details=exc.details) from exc
-        finally:
-            raw.unlink(missing_ok=True)
-        return {"filename": upload.filename or "", **dataset}, prepared
+            raise InvalidDataset(exc.message, param=name, details=exc.details) from exc
+        return {"filename": form.names[name], **dataset}, prepared
+
+
+class _Receiver:
+    """Parses a multipart body as it arrives. Files go to disk as they come; `write` blocks, `feed` does not."""
+
+    def __init__(self, content_type: str, folder: Path, texts: set[str], files: set[str]) -> None:
+        kind, options = parse_options_header(content_type)
+        if kind.decode("latin-1").lower() not in ("", "multipart/form-data", "application/x-www-form-urlencoded"):
+            raise UnsupportedMediaType(f"Content-Type {kind.decode('latin-1')!r}: send multipart/form-data")
+        if kind.lower() != b"multipart/form-data":
+            raise InvalidRequest("data: is required; send the fields as multipart/form-data", param="data")
+        if b"boundary" not in options:
+            raise MalformedRequest("Content-Type: multipart/form-data needs a boundary")
+        self.form = Form()
+        self.waiting = 0  # bytes that are not written yet
+        self._folder, self._texts, self._files = folder, texts, files
+        self._name, self._seen, self._complete = "", set[str](), False
+        self._headers: dict[str, bytearray] = {}
+        self._header, self._value = bytearray(), bytearray()
+        self._text: bytearray | None = None  # of the part that is being read, unless it is a file
+        self._pending: list[tuple[str, bytes]] = []
+        self._open: dict[str, IO[bytes]] = {}
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                {
+                    "on_part_begin": self._on_part,
+                    "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                    "on_header_end": self._on_header,
+                    "on_headers_finished": self._on_headers,
+                    "on_part_data": self._on_data,
+                    "on_part_end": self._on_part_end,
+                    "on_end": self._on_end,
+                },
+            )
+        except FormParserError as exc:
+            raise MalformedRequest(f"the multipart body cannot be parsed: {exc}") from exc
+
+    def feed(self, chunk: bytes) -> None:
+        """Take in a piece of the body."""
+        try:
+            self._parser.write(chunk)
+        except FormParserError as exc:
+            raise MalformedRequest(f"the multipart body cannot be parsed: {exc}") from exc
+
+    def write(self) -> None:
+        """Write to disk what has been taken in."""
+        with translated():
+            for name, data in self._pending:
+                if name not in self._open:
+                    self.form.files[name] = self._folder / f"{secrets.token_hex(8)}.upload"
+                    self._open[name] = self.form.files[name].open("xb", buffering=0)
+                view = memoryview(data)
+                while view:
+                    view = view[self._open[name].write(view) :]
+        self._pending.clear()
+        self.waiting = 0
+
+    def finish(self) -> None:
+        """Write the rest of a body that has ended."""
+        if not self._complete:
+            raise MalformedRequest("the multipart body ends before its closing boundary")
+        self.write()
+        self._close()
+
+    def discard(self) -> None:
+        """Remove the files."""
+        self._close()
+        for path in self.form.files.values():
+            path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _on_part(self) -> None:
+        self._headers.clear()
+
+    def _on_header(self) -> None:
+        self._headers[self._header.decode("latin-1").lower()] = self._value
+        self._header, self._value = bytearray(), bytearray()
+
+    def _on_headers(self) -> None:
+        _, options = parse_options_header(bytes(self._headers.get("content-disposition", b"")))
+        if b"name" not in options:
+            raise MalformedRequest("a part of the form has no name in its Content-Disposition")
+        name, is_file = _decoded(options[b"name"]), b"filename" in options
+        if name not in self._texts | self._files:
+            known = ", ".join(sorted(self._texts | self._files))
+            raise InvalidRequest(f"{name}: unknown form field; known are {known}", param=name)
+        if name in self._seen:
+            raise InvalidRequest(f"{name}: given twice", param=name)
+        if is_file != (name in self._files):
+            reason = "must be a file, with a filename" if name in self._files else "must be text, not a file"
+            raise InvalidRequest(f"{name}: {reason}", param=name)
+        self._name = name
+        self._seen.add(name)
+        self._text = None if is_file else bytearray()
+        if is_file:
+            self.form.names[name] = _decoded(options[b"filename"])
+            self._pending.append((name, b""))  # also an empty file is one
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        if self._text is None:
+            self._pending.append((self._name, data[start:end]))
+            self.waiting += end - start
+        elif len(self._text) + end - start > MAX_TEXT_BYTES:
+            raise InvalidRequest(f"{self._name}: must have at most {MAX_TEXT_BYTES} bytes", param=self._name)
+        else:
+            self._text += data[start:end]
+
+    def _on_part_end(self) -> None:
+        if self._text is not None:
+            try:
+                self.form.texts[self._name] = self._text.decode()
+            except UnicodeDecodeError as exc:
+                raise InvalidRequest(f"{self._name}: must be UTF-8", param=self._name) from exc
+
+    def _on_end(self) -> None:
+        self._complete = True
+
+
+def _decoded(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return name.decode("latin-1")
 
 
 def _check_apart(dataset: dict[str, Any], apart: dict[str, Any]) -> None:
-    """Refuse validation images that tell nothing of the training images' classes, or that are those images."""
+    """Refuse validation images of classes that `data` lacks, or that are the training images."""
     unknown = sorted(set(apart["classes"]) - set(dataset["classes"]))
     if unknown:
-        details = [{"class": name, "reason": "is no class of `data`"} for name in unknown]
-        message = f"the validation images have classes that `data` has not: {', '.join(unknown[:5])}"
+        details = [{"class": name, "reason": "is not a class of `data`"} for name in unknown]
+        message = f"the validation images have classes that `data` lacks: {', '.join(map(repr, unknown[:5]))}"
+        message += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise InvalidDataset(message, param="validation", details=details)
     if apart["id"] == dataset["id"]:
-        raise InvalidDataset("the validation images are those of `data`", param="validation")
+        raise InvalidDataset("the validation images are the same as those of `data`", param="validation")
 
 
 async def start_decoder() -> Process:
@@ -134,19 +342,26 @@ async def prepare_upload(
 
     Raises:
         InvalidDataset: what is wrong with it, or that reading it took more time or memory than allowed.
+        StorageFull: no space is left for the prepared form.
+        TemperError: the decoder failed for a reason that is not the upload's fault; the log has it.
     """
+    too_long = InvalidDataset(f"reading the file takes more than the {settings.decode_seconds} s allowed", param="data")
     task = {"upload": str(upload), "prepared": str(prepared), "least": least, "settings": settings.model_dump_json()}
     try:
         told = process.communicate(json.dumps(task).encode())
         output, complaint = await asyncio.wait_for(told, settings.decode_seconds)
     except TimeoutError as exc:
-        raise InvalidDataset(f"reading the file takes more than {settings.decode_seconds} s", param="data") from exc
+        raise too_long from exc
     finally:
         await _end(process)
+    if process.returncode == -signal.SIGXCPU:
+        raise too_long
     if process.returncode != 0:
-        log.error("reading an upload ended with %s: %s", process.returncode, complaint.decode(errors="replace"))
-        raise InvalidDataset("reading the file takes more memory or processor time than allowed", param="data")
+        log.error("the decoder ended with %s: %s", process.returncode, complaint.decode(errors="replace"))
+        raise TemperError("the upload could not be read because of an internal error; the gateway's log has the cause")
     verdict: dict[str, Any] = json.loads(output)
+    if "full" in verdict:
+        raise StorageFull("no space is left on the disk for the data set; delete models or free space")
     if "error" in verdict:
         raise InvalidDataset(**verdict["error"])
     return verdict
@@ -158,10 +373,33 @@ async def _end(process: Process) -> None:
         await process.wait()
 
 
-def sweep(settings: Settings) -> None:
-    """Remove what uploads have left behind whose gateway was killed."""
-    for pattern in ("*.upload", "*.npz"):
-        for path in settings.staging.glob(pattern):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > settings.decode_seconds:
-                    path.unlink()
+def remove_leftovers(settings: Settings, jobs: Jobs) -> None:
+    """Remove from `staging` what killed processes have left, but nothing that a living one may be working on."""
+    for path in settings.staging.iterdir():
+        if path.name == BASE or _is_of_open_job(path.name, jobs) or _is_locked(path / LOCK):
+            continue
+        log.warning("removing %s, which a process that was killed has left", path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_of_open_job(name: str, jobs: Jobs) -> bool:
+    """Tell whether a worker exports this job there, or will."""
+    try:
+        return jobs.get(name).status not in FINISHED
+    except UnknownJob:
+        return False
+
+
+def _is_locked(path: Path) -> bool:
+    """Tell whether the gateway that made this directory lives."""
+    try:
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

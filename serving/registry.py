@@ -14,10 +14,11 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import InvalidRequest, UnknownModel, WrongState
+from store.validation import in_words
 
 BASE = "lenet5"  # the pretrained model, which every service has
 STABLE = "stable"  # the label that a request without version or label follows
-LABEL = r"^[a-z][a-z0-9_-]{0,63}$"
+LABEL = in_words(r"^[a-z][a-z0-9_-]{0,63}$", "1 to 64 of the characters a-z, 0-9, '_' and '-', beginning with a letter")
 
 models = sa.Table(
     "models",

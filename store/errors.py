@@ -29,6 +29,16 @@ class TemperError(Exception):
         return {"code": self.code, "message": self.message, "param": self.param, "details": self.details}
 
 
+def listed(summary: str, details: Sequence[dict[str, Any]]) -> str:
+    """The message of an error with details: the first of them in full, and how many follow."""
+    if not details:
+        return summary
+    first = details[0]
+    where = next((str(first[key]) for key in ("field", "file", "index", "class") if key in first), "")
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{summary}: {where}: {first['reason']}{more}" if summary else f"{where}: {first['reason']}{more}"
+
+
 class MalformedRequest(TemperError):
     """The request cannot be parsed."""
 
@@ -129,6 +139,12 @@ class StoreUnavailable(TemperError):
     """The store of jobs and models cannot be reached."""
 
     code = "store_unavailable"
+
+
+class StorageFull(TemperError):
+    """No space is left where the service keeps its data."""
+
+    code = "storage_full"
 
 
 class JobFailed(TemperError):

@@ -86,7 +86,10 @@ def _warnings(accuracy: float, before: float | None, validation: Split, classes:
         found.append(f"the base was right on {before:.1%} of the validation images, this version on {accuracy:.1%}")
     missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if missing:
-        found.append(f"no validation image is of class {', '.join(map(repr, missing[:5]))}: nothing is known of it")
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        found.append(
+            f"no validation image is of class {', '.join(map(repr, missing[:5]))}{more}: nothing is known there"
+        )
     return found
 
 

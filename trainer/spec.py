@@ -18,9 +18,12 @@ from pydantic import (
     model_validator,
 )
 
-from store.errors import InvalidSpec
+from store.errors import InvalidSpec, listed
+from store.validation import in_words, reason
 
-MODEL_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+_NAME = "1 to 64 of the characters a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+MODEL_NAME = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}$", _NAME)
+_BASE = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$", "a model's name, or name:version")
 MAX_FOLD_IMAGES = 200  # from so many on, one held-out part says enough
 Layer = Literal["conv1", "conv2", "dense1", "dense2"]
 Method = Literal["full", "head", "bias", "lora", "adapter", "ia3"]
@@ -35,6 +38,8 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
 def _not_yet(value: Any) -> Any:
     if value == "auto":
         raise ValueError("'auto' is reserved for a strength that is found by itself, which does not work yet")
+    if value is None:
+        raise ValueError("must be a number, not null; 0 switches it off")
     return value
 
 
@@ -180,7 +185,7 @@ class Spec(Strict):
     adapter: Adapter | None = Field(None, description="Options of `adapter`; only with that method.")
     base: str = Field(
         "lenet5",
-        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$",
+        pattern=_BASE,
         description="Published model to start from, `name` or `name:version`.",
     )
     l1: Strength = Field(
@@ -274,24 +279,42 @@ def parse_spec(text: str | None) -> Spec:
     Raises:
         InvalidSpec: with the path of every offending field.
     """
+    if text is None:
+        return Spec()
     try:
-        return Spec() if text is None else Spec.model_validate_json(text)
+        spec = Spec.model_validate_json(text)
     except ValidationError as exc:
         raise invalid_spec(exc) from exc
+    repeated = _repeated(json.loads(text, object_pairs_hook=tuple), "spec")
+    if repeated:
+        raise _refused("the spec is invalid", dict.fromkeys(repeated, "given twice"))
+    return spec
+
+
+def _repeated(value: Any, path: str) -> list[str]:
+    """Paths of the keys that an object has twice, in JSON whose objects are tuples of pairs."""
+    found: list[str] = []
+    if isinstance(value, tuple):
+        names = [name for name, _ in value]
+        found += [f"{path}.{name}" for name in dict.fromkeys(names) if names.count(name) > 1]
+        for name, inner in value:
+            found += _repeated(inner, f"{path}.{name}")
+    return found
 
 
 def invalid_spec(exc: ValidationError) -> InvalidSpec:
     """The error that names every field that pydantic has refused."""
     reasons: dict[str, str] = {}
-    for error in exc.errors(include_url=False, include_input=False, include_context=False):
+    for error in exc.errors(include_url=False):
         location: Sequence[int | str] = ("spec", *error["loc"])
-        message = error["msg"].removeprefix("Value error, ")
+        message = reason(error, Spec)
         if location[1:2] == ("adversarial",):
             location = (*location[:2], *location[3:])  # without the name of the attack, which is no field
             if error["type"] == "union_tag_invalid":
-                location, message = (*location, "attack"), f"one of {', '.join(ATTACK_NAMES)}"
+                names = ", ".join(map(repr, ATTACK_NAMES))
+                location, message = (*location, "attack"), f"must be one of {names}, not {error['ctx']['tag']!r}"
             elif error["type"] == "union_tag_not_found":
-                message = "an object with an attack and its options, or null"
+                message = "must be an object with an attack and its options, or null"
             elif error["type"] == "value_error" and ": " in message:  # a validator across fields names its field itself
                 field, _, message = message.partition(": ")
                 location = (*location, field)
@@ -324,18 +347,17 @@ def check_dataset(spec: Spec, classes: Mapping[str, int], *, held_out: bool) -> 
     elif few:
         wrong["folds"] = f"needs {spec.folds} images of every class, and {_some(few)} has fewer"
     if wrong:
-        raise _refused("the spec does not fit the data", {f"spec.{field}": reason for field, reason in wrong.items()})
+        raise _refused("the spec does not fit the data", {f"spec.{field}": why for field, why in wrong.items()})
 
 
-def refused(field: str, reason: str) -> InvalidSpec:
+def refused(field: str, why: str) -> InvalidSpec:
     """The error that says what is wrong with one field, a path within the spec."""
-    return _refused("the spec is invalid", {f"spec.{field}": reason})
+    return _refused("the spec is invalid", {f"spec.{field}": why})
 
 
 def _refused(summary: str, reasons: Mapping[str, str]) -> InvalidSpec:
     details = [{"field": field, "reason": reason} for field, reason in reasons.items()]
-    listed = "; ".join(f"{field}: {reason}" for field, reason in reasons.items())
-    return InvalidSpec(f"{summary}: {listed}", param=details[0]["field"], details=details)
+    return InvalidSpec(listed(summary, details), param=details[0]["field"], details=details)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from starlette.requests import ClientDisconnect
 
 from api.http.tracing import REQUEST_ID
 from store import errors
+from store.disk import is_full
+from store.validation import reason
 
 log = logging.getLogger("temper.gateway")
 
@@ -29,9 +31,9 @@ STATUS: dict[type[errors.TemperError], int] = {
     errors.ModelServerError: 503,
     errors.ModelServerTimeout: 504,
     errors.StoreUnavailable: 503,
+    errors.StorageFull: 507,
     errors.JobFailed: 500,  # goes into a job, not into a response
 }
-FORMS = ("", "multipart/form-data", "application/x-www-form-urlencoded")
 RETRY_AFTER_S = {429: 1, 503: 1}
 
 
@@ -66,19 +68,22 @@ def response(error: errors.TemperError, path: str) -> ErrorResponse:
 def answer_to(request: Request, failure: Exception) -> Response:
     """The answer to whatever a route has raised."""
     path = request.url.path
+    if is_full(failure):
+        request.scope["state"]["gateway"].health.note(failure)
     match failure:
         case errors.TemperError():
             return response(failure, path)
         case RequestValidationError():
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if path == "/finetune" and kind not in FORMS:
-                return response(errors.UnsupportedMediaType(f"Content-Type {kind!r}: send multipart/form-data"), path)
-            return response(invalid_request(failure.errors()), path)
+            field = getattr(request.scope.get("route"), "body_field", None)
+            return response(invalid_request(failure.errors(), field and field.field_info.annotation), path)
         case HTTPException():
             kinds: dict[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
             code = kinds.get(failure.status_code, "malformed_request")
             body: dict[str, Any] = {"code": code, "message": str(failure.detail), "param": None, "details": []}
             return answer(path, failure.status_code, body, dict(failure.headers or {}))
+        case _ if is_full(failure):
+            log.error("no space left: %s", failure)
+            return response(errors.StorageFull("no space is left on the disk; delete models or free space"), path)
         case sa.exc.SQLAlchemyError():
             log.error("the store failed: %s", failure)
             return response(errors.StoreUnavailable("the store of jobs and models cannot be reached"), path)
@@ -99,13 +104,19 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, handle)
 
 
-def invalid_request(found: Any) -> errors.TemperError:
-    """The error that names every parameter or field that pydantic has refused."""
+def invalid_request(found: Any, model: Any = None) -> errors.TemperError:
+    """The error that names every parameter or field that pydantic has refused.
+
+    Args:
+        found: the errors of a `ValidationError`.
+        model: what was validated, to name the nearest field for an unknown one.
+    """
     if any(error["type"] == "json_invalid" for error in found):
-        return errors.MalformedRequest(f"the body is not JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}")
+        cause = found[0].get("ctx", {}).get("error", found[0]["msg"])
+        return errors.MalformedRequest(f"the body is not valid JSON: {cause}")
     details = []
     for error in found:
-        location = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
-        details.append({"field": ".".join(location) or "body", "reason": error["msg"].removeprefix("Value error, ")})
-    summary = "; ".join(f"{detail['field']}: {detail['reason']}" for detail in details)
-    return errors.InvalidRequest(summary, param=details[0]["field"], details=details)
+        location = tuple(part for part in error["loc"] if part not in ("body", "query", "path"))
+        why = reason({**error, "loc": location}, model)
+        details.append({"field": ".".join(map(str, location)) or "body", "reason": why})
+    return errors.InvalidRequest(errors.listed("", details), param=details[0]["field"], details=details)

@@ -6,7 +6,6 @@ from fastapi import Path, Query
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from api.inference.options import ModelName
-from api.routes.schemas import Error
 
 After = Annotated[str | None, Query(max_length=100, description="The last item of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")]
@@ -25,6 +24,22 @@ Instance = Annotated[Any, WithJsonSchema({
 })]  # fmt: skip
 
 
+class ErrorBody(BaseModel):
+    """What went wrong, for a program (`code`, `param`) and for a person."""
+
+    code: str = Field(description="Stable name of the kind of failure.", examples=["invalid_dataset"])
+    message: str = Field(description="What went wrong and what to do about it.")
+    param: str | None = Field(description="The field that is to blame.")
+    details: list[dict[str, Any]] = Field(description="Every offending file, index or field, with the reason.")
+    request_id: str = Field(description="The request's id: its own `X-Request-ID`, or one that was made for it.")
+
+
+class Error(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorBody = Field(description="What went wrong.")
+
+
 class PlainError(BaseModel):
     """An error as TensorFlow Serving and the Open Inference Protocol write it."""
 
@@ -41,6 +56,7 @@ TEXTS = {
     429: "Too many requests at once",
     503: "The store or the model server is unavailable",
     504: "The model server did not answer in time",
+    507: "No space is left on the disk",
 }
 
 

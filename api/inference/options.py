@@ -52,7 +52,7 @@ def options_of(given: Iterable[tuple[str, str]]) -> ImageOptions:
     try:
         return ImageOptions.model_validate(fields)
     except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False)) from exc
+        raise invalid_request(exc.errors(include_url=False), ImageOptions) from exc
 
 
 def options_in(document: simdjson.Object) -> PredictOptions:
@@ -72,7 +72,7 @@ def options_in(document: simdjson.Object) -> PredictOptions:
     try:
         return _validated(fields)
     except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False)) from exc
+        raise invalid_request(exc.errors(include_url=False), PredictOptions) from exc
 
 
 @functools.lru_cache(maxsize=1024)  # clients repeat everything but the images

@@ -1,4 +1,4 @@
-"""The plots of a report page, as SVG in HTML. Helpers take plain text, which they escape, and return markup."""
+"""The plots of a report page, as SVG. Helpers take plain text, which they escape, and return markup."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from statistics import median
 from typing import Any
+
+from markupsafe import Markup
 
 Json = Mapping[str, Any]
 Points = list[tuple[float, float]]
@@ -35,20 +37,18 @@ LOOKS = {  # of what is drawn: its name in the report -> what the page calls it,
     "accuracy": ("share right of the images in a range", "right", "none"),
     "calibrated": ("perfect calibration", "grey", "4 4"),
 }
+COLOURS = tuple(sorted({colour for _, colour, _ in LOOKS.values()}))  # each a class of the style sheet
 
 
-def _figure(title: str, drawing: str, legend: Iterable[tuple[str, str]], note: str = "", *, wide: bool = False) -> str:
-    """A drawing with its legend, which is pairs of a shape in 24 x 12 and a text."""
-    shapes = "".join(
-        f'<li><svg width="24" height="12" aria-hidden="true">{shape}</svg>{escape(text)}</li>' for shape, text in legend
-    )
-    return section(title, f'{drawing}<ul class="legend">{shapes}</ul>', note, "wide" if wide else "")
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its legend: pairs of a shape in 24 x 12 and a text. Shapes and drawing are SVG."""
 
-
-def section(title: str, markup: str, note: str = "", kind: str = "") -> str:
-    """A part of the page with its headline."""
-    below = f'<p class="quiet">{escape(note)}</p>' if note else ""
-    return f'<section class="{kind}"><h2>{escape(title)}</h2>{markup}{below}</section>'
+    title: str
+    drawing: Markup
+    legend: Sequence[tuple[Markup, str]]
+    note: str = ""
+    wide: bool = False
 
 
 def percent(share: float) -> str:
@@ -108,10 +108,10 @@ def series(records: Sequence[Json], x: str, names: Iterable[str]) -> dict[str, P
 
 def line_plot(
     title: str, x: Axis, y: Axis, series: Mapping[str, Points], marks: Mapping[str, float | None], note: str
-) -> str:
+) -> Figure:
     """A line with dots for each of the series, and upright lines at the marks."""
     upright = {name: value for name, value in marks.items() if value is not None}
-    drawing = [_path(f"M{x.across(value):.1f} {TOP}V{BOTTOM}", name) for name, value in upright.items()]
+    drawing: list[str] = [_path(f"M{x.across(value):.1f} {TOP}V{BOTTOM}", name) for name, value in upright.items()]
     for name, points in series.items():
         places = [(x.across(at), y.up(value)) for at, value in points]
         drawing.append(_path("M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places), name))
@@ -124,10 +124,10 @@ def line_plot(
     legend = [(_path("M0 6H24", name), LOOKS[name][0]) for name in series]
     legend += [(_path("M12 0V12", name), f"{LOOKS[name][0]}: {value:g}") for name, value in upright.items()]
     told = (f"{LOOKS[name][0]} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
-    return _figure(title, _plot(title, told, x, y, "".join(drawing)), legend, note)
+    return Figure(title, _plot(title, told, x, y, "".join(drawing)), legend, note)
 
 
-def gradient_share_plot(gradient_shares: Sequence[Json]) -> str:
+def gradient_share_plot(gradient_shares: Sequence[Json]) -> Figure:
     """What the update is made of: a stacked bar an epoch."""
     x = linear("epoch", 0.5, len(gradient_shares) + 0.5, least=1)
     y = linear("share of the update", 0, 1, percent=True)
@@ -142,10 +142,10 @@ def gradient_share_plot(gradient_shares: Sequence[Json]) -> str:
     texts = [f"{LOOKS[name][0]}, median {median(one[name]['share'] for one in gradient_shares):.2%}" for name in bars]
     svg = _plot("What the update is made of", texts, x, y, "".join(map(_area, bars.values(), bars, texts)))
     legend = [(_area(SWATCH, name), text) for name, text in zip(bars, texts, strict=True)]
-    return _figure("What the update is made of", svg, legend, "The norm of each term's gradient over the sum of all.")
+    return Figure("What the update is made of", svg, legend, "The norm of each term's gradient over the sum of all.")
 
 
-def reliability_plot(bins: Sequence[Json]) -> str:
+def reliability_plot(bins: Sequence[Json]) -> Figure:
     """Accuracy by confidence (Guo et al. 2017), with the number of images above each bin."""
     x, y = linear("confidence", 0, 1, percent=True), linear("images right", 0, 1, percent=True)
     drawing, told = [_text(LEFT - 8, TOP - 13, "images", "end")], []
@@ -158,10 +158,10 @@ def reliability_plot(bins: Sequence[Json]) -> str:
     drawing.append(_path(f"M{LEFT} {BOTTOM}L{RIGHT} {TOP}", "calibrated"))
     legend = [(_area(SWATCH, "accuracy"), LOOKS["accuracy"][0])]
     legend.append((_path("M0 12L24 0", "calibrated"), LOOKS["calibrated"][0]))
-    return _figure("Reliability", _plot("Reliability", told, x, y, "".join(drawing)), legend)
+    return Figure("Reliability", _plot("Reliability", told, x, y, "".join(drawing)), legend)
 
 
-def confusion_plot(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+def confusion_plot(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
     """Images by true and predicted class. Empty cells are not drawn: of a thousand classes there are a million."""
     names = [name if len(name) <= 24 else f"{name[:14]}…{name[-9:]}" for name in classes]
     count, wide = len(names), len(names) > 12
@@ -194,10 +194,10 @@ def confusion_plot(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> s
     told = f"{sum(row[k] for k, row in enumerate(matrix))} of {sum(map(sum, matrix))} images right"
     svg = _svg("Confusion matrix", told, left + side + 2, below + 22, "".join(drawing))
     legend = [(_area(SWATCH, name), LOOKS[name][0]) for name in ("right", "wrong")]
-    return _figure("Confusion matrix", svg, legend, wide=wide)
+    return Figure("Confusion matrix", svg, legend, wide=wide)
 
 
-def _plot(title: str, told: Iterable[str], x: Axis, y: Axis, drawing: str) -> str:
+def _plot(title: str, told: Iterable[str], x: Axis, y: Axis, drawing: str) -> Markup:
     """A drawing between its axes; `told` is for who cannot see it."""
     parts = []
     for tick in y.ticks:
@@ -213,10 +213,10 @@ def _plot(title: str, told: Iterable[str], x: Axis, y: Axis, drawing: str) -> st
     return _svg(title, "; ".join(told), WIDTH, HEIGHT, "".join(parts))
 
 
-def _svg(title: str, told: str, width: float, height: float, drawing: str) -> str:
+def _svg(title: str, told: str, width: float, height: float, drawing: str) -> Markup:
     label = escape(f"{title}: {told}")
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px"'
-    return f'<svg class="plot" {size} role="img" aria-label="{label}">{drawing}</svg>'
+    return Markup(f'<svg class="plot" {size} role="img" aria-label="{label}">{drawing}</svg>')  # noqa: S704 (escaped)
 
 
 def _text(x: float, y: float, text: str, look: str, turn: int = 0, size: float = 12) -> str:
@@ -224,14 +224,14 @@ def _text(x: float, y: float, text: str, look: str, turn: int = 0, size: float =
     return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" font-size="{size:.1f}"{turned}>{escape(text)}</text>'
 
 
-def _path(d: str, name: str) -> str:
+def _path(d: str, name: str) -> Markup:
     _, colour, dashes = LOOKS[name]
-    return f'<path class="line {colour}" stroke-dasharray="{dashes}" d="{d}"/>'
+    return Markup(f'<path class="line {colour}" stroke-dasharray="{dashes}" d="{d}"/>')  # noqa: S704
 
 
-def _area(d: str, name: str, told: str = "", strength: float = 1.0) -> str:
+def _area(d: str, name: str, told: str = "", strength: float = 1.0) -> Markup:
     title = f"<title>{escape(told)}</title>" if told else ""
-    return f'<path class="area {LOOKS[name][1]}" opacity="{strength:.2f}" d="{d}">{title}</path>'
+    return Markup(f'<path class="area {LOOKS[name][1]}" opacity="{strength:.2f}" d="{d}">{title}</path>')  # noqa: S704 (escaped)
 
 
 def _box(left: float, bottom: float, right: float, top: float) -> str:

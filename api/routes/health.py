@@ -1,52 +1,77 @@
 """What operators ask: is it alive, is it ready, what has it done."""
 
 import asyncio
-import logging
 from typing import Literal
 
-from fastapi import FastAPI, Request, Response
+import sqlalchemy as sa
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
 
 from api.gateway import gateway_of
+from api.inference.server_pool import PooledServer
 from api.metrics import COLLECTORS
-from api.routes.schemas import Ready
 
-log = logging.getLogger("temper.gateway")
+router = APIRouter(tags=["health"])
 
 
-def add(app: FastAPI) -> None:
-    """The routes of operators."""
+class Ready(BaseModel):
+    """What the service can do at this moment."""
 
-    @app.get("/", include_in_schema=False)
-    async def front() -> RedirectResponse:
-        """To what can be asked here."""
-        return RedirectResponse("/docs")
+    status: Literal["ready", "not_ready"] = Field(description="Do the store and the model server answer?")
+    store: Literal["ok", "unavailable"] = Field(description="The store of jobs and models.")
+    model_server: Literal["ok", "unavailable"] = Field(description="Does at least one model server answer?")
+    disk: Literal["ok", "full"] = Field(description="Is there space for uploads and new versions?")
+    model_servers: dict[str, Literal["ok", "loading", "unavailable"]] = Field(
+        description="Each of them, by address; `loading` while it does not serve all live versions yet."
+    )
+    workers: dict[str, str] = Field(description="State of every live worker: warming, idle, busy, ...")
 
-    @app.get("/healthz", tags=["health"])
-    async def alive() -> dict[Literal["status"], Literal["ok"]]:
-        """The gateway lives."""
-        return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], response_model=Ready, responses={503: {"model": Ready}})
-    async def ready(request: Request) -> Response:
-        """The store and a model server answer; what the workers do."""
-        gateway = gateway_of(request)
+@router.get("/", include_in_schema=False)
+async def front() -> RedirectResponse:
+    """To what can be asked here."""
+    return RedirectResponse("/docs")
+
+
+@router.get("/healthz")
+async def alive() -> dict[Literal["status"], Literal["ok"]]:
+    """The gateway lives."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", response_model=Ready, responses={503: {"model": Ready}})
+async def ready(request: Request) -> Response:
+    """Whether the store and a model server work, whether the disk has space, and what the workers do."""
+    gateway = gateway_of(request)
+    await asyncio.to_thread(gateway.health.check)
+    store, workers = gateway.health.store_works, {}
+    if store:
         try:
             workers = await asyncio.to_thread(gateway.jobs.worker_states)
-            store = True
-        except Exception:
-            log.exception("the store does not answer")
-            workers, store = {}, False
-        up = bool(gateway.pool.up)
-        words: dict[bool, Literal["ok", "unavailable"]] = {True: "ok", False: "unavailable"}
-        body = Ready(
-            status="ready" if store and up else "not_ready", store=words[store], model_server=words[up],
-            model_servers={target.address: words[target.up] for target in gateway.pool.all}, workers=workers,
-        )  # fmt: skip
-        return JSONResponse(body.model_dump(), 200 if store and up else 503)
+        except sa.exc.SQLAlchemyError:
+            store = False
+    up = bool(gateway.pool.up)
+    words: dict[bool, Literal["ok", "unavailable"]] = {True: "ok", False: "unavailable"}
+    body = Ready(
+        status="ready" if store and up else "not_ready",
+        store=words[store],
+        disk="ok" if gateway.health.disk_has_space else "full",
+        model_server=words[up],
+        model_servers={server.address: _state(server) for server in gateway.pool.all},
+        workers=workers,
+    )
+    return JSONResponse(body.model_dump(), 200 if store and up else 503)
 
-    @app.get("/metrics", tags=["health"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    def metrics() -> Response:  # in a thread: rendering takes a while
-        """What Prometheus collects."""
-        return Response(generate_latest(COLLECTORS), media_type=CONTENT_TYPE_LATEST)
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def metrics() -> Response:  # in a thread: rendering takes a while
+    """What Prometheus collects."""
+    return Response(generate_latest(COLLECTORS), media_type=CONTENT_TYPE_LATEST)
+
+
+def _state(server: PooledServer) -> Literal["ok", "loading", "unavailable"]:
+    if not server.up:
+        return "unavailable"
+    return "loading" if server.behind else "ok"

@@ -2,88 +2,173 @@
 
 import asyncio
 import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
-from fastapi import FastAPI, File, Form, Path, Request, Response, UploadFile
+from fastapi import APIRouter, Path, Request, Response
+from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
 
 from api.gateway import Gateway, gateway_of
+from api.http.errors import invalid_request
 from api.http.openapi import After, Limit, errors
 from api.routes.examples import SPEC_EXAMPLE
-from api.routes.schemas import JobList, JobView
 from serving.registry import BASE, LABEL, STABLE
 from store.errors import InvalidRequest, UnknownModel
+from trainer.jobs.records import Job, Status
 from trainer.spec import MODEL_NAME, Spec, check_dataset, described, parse_spec, refused
 
 log = logging.getLogger("temper.gateway")
+router = APIRouter(tags=["fine-tune"])
 
 JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
-FIELDS = {"data", "validation", "model", "label", "spec"}
+FILES = {
+    "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
+    "validation": "Images to measure on, in the same form; without them some of `data` are held out.",
+}
 
 
-def add(app: FastAPI) -> None:
-    """The routes under /finetune."""
+class FinetuneFields(BaseModel):
+    """The text fields of the form."""
 
-    @app.post("/finetune", status_code=202, tags=["fine-tune"], responses=errors(400, 413, 415, 422, 429, 503))
-    async def finetune(
-        request: Request,
-        response: Response,
-        data: Annotated[
-            UploadFile,
-            File(description="Labelled images: a zip of class folders, or an .npz of `images` and `labels`."),
-        ],
-        model: Annotated[str, Form(pattern=MODEL_NAME, description="The model that gets a new version.")],
-        validation: Annotated[
-            UploadFile | None,
-            File(description="Images to measure on, in the same form; without them some of `data` are held out."),
-        ] = None,
-        label: Annotated[
-            str, Form(pattern=LABEL, description="The label that moves to the new version: `stable`, or `canary`.")
-        ] = STABLE,
-        spec: Annotated[
-            str | None,
-            Form(description="How to train, as JSON (schema `Spec`); regularized by default.", examples=[SPEC_EXAMPLE]),
-        ] = None,
-    ) -> JobView:
-        """Upload labelled images and queue a fine-tune on them."""
-        gateway = gateway_of(request)
-        if model == BASE:
-            raise InvalidRequest(f"{BASE!r} is the base model; choose another name", param="model")
-        extra = sorted(set(await request.form()) - FIELDS)
-        if extra:
-            raise InvalidRequest(f"unknown form fields: {', '.join(extra)}", param=extra[0])
-        parsed = parse_spec(spec)
-        base = await asyncio.to_thread(_resolve_base, gateway, parsed)
+    model: str = Field(pattern=MODEL_NAME, description="The model that gets a new version.")
+    label: str = Field(
+        STABLE, pattern=LABEL, description="The label that moves to the new version: `stable`, or `canary`."
+    )
+    spec: str | None = Field(
+        None, description="How to train, as JSON (schema `Spec`); regularized by default.", examples=[SPEC_EXAMPLE]
+    )
+
+
+def _form() -> dict[str, Any]:
+    """JSON schema of the form."""
+    schema = FinetuneFields.model_json_schema()
+    binary = {"type": "string", "contentMediaType": "application/octet-stream"}
+    files = {name: {**binary, "description": text} for name, text in FILES.items()}
+    return {"type": "object", "properties": {**files, **schema["properties"]}, "required": ["data", "model"]}
+
+
+def _fields(texts: dict[str, str]) -> FinetuneFields:
+    try:
+        return FinetuneFields.model_validate(texts)
+    except ValidationError as exc:
+        raise invalid_request(exc.errors(include_url=False), FinetuneFields) from exc
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    code: str = Field("internal_error", description="Stable name of the kind of failure.")
+    message: str = Field("", description="What went wrong.")
+    param: str | None = Field(None, description="The field of the spec that is to blame.")
+
+
+def _one_of(names: Any, *, null: bool = False) -> Any:
+    """Documents the values of this release; a stored record may have another one."""
+    enum = {"type": "string", "enum": list(get_args(names))}
+    return WithJsonSchema({"anyOf": [enum, {"type": "null"}]} if null else enum)
+
+
+Stage = Literal["validating", "training", "evaluating", "exporting", "publishing", "warming"]
+
+
+class JobView(BaseModel):
+    """A fine-tuning job."""
+
+    id: str = Field(description="Name of the job.", examples=["ftjob-0198c0ffee01a2b3c4d5e6"])
+    object: Literal["fine_tuning.job"] = Field("fine_tuning.job", description="Kind of this object.")
+    model: str = Field(description="The model that gets a new version.")
+    version: int | None = Field(description="That version, once it is live.")
+    label: str = Field(description="The label that moves to it.")
+    base: str = Field(description="What training starts from, `name:version`.")
+    status: Annotated[str, _one_of(Status)] = Field(description="Where the job stands.")
+    stage: Annotated[str | None, _one_of(Stage, null=True)] = Field(description="What a running job is doing.")
+    progress: dict[str, Any] = Field(
+        description="Of the last epoch: `epoch` of `epochs`, the data loss and each penalty apart, validation "
+        "accuracy. `publishing` has the time of every step: staged, verified, renamed, available, proven, warmed, "
+        "labelled."
+    )
+    created_at: float = Field(description="Unix seconds.")
+    started_at: float | None = Field(description="Unix seconds.")
+    finished_at: float | None = Field(description="Unix seconds.")
+    spec: Annotated[Spec | dict[str, Any], Field(union_mode="left_to_right")] = Field(
+        description="The spec with every default filled in; as it was stored if this release cannot read it."
+    )
+    dataset: dict[str, Any] = Field(description="What was uploaded: number of images, of each class, polarity, hash.")
+    error: JobError | None = Field(description="Why it failed.")
+    report_status: Annotated[str, _one_of(Literal["none", "quick", "complete"])] = Field(
+        description="How much of the report card is there."
+    )
+
+    @classmethod
+    def of(cls, job: Job) -> "JobView":
+        """The public face of a job record, also of one that another release has stored."""
+        spec: Spec | dict[str, Any]
+        try:
+            spec = Spec.model_validate(job.spec, strict=False)
+        except ValidationError:
+            spec = dict(job.spec or {})
+        fields = {name: value for name, value in vars(job).items() if name in cls.model_fields}
+        lenient = {"spec": spec, "progress": job.progress or {}, "dataset": job.dataset or {}}
+        return cls.model_validate({**fields, **lenient})
+
+
+class JobList(BaseModel):
+    """Jobs, newest first."""
+
+    object: Literal["list"] = Field("list", description="Kind of this object.")
+    data: list[JobView] = Field(description="The jobs of this page.")
+    has_more: bool = Field(description="Are there more? Ask with `after` = the last id.")
+
+
+@router.post(
+    "/finetune", status_code=202, responses=errors(400, 413, 415, 422, 429, 503, 507),
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form()}}}},
+)  # fmt: skip
+async def finetune(request: Request, response: Response) -> JobView:
+    """Upload labelled images and queue a fine-tune on them."""
+    gateway = gateway_of(request)
+    async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
+        fields = _fields(form.texts)
+        if "data" not in form.files:
+            raise InvalidRequest("data: is required", param="data")
+        if fields.model == BASE:
+            raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
+        spec = parse_spec(fields.spec)
+        base = await asyncio.to_thread(_resolve_base, gateway, spec)
 
         def check(dataset: dict[str, Any]) -> None:
-            check_dataset(parsed, dataset["classes"], held_out=validation is not None)
+            check_dataset(spec, dataset["classes"], held_out="validation" in form.files)
 
-        dataset = await gateway.uploads.store(data, validation, check)
-        job = await asyncio.to_thread(
-            gateway.jobs.create, model=model, base=base, spec=described(parsed), dataset=dataset, label=label
-        )
-        log.info("job %s: %s on %d images", job.id, model, dataset["images"])
-        response.headers["Location"] = f"/finetune/{job.id}"
-        return JobView.of(job)
+        dataset = await gateway.uploads.store(form, check)
+    job = await asyncio.to_thread(
+        gateway.jobs.create,
+        model=fields.model, base=base, spec=described(spec), dataset=dataset, label=fields.label,
+    )  # fmt: skip
+    log.info("job %s: %s on %d images", job.id, job.model, dataset["images"])
+    response.headers["Location"] = f"/finetune/{job.id}"
+    return JobView.of(job)
 
-    @app.get("/finetune", tags=["fine-tune"], responses=errors(404, 422, 503))
-    def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobList:
-        """Jobs, newest first."""
-        page, has_more = gateway_of(request).jobs.page(after=after, limit=limit)
-        return JobList(data=[JobView.of(job) for job in page], has_more=has_more)
 
-    @app.get("/finetune/{id}", tags=["fine-tune"], responses=errors(404, 422, 503))
-    async def get_job(request: Request, id: JobId) -> JobView:
-        """One job: its state, its progress, its error or its version."""
-        gateway = gateway_of(request)
-        job = await asyncio.to_thread(gateway.jobs.get, id)
-        if job.version is not None and not gateway.router.knows(job.model, job.version):
-            await gateway.router.refresh()  # who reads of a version may ask for it at once
-        return JobView.of(job)
+@router.get("/finetune", responses=errors(404, 422, 503))
+def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobList:
+    """Jobs, newest first."""
+    page, has_more = gateway_of(request).jobs.page(after=after, limit=limit)
+    return JobList(data=[JobView.of(job) for job in page], has_more=has_more)
 
-    @app.post("/finetune/{id}/cancel", tags=["fine-tune"], responses=errors(404, 409, 422, 503))
-    def cancel_job(request: Request, id: JobId) -> JobView:
-        """Cancel a queued job at once, or a running one at the end of its epoch."""
-        return JobView.of(gateway_of(request).jobs.cancel(id))
+
+@router.get("/finetune/{id}", responses=errors(404, 422, 503))
+async def get_job(request: Request, id: JobId) -> JobView:
+    """One job: its state, its progress, its error or its version."""
+    gateway = gateway_of(request)
+    job = await asyncio.to_thread(gateway.jobs.get, id)
+    if job.version is not None and not gateway.router.knows(job.model, job.version):
+        await gateway.router.refresh()  # who reads of a version may ask for it at once
+    return JobView.of(job)
+
+
+@router.post("/finetune/{id}/cancel", responses=errors(404, 409, 422, 503))
+def cancel_job(request: Request, id: JobId) -> JobView:
+    """Cancel a queued job at once, or a running one at the end of its epoch."""
+    return JobView.of(gateway_of(request).jobs.cancel(id))
 
 
 def _resolve_base(gateway: Gateway, spec: Spec) -> str:

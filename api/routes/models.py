@@ -3,118 +3,236 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Path, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway import Gateway, gateway_of
 from api.http.openapi import After, Limit, Name, Number, errors
 from api.inference.server_pool import PooledServer
-from api.routes.schemas import (
-    Deleted,
-    LabelMove,
-    LabelView,
-    ModelList,
-    ModelSummary,
-    ModelView,
-    Verification,
-    VersionView,
-)
 from serving.publishing import Probe, check_files, prove
-from serving.registry import LABEL
-from store.errors import NotFound, TemperError, WrongState
+from serving.registry import LABEL, Label, Route, Version
+from store.disk import is_full
+from store.errors import NotFound, PublishFailed, TemperError, WrongState
 
 log = logging.getLogger("temper.gateway")
+router = APIRouter(tags=["models"])
 
 LabelName = Annotated[str, Path(pattern=LABEL, description="A label.")]
 
 
-def add(app: FastAPI) -> None:
-    """The routes under /models."""
+class VersionView(BaseModel):
+    """A live version of a model, with what is known of it."""
 
-    @app.get("/models", tags=["models"], responses=errors(422, 503))
-    def list_models(request: Request, after: After = None, limit: Limit = 20) -> ModelList:
-        """Models that predictions can go to, by name."""
-        found = sorted(gateway_of(request).registry.routes().items())
-        later = [(name, route) for name, route in found if after is None or name > after]
-        page = [ModelSummary.of(name, route) for name, route in later[:limit]]
-        return ModelList(data=page, has_more=len(later) > limit)
+    version: int = Field(description="Its number.")
+    created_at: float = Field(description="Unix seconds.")
+    classes: list[str] = Field(description="Class names, in the order of the probabilities.")
+    base: str | None = Field(description="What it was fine-tuned from.")
+    job: str | None = Field(description="The job that made it.")
+    manifest: dict[str, Any] = Field(description="Spec, data set, polarity and hashes.")
+    report: dict[str, Any] = Field(description="The report card.")
 
-    @app.get("/models/{name}", tags=["models"], responses=errors(404, 422, 503))
-    def get_model(request: Request, name: Name) -> ModelView:
-        """A model with all its live versions and their report cards."""
-        registry = gateway_of(request).registry
-        versions = [VersionView.of(version) for version in registry.of_model(name)]
-        return ModelView.of(name, registry.labels(name), versions)
+    @classmethod
+    def of(cls, version: Version) -> "VersionView":
+        """The public face of a version record."""
+        return cls(
+            version=version.version, created_at=version.created_at, classes=version.manifest["classes"],
+            base=version.manifest["base"], job=version.manifest.get("job"), manifest=version.manifest,
+            report=version.report,
+        )  # fmt: skip
 
-    @app.delete("/models/{name}", tags=["models"], responses=errors(404, 409, 422, 503))
-    async def delete_model(request: Request, name: Name) -> Deleted:
-        """Remove a model with all its versions and labels. Their numbers are not given again."""
-        return await _delete(gateway_of(request), name, None)
 
-    @app.get("/models/{name}/versions/{version}", tags=["models"], responses=errors(404, 422, 503))
-    def get_version(request: Request, name: Name, version: Number) -> VersionView:
-        """One live version with its report card."""
-        return VersionView.of(gateway_of(request).registry.find(name, version))
+class LabelView(BaseModel):
+    """A name that stands for a version."""
 
-    @app.delete("/models/{name}/versions/{version}", tags=["models"], responses=errors(404, 409, 422, 503))
-    async def delete_version(request: Request, name: Name, version: Number) -> Deleted:
-        """Remove a version for which no label stands."""
-        return await _delete(gateway_of(request), name, version)
+    model: str = Field(description="The model.")
+    object: Literal["label"] = Field("label", description="Kind of this object.")
+    label: str = Field(description="The label.")
+    version: int = Field(description="The version that it stands for.")
+    weight: float = Field(description="Share of the requests without version and label that follow it.")
 
-    @app.post("/models/{name}/versions/{version}/verify", tags=["models"], responses=errors(404, 422, 503))
-    async def verify(request: Request, name: Name, version: Number) -> Verification:
-        """Check a version's files, and prove anew that every model server answers as the trainer did."""
-        gateway = gateway_of(request)
-        await asyncio.to_thread(gateway.registry.find, name, version)
-        found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, name, version)
-        return Verification(model=name, version=version, proven=not any(found.values()), failures=found)
+    @classmethod
+    def of(cls, model: str, name: str, label: Label) -> "LabelView":
+        """The public face of a label record."""
+        return cls(model=model, label=name, version=label.version, weight=label.weight)
 
-    @app.put("/models/{name}/labels/{label}", tags=["models"], responses=errors(400, 404, 422, 503))
-    async def put_label(request: Request, name: Name, label: LabelName, move: LabelMove) -> LabelView:
-        """Have a label stand for a version: promote, roll back, or send it a share of the traffic.
 
-        Requests that name neither version nor label follow `stable`, but for the shares of other labels (`weight`).
-        """
-        gateway = gateway_of(request)
-        moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
-        log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
-        await gateway.router.refresh()
-        return LabelView.of(name, label, moved)
+class LabelMove(BaseModel):
+    """Where a label shall stand."""
 
-    @app.delete("/models/{name}/labels/{label}", tags=["models"], responses=errors(404, 409, 422, 503))
-    async def delete_label(request: Request, name: Name, label: LabelName) -> Deleted:
-        """Remove a label; its version stays."""
-        gateway = gateway_of(request)
-        await asyncio.to_thread(gateway.registry.drop_label, name, label)
-        log.info("%s: label %s removed", name, label)
-        await gateway.router.refresh()
-        return Deleted(model=name, label=label)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    @app.get(
-        "/models/{name}/versions/{version}/report", tags=["models"], response_class=Response,
-        responses={200: {"content": {"text/html": {}}}, **errors(404, 422, 503)},
+    version: Annotated[int, Field(ge=1, lt=2**63)] = Field(description="A live version.", examples=[1])
+    weight: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Share of the requests without version and label; those with the same `X-Sticky-Key` follow "
+        "the same label. Without it the label keeps the share that it has."
     )  # fmt: skip
-    def get_report(request: Request, name: Name, version: Number) -> HTMLResponse:
-        """The report card as a page with plots, complete in itself."""
-        from api.report.page import report_page  # a megabyte for those who look
 
-        found = gateway_of(request).registry.find(name, version)
-        return HTMLResponse(report_page(name, version, found.report, found.manifest))
 
-    @app.get(
-        "/models/{name}/versions/{version}/delta", tags=["models"], response_class=FileResponse,
-        responses={200: {"content": {"application/octet-stream": {}}}, **errors(404, 422, 503)},
-    )  # fmt: skip
-    def get_delta(request: Request, name: Name, version: Number) -> FileResponse:
-        """What the fine-tune changed, an `.npz` for `python -m trainer.delta`, which applies it to the base."""
-        gateway = gateway_of(request)
-        gateway.registry.find(name, version)
-        path = gateway.settings.version(name, version) / "assets.extra" / "delta.npz"
-        if not path.is_file():
-            raise NotFound(f"{name}:{version} has no delta: it was not fine-tuned here", param="version")
-        return FileResponse(path, filename=f"{name}-{version}.delta.npz", media_type="application/octet-stream")
+class Deleted(BaseModel):
+    """What was removed."""
+
+    model: str = Field(description="The model.")
+    versions: list[int] | None = Field(None, description="The versions that are gone.")
+    label: str | None = Field(None, description="The label that is gone.")
+    deleted: Literal[True] = Field(True, description="It is gone.")
+
+
+class Verification(BaseModel):
+    """Whether a version is, on disk and at every model server, what was trained."""
+
+    model: str = Field(description="The model.")
+    version: int = Field(description="The version.")
+    proven: bool = Field(description="Are the files sound, and does every server answer the probe as the trainer did?")
+    failures: dict[str, str | None] = Field(
+        description="Of `files` and of every model server: what is wrong, or null.",
+        examples=[{"files": None, "127.0.0.1:8500": None}],
+    )
+
+
+class ModelSummary(BaseModel):
+    """A model and the numbers of its live versions."""
+
+    name: str = Field(description="Its name.")
+    object: Literal["model"] = Field("model", description="Kind of this object.")
+    versions: list[int] = Field(description="Live versions, newest first.")
+    labels: dict[str, int] = Field(description="Labels and the versions that they stand for.")
+    weights: dict[str, float] = Field(description="Shares of the traffic that do not follow `stable`, by label.")
+    classes: list[str] = Field(description="Class names of the newest version.")
+
+    @classmethod
+    def of(cls, name: str, route: Route) -> "ModelSummary":
+        """The public face of a route."""
+        return cls(
+            name=name, versions=sorted(route.classes, reverse=True), classes=list(route.classes[max(route.classes)]),
+            **_labels(route.labels),
+        )  # fmt: skip
+
+
+def _labels(labels: dict[str, Label]) -> dict[str, Any]:
+    return {
+        "labels": {name: label.version for name, label in labels.items()},
+        "weights": {name: label.weight for name, label in labels.items() if label.weight},
+    }
+
+
+class ModelList(BaseModel):
+    """Models by name."""
+
+    object: Literal["list"] = Field("list", description="Kind of this object.")
+    data: list[ModelSummary] = Field(description="The models of this page.")
+    has_more: bool = Field(description="Are there more? Ask with `after` = the last name.")
+
+
+class ModelView(BaseModel):
+    """A model with its versions and their reports."""
+
+    name: str = Field(description="Its name.")
+    object: Literal["model"] = Field("model", description="Kind of this object.")
+    labels: dict[str, int] = Field(description="Labels and the versions that they stand for.")
+    weights: dict[str, float] = Field(description="Shares of the traffic that do not follow `stable`, by label.")
+    versions: list[VersionView] = Field(description="Live versions, newest first.")
+
+    @classmethod
+    def of(cls, name: str, labels: dict[str, Label], versions: list[VersionView]) -> "ModelView":
+        """The public face of a model's records."""
+        return cls(name=name, versions=versions, **_labels(labels))
+
+
+@router.get("/models", responses=errors(422, 503))
+def list_models(request: Request, after: After = None, limit: Limit = 20) -> ModelList:
+    """Models that predictions can go to, by name."""
+    found = sorted(gateway_of(request).registry.routes().items())
+    later = [(name, route) for name, route in found if after is None or name > after]
+    page = [ModelSummary.of(name, route) for name, route in later[:limit]]
+    return ModelList(data=page, has_more=len(later) > limit)
+
+
+@router.get("/models/{name}", responses=errors(404, 422, 503))
+def get_model(request: Request, name: Name) -> ModelView:
+    """A model with all its live versions and their report cards."""
+    registry = gateway_of(request).registry
+    versions = [VersionView.of(version) for version in registry.of_model(name)]
+    return ModelView.of(name, registry.labels(name), versions)
+
+
+@router.delete("/models/{name}", responses=errors(404, 409, 422, 503, 507))
+async def delete_model(request: Request, name: Name) -> Deleted:
+    """Remove a model with all its versions and labels. Their numbers are not given again."""
+    return await _delete(gateway_of(request), name, None)
+
+
+@router.get("/models/{name}/versions/{version}", responses=errors(404, 422, 503))
+def get_version(request: Request, name: Name, version: Number) -> VersionView:
+    """One live version with its report card."""
+    return VersionView.of(gateway_of(request).registry.find(name, version))
+
+
+@router.delete("/models/{name}/versions/{version}", responses=errors(404, 409, 422, 503, 507))
+async def delete_version(request: Request, name: Name, version: Number) -> Deleted:
+    """Remove a version for which no label stands."""
+    return await _delete(gateway_of(request), name, version)
+
+
+@router.post("/models/{name}/versions/{version}/verify", responses=errors(404, 422, 503))
+async def verify(request: Request, name: Name, version: Number) -> Verification:
+    """Check a version's files, and prove anew that every model server answers as the trainer did."""
+    gateway = gateway_of(request)
+    await asyncio.to_thread(gateway.registry.find, name, version)
+    found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, name, version)
+    return Verification(model=name, version=version, proven=not any(found.values()), failures=found)
+
+
+@router.put("/models/{name}/labels/{label}", responses=errors(400, 404, 409, 422, 503, 507))
+async def put_label(request: Request, name: Name, label: LabelName, move: LabelMove) -> LabelView:
+    """Have a label stand for a version: promote, roll back, or send it a share of the traffic.
+
+    Requests that name neither version nor label follow `stable`, but for the shares of other labels (`weight`).
+    """
+    gateway = gateway_of(request)
+    await asyncio.to_thread(_check_labelled, gateway, name, move.version)
+    moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
+    log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
+    await gateway.router.refresh()
+    return LabelView.of(name, label, moved)
+
+
+@router.delete("/models/{name}/labels/{label}", responses=errors(404, 409, 422, 503, 507))
+async def delete_label(request: Request, name: Name, label: LabelName) -> Deleted:
+    """Remove a label; its version stays."""
+    gateway = gateway_of(request)
+    await asyncio.to_thread(gateway.registry.drop_label, name, label)
+    log.info("%s: label %s removed", name, label)
+    await gateway.router.refresh()
+    return Deleted(model=name, label=label)
+
+
+@router.get(
+    "/models/{name}/versions/{version}/report", response_class=Response,
+    responses={200: {"content": {"text/html": {}}}, **errors(404, 422, 503)},
+)  # fmt: skip
+def get_report(request: Request, name: Name, version: Number) -> HTMLResponse:
+    """The report card as a page with plots, complete in itself."""
+    from api.report.page import report_page  # a megabyte for those who look
+
+    found = gateway_of(request).registry.find(name, version)
+    return HTMLResponse(report_page(name, version, found.report, found.manifest))
+
+
+@router.get(
+    "/models/{name}/versions/{version}/delta", response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {}}}, **errors(404, 422, 503)},
+)  # fmt: skip
+def get_delta(request: Request, name: Name, version: Number) -> FileResponse:
+    """What the fine-tune changed, an `.npz` for `python -m trainer.delta`, which applies it to the base."""
+    gateway = gateway_of(request)
+    gateway.registry.find(name, version)
+    path = gateway.settings.version(name, version) / "assets.extra" / "delta.npz"
+    if not path.is_file():
+        raise NotFound(f"{name}:{version} has no delta: it was not fine-tuned here", param="version")
+    return FileResponse(path, filename=f"{name}-{version}.delta.npz", media_type="application/octet-stream")
 
 
 async def _delete(gateway: Gateway, name: str, version: int | None) -> Deleted:
@@ -126,10 +244,27 @@ async def _delete(gateway: Gateway, name: str, version: int | None) -> Deleted:
             raise WrongState("a fine-tune that has not finished starts from it", param="name")
         return gateway.registry.retire(name, version)
 
-    versions = await asyncio.to_thread(retire)
+    try:
+        versions = await asyncio.to_thread(retire)
+    except Exception as exc:
+        if not is_full(exc):
+            raise
+        gateway.reserve.release()  # a deletion has to be recorded before its files go
+        versions = await asyncio.to_thread(retire)
     log.info("%s: versions %s removed", name, versions)
     await gateway.align()
+    await asyncio.to_thread(gateway.reserve.keep)
     return Deleted(model=name, versions=versions)
+
+
+def _check_labelled(gateway: Gateway, name: str, version: int) -> None:
+    """Refuse to send requests to a version whose files are gone or damaged."""
+    gateway.registry.find(name, version)
+    try:
+        check_files(gateway.settings.version(name, version))
+    except PublishFailed as exc:
+        text = f"{name}:{version} cannot be labelled: {exc.message}; delete the version or restore its files"
+        raise WrongState(text, param="version") from exc
 
 
 def _verify(gateway: Gateway, targets: Sequence[PooledServer], name: str, version: int) -> dict[str, str | None]:

@@ -174,7 +174,7 @@ def _read(body: bytes, most: int) -> tuple[InferenceOptions, np.ndarray]:
         described = {key: plain(value) for key, value in tensor.items() if key != "data"}
         options = InferenceOptions.model_validate({**fields, "input": described})
     except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False)) from exc
+        raise invalid_request(exc.errors(include_url=False), InferenceOptions) from exc
     return options, _images(tensor.get("data"), options.input.shape, options.input.datatype, most)
 
 

@@ -154,11 +154,13 @@ def test_the_whole_line_works_on_postgresql(postgresql: str, tmp_path: Path, dig
 
 def test_a_service_sweeps_what_uploads_have_left_behind(tmp_path: Path, digits_zip: bytes) -> None:
     (tmp_path / "staging").mkdir()
-    left = tmp_path / "staging" / "0123.upload"
-    left.write_bytes(b"half")
-    os.utime(left, (0, 0))
+    left = [tmp_path / "staging" / name for name in ("0123.upload", "uploads-0123", "ftjob-of-nobody")]
+    left[0].write_bytes(b"half")
+    for directory in left[1:]:
+        directory.mkdir()
+        (directory / "lock").write_bytes(b"")
     with running_service(tmp_path) as service:
-        assert not left.exists()
+        assert not any(path.exists() for path in left)
         # Names that mean something to the terminal, to scikit-learn's report and to nobody.
         images = np.stack([DOT] * 8)
         labels = np.repeat(["[/x]", "accuracy", "macro avg", "b"], 2)
@@ -186,7 +188,7 @@ def test_an_upload_ends_with_its_gateway(own: Service, tmp_path: Path) -> None:
     upload = zipped({f"{name}/{i}.png": noise for name in "ab" for i in range(12)})
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(own.finetune, upload, "cut")
-        eventually(lambda: list((own.home / "staging").glob("*.upload")), "the upload is being decoded")
+        eventually(lambda: list((own.home / "staging").rglob("*.upload")), "the upload is being decoded")
         decoders = children(own.children("api")[0])
         own.kill("api")
         with pytest.raises(httpx.TransportError):

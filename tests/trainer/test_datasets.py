@@ -3,6 +3,7 @@
 import asyncio
 import io
 import re
+import signal
 import struct
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from api.uploads import prepare_upload, start_decoder
-from store.errors import InvalidDataset, InvalidImage
+from store.errors import InvalidDataset, InvalidImage, StorageFull, TemperError
 from store.settings import Settings
 from tests.conftest import npz, png, zipped
 from trainer.jobs.datasets import Dataset, read
@@ -222,7 +223,7 @@ def test_the_decoding_process_is_ended_when_its_time_is_up(tmp_path: Path) -> No
     content = zipped({f"{name}/{i}.png": noise for name in "ab" for i in range(12)})
     (tmp_path / "upload").write_bytes(content)
     settings = Settings(home=tmp_path, decode_seconds=1)
-    with pytest.raises(InvalidDataset, match=r"more than 1 s|processor time"):
+    with pytest.raises(InvalidDataset, match="more than the 1 s allowed"):
         decoded(tmp_path, settings)
     assert not (tmp_path / "prepared").exists()
 
@@ -240,6 +241,37 @@ def test_a_good_upload_passes_through_the_process(tmp_path: Path) -> None:
     verdict = decoded(tmp_path, Settings(home=tmp_path))
     assert verdict == Dataset.load(tmp_path / "prepared").described()
     assert verdict["classes"] == {"a": 2, "b": 2}
+
+
+def test_a_full_disk_and_a_crash_of_the_decoder_are_not_blamed_on_the_upload(tmp_path: Path) -> None:
+    (tmp_path / "upload").write_bytes(zipped(GOOD))
+    (tmp_path / "prepared").symlink_to("/dev/full")
+    with pytest.raises(StorageFull, match="no space"):
+        decoded(tmp_path, Settings(home=tmp_path))
+    (tmp_path / "prepared").unlink()
+    (tmp_path / "upload").unlink()  # as if it were a bug of ours
+    with pytest.raises(TemperError, match="internal error") as caught:
+        decoded(tmp_path, Settings(home=tmp_path))
+    assert type(caught.value) is TemperError
+
+
+def test_processor_time_is_a_limit_that_the_answer_names(tmp_path: Path) -> None:
+    async def killed() -> None:
+        process = await start_decoder()
+        process.send_signal(signal.SIGXCPU)
+        await process.wait()
+        await prepare_upload(process, tmp_path / "upload", tmp_path / "prepared", Settings(home=tmp_path))
+
+    with pytest.raises(InvalidDataset, match="more than the 120 s allowed"):
+        asyncio.run(killed())
+
+
+def test_composed_and_decomposed_names_are_one_class_and_space_around_a_name_is_cut(tmp_path: Path) -> None:
+    images = np.stack([DOT] * 4)
+    assert reading(tmp_path, npz(images=images, labels=np.array(["é", "e\u0301", " o", " o"]))).classes == ("o", "é")
+    with pytest.raises(InvalidDataset, match="'A' and 'A '") as caught:
+        reading(tmp_path, zipped({f"{name}/{i}.png": png(DOT) for name in ("A", "A ", "B") for i in range(2)}))
+    assert [detail["class"] for detail in caught.value.details] == ["A"]
 
 
 def test_class_names_may_be_anything_that_prints_and_bytes_must_be_utf8(tmp_path: Path) -> None:

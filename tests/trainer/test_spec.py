@@ -122,3 +122,45 @@ def test_a_spec_that_the_data_allow_passes() -> None:
 def test_what_is_no_json_object_of_numbers_is_refused(text: str) -> None:
     with pytest.raises(InvalidSpec):
         parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"drop_out": 0.1}, "spec.drop_out: unknown field; did you mean 'dropout'?"),
+        ({"lora": {"rnak": 4}}, "spec.lora.rnak: unknown field; did you mean 'rank'?"),
+        ({"adversarial": {"attack": "pgd", "step": 4}}, "spec.adversarial.step: unknown field; did you mean 'steps'?"),
+        ({"epochs": "20"}, "spec.epochs: must be a whole number, not '20'"),
+        ({"epochs": 0}, "spec.epochs: must be at least 1, not 0"),
+        ({"label_smoothing": 1}, "spec.label_smoothing: must be less than 1, not 1"),
+        ({"lora": 3}, "spec.lora: must be an object, not 3"),
+        ({"device": "tpu"}, "spec.device: must be 'auto', 'cpu' or 'gpu', not 'tpu'"),
+        ({"adversarial": {"attack": "magic"}}, "must be one of 'fgsm', 'pgd', 'trades', 'free', 'vat', not 'magic'"),
+        ({"lora": {"targets": []}}, "spec.lora.targets: must have at least 1 item"),
+        ({"base": "no such/name"}, "spec.base: must be a model's name, or name:version, not 'no such/name'"),
+        ({"epochs": 0, "l3": 1, "l1": -1}, "(and 2 more)"),
+    ],
+)
+def test_a_refusal_says_in_plain_words_what_would_be_right(given: object, message: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        parse_spec(json.dumps(given))
+    assert message in caught.value.message
+    told = caught.value.message + str(caught.value.details)
+    assert "Input should" not in told
+    assert "not permitted" not in told
+
+
+@pytest.mark.parametrize("field", ["l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup"])
+def test_null_is_no_strength_and_the_error_says_that_zero_is_off(field: str) -> None:
+    with pytest.raises(InvalidSpec, match="not null; 0 switches it off"):
+        parse_spec(json.dumps({field: None}))
+
+
+@pytest.mark.parametrize(
+    ("text", "param"),
+    [('{"l2": 1, "l2": 0}', "spec.l2"), ('{"epochs": 3, "lora": {"rank": 2, "rank": 3}}', "spec.lora.rank")],
+)
+def test_a_key_given_twice_is_refused(text: str, param: str) -> None:
+    with pytest.raises(InvalidSpec, match="given twice") as caught:
+        parse_spec(text)
+    assert caught.value.param == param

@@ -4,6 +4,7 @@
 prints a verdict, both as JSON. `api.uploads` is how the gateway calls it.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -13,8 +14,9 @@ import resource
 import signal
 import stat
 import sys
+import unicodedata
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from store.errors import InvalidDataset, InvalidImage
+from store.disk import is_full
+from store.errors import InvalidDataset, InvalidImage, listed
 from store.processes import end_with_parent
 from store.settings import Settings
 from trainer.jobs.images import SIDE, decode, is_dark_on_light, prepare
@@ -92,21 +95,20 @@ def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Dat
             else:
                 images, labels = _read_folders(archive, entries, max_pixels, max_images)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as exc:
+        if isinstance(exc, OSError) and exc.errno not in (None, errno.EINVAL):  # of a seek to where a zip points
+            raise  # the disk's fault, not the upload's
         empty = "it is empty" if path.stat().st_size == 0 else str(exc)
         raise _invalid(f"the file is neither a zip of class folders nor an .npz: {empty}") from exc
     return _indexed(images, labels, least)
 
 
 def _invalid(message: str, details: list[dict[str, Any]] | None = None) -> InvalidDataset:
-    """The error; its message shows the first of the details."""
-    details = details or []
-    shown = "; ".join(f"{d.get('file', d.get('index', d.get('class')))}: {d['reason']}" for d in details[:3])
-    more = f"; and {len(details) - 3} more" if len(details) > 3 else ""
-    return InvalidDataset(message + (f" ({shown}{more})" if details else ""), param="data", details=details)
+    return InvalidDataset(listed(message, details or []), param="data", details=details or [])
 
 
 def _indexed(images: np.ndarray, labels: list[str], least: int) -> Dataset:
     """Labels as positions in the sorted class names, once every class is found fit to train on."""
+    labels = _normalized(labels)
     counts = Counter(labels)
     numeric = all(re.fullmatch(r"-?\d{1,18}", name) for name in counts)
     classes = tuple(sorted(counts, key=lambda name: (int(name), name)) if numeric else sorted(counts))
@@ -114,7 +116,7 @@ def _indexed(images: np.ndarray, labels: list[str], least: int) -> Dataset:
         found = f"only {classes[0]!r}" if classes else "none"
         raise _invalid(f"at least two classes are needed, found {found}")
     if len(classes) > MAX_CLASSES:
-        raise _invalid(f"{len(classes)} classes, more than {MAX_CLASSES}")
+        raise _invalid(f"{len(classes)} classes, more than the {MAX_CLASSES} allowed")
     wrong = [
         {"class": name, "reason": f"a class name has 1 to {MAX_NAME} printable characters"}
         for name in classes
@@ -125,6 +127,22 @@ def _indexed(images: np.ndarray, labels: list[str], least: int) -> Dataset:
         raise _invalid("every class needs a name and at least two images", wrong)
     positions = {name: position for position, name in enumerate(classes)}
     return Dataset(images, np.array([positions[label] for label in labels], np.int32), classes)
+
+
+def _normalized(labels: list[str]) -> list[str]:
+    """Class names in Unicode's composed form (NFC), as file systems differ in it, and without space around them."""
+    composed = {name: unicodedata.normalize("NFC", name) for name in set(labels)}
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for name in composed.values():
+        spellings[name.strip()].add(name)
+    wrong = [
+        {"class": name, "reason": f"is written {' and '.join(map(repr, sorted(found)))}; rename all but one"}
+        for name, found in sorted(spellings.items())
+        if len(found) > 1
+    ]
+    if wrong:
+        raise _invalid("class names differ only in the space around them", wrong)
+    return [composed[label].strip() for label in labels]
 
 
 def _read_folders(
@@ -140,14 +158,12 @@ def _read_folders(
     for entry in entries:
         try:
             label = _class_of(entry)
-            images.append(decode(archive.read(entry), max_pixels))
+            images.append(decode(_unpacked(archive, entry), max_pixels))
             labels.append(label)
         except InvalidImage as exc:
             wrong.append({"file": entry.filename, "reason": exc.message})
         except MemoryError:
             wrong.append({"file": entry.filename, "reason": "takes too much memory to decode"})
-        except Exception as exc:  # zipfile and zlib raise nearly anything on broken archives
-            wrong.append({"file": entry.filename, "reason": f"cannot be unpacked ({exc})"})
     if wrong:
         raise _invalid(f"{len(wrong)} of {len(entries)} files cannot be used", wrong)
     if len(set(labels)) == 1 and all(entry.filename.count("/") > 1 for entry in entries):
@@ -156,6 +172,17 @@ def _read_folders(
             "so zip what is inside it"
         )
     return np.stack(images), labels
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(entry)
+    except MemoryError:
+        raise
+    except Exception as exc:  # zipfile and zlib raise nearly anything on broken archives
+        if isinstance(exc, OSError) and exc.errno not in (None, errno.EINVAL):
+            raise
+        raise InvalidImage(f"cannot be unpacked ({exc})") from exc
 
 
 def _class_of(entry: zipfile.ZipInfo) -> str:
@@ -271,20 +298,28 @@ def _prepared(images: np.ndarray) -> np.ndarray:
 
 
 def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[str, Any]:
+    """The verdict: the data set, `error` with what is wrong with the upload, or `full` if the disk is.
+
+    Whatever else goes wrong ends the process with a traceback, and SIGXCPU ends it when its time is up.
+    """
     os.nice(10)  # predictions come first
     memory, seconds = settings.decode_memory_bytes, settings.decode_seconds
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGKILL, at the second, would not say why
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         dataset = read(upload, max_pixels=settings.max_pixels, max_images=settings.max_images, least=least)
+        dataset.save(prepared)
+        return dataset.described()
     except InvalidDataset as exc:
         return {"error": {"message": exc.message, "param": exc.param, "details": exc.details}}
     except MemoryError:
-        message = f"reading the file takes more than {memory} bytes of memory"
+        message = f"reading the file takes more than the {memory} bytes of memory allowed"
         return {"error": {"message": message, "param": "data"}}
-    dataset.save(prepared)
-    return dataset.described()
+    except OSError as exc:
+        if is_full(exc):
+            return {"full": True}
+        raise
 
 
 if __name__ == "__main__":
