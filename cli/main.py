@@ -174,16 +174,19 @@ def _spec(given: dict[str, Any]) -> str | None:
 @click.option(
     "--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, in the same form as PATH."
 )
+@click.option("--label", help="The label to move to the new version.  [default: stable]")
 @click.option("--wait", is_flag=True, help="Show progress until the job finishes.")
 @spec_options
 @click.pass_obj
-def finetune(api: Api, /, path: Path, model: str, validation: Path | None, wait: bool, **given: Any) -> None:
+def finetune(
+    api: Api, /, path: Path, model: str, validation: Path | None, label: str | None, wait: bool, **given: Any
+) -> None:
     """Fine-tune on PATH: a directory of class folders, a zip of one, or an .npz of images and labels."""
     spec = _spec(given)
     with contextlib.ExitStack() as stack:
         parts = {"data": path} | ({"validation": validation} if validation else {})
         files = {name: (part.name, stack.enter_context(_opened(part))) for name, part in parts.items()}
-        fields = {"model": model} | ({"spec": spec} if spec else {})
+        fields = {"model": model} | ({"spec": spec} if spec else {}) | ({"label": label} if label else {})
         job = api.call("POST", "/finetune", files=files, data=fields)
     dataset = job["dataset"]
     polarity = dataset["polarity"].replace("_", " ")
