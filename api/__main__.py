@@ -3,14 +3,16 @@
 import logging
 import os
 
+import click
 import uvicorn
 
 from store.memory import give_memory_back
 from store.settings import Settings
 
 
+@click.command()
 def main() -> None:
-    """Serve the HTTP API with the settings of the environment."""
+    """Serve the HTTP API. Settings are read from TEMPER_* environment variables."""
     give_memory_back()
     logging.basicConfig(level=logging.INFO, format="%(request_id)s %(message)s")
     settings = Settings()

@@ -1,17 +1,18 @@
 """The `temper` command: `serve`, and a thin client of the HTTP API."""
 
 import contextlib
-import io
 import json
+import re
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import click
 import httpx
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
@@ -20,53 +21,81 @@ from rich.table import Column, Table
 
 from api import __version__
 from store.settings import Settings
-from trainer.spec import Fgsm, Spec
+from trainer.spec import ATTACK_NAMES, Fgsm, Spec
 
 console = Console(highlight=False)
 
 TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
 
 
+MAX_DETAILS = 20  # lines printed for one error
+
+
 class Api:
-    """The service at a URL. Its errors become messages of the command."""
+    """A client of the service at `url`. Raises `click.ClickException` for every failure."""
 
     def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=300))
+        try:
+            self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=300))
+        except httpx.InvalidURL as exc:
+            raise click.ClickException(f"--url {url}: {exc}") from exc
+        self.url = url.rstrip("/")
 
     def call(self, method: str, path: str, *, patience_s: float = 0.0, **arguments: Any) -> Any:
-        """The JSON of a successful answer; a gateway that is away is asked again for so long."""
+        """Return the JSON of a successful answer. Retries for `patience_s` while the gateway cannot be reached."""
         try:
             answer = self._client.request(method, path, **arguments)
         except httpx.HTTPError as exc:
             if patience_s > 0:
                 time.sleep(1)
                 return self.call(method, path, patience_s=patience_s - 1, **arguments)
-            raise click.ClickException(
-                f"no answer from {self._client.base_url}: {exc} (does `temper serve` run?)"
-            ) from exc
-        if answer.is_success:
-            return answer.json()
+            raise click.ClickException(f"no answer from {self.url}: {exc} (is `temper serve` running?)") from exc
         try:
-            error = answer.json()["error"]
-        except (ValueError, KeyError) as exc:
-            raise click.ClickException(f"{answer.status_code} {answer.reason_phrase}") from exc
-        lines = [f"{error['message']} [{error['code']}]"]
-        for detail in error["details"][:20]:
-            where = next((str(detail[key]) for key in ("file", "index", "class", "field") if key in detail), "")
+            body = answer.json()
+            if "x-request-id" in answer.headers:  # every answer of the gateway has one
+                if answer.is_success:
+                    return body
+                raise click.ClickException(_explained(body["error"]))
+        except (ValueError, TypeError, KeyError):
+            pass
+        status = f"{answer.status_code} {answer.reason_phrase}"
+        raise click.ClickException(f"{self.url} is not a Temper service: {method} {path} returned {status}")
+
+
+def _explained(error: dict[str, Any]) -> str:
+    """The message of an error, and a line for each detail that the message does not already contain."""
+    message, lines = error["message"], []
+    for detail in error["details"]:
+        where = next((str(detail[key]) for key in ("file", "index", "class", "field") if key in detail), "")
+        if not re.search(rf"(?<!\w){re.escape(where)}:? ?{re.escape(detail['reason'])}", message):
             lines.append(f"  {where}: {detail['reason']}")
-        if len(error["details"]) > 20:
-            lines.append(f"  ... and {len(error['details']) - 20} more")
-        raise click.ClickException("\n".join(lines))
+    if len(lines) > MAX_DETAILS:
+        lines[MAX_DETAILS:] = [f"  ... and {len(lines) - MAX_DETAILS} more"]
+    return "\n".join([f"{message} [{error['code']}]", *lines])
 
 
-@click.group()
-@click.option("--url", envvar="TEMPER_URL", help="Address of the service.  [default: TEMPER_HOST and TEMPER_PORT]")
+class Commands(click.Group):
+    """Report operating system errors, such as an unreadable file, in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click exits quietly
+            raise
+        except OSError as exc:
+            raise click.ClickException(": ".join(filter(None, (exc.filename, exc.strerror or str(exc))))) from exc
+
+
+@click.group(cls=Commands)
+@click.option("--url", envvar="TEMPER_URL", help="URL of the service.  [default: http://TEMPER_HOST:TEMPER_PORT]")
 @click.version_option(__version__)
 @click.pass_context
 def main(context: click.Context, url: str | None) -> None:
-    """Fine-tune a small vision model on few images without overfitting, and serve it."""
+    """Fine-tune a small vision model on a few images without overfitting, and serve it."""
     settings = _settings()
-    context.obj = Api(url or f"http://{settings.host}:{settings.port}")
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    context.obj = Api(url or f"http://{host}:{settings.port}")
 
 
 def _settings() -> Settings:
@@ -89,7 +118,7 @@ def serve(port: int | None) -> None:
 
 
 def spec_options(command: Callable[..., None]) -> Callable[..., None]:
-    """An option for every plain field of the spec, and for those of its parts that are asked for most."""
+    """Add an option for every plain field of the spec, and for the most used fields of its parts."""
     for name, field in reversed(Spec.model_fields.items()):
         kind = field.annotation
         if kind in (int, float, str):
@@ -101,9 +130,10 @@ def spec_options(command: Callable[..., None]) -> Callable[..., None]:
         command = option(command)
     extra = (
         click.option("--rank", type=int, help="Rank of LoRA."),
-        click.option("--epsilon", type=float, help=f"Train against FGSM: {Fgsm.model_fields['epsilon'].description}"),
-        click.option("--patience", type=int, help="Stop early after so many epochs without improvement."),
-        click.option("--spec", "spec_json", help="The whole spec as JSON; the other options go over it."),
+        click.option("--attack", type=click.Choice(ATTACK_NAMES), help="Train against this attack."),
+        click.option("--epsilon", type=float, help=f"Of the attack. {Fgsm.model_fields['epsilon'].description}"),
+        click.option("--patience", type=int, help="Stop early after this many epochs without improvement."),
+        click.option("--spec", "spec_json", help="A whole spec as JSON; the other options override it."),
     )
     for option in extra:
         command = option(command)
@@ -111,15 +141,16 @@ def spec_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _spec(given: dict[str, Any]) -> str | None:
-    """The spec's JSON from the options that were given; None where none was."""
+    """Build the spec's JSON from the options that were given; None if there were none."""
     try:
         spec = json.loads(given.pop("spec_json") or "{}")
     except ValueError as exc:
-        raise click.ClickException(f"--spec is no JSON: {exc}") from exc
+        raise click.ClickException(f"--spec is not valid JSON: {exc}") from exc
     if not isinstance(spec, dict):
         raise click.ClickException("--spec must be a JSON object")
     parts = {
         "rank": ("lora", "rank"),
+        "attack": ("adversarial", "attack"),
         "epsilon": ("adversarial", "epsilon"),
         "patience": ("early_stopping", "patience"),
     }
@@ -139,46 +170,64 @@ def _spec(given: dict[str, Any]) -> str | None:
 
 @main.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option("--model", required=True, help="The model that gets a new version.")
-@click.option("--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, likewise.")
-@click.option("--wait", is_flag=True, help="Show progress until the job has finished.")
+@click.option("--model", required=True, help="The model to add a version to.")
+@click.option(
+    "--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, in the same form as PATH."
+)
+@click.option("--label", help="The label to move to the new version.  [default: stable]")
+@click.option("--wait", is_flag=True, help="Show progress until the job finishes.")
 @spec_options
 @click.pass_obj
-def finetune(api: Api, /, path: Path, model: str, validation: Path | None, wait: bool, **given: Any) -> None:
-    """Fine-tune on PATH: a zip of class folders, such a folder, or an .npz of images and labels."""
+def finetune(
+    api: Api, /, path: Path, model: str, validation: Path | None, label: str | None, wait: bool, **given: Any
+) -> None:
+    """Fine-tune on PATH: a directory of class folders, a zip of one, or an .npz of images and labels."""
     spec = _spec(given)
     with contextlib.ExitStack() as stack:
         parts = {"data": path} | ({"validation": validation} if validation else {})
         files = {name: (part.name, stack.enter_context(_opened(part))) for name, part in parts.items()}
-        fields = {"model": model} | ({"spec": spec} if spec else {})
+        fields = {"model": model} | ({"spec": spec} if spec else {}) | ({"label": label} if label else {})
         job = api.call("POST", "/finetune", files=files, data=fields)
     dataset = job["dataset"]
     polarity = dataset["polarity"].replace("_", " ")
     text = f"{dataset['images']} images, {len(dataset['classes'])} classes, {polarity}"
     console.print(f"[bold]{job['id']}[/] {job['status']}: {text}", soft_wrap=True)
     if wait:
-        job = follow(lambda: api.call("GET", f"/finetune/{job['id']}", patience_s=30))
+        path_of_job = f"/finetune/{job['id']}"
+        try:
+            job = follow(lambda: api.call("GET", path_of_job, patience_s=30))
+        except KeyboardInterrupt:
+            click.echo(
+                f"\nNo longer waiting for {job['id']}, which goes on. `temper jobs` shows its progress; to cancel it:\n"
+                f"  curl -X POST {api.url}{path_of_job}/cancel",
+                err=True,
+            )
+            raise click.exceptions.Exit(130) from None
         if job["status"] != "succeeded":
             raise click.ClickException(f"{job['status']}: {(job['error'] or {}).get('message', '')}")
-        versions = api.call("GET", f"/models/{model}")["versions"]
-        print_report(next(v for v in versions if v["version"] == job["version"])["report"])
-        console.print(f"[bold green]{model}:{job['version']}[/] serves")
+        print_report(api.call("GET", f"/models/{model}/versions/{job['version']}")["report"])
+        console.print(f"[bold green]{model}:{job['version']}[/] is live")
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> IO[bytes]:
+    """The file, or a temporary zip of the directory."""
     if not path.is_dir():
         return path.open("rb")
-    packed = io.BytesIO()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    if not any(len(file.relative_to(path).parts) > 1 for file in files):
+        raise click.ClickException(
+            f"{path} has no images in class folders: make one folder per class, as in {path}/cat"
+        )
+    packed = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     with zipfile.ZipFile(packed, "w", strict_timestamps=False) as archive:
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(path))
+        for file in files:
+            archive.write(file, file.relative_to(path))
     packed.seek(0)
     return packed
 
 
 def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Show the progress of the job that `read` gives, until it has finished."""
+    """Show the progress of the job that `read` returns until it finishes; return its last state."""
     columns = (
         TextColumn("{task.description:<11}"),
         BarColumn(),
@@ -239,23 +288,28 @@ def print_report(report: dict[str, Any]) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", required=True, help="The model to ask.")
-@click.option("--version", type=int, help="One of its versions; else the one labelled stable, or the canary's share.")
+@click.option("--model", required=True, help="The model to use.")
+@click.option("--version", type=int, help="One of its versions.  [default: the one labelled stable, or its canary]")
 @click.pass_obj
 def predict(api: Api, file: Path, model: str, version: int | None) -> None:
-    """Classify the image in FILE (PNG or JPEG)."""
-    kind = "image/jpeg" if file.suffix.lower() in (".jpg", ".jpeg") else "image/png"
+    """Classify the image in FILE."""
+    try:
+        image = Image.open(file)
+    except (UnidentifiedImageError, Image.DecompressionBombError) as exc:
+        raise click.ClickException(str(exc)) from exc
     wanted = {"model": model} | ({"version": str(version)} if version is not None else {})
-    answer = api.call("POST", "/predict", params=wanted, content=file.read_bytes(), headers={"Content-Type": kind})
-    print_image(Image.open(file))
-    console.print(f"[bold]{escape(answer['predictions'][0]['label'])}[/] says {model}:{answer['version']}")
+    headers = {"Content-Type": Image.MIME.get(str(image.format), "application/octet-stream")}
+    answer = api.call("POST", "/predict", params=wanted, content=file.read_bytes(), headers=headers)
+    print_image(image)
+    label = escape(answer["predictions"][0]["label"])
+    console.print(f"[bold]{label}[/] predicted by {model}:{answer['version']}")
     ranked = sorted(zip(answer["predictions"][0]["probabilities"], answer["classes"], strict=True), reverse=True)
     for probability, name in ranked[:5]:
         console.print(f"  {escape(f'{name:>8}')} {'█' * round(30 * probability)} {probability:.1%}")
 
 
 def print_image(image: Image.Image, width: int = 28) -> None:
-    """Draw an image in the terminal, two pixels a character."""
+    """Draw an image in the terminal, two pixels per character."""
     scale = width / max(image.size)
     grey = image.convert("L").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height / 2)) * 2))
     shades = " .:-=+*#%@"
@@ -265,7 +319,7 @@ def print_image(image: Image.Image, width: int = 28) -> None:
 
 
 @main.command()
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100), help="Most jobs to show.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100), help="Number of jobs to show.")
 @click.pass_obj
 def jobs(api: Api, limit: int) -> None:
     """List the newest jobs."""
@@ -283,7 +337,7 @@ def jobs(api: Api, limit: int) -> None:
 @main.command()
 @click.pass_obj
 def models(api: Api) -> None:
-    """List the models that are served."""
+    """List the models and their versions."""
     table = Table("model", "versions", "stable", "classes", box=None)
     after: dict[str, str] = {}
     while True:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import click
 import numpy as np
 
 from load.bench_served import digits, show
@@ -45,8 +46,9 @@ ATTACKS: dict[str, tuple[dict[str, Any] | None, float]] = {  # and the most time
 }
 
 
+@click.command()
 def main() -> None:
-    """Measure, and print each ratio beside its goal."""
+    """Measure training speed, and print each ratio beside its goal."""
     images, labels = digits(IMAGES, seed=0)
     x, y = images[..., None] / np.float32(255), labels.astype(np.int32)
     whole: dict[str, Side] = {

@@ -4,13 +4,16 @@ import shutil
 import subprocess
 import sys
 
+import click
+
 from serving.quiet import import_tensorflow
 
 TESTS = [f"tests/trainer/test_{name}.py" for name in ("learning", "attacks", "fit", "run", "report", "export")]
 
 
-def main() -> int:
-    """The exit status: zero where there is no GPU."""
+@click.command()
+def main() -> None:
+    """Run the trainer's tests and the training benchmark on a GPU; without one, say so and succeed."""
     import_tensorflow()
     import tensorflow as tf
 
@@ -19,14 +22,13 @@ def main() -> int:
         built = "with" if tf.test.is_built_with_cuda() else "without"
         driver = "there is" if shutil.which("nvidia-smi") else "there is no"
         print(f"skipped: TensorFlow {tf.__version__}, built {built} CUDA, sees no GPU; {driver} nvidia-smi on the PATH")
-        return 0
+        return
     print(f"on {len(gpus)} GPU: {', '.join(gpu.name for gpu in gpus)}")
     for command in (["pytest", *TESTS], ["load.bench_train"]):
         status = subprocess.run([sys.executable, "-m", *command]).returncode
         if status:
-            return status
-    return 0
+            sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 
+import click
+
 from serving.client import ModelServer
 from serving.quiet import import_tensorflow
 from serving.registry import Registry
@@ -29,8 +31,9 @@ class Stopped(BaseException):
     """The process was asked to end. Raised in the main thread, wherever it is."""
 
 
+@click.command()
 def main() -> None:
-    """Run a worker with the settings of the environment."""
+    """Claim queued jobs and run them. Settings are read from TEMPER_* environment variables."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = Settings()
     settings.make_home()

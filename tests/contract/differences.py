@@ -5,6 +5,8 @@ Every row has a test that looks it up by name. `python -m tests.contract.differe
 
 from dataclasses import dataclass
 
+import click
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -64,6 +66,13 @@ DIFFERENCES = {
     )
 }
 
-if __name__ == "__main__":
+
+@click.command()
+def main() -> None:
+    """Print where the embedded model server and TensorFlow Serving differ on purpose."""
     for row in DIFFERENCES.values():
-        print(f"{row.name}\n  embedded  {row.embedded}\n  real      {row.real}\n  because   {row.why}\n")
+        click.echo(f"{row.name}\n  embedded  {row.embedded}\n  real      {row.real}\n  because   {row.why}\n")
+
+
+if __name__ == "__main__":
+    main()
