@@ -393,7 +393,7 @@ def test_a_refusal_of_a_large_body_reaches_every_client(service: Service, size: 
             return answer.code
 
     def with_requests() -> int:
-        return requests.post(url, body, headers={"Content-Type": RAW}, timeout=30).status_code
+        return int(requests.post(url, data=body, headers={"Content-Type": RAW}, timeout=30).status_code)
 
     found = [send() for _ in range(10) for send in (lambda: asyncio.run(with_httpx()), with_urllib, with_requests)]
     assert Counter(found) == {413: 30}
