@@ -16,6 +16,7 @@ from tensorflow_serving.apis import get_model_status_pb2
 from serving.embedded.servable import Refused, Servable, invalid
 
 POLL_S = 0.5
+LOADERS = 2  # threads; TensorFlow compiles graphs outside the interpreter lock
 PLATFORM = "tensorflow"
 START, LOADING, AVAILABLE, END = (
     get_model_status_pb2.ModelVersionStatus.State.Value(name) for name in ("START", "LOADING", "AVAILABLE", "END")
@@ -33,9 +34,10 @@ class State:
 
 @dataclass
 class _Model:
-    """A model that is or was configured. Only the loading thread writes `loaded` and `states`."""
+    """A model that is or was configured. Only its loader thread writes `loaded` and `states`."""
 
     name: str
+    loader: int  # which of the LOADERS
     config: Any = None  # None: removed
     waited_for: bool = False  # a reload has waited for it since it was added
     loaded: Mapping[int, Servable] = field(default_factory=dict)  # replaced, never mutated: readers take no lock
@@ -46,13 +48,15 @@ class _Model:
 
 
 class Models:
-    """The models of a server. One thread loads, unloads and looks for new versions twice a second."""
+    """The models of a server. Each belongs to a thread that loads, unloads and polls for new versions."""
 
     def __init__(self) -> None:
         self._models: dict[str, _Model] = {}
         self._labels: Mapping[str, Mapping[str, int]] = {}
-        self._work: queue.SimpleQueue[tuple[_Model, threading.Event]] = queue.SimpleQueue()
-        threading.Thread(target=self._align_forever, name="loading", daemon=True).start()
+        self._work: list[queue.SimpleQueue[tuple[_Model, threading.Event]]] = []
+        for loader in range(LOADERS):
+            self._work.append(queue.SimpleQueue())
+            threading.Thread(target=self._align_forever, args=(loader,), name=f"loader-{loader}", daemon=True).start()
 
     def find(self, spec: Any) -> tuple[int, Servable]:
         """The version that a ModelSpec asks for.
@@ -117,8 +121,8 @@ class Models:
                     )
         self._labels = {name: dict(config.version_labels) for name, config in configs.items()}
         models = dict(self._models)
-        for name in {*models, *configs}:
-            model = models.setdefault(name, _Model(name))
+        for name in dict.fromkeys((*configs, *models)):
+            model = models.setdefault(name, _Model(name, len(models) % LOADERS))
             model.config = configs.get(name)
             model.waited_for &= model.config is not None
         self._models = models
@@ -134,17 +138,18 @@ class Models:
 
     def _align_soon(self, model: _Model) -> threading.Event:
         done = threading.Event()
-        self._work.put((model, done))
+        self._work[model.loader].put((model, done))
         return done
 
-    def _align_forever(self) -> None:
+    def _align_forever(self, loader: int) -> None:
         poll_at = time.monotonic() + POLL_S
         while True:
             try:
-                model, done = self._work.get(timeout=max(0.0, poll_at - time.monotonic()))
+                model, done = self._work[loader].get(timeout=max(0.0, poll_at - time.monotonic()))
             except queue.Empty:
                 for model in self._models.values():
-                    _align(model)
+                    if model.loader == loader:
+                        _align(model)
                 poll_at = time.monotonic() + POLL_S
             else:
                 _align(model)

@@ -18,7 +18,8 @@ def save(directory: Path) -> None:
     """Write a SavedModel with many signatures.
 
     `echo_<type>(x [any shape]) -> y`, the same; `serving_default(a float32 [n], b float32 [n]) -> sum, difference`;
-    `pick(i int32 []) -> y float32`, which fails outside 0..2; `text(name string [n]) -> name, name_bytes`.
+    `pick(i int32 []) -> y float32`, which fails outside 0..2; `text(name string [n]) -> name, name_bytes`;
+    `look_up(key int64 [n]) -> value`, in a table that the SavedModel's initializer fills with the squares of 0..2.
     """
     module = tf.Module()
     signatures = {}
@@ -39,5 +40,12 @@ def save(directory: Path) -> None:
         lambda name: {"name": tf.identity(name), "name_bytes": tf.strings.upper(name)},
         autograph=False,
         input_signature=[tf.TensorSpec([None], tf.string, name="name")],
+    )
+    keys = tf.range(3, dtype=tf.int64)
+    module.squares = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, keys * keys), -1)
+    signatures["look_up"] = tf.function(
+        lambda key: {"value": module.squares.lookup(key)},
+        autograph=False,
+        input_signature=[tf.TensorSpec([None], tf.int64, name="key")],
     )
     tf.saved_model.save(module, str(directory), signatures=signatures)

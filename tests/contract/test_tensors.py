@@ -151,6 +151,11 @@ def test_an_error_in_the_graph_is_returned(server: Server, many: str) -> None:
     assert "9 is not in [0, 3)" in found.message
 
 
+def test_tables_are_filled_when_a_version_is_loaded(server: Server, many: str) -> None:
+    outputs = server.predict(many, {"key": np.array([2, 7], np.int64)}, signature="look_up").outputs
+    assert list(outputs["value"].int64_val) == [4, -1]
+
+
 def test_a_signature_without_inputs_takes_none(server: Server, many: str) -> None:
     found = refusal(server.predict, many, {"image": IMAGES}, signature="__saved_model_init_op")
     assert found.message == (
