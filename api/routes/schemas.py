@@ -275,7 +275,7 @@ class Ready(BaseModel):
     store: Literal["ok", "unavailable"] = Field(description="The store of jobs and models.")
     model_server: Literal["ok", "unavailable"] = Field(description="Does at least one model server answer?")
     model_servers: dict[str, Literal["ok", "unavailable"]] = Field(description="Each of them, by address.")
-    workers: dict[str, str] = Field(description="State of every live worker: warming, idle or busy.")
+    workers: dict[str, str] = Field(description="State of every live worker: warming, idle, busy or reporting.")
 
 
 class PlainError(BaseModel):
