@@ -107,7 +107,7 @@ class PostgreSQL:
         if not found[-1].is_file():
             pytest.skip("no PostgreSQL server on this machine (Debian: apt-get install postgresql)")
         binaries = found[-1].parent
-        as_user = []
+        as_user: list[str | Path] = []
         if os.getuid() == 0:  # PostgreSQL refuses to run as root
             as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
             for parent in (folder, *folder.parents[:-2]):
@@ -119,14 +119,17 @@ class PostgreSQL:
             check=True, capture_output=True, cwd="/",
         )  # fmt: skip
         self.url = f"postgresql+psycopg://temper@127.0.0.1:{port}/postgres"
-        self._command = [
+        self._command: list[str | Path] = [
             *as_user, binaries / "postgres", "-D", cluster, "-p", str(port), "-k", "", "-h", "127.0.0.1", "-F"
         ]  # fmt: skip
         self.start()
 
     def start(self) -> None:
-        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL, cwd="/")
+        self._launch()
         eventually(self._answers, "PostgreSQL answers")
+
+    def _launch(self) -> None:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL, cwd="/")
 
     def stop(self) -> None:
         """Stop at once; all connections break."""
@@ -134,6 +137,8 @@ class PostgreSQL:
         self._process.wait()
 
     def _answers(self) -> bool:
+        if self._process.poll() is not None:  # while it was stopped, another connection got its port for a moment
+            self._launch()
         engine = sa.create_engine(self.url)
         try:
             engine.connect().close()
