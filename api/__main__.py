@@ -2,10 +2,13 @@
 
 import logging
 import os
+import sys
 
 import click
 import uvicorn
 
+from store.engine import prepare
+from store.errors import StoreUnavailable
 from store.memory import give_memory_back
 from store.settings import Settings
 
@@ -16,6 +19,13 @@ def main() -> None:
     give_memory_back()
     logging.basicConfig(level=logging.INFO, format="%(request_id)s %(message)s")
     settings = Settings()
+    try:
+        settings.make_home()
+        prepare(settings.store_url)
+    except OSError as exc:
+        sys.exit(f"python -m api: cannot use TEMPER_HOME: {exc}")
+    except StoreUnavailable as exc:
+        sys.exit(f"python -m api: {exc.message}")
     # Read when gRPC is imported. Its older event loop takes a tenth less of the processor for a call.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_callback_cq")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its children exec at once; read when gRPC is imported

@@ -1,6 +1,8 @@
 """The relational store that the processes share: SQLite by default, PostgreSQL where several machines share it."""
 
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -69,6 +71,27 @@ def connect(url: str) -> sa.Engine:
             raise _unavailable(engine.url, exc) from exc
         raise
     return engine
+
+
+def prepare(url: str) -> None:
+    """Bring the store up to date as `connect` does, but in a child process, which takes Alembic with it at its end.
+
+    Raises:
+        StoreUnavailable: as above.
+    """
+    engine = _engine(url)
+    try:
+        if is_current(engine):
+            return
+    except sa.exc.DBAPIError as exc:
+        raise _unavailable(engine.url, exc) from exc
+    finally:
+        engine.dispose()
+    child = subprocess.run(
+        [sys.executable, "-m", "store.migrations"], input=url, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if child.returncode:
+        raise StoreUnavailable(child.stderr.strip())
 
 
 def is_current(engine: sa.Engine) -> bool:

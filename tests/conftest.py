@@ -99,33 +99,47 @@ def digits_zip(digits: tuple[np.ndarray, np.ndarray]) -> bytes:
     return zipped({f"{labels[i]}/{i}.png": png(images[i]) for i in range(200)})
 
 
-@pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL server of its own."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [Path(shutil.which("initdb") or "")]
-    if not found[-1].is_file():
-        pytest.skip("no PostgreSQL server on this machine (Debian: apt-get install postgresql)")
-    binaries = found[-1].parent
-    data = tmp_path_factory.mktemp("postgresql")
-    as_user = []
-    if os.getuid() == 0:  # PostgreSQL refuses to run as root
-        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        for folder in (data, *data.parents[:-2]):
-            folder.chmod(0o755)
-        shutil.chown(data, "postgres", "postgres")
-    cluster, port = data / "cluster", free_port()
-    subprocess.run(
-        [*as_user, binaries / "initdb", "--auth=trust", "--username=temper", "--no-sync", "-D", cluster],
-        check=True, capture_output=True, cwd="/",
-    )  # fmt: skip
-    server = subprocess.Popen(
-        [*as_user, binaries / "postgres", "-D", cluster, "-p", str(port), "-k", "", "-h", "127.0.0.1", "-F"],
-        stderr=subprocess.DEVNULL, cwd="/",
-    )  # fmt: skip
-    url = f"postgresql+psycopg://temper@127.0.0.1:{port}/postgres"
+class PostgreSQL:
+    """A PostgreSQL server of its own, with its data in `folder`."""
 
-    def answers() -> bool:
-        engine = sa.create_engine(url)
+    def __init__(self, folder: Path) -> None:
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [Path(shutil.which("initdb") or "")]
+        if not found[-1].is_file():
+            pytest.skip("no PostgreSQL server on this machine (Debian: apt-get install postgresql)")
+        binaries = found[-1].parent
+        as_user: list[str | Path] = []
+        if os.getuid() == 0:  # PostgreSQL refuses to run as root
+            as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+            for parent in (folder, *folder.parents[:-2]):
+                parent.chmod(0o755)
+            shutil.chown(folder, "postgres", "postgres")
+        cluster, port = folder / "cluster", free_port()
+        subprocess.run(
+            [*as_user, binaries / "initdb", "--auth=trust", "--username=temper", "--no-sync", "-D", cluster],
+            check=True, capture_output=True, cwd="/",
+        )  # fmt: skip
+        self.url = f"postgresql+psycopg://temper@127.0.0.1:{port}/postgres"
+        self._command: list[str | Path] = [
+            *as_user, binaries / "postgres", "-D", cluster, "-p", str(port), "-k", "", "-h", "127.0.0.1", "-F"
+        ]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        self._launch()
+        eventually(self._answers, "PostgreSQL answers")
+
+    def _launch(self) -> None:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL, cwd="/")
+
+    def stop(self) -> None:
+        """Stop at once; all connections break."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        if self._process.poll() is not None:  # while it was stopped, another connection got its port for a moment
+            self._launch()
+        engine = sa.create_engine(self.url)
         try:
             engine.connect().close()
         except sa.exc.OperationalError:
@@ -134,12 +148,13 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             engine.dispose()
         return True
 
-    try:
-        eventually(answers, "PostgreSQL answers")
-        yield url
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait()
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of its own."""
+    server = PostgreSQL(tmp_path_factory.mktemp("postgresql"))
+    yield server.url
+    server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -217,7 +232,7 @@ class Service:
     def ready(self) -> bool:
         """Does everything answer, with a worker that waits for jobs?"""
         answer = self.api.get("/readyz")
-        return answer.status_code == 200 and "idle" in answer.json()["workers"].values()
+        return answer.status_code == 200 and bool({"idle", "reporting"} & set(answer.json()["workers"].values()))
 
     def finetune(self, data: bytes, model: str, spec: str | None = None) -> httpx.Response:
         fields = {"model": model} | ({"spec": spec} if spec else {})

@@ -1,4 +1,4 @@
-"""Changes of the store's schema, one file each, run by Alembic in the order of their numbers.
+"""Changes of the store's schema, one file each in `versions`, run by Alembic in the order of their numbers.
 
 `store.engine.connect` applies them. They are written by hand and go forward only; a test compares the outcome with
 the tables in the code. A migration that is released is not edited any more, and imports nothing of ours: it
@@ -10,7 +10,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 FOLDER = Path(__file__).parent
-HEAD = max(path.stem for path in FOLDER.glob("m[0-9]*.py"))[1:5]
+HEAD = max(path.stem for path in FOLDER.glob("versions/m[0-9]*.py"))[1:5]
 
 
 def upgrade(engine: sa.Engine) -> None:
@@ -21,7 +21,7 @@ def upgrade(engine: sa.Engine) -> None:
 
     from store.engine import revision
 
-    script = ScriptDirectory(FOLDER, version_locations=[str(FOLDER)])
+    script = ScriptDirectory(str(FOLDER))
     context = EnvironmentContext(Config(), script, fn=lambda stored, _: script._upgrade_revs("head", stored))
     sqlite = engine.dialect.name == "sqlite"
     options = {"isolation_level": "AUTOCOMMIT"} if sqlite else {}

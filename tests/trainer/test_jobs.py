@@ -194,3 +194,17 @@ def test_events_written_at_once_have_each_its_number(jobs: Jobs) -> None:
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(write, range(3)))
     assert [event.seq for event in jobs.events(job.id)] == list(range(1, 33))
+
+
+def test_a_worker_takes_back_what_it_has_dropped_itself_and_spares_others_when_told_to(jobs: Jobs) -> None:
+    for worker in ("w", "v"):
+        queued(jobs, worker)
+        jobs.heartbeat(worker, "busy")
+        assert jobs.claim(worker) is not None
+        time.sleep(0.002)
+    jobs.forget_worker("v")
+    assert jobs.recover("w", others=False) == []
+    states = {job.model: job.status for job in jobs.page(after=None, limit=9)[0]}
+    assert states == {"w": "queued", "v": "running"}
+    assert jobs.recover("w") == []
+    assert {job.status for job in jobs.page(after=None, limit=9)[0]} == {"queued"}

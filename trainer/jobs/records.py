@@ -234,11 +234,10 @@ class Jobs:
                 connection, _leased(job), [*happened, last], status=status, stage=None, finished_at=now(), **values
             )  # fmt: skip
 
-    def requeue(self, job: Job, *, counts: bool = False) -> None:
-        """Give the lease of a running job back; unless it `counts`, the attempt is as if it had not been."""
-        values = {} if counts else {"attempts": jobs.c.attempts - 1}
+    def requeue(self, job: Job) -> None:
+        """Give back the lease of a running job whose worker stops; the attempt does not count."""
         with self._engine.begin() as connection:
-            _write(connection, _leased(job), [_status("queued")], **_QUEUED, **values)
+            _write(connection, _leased(job), [_status("queued")], **_QUEUED, attempts=jobs.c.attempts - 1)
 
     def unreported(self, worker: str, but: Collection[str] = ()) -> Job | None:
         """Lease to `worker` the oldest job whose report is not complete and that no living worker works on."""
@@ -289,19 +288,27 @@ class Jobs:
             query = sa.select(workers.c.id, workers.c.state).where(workers.c.seen_at > now() - LOST_AFTER_S)
             return {row.id: row.state for row in connection.execute(query)}
 
-    def recover(self) -> list[Job]:
-        """Requeue the jobs of dead workers, but end those to be cancelled and those out of attempts.
+    def recover(self, worker: str | None = None, *, others: bool = True) -> list[Job]:
+        """Requeue running jobs that no worker runs, but end those to be cancelled and those out of attempts.
+
+        Args:
+            worker: the caller. It runs no job now, so one that is leased to it has been dropped.
+            others: also take the jobs of dead workers.
 
         Returns:
             The jobs that have ended, whose leftovers the caller has to clear.
         """
-        message = f"its worker died {MAX_ATTEMPTS} times"
+        message = f"its worker died or lost the store {MAX_ATTEMPTS} times"
         died = {"code": "worker_lost", "message": message, "param": None}
-        lost = (jobs.c.status == "running") & jobs.c.worker.not_in(sa.select(workers.c.id))
+        lost = jobs.c.worker == worker
+        if others:
+            lost |= jobs.c.worker.not_in(sa.select(workers.c.id))
+        lost &= jobs.c.status == "running"
         again = lost & (jobs.c.attempts < MAX_ATTEMPTS) & ~jobs.c.cancel_requested
         ending = {"stage": None, "worker": None, "finished_at": now()}
         with self._engine.begin() as connection:
-            connection.execute(workers.delete().where(workers.c.seen_at < now() - LOST_AFTER_S))
+            if others:
+                connection.execute(workers.delete().where(workers.c.seen_at < now() - LOST_AFTER_S))
             _write(connection, again, [_status("queued")], **_QUEUED)
             cancelled = _write(
                 connection, lost & jobs.c.cancel_requested, [_status("cancelled")], status="cancelled", **ending

@@ -1,41 +1,47 @@
-"""What is thrown away: versions that newer ones have replaced, and data sets that nothing needs any more."""
+"""What is deleted: versions that newer ones have replaced, and data sets that nothing needs any more."""
 
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+import structlog
+
 from serving.client import ModelServer
 from serving.publishing import reconcile
 from serving.registry import BASE, Registry
-from store.errors import ModelServerError, WrongState
+from store.errors import TemperError
 from store.settings import Settings
 from trainer.jobs.records import Jobs
 
-log = logging.getLogger("temper.worker")
+log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
-UNUSED_S = 3600.0  # age at which a data set goes that nothing needs; a job may be about to be made of a younger one
+UNUSED_S = 3600.0  # age at which an unused data set is deleted; a younger one may be about to get its job
 
 
 def retire_surplus(
     model: str, *, settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]
 ) -> None:
-    """Remove a model's versions beyond the newest `keep_versions`, but those with a label or a job that needs them."""
+    """Retire a model's versions beyond the newest `keep_versions`, except labelled ones and bases of open jobs."""
     if not settings.keep_versions or model == BASE:
         return
     needed = jobs.open_bases()
     surplus = [v for v in registry.surplus(model, settings.keep_versions) if f"{model}:{v}" not in needed]
     for version in surplus:
-        with suppress(WrongState):  # labelled in this moment
+        try:
             registry.retire(model, version)
-            log.info("%s:%d retired: %d newer versions are kept", model, version, settings.keep_versions)
+        except TemperError as exc:  # a client has just labelled it, or deleted it or the whole model
+            log.info("version not retired", model=model, version=version, reason=exc.message)
+        else:
+            log.info("version retired", model=model, version=version, newer_kept=settings.keep_versions)
     if surplus:
-        with suppress(ModelServerError):  # done by whoever reconciles next
+        try:
             reconcile(settings, registry, servers)
+        except TemperError as exc:  # whoever reconciles next does so
+            log.warning("model servers keep retired versions for now", model=model, reason=exc.message)
 
 
 def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry) -> None:
-    """Remove prepared data sets that neither a job nor a live version needs."""
+    """Delete prepared data sets that neither a job nor a live version needs."""
     records = [*jobs.needed_datasets(), *(version.manifest.get("dataset") for version in registry.live())]
     needed = {part["id"] for record in records if record for part in (record, record.get("validation")) if part}
     for path in settings.datasets.glob("*.npz"):

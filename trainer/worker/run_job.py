@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 import tensorflow as tf
 
 from serving.client import ModelServer
 from serving.publishing import Probe, file_lock, publish, seal, withdraw
 from serving.registry import BASE, Registry, Version
+from store.engine import reason, retrying
 from store.errors import DeviceUnavailable, UnknownModel
 from store.settings import Settings
 from trainer import delta, evaluate, report
@@ -28,8 +30,11 @@ from trainer.spec import Spec, described
 from trainer.synthetic_digits import synthetic_digits
 
 PENALTIES = {"l1": 0.0, "l2": 0.0, "l2_sp": 0.0}  # in the progress of every job
+STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 PROBE_IMAGES = 16
 FORGETTING_IMAGES = 500
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
 
 @dataclass
@@ -43,24 +48,41 @@ class Run:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Note an epoch."""
-        self.jobs.append_event(self.job, "epoch", record)
+        self._patiently(lambda: self.jobs.append_event(self.job, "epoch", record))
 
     def publishing(self, done: str) -> None:
         """Note a publishing step. Called again while the next step waits, to end a cancelled job."""
         if done in self.published:
-            self.jobs.check_lease(self.job)
+            self._patiently(lambda: self.jobs.check_lease(self.job))
             return
         stage = {"proven": "warming", "warmed": "publishing"}.get(done)
-        self.jobs.append_event(self.job, "publishing", {"step": done}, stage=stage)
+        self._patiently(lambda: self.jobs.append_event(self.job, "publishing", {"step": done}, stage=stage))
         self.published.add(done)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Everything inside belongs to this stage."""
-        self.jobs.set_stage(self.job, name)
+        self._patiently(lambda: self.jobs.set_stage(self.job, name))
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
+
+    def succeeded(self, version: int) -> None:
+        """End the job."""
+        labelled: Happened = ("publishing", {"step": "labelled"})
+        self._patiently(
+            lambda: self.jobs.finish(
+                self.job, "succeeded", happened=[labelled], version=version, report_status="quick"
+            )
+        )  # fmt: skip
+
+    def _patiently(self, write: Callable[[], None]) -> None:
+        """Wait for a store that is away: what has been trained is worth more than the wait."""
+
+        def tell(exc: Exception) -> None:
+            log.warning("the store failed; the job waits for it", job=self.job.id, reason=reason(exc))
+
+        retrying(write, timeout_s=STORE_PATIENCE_S, failed=tell)
 
 
 def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:
@@ -77,6 +99,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
         jobs.finish(job, "succeeded", version=live[0].version, report_status="quick")
         return
     run = Run(job, jobs)
+    report.reset_peak_memory()
     try:
         with run.stage("validating"):
             spec = Spec.model_validate_json(json.dumps(job.spec))
@@ -116,8 +139,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 step=run.publishing, fence=functools.partial(jobs.check_lease, job),
             )  # fmt: skip
         registry.set_report(job.model, version, card)
-        labelled: Happened = ("publishing", {"step": "labelled"})
-        jobs.finish(job, "succeeded", happened=[labelled], version=version, report_status="quick")
+        run.succeeded(version)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -1,0 +1,258 @@
+"""The worker's main loop: it leases queued jobs and runs them one at a time, and works on reports in between."""
+
+import argparse
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+
+import structlog
+
+from serving.client import ModelServer
+from serving.quiet import import_tensorflow
+from serving.registry import Registry
+from store.engine import PASSING_FAILURES, connect, reason
+from store.errors import ModelServerError, StoreUnavailable, TemperError
+from store.settings import Settings
+from trainer.jobs import records
+from trainer.jobs.records import Job, Jobs, LeaseLost, WorkerState
+
+POLL_S = 0.1  # between looks for a job
+RECOVER_S = 2.0  # between looks for jobs of dead workers
+SWEEP_S = 60.0  # between looks for unused data sets
+HEARTBEAT_S = 1.0
+STORE_PAUSE_S = 1.0  # after a failure of the store
+REPORT_PAUSE_S = 10.0  # before a report that failed is tried again
+REPORT_ATTEMPTS = 3
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
+
+
+class Stopped(BaseException):
+    """The process was asked to end. Raised in the main thread, wherever it is."""
+
+
+def main() -> None:
+    """Run a worker with the settings of the environment, until SIGTERM or SIGINT."""
+    argparse.ArgumentParser(
+        prog="python -m trainer", description="Run a worker. TEMPER_* environment variables configure it."
+    ).parse_args()
+    _configure_logging()
+    settings = Settings()
+    os.nice(5)  # predictions come first
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with suppress(Stopped):
+        try:
+            settings.make_home()
+            worker = Worker(settings)
+        except OSError as exc:
+            sys.exit(f"python -m trainer: cannot use TEMPER_HOME: {exc}")
+        except StoreUnavailable as exc:
+            sys.exit(f"python -m trainer: {exc.message}")
+        worker.run()
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    structlog.configure(
+        processors=[structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+
+
+class Worker:
+    """One worker. A thread sends its heartbeats, so that a long computation does not look like death."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.id = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
+        engine = connect(settings.store_url)
+        self.jobs, self.registry = Jobs(engine), Registry(engine)
+        self.state: WorkerState = "warming"
+        self._stopped = threading.Event()
+        self._pulse = _Pulse()
+        self._report: tuple[Job, Iterator[None]] | None = None  # under way
+        self._failed_reports: dict[str, tuple[int, float]] = {}  # how often, and when to try again
+
+    def run(self) -> None:
+        """Work until `Stopped` is raised."""
+        heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        heartbeat.start()
+        try:
+            self._run()
+        finally:
+            self._stopped.set()
+            heartbeat.join()
+            with suppress(*PASSING_FAILURES):
+                self.jobs.forget_worker(self.id)
+
+    def _beat(self) -> None:
+        reachable = True
+        while True:
+            try:
+                self.jobs.heartbeat(self.id, self.state)
+            except Exception as exc:
+                if reachable:
+                    log.warning("cannot reach the store; trying again", worker=self.id, reason=reason(exc))
+                reachable = False
+            else:
+                if not reachable:
+                    log.info("the store answers again", worker=self.id)
+                reachable = True
+                self._pulse.beat()
+            if self._stopped.wait(HEARTBEAT_S):
+                return
+
+    def _run(self) -> None:
+        import_tensorflow()
+        import tensorflow as tf
+
+        from trainer.worker.run_job import publish_base
+
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+            tf.config.experimental.enable_op_determinism()  # the same seed gives the same weights
+        with ExitStack() as stack:
+            servers = [stack.enter_context(ModelServer(target)) for target in self.settings.server_addresses]
+            while True:
+                try:
+                    publish_base(self.settings, self.registry, servers)
+                    break
+                except ModelServerError as exc:
+                    log.info("waiting for the model server", worker=self.id, reason=exc.message)
+                    time.sleep(0.2)
+                except PASSING_FAILURES as exc:
+                    log.warning("waiting for the store", worker=self.id, reason=reason(exc))
+                    time.sleep(STORE_PAUSE_S)
+            self.state = "idle"
+            log.info("ready", worker=self.id)
+            self._loop(servers)
+
+    def _loop(self, servers: Sequence[ModelServer]) -> None:
+        from trainer.worker.retention import retire_surplus, sweep_datasets
+
+        recover_at = sweep_at = 0.0
+        while True:
+            try:
+                if time.monotonic() >= recover_at:
+                    self._recover(servers)
+                    recover_at = time.monotonic() + RECOVER_S
+                job = self.jobs.claim(self.id)
+                if job is not None:
+                    self.state = "busy"
+                    self._attempt(job, servers)
+                    retire_surplus(
+                        job.model, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers
+                    )
+                elif time.monotonic() >= sweep_at:
+                    sweep_at = time.monotonic() + SWEEP_S
+                    sweep_datasets(self.settings, self.jobs, self.registry)
+                elif not self._continue_report():
+                    self.state = "idle"
+                    time.sleep(POLL_S)
+            except PASSING_FAILURES as exc:
+                # Whether a claim or the end of a job has been stored is unknown: look for jobs of ours first.
+                log.warning("the store failed; trying again", worker=self.id, reason=reason(exc))
+                self.state, recover_at = "idle", 0.0
+                time.sleep(STORE_PAUSE_S)
+
+    def _recover(self, servers: Sequence[ModelServer]) -> None:
+        """Requeue or end the jobs that nobody works on. This worker runs none now, so also those that are its own."""
+        from trainer.worker.run_job import clear_leftovers
+
+        for job in self.jobs.recover(self.id, others=self._pulse.is_steady()):
+            log.warning("job ended: its worker died", job=job.id, status=job.status)
+            with suppress(TemperError):  # whoever reconciles next does so
+                clear_leftovers(job, settings=self.settings, registry=self.registry, servers=servers)
+
+    def _attempt(self, job: Job, servers: Sequence[ModelServer]) -> None:
+        """Run a job and store how it ended.
+
+        A failure of the store goes up to the loop. The job is still ours then, and `_recover` requeues it.
+        """
+        from trainer.worker.run_job import run_job
+
+        bound = log.bind(job=job.id)
+        bound.info("job starts", model=job.model, images=job.dataset["images"], attempt=job.attempts)
+        try:
+            run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
+        except LeaseLost:
+            self.jobs.finish(job, "cancelled")
+        except TemperError as exc:
+            self.jobs.finish(job, "failed", error={"code": exc.code, "message": exc.message, "param": exc.param})
+        except Stopped:
+            with suppress(*PASSING_FAILURES):  # then it looks like that of a dead worker, which it is
+                self.jobs.requeue(job)
+            raise
+        except PASSING_FAILURES:
+            raise
+        except Exception:
+            bound.exception("job crashed")
+            message = "the trainer crashed; see the worker's log"
+            self.jobs.finish(job, "failed", error={"code": "internal_error", "message": message, "param": None})
+        bound.info("job ended", status=self.jobs.get(job.id).status)
+
+    def _continue_report(self) -> bool:
+        """Work on an open report for a moment; False if there is none."""
+        from trainer.worker.run_job import complete_report
+
+        if self._report is None:
+            now = time.monotonic()
+            resting = [job_id for job_id, (_, again_at) in self._failed_reports.items() if now < again_at]
+            job = self.jobs.unreported(self.id, resting)
+            if job is None:
+                return False
+            pieces = complete_report(job, settings=self.settings, jobs=self.jobs, registry=self.registry)
+            self._report = job, pieces
+        job, pieces = self._report
+        bound = log.bind(job=job.id)
+        self.state = "reporting"
+        try:
+            next(pieces)
+        except StopIteration:
+            self._report = None
+            bound.info("report complete")
+        except PASSING_FAILURES as exc:
+            self._report = None
+            bound.warning("the store failed; the report starts again", reason=reason(exc))
+            self._failed_reports[job.id] = (0, time.monotonic() + STORE_PAUSE_S)
+        except Exception:
+            self._report = None
+            failures = self._failed_reports.get(job.id, (0, 0.0))[0] + 1
+            pause_s = REPORT_PAUSE_S if failures < REPORT_ATTEMPTS else float("inf")
+            bound.exception("report crashed", attempt=failures, gives_up=failures >= REPORT_ATTEMPTS)
+            self._failed_reports[job.id] = (failures, time.monotonic() + pause_s)
+        return True
+
+
+class _Pulse:
+    """Whether this worker's heartbeats have reached the store without a gap.
+
+    When the store has been away, the heartbeats of all workers are old, and none of them need be dead.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._steady_since = float("-inf")
+
+    def beat(self) -> None:
+        if not self._recent():
+            self._steady_since = time.monotonic()
+        self._last = time.monotonic()
+
+    def is_steady(self) -> bool:
+        return self._recent() and time.monotonic() - self._steady_since > records.LOST_AFTER_S
+
+    def _recent(self) -> bool:
+        return time.monotonic() - self._last < records.LOST_AFTER_S / 2
