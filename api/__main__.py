@@ -6,13 +6,14 @@ import os
 import uvicorn
 
 from store.memory import give_memory_back
-from store.settings import Settings
+from store.settings import Settings, warn_of_unknown_variables
 
 
 def main() -> None:
     """Serve the HTTP API with the settings of the environment."""
     give_memory_back()
     logging.basicConfig(level=logging.INFO, format="%(request_id)s %(message)s")
+    warn_of_unknown_variables(os.environ)
     settings = Settings()
     # Read when gRPC is imported. Its older event loop takes a tenth less of the processor for a call.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_callback_cq")

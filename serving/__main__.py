@@ -13,7 +13,9 @@ from store.settings import LOCAL_REST, LOCAL_TARGET
 
 
 @click.command()
-@click.option("--address", default=LOCAL_TARGET, show_default=True, help="Address of gRPC, host:port; port 0: any.")
+@click.option(
+    "--address", default=LOCAL_TARGET, show_default=True, help="Address of gRPC, host:port (port 0: any) or unix:/path."
+)
 @click.option("--rest-address", default=LOCAL_REST, show_default=True, help="Address of REST; empty for none.")
 def main(address: str, rest_address: str) -> None:
     """Serve SavedModels over TensorFlow Serving's gRPC protocol and REST API."""
@@ -35,7 +37,9 @@ def main(address: str, rest_address: str) -> None:
         server, port = embedded.start(address, models)
     except RuntimeError as exc:
         raise click.ClickException(f"cannot listen on {address} (--address): is the port taken?") from exc
-    ready, http = f"{address.rpartition(':')[0]}:{port}", None
+    ready, http = address, None
+    if not address.startswith("unix:"):
+        ready = f"{address.rpartition(':')[0]}:{port}"
     if rest_address:
         try:
             listener = rest.listening(rest_address)

@@ -14,7 +14,7 @@ from serving.quiet import import_tensorflow
 from serving.registry import Registry
 from store.engine import connect
 from store.errors import ModelServerError, TemperError
-from store.settings import Settings
+from store.settings import Settings, warn_of_unknown_variables
 from trainer.jobs.records import Job, Jobs, LeaseLost
 
 POLL_S = 0.1  # between looks for a job
@@ -32,6 +32,7 @@ class Stopped(BaseException):
 def main() -> None:
     """Run a worker with the settings of the environment."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warn_of_unknown_variables(os.environ)
     settings = Settings()
     settings.make_home()
     os.nice(5)  # predictions come first
