@@ -13,7 +13,6 @@ def main() -> None:
     """Serve the HTTP API with the settings of the environment."""
     give_memory_back()
     logging.basicConfig(level=logging.INFO, format="%(request_id)s %(message)s")
-    warn_of_unknown_variables(os.environ)
     settings = Settings()
     # Read when gRPC is imported. Its older event loop takes a tenth less of the processor for a call.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_callback_cq")
@@ -24,6 +23,7 @@ def main() -> None:
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(WithRequestId())
+    warn_of_unknown_variables(os.environ)
     uvicorn.run(
         create_app(settings), host=settings.host, port=settings.port, access_log=False, log_level="warning",
         timeout_graceful_shutdown=5, loop="uvloop", http=Connection, ws="none",

@@ -104,7 +104,7 @@ class Registry:
             return connection.execute(sa.select(revisions.c.revision)).scalar_one_or_none() or 0
 
     def reserve(self, model: str, job_id: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> int:
-        """Number of a new version, which is `publishing` from now on."""
+        """Number a new version, which is `publishing` from now on, and return the number."""
         now = time.time()
         with self._change() as connection:
             insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now)
@@ -212,7 +212,7 @@ class Registry:
         return sorted(known if version is None else {version})
 
     def remove(self, model: str, version: int) -> None:
-        """Give up a version that did not go live."""
+        """Mark a version that did not go live as removed."""
         with self._change() as connection:
             row = _is(model, version) & ~versions.c.live
             connection.execute(versions.update().where(row).values(removed=True))
