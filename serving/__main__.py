@@ -14,15 +14,20 @@ from store.settings import LOCAL_REST, LOCAL_TARGET
 
 @click.command()
 @click.option(
-    "--address", default=LOCAL_TARGET, show_default=True, help="Address of gRPC, host:port (port 0: any) or unix:/path."
+    "--address",
+    default=LOCAL_TARGET,
+    show_default=True,
+    help="Where to listen for gRPC: host:port (port 0 picks a free one) or unix:/path.",
 )
-@click.option("--rest-address", default=LOCAL_REST, show_default=True, help="Address of REST; empty for none.")
+@click.option(
+    "--rest-address", default=LOCAL_REST, show_default=True, help='Where to listen for REST: host:port, or "" for none.'
+)
 def main(address: str, rest_address: str) -> None:
     """Serve SavedModels over TensorFlow Serving's gRPC protocol and REST API."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the GPU belongs to the workers
-    # Read when gRPC is imported. Its older event loop takes a tenth less of the processor for a call.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # GPUs are for the workers
+    # Both are read when gRPC is imported. Its older event loop costs a tenth less processor time per call, and its own
+    # log lines about a taken port would precede our error message.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_callback_cq")
-    # gRPC tells of a port that is taken in lines of its own, above ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import_tensorflow()
     from serving.embedded import rest
@@ -36,10 +41,10 @@ def main(address: str, rest_address: str) -> None:
     try:
         server, port = embedded.start(address, models)
     except RuntimeError as exc:
-        raise click.ClickException(f"cannot listen on {address} (--address): is the port taken?") from exc
-    ready, http = address, None
-    if not address.startswith("unix:"):
-        ready = f"{address.rpartition(':')[0]}:{port}"
+        problem = f"cannot listen on {address} (--address): is it taken, malformed, or in a missing directory?"
+        raise click.ClickException(problem) from exc
+    ready = address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+    http = None
     if rest_address:
         try:
             listener = rest.listening(rest_address)
@@ -49,7 +54,7 @@ def main(address: str, rest_address: str) -> None:
         http = rest.start(listener, models)
         ready += f", REST on {rest_address.rpartition(':')[0]}:{listener.getsockname()[1]}"
     settle()
-    gc.set_threshold(50_000, 50, 1000)  # a full look at TensorFlow's objects takes a third of a second
+    gc.set_threshold(50_000, 50, 1000)  # a full collection over TensorFlow's objects takes a third of a second
     click.echo(f"model server ready on {ready}")
     stopped.wait()
     if http:

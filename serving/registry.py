@@ -104,7 +104,7 @@ class Registry:
             return connection.execute(sa.select(revisions.c.revision)).scalar_one_or_none() or 0
 
     def reserve(self, model: str, job_id: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> int:
-        """Number a new version, which is `publishing` from now on, and return the number."""
+        """Number of a new version, which is `publishing` from now on."""
         now = time.time()
         with self._change() as connection:
             insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now)
