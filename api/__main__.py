@@ -10,7 +10,7 @@ import uvicorn
 from store.engine import prepare
 from store.errors import StoreUnavailable
 from store.memory import give_memory_back
-from store.settings import Settings
+from store.settings import Settings, warn_of_unknown_variables
 
 
 @click.command()
@@ -35,6 +35,7 @@ def main() -> None:
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(WithRequestId())
+    warn_of_unknown_variables(os.environ)
     uvicorn.run(
         create_app(settings), host=settings.host, port=settings.port, access_log=False, log_level="warning",
         timeout_graceful_shutdown=5, loop="uvloop", http=Connection, ws="none",

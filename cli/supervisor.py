@@ -1,5 +1,6 @@
-"""`temper serve`: one gateway, the workers and a model server, each started again when it dies."""
+"""`temper serve`: one gateway, the workers and a model server, each replaced when it dies or freezes."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -7,36 +8,55 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
+from typing import IO, Any
 
 import click
 import httpx
 import sqlalchemy as sa
 
-from serving.tensorflow_serving import tensorflow_serving_command
+from serving.registry import BASE
+from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
+from store.errors import ModelServerTimeout, ModelServerUnavailable, TemperError
 from store.processes import end_with_parent, free_port
-from store.settings import AUTO, EMBEDDED, LOCAL_REST, LOCAL_TARGET, Settings
+from store.settings import AUTO, EMBEDDED, Settings, unknown_variables, warn_of_unknown_variables
 
 GRACE_S = 10.0
+PROBE_S, PROBE_TIMEOUT_S = 1.0, 2.0  # between probes of a sibling, and after which one has failed
+MAX_MISSES = 5  # probes in a row without an answer, after which a sibling counts as frozen
+CONNECT_S = 5  # to PostgreSQL
+GATEWAY = httpx.Client(timeout=PROBE_TIMEOUT_S, trust_env=False)  # shared by threads; a client costs a TLS context
+LONGEST_SOCKET = 100  # bytes of a Unix socket's path; the system's limit is 107
 
 
 @dataclass
 class Sibling:
-    """A process that shall always run."""
+    """A process that is kept running.
+
+    Attributes:
+        answers: asks the process with this id for a sign of life; None where that cannot be known now.
+        quiet: keep TensorFlow's INFO lines out of the log.
+    """
 
     name: str
     command: list[str]
     environment: Mapping[str, str]
+    answers: Callable[[int], bool | None]
+    quiet: bool = False
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float = field(default_factory=time.monotonic)
     delay_s: float = 0.0
 
     def keep_running(self) -> None:
-        """Start it, or start it again; one that dies young waits, each time twice as long."""
+        """Start the process, or start it again; one that dies young waits, each time twice as long."""
         now = time.monotonic()
         if self.process is not None and self.process.poll() is not None:
             self.delay_s = min(10.0, max(0.5, 2 * self.delay_s)) if now - self.started_at < 10 else 0.0
@@ -44,12 +64,33 @@ class Sibling:
             self.process, self.start_at = None, now + self.delay_s
         if self.process is None and now >= self.start_at:
             self.process = subprocess.Popen(
-                self.command, env=dict(self.environment), start_new_session=True, preexec_fn=end_with_parent
-            )
+                self.command, env=dict(self.environment), start_new_session=True, preexec_fn=end_with_parent,
+                stderr=subprocess.PIPE if self.quiet else None,
+            )  # fmt: skip
             self.started_at = now
+            if self.process.stderr:
+                threading.Thread(target=_relay, args=(self.process.stderr,), daemon=True).start()
+
+    def watch(self) -> None:
+        """Kill the process when it has answered once and then no longer does; runs for ever."""
+        pid, misses, answered = 0, 0, False
+        while True:
+            time.sleep(PROBE_S)
+            process = self.process
+            if process is None or process.poll() is not None:
+                continue
+            if process.pid != pid:
+                pid, misses, answered = process.pid, 0, False
+            answer = self.answers(pid)
+            if answer is not None:
+                answered |= answer
+                misses = 0 if answer else misses + 1
+            if answered and misses >= MAX_MISSES:
+                click.echo(f"{self.name} does not answer and is killed")
+                process.kill()
 
     def ask_to_end(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
 
@@ -64,6 +105,13 @@ class Sibling:
             self.process.wait()
 
 
+def _relay(stderr: IO[bytes]) -> None:
+    for line in stderr:
+        if not INFO_LINE.match(line):
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+
+
 def _reason(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
@@ -72,25 +120,28 @@ def serve(settings: Settings) -> None:
     """Run the service until SIGTERM or SIGINT.
 
     Raises:
-        click.ClickException: the home, the port or the store cannot be had.
+        click.ClickException: the home, the store or the port cannot be used.
     """
-    try:
-        settings.make_home()
-        sa.make_url(settings.store_url).get_dialect()
-    except OSError as exc:
-        raise click.ClickException(f"TEMPER_HOME cannot be used: {exc}") from exc
-    except sa.exc.ArgumentError as exc:
-        raise click.ClickException(f"TEMPER_STORE is no store: {exc}") from exc
-    lock = (settings.home / "serve.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        raise click.ClickException(f"another `temper serve` runs in {settings.home.resolve()}") from exc
-    if not _free(settings.host, settings.port):
-        raise click.ClickException(f"{settings.host}:{settings.port} is taken; choose another with --port")
-    environment = _environment(settings)
-    siblings = _siblings(settings, environment)
-    stopped = False
+    warn_of_unknown_variables(os.environ)
+    with ExitStack() as stack:
+        stack.enter_context(_only_one_in(settings))
+        _check_store(settings)
+        settings = settings.model_copy(update={"port": settings.port or free_port(settings.host)})
+        _check_address(settings.host, settings.port)
+        command, address = None, settings.model_server
+        if settings.supervised:
+            listen = stack.enter_context(_socket(settings))
+            command, address = _model_server_command(settings, listen), f"unix:{listen}"
+        siblings = _siblings(settings, address, command)
+        # After the siblings' environment is made. The supervisor forks beside threads of gRPC, but only to execute.
+        os.environ |= {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
+        click.echo(f"Temper starts in {settings.home.resolve()}, model server {address}")
+        _run(siblings, _url(settings))
+    click.echo("stopped")
+
+
+def _run(siblings: list[Sibling], url: str) -> None:
+    stopped = announced = False
 
     def stop(_: int, __: FrameType | None) -> None:
         nonlocal stopped
@@ -98,12 +149,12 @@ def serve(settings: Settings) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    url, announced = f"http://{settings.host}:{settings.port}", False
-    click.echo(f"Temper starts in {settings.home.resolve()}, model server {environment['TEMPER_MODEL_SERVER']}")
+    for sibling in siblings:
+        threading.Thread(target=sibling.watch, daemon=True).start()
     while not stopped:
         for sibling in siblings:
             sibling.keep_running()
-        if not announced and _ready(url):
+        if not announced and _get(f"{url}/readyz") is not None:
             announced = True
             click.echo(f"ready at {url} (documentation at {url}/docs)")
         time.sleep(0.1)
@@ -111,38 +162,132 @@ def serve(settings: Settings) -> None:
         sibling.ask_to_end()
     for sibling in siblings:
         sibling.end(time.monotonic() + GRACE_S)
-    click.echo("stopped")
 
 
-def _environment(settings: Settings) -> dict[str, str]:
-    """What the siblings shall read: these settings, with the model servers' addresses decided."""
-    given = {f"TEMPER_{name.upper()}": str(value) for name, value in settings if value is not None}
-    if settings.supervised:
-        given["TEMPER_MODEL_SERVER"] = _address(LOCAL_TARGET)
-    return {**os.environ, **given, "TEMPER_HOME": str(settings.home.resolve()), "PYTHONUNBUFFERED": "1"}
+@contextmanager
+def _only_one_in(settings: Settings) -> Iterator[None]:
+    try:
+        settings.make_home()
+        lock = (settings.home / "serve.lock").open("w")
+    except OSError as exc:
+        raise click.ClickException(f"TEMPER_HOME cannot be used: {exc}") from exc
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise click.ClickException(f"another `temper serve` runs in {settings.home.resolve()}") from exc
+        yield
 
 
-def _address(usual: str) -> str:
-    host, _, port = usual.rpartition(":")
-    return usual if _free(host, int(port)) else f"{host}:{free_port(host)}"
+def _check_store(settings: Settings) -> None:
+    try:
+        url = sa.make_url(settings.store_url)
+        timeout = {"connect_timeout": CONNECT_S} if url.get_backend_name() == "postgresql" else {}
+        engine = sa.create_engine(url, connect_args=timeout)
+    except (sa.exc.ArgumentError, ImportError) as exc:
+        raise click.ClickException(f"TEMPER_STORE is no store: {exc}") from exc
+    try:
+        engine.connect().close()
+    except sa.exc.DBAPIError as exc:
+        reason = " ".join(str(exc.orig).split())
+        raise click.ClickException(f"the store {url.render_as_string()} cannot be reached: {reason}") from exc
+    finally:
+        engine.dispose()
 
 
-def _siblings(settings: Settings, environment: dict[str, str]) -> list[Sibling]:
-    python = sys.executable
-    siblings = [Sibling("gateway", [python, "-m", "api"], environment)]
-    if settings.supervised:
-        address, rest = environment["TEMPER_MODEL_SERVER"], _address(LOCAL_REST)
-        binary = _tensorflow_serving(settings.model_server)
-        if binary is None:
-            command = [python, "-m", "serving", "--address", address, "--rest-address", rest]
-        else:
-            port, rest_port = (int(each.rpartition(":")[2]) for each in (address, rest))
-            config = settings.home.resolve() / "model_server.config"
-            command = tensorflow_serving_command(binary, port, rest_port, config)
-        siblings.append(Sibling("model server", command, environment))
+def _check_address(host: str, port: int) -> None:
+    """Raise an error that says why the gateway could not listen there."""
+    where = f"cannot listen on {host}:{port}"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as exc:
+        raise click.ClickException(f"{where}: {host} is neither an address nor a known name (TEMPER_HOST)") from exc
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise click.ClickException(f"{where}: the port is taken; choose another with --port") from exc
+        if exc.errno == errno.EADDRNOTAVAIL:
+            raise click.ClickException(f"{where}: {host} is not an address of this machine (TEMPER_HOST)") from exc
+        raise click.ClickException(f"{where}: {exc.strerror}") from exc
+
+
+@contextmanager
+def _socket(settings: Settings) -> Iterator[Path]:
+    """Path for the model server's Unix socket, in a directory that only this user can enter."""
+    folder = settings.home.resolve() / "run"
+    if len(os.fsencode(folder / "model_server.sock")) <= LONGEST_SOCKET:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        yield folder / "model_server.sock"
+    else:
+        with tempfile.TemporaryDirectory(prefix="temper-") as short:
+            yield Path(short) / "model_server.sock"
+
+
+def _model_server_command(settings: Settings, listen: Path) -> list[str]:
+    binary = _tensorflow_serving(settings.model_server)
+    if binary is None:
+        return [sys.executable, "-m", "serving", "--address", f"unix:{listen}", "--rest-address", ""]
+    return tensorflow_serving_command(binary, 0, 0, settings.home.resolve() / "model_server.config", listen)
+
+
+def _siblings(settings: Settings, address: str, model_server: list[str] | None) -> list[Sibling]:
+    """All that `temper serve` runs; `model_server` is the command of the model server, if it runs that too."""
+    python, url = sys.executable, _url(settings)
+    environment = _environment(settings, address)
+    siblings = [Sibling("gateway", [python, "-m", "api"], environment, lambda _: _get(f"{url}/healthz") is not None)]
+    if model_server:
+        quiet = model_server[0] != python
+        logging = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
+        siblings.append(Sibling("model server", model_server, logging, lambda _: _model_server_answers(address), quiet))
     for number in range(settings.workers):
-        siblings.append(Sibling(f"worker {number + 1}", [python, "-m", "trainer"], environment))
+        command = [python, "-m", "trainer"]
+        siblings.append(Sibling(f"worker {number + 1}", command, environment, lambda pid: _worker_answers(url, pid)))
     return siblings
+
+
+def _environment(settings: Settings, address: str) -> dict[str, str]:
+    """What the siblings read: these settings, and where the model server listens."""
+    inherited = {name: value for name, value in os.environ.items() if name not in unknown_variables(os.environ)}
+    given = {f"TEMPER_{name.upper()}": str(value) for name, value in settings if value is not None}
+    decided = {"TEMPER_MODEL_SERVER": address, "TEMPER_HOME": str(settings.home.resolve()), "PYTHONUNBUFFERED": "1"}
+    return {**inherited, **given, **decided}
+
+
+def _model_server_answers(address: str) -> bool:
+    from serving.client import ModelServer  # gRPC reads its environment when it is imported
+
+    try:
+        with ModelServer(address) as server:
+            server.states(BASE, PROBE_TIMEOUT_S)
+    except (ModelServerUnavailable, ModelServerTimeout):
+        return False
+    except TemperError:
+        pass  # an answer all the same
+    return True
+
+
+def _worker_answers(url: str, pid: int) -> bool | None:
+    """Tell whether the store knows a recent heartbeat of the worker; None where neither it nor the gateway answers."""
+    ready = _get(f"{url}/readyz", also=503)
+    if ready is None or ready["store"] != "ok":
+        return None
+    return any(worker.startswith(f"{os.uname().nodename}-{pid}-") for worker in ready["workers"])
+
+
+def _get(url: str, also: int = 200) -> Any:
+    """The JSON that a URL answers; None without an answer or with another status."""
+    with suppress(httpx.HTTPError, ValueError):
+        answer = GATEWAY.get(url)
+        if answer.status_code in (200, also):
+            return answer.json()
+    return None
+
+
+def _url(settings: Settings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}"
 
 
 def _tensorflow_serving(wanted: str) -> str | None:
@@ -153,20 +298,3 @@ def _tensorflow_serving(wanted: str) -> str | None:
     if binary is None and wanted != AUTO:
         raise click.ClickException(f"TEMPER_MODEL_SERVER: {wanted} is no program")
     return binary
-
-
-def _free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=1).status_code == 200
-    except httpx.HTTPError:
-        return False

@@ -1,4 +1,4 @@
-"""Client of a model server: TensorFlow Serving's gRPC protocol, and nothing that only the embedded server has."""
+"""Client of a model server. It speaks TensorFlow Serving's gRPC protocol and uses nothing only ours has."""
 
 import logging
 import time
@@ -32,7 +32,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model answered, and which version it was."""
+    """Outputs of a model, and the version that computed them."""
 
     version: int
     logits: np.ndarray  # (n, classes) float32
@@ -40,7 +40,7 @@ class Prediction:
 
 
 def predict_request(model: str, version: int, images: np.ndarray) -> pb.PredictRequest:
-    """Request for images: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8, which are a quarter of the size."""
+    """Build a request from images: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8, a quarter of the size."""
     dtype, kind, spec = DT_FLOAT, "<f4", _spec(model, version)
     if images.dtype == np.uint8:
         dtype, kind = DT_UINT8, "u1"
@@ -54,7 +54,7 @@ def predict_request(model: str, version: int, images: np.ndarray) -> pb.PredictR
 
 
 def prediction(response: pb.PredictResponse) -> Prediction:
-    """Decode an answer. TensorFlow Serving sends `float_val`, others may send `tensor_content`.
+    """Decode a response. TensorFlow Serving sends `float_val`; others may send `tensor_content`.
 
     Raises:
         ModelServerError: the outputs are not those of a classifier.
@@ -62,7 +62,7 @@ def prediction(response: pb.PredictResponse) -> Prediction:
     try:
         logits, probabilities = (_array(response.outputs[name]) for name in ("logits", "probabilities"))
     except ValueError as exc:
-        raise errors.ModelServerError("the model server's answer holds no logits and probabilities") from exc
+        raise errors.ModelServerError("the model server's response lacks logits or probabilities") from exc
     return Prediction(response.model_spec.version.value, logits, probabilities)
 
 
@@ -79,7 +79,7 @@ def _spec(model: str, version: int | None = None) -> pb.ModelSpec:
 
 
 def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
-    """The error of ours that says what went wrong at `target`."""
+    """Translate a gRPC error of the server at `target`."""
     code, text = exc.code(), exc.details() or ""
     match code:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
@@ -95,7 +95,7 @@ def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
 
 
 class ModelServer:
-    """The control calls, and a Predict for probes; blocking. Close it, or use it in a `with`."""
+    """Control calls, and a Predict for probes. Blocking; use it in a `with`."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -117,14 +117,14 @@ class ModelServer:
         self._channel.close()
 
     def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float = 10.0) -> Prediction:
-        """Answer of one version for images as in `predict_request`."""
+        """Run one version on images as in `predict_request`."""
         try:
             return prediction(self._predict(predict_request(model, version, images), timeout=timeout_s))
         except grpc.RpcError as exc:
             raise translated(exc, self.target) from exc
 
     def states(self, model: str, timeout_s: float = 5.0) -> dict[int, pb.ModelVersionStatus]:
-        """State of every version that the server has heard of; none for an unknown model."""
+        """Return the state of every version the server knows; empty for an unknown model."""
         request = pb.GetModelStatusRequest(model_spec=_spec(model))
         try:
             response = self._status(request, timeout=timeout_s)
@@ -135,7 +135,7 @@ class ModelServer:
         return {status.version: status for status in response.model_version_status}
 
     def available(self, model: str, timeout_s: float = 5.0) -> set[int]:
-        """Versions that the server calls AVAILABLE."""
+        """Return the versions that are AVAILABLE."""
         return {v for v, s in self.states(model, timeout_s).items() if s.state == pb.ModelVersionStatus.AVAILABLE}
 
     def reload(self, root: Path, wanted: Mapping[str, Iterable[int]], timeout_s: float = 30.0) -> None:
@@ -183,7 +183,7 @@ class ModelServer:
 
 
 class Predictor:
-    """Predict alone, for asyncio; one channel for as long as it is open."""
+    """Predict for asyncio, over one channel; use it in an `async with`."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -199,7 +199,7 @@ class Predictor:
         await self._channel.close()
 
     async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
-        """Answer of one version for images as in `predict_request`."""
+        """Run one version on images as in `predict_request`."""
         try:
             return prediction(await self._predict(predict_request(model, version, images), timeout=timeout_s))
         except grpc.aio.AioRpcError as exc:

@@ -47,34 +47,34 @@ PROBE, FILES = "assets.extra/probe.npz", "assets.extra/files.json"
 
 @dataclass(frozen=True)
 class Probe:
-    """Images whose logits the trainer knows; every version carries its own."""
+    """Images whose logits the trainer computed; every version carries its own."""
 
     pixels: np.ndarray  # (n, 784) uint8
     logits: np.ndarray  # (n, classes) float32
 
     def save(self, version: Path) -> None:
-        """Write it into the directory of a version."""
+        """Write the probe into the directory of a version."""
         np.savez(version / PROBE, allow_pickle=False, pixels=self.pixels, logits=self.logits)
 
     @classmethod
     def load(cls, version: Path) -> Self:
-        """Read it from there."""
+        """Read the probe from the directory of a version."""
         with np.load(version / PROBE, allow_pickle=False) as arrays:
             return cls(arrays["pixels"], arrays["logits"])
 
     def forms(self) -> Iterator[np.ndarray]:
-        """The images in each form that a request may have."""
+        """Yield the images as requests send them: (n, 784) uint8, then (n, 28, 28, 1) float32 in [0, 1]."""
         yield self.pixels
         yield (self.pixels / np.float32(255)).reshape(-1, 28, 28, 1)
 
 
 def seal(version: Path) -> None:
-    """Write down the size and the SHA-256 of every file of a staged version; nothing is added to it afterwards."""
+    """Record the size and SHA-256 of every file of a staged version. Add nothing to it afterwards."""
     (version / FILES).write_text(json.dumps(_sums(version), indent=1) + "\n", encoding="utf-8")
 
 
 def check_files(version: Path) -> None:
-    """Raise `PublishFailed` unless the files of a version are those that were sealed."""
+    """Raise `PublishFailed` unless the files of a version are exactly those that were sealed."""
     try:
         expected = json.loads((version / FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
@@ -285,7 +285,7 @@ def prove(server: ModelServer, model: str, version: int, probe: Probe) -> float:
 
 
 def _warm(server: ModelServer, model: str, version: int, probe: Probe) -> None:
-    """Have the server choose its kernels for every batch size that micro-batches come close to."""
+    """Run every batch size close to that of a micro-batch: the server picks its kernels before a client waits."""
     for images in probe.forms():
         for size in WARM_BATCHES:
             server.predict(model, version, np.resize(images, (size, *images.shape[1:])))

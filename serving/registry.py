@@ -225,7 +225,7 @@ class Registry:
         return sorted(known if version is None else {version})
 
     def remove(self, model: str, version: int) -> None:
-        """Give up a version that did not go live."""
+        """Mark a version that did not go live as removed."""
         with self._change() as connection:
             row = _is(model, version) & ~versions.c.live
             connection.execute(versions.update().where(row).values(removed=True))

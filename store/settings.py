@@ -1,18 +1,24 @@
-"""Configuration of all three processes, read from `TEMPER_*` variables where a process starts."""
+"""Settings of all three processes, read from `TEMPER_*` variables when a process starts."""
 
+import difflib
+import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+log = logging.getLogger("temper.settings")
+
 AUTO, EMBEDDED = "auto", "embedded"
-LOCAL_TARGET = "127.0.0.1:8500"  # of the model server beside us, unless the supervisor found the port taken
+LOCAL_TARGET = "127.0.0.1:8500"  # where `python -m serving` listens, and a gateway or worker looks without a setting
 LOCAL_REST = "127.0.0.1:8501"  # likewise, for TensorFlow Serving's REST API
+OTHERS = {"URL", "MNIST", "TFS_BINARY"}  # read by the command, the pretraining and the tests
 
 
 class Settings(BaseSettings):
-    """All that an operator can set; see the table in the README."""
+    """Everything an operator can set; see the table in the README."""
 
     model_config = SettingsConfigDict(env_prefix="TEMPER_", frozen=True, protected_namespaces=())
 
@@ -21,8 +27,9 @@ class Settings(BaseSettings):
     port: int = Field(8080, ge=0, le=65535, description="Port on which the gateway listens; 0 takes a free one.")
     model_server: str = Field(
         AUTO,
-        description="`embedded`, the path of a tensorflow_model_server that `temper serve` starts, `host:port` of one "
-        "that runs (or several, with commas), or `auto`: the binary on the PATH, or else the embedded server.",
+        description="`embedded`, the path of a tensorflow_model_server that `temper serve` starts, `host:port` or "
+        "`unix:/path` of one that runs (or several, with commas), or `auto`: the binary on the PATH, or else the "
+        "embedded server.",
     )
     model_root: Path | None = Field(None, description="The models' directory as the model server sees it.")
     store: str | None = Field(None, description="SQLAlchemy URL; SQLite in the home by default.")
@@ -71,15 +78,17 @@ class Settings(BaseSettings):
     @field_validator("model_server")
     @classmethod
     def _check_model_server(cls, value: str) -> str:
-        for target in value.split(",") if value not in (AUTO, EMBEDDED) and "/" not in value else ():
-            if not re.fullmatch(r"\s*(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}\s*", target):
-                raise ValueError(f"{target!r} is neither auto, embedded, a path nor host:port")
+        if value in (AUTO, EMBEDDED) or _is_binary(value):
+            return value
+        for target in value.split(","):
+            if not re.fullmatch(r"\s*((\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}|unix:/[^,]+)\s*", target):
+                raise ValueError(f"{target!r} is neither auto, embedded, a path, host:port nor unix:/path")
         return value
 
     @property
     def supervised(self) -> bool:
-        """Tell whether `temper serve` shall start the model server."""
-        return self.model_server in (AUTO, EMBEDDED) or "/" in self.model_server
+        """Tell whether `temper serve` starts the model server."""
+        return self.model_server in (AUTO, EMBEDDED) or _is_binary(self.model_server)
 
     @property
     def server_addresses(self) -> tuple[str, ...]:
@@ -89,6 +98,32 @@ class Settings(BaseSettings):
         return tuple(dict.fromkeys(target.strip() for target in self.model_server.split(",")))
 
     def make_home(self) -> None:
-        """Create the directories that all processes share."""
+        """Create the directories that all processes share.
+
+        Raises:
+            OSError: the home cannot be written.
+        """
         for directory in (self.models, self.staging, self.datasets):
             directory.mkdir(parents=True, exist_ok=True)
+
+
+def _is_binary(model_server: str) -> bool:
+    return "/" in model_server and "unix:" not in model_server
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Find `TEMPER_` variables that nothing reads, each with the nearest name that is read, or None."""
+    known = {name.upper() for name in Settings.model_fields} | OTHERS
+    found = {}
+    for variable in sorted(environment):
+        prefix, name = variable[:7].upper(), variable[7:].upper()
+        if prefix == "TEMPER_" and name not in known and not name.startswith("LOAD_"):
+            nearest = next(iter(difflib.get_close_matches(name, known, 1)), None)
+            found[variable] = nearest and prefix + nearest
+    return found
+
+
+def warn_of_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Log a warning for every variable of `unknown_variables`."""
+    for name, nearest in unknown_variables(environment).items():
+        log.warning("%s is not a setting and is ignored%s", name, f"; did you mean {nearest}?" if nearest else "")

@@ -1,8 +1,11 @@
 """The whole service: real processes, HTTP, jobs that train, predictions that name their version."""
 
 import json
+import os
 import re
+import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import Service, eventually, npz
+from tests.conftest import Service, eventually, npz, running_service
 from trainer.export import load_params
 from trainer.lenet import logits
 
@@ -189,3 +192,20 @@ def test_the_documented_examples_work(service: Service) -> None:
     form = document["paths"]["/finetune"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     example = json.loads(form["properties"]["spec"]["examples"][0])
     assert service.finetune(b"", "m", json.dumps(example)).json()["error"]["code"] == "invalid_dataset"  # not the spec
+
+
+@pytest.mark.parametrize("module", ["api", "serving", "trainer"])
+def test_a_frozen_process_is_replaced(frozen: Service, module: str) -> None:
+    (pid,) = frozen.children(module)
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: pid not in frozen.children(module), f"{module} is killed", timeout_s=90)
+    eventually(frozen.ready, "the service is ready again")
+    assert len(frozen.children(module)) == 1
+    assert predicted(frozen, "lenet5", np.zeros((1, 28, 28), np.uint8))["version"] == 1
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose processes are stopped by SIGSTOP."""
+    with running_service(tmp_path_factory.mktemp("frozen")) as service:
+        yield service

@@ -18,7 +18,7 @@ from serving.quiet import import_tensorflow
 from serving.registry import Registry
 from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StoreUnavailable, TemperError
-from store.settings import Settings
+from store.settings import Settings, warn_of_unknown_variables
 from trainer.jobs import records
 from trainer.jobs.records import Job, Jobs, LeaseLost, WorkerState
 
@@ -43,6 +43,7 @@ def main() -> None:
         prog="python -m trainer", description="Run a worker. TEMPER_* environment variables configure it."
     ).parse_args()
     _configure_logging()
+    warn_of_unknown_variables(os.environ)
     settings = Settings()
     os.nice(5)  # predictions come first
 
