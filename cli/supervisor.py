@@ -17,6 +17,7 @@ import httpx
 import sqlalchemy as sa
 
 from serving.tensorflow_serving import tensorflow_serving_command
+from store.memory import allocator_environment
 from store.processes import end_with_parent, free_port
 from store.settings import AUTO, EMBEDDED, LOCAL_REST, LOCAL_TARGET, Settings
 
@@ -129,7 +130,7 @@ def _address(usual: str) -> str:
 
 def _siblings(settings: Settings, environment: dict[str, str]) -> list[Sibling]:
     python = sys.executable
-    siblings = [Sibling("gateway", [python, "-m", "api"], environment)]
+    siblings = [Sibling("gateway", [python, "-m", "api"], {**environment, **allocator_environment()})]
     if settings.supervised:
         address, rest = environment["TEMPER_MODEL_SERVER"], _address(LOCAL_REST)
         binary = _tensorflow_serving(settings.model_server)
