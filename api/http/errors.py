@@ -1,4 +1,4 @@
-"""Our errors as HTTP: one table of statuses, one shape of body, nothing of a traceback."""
+"""Errors as HTTP responses: one table of statuses, one shape of body, never a traceback."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from store import errors
 
 log = logging.getLogger("temper.gateway")
 
-# The status of a class is also that of its subclasses that are not named.
+# A class that is not named has the status of the nearest base class that is.
 STATUS: dict[type[errors.TemperError], int] = {
     errors.TemperError: 500,
     errors.MalformedRequest: 400,
@@ -36,12 +36,12 @@ RETRY_AFTER_S = {429: 1, 503: 1}
 
 
 def status_of(error: errors.TemperError) -> int:
-    """HTTP status of an error."""
+    """The HTTP status of an error."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
 class ErrorResponse(JSONResponse):
-    """JSON in ASCII: what a client got wrong may hold text that no encoding can carry."""
+    """JSON in ASCII: an error may quote text from a request that cannot be encoded otherwise."""
 
     def render(self, content: Any) -> bytes:
         """Encode the body."""
@@ -49,7 +49,7 @@ class ErrorResponse(JSONResponse):
 
 
 def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> ErrorResponse:
-    """An error as the clients of a path read it: TensorFlow Serving and the Open Inference Protocol have one string."""
+    """An error in the form that a path's clients expect. TensorFlow Serving and Open Inference send one string."""
     if path.startswith(("/v1/", "/v2/")):
         status = 400 if status == 422 else status
         return ErrorResponse({"error": body["message"]}, status, headers)
@@ -57,14 +57,14 @@ def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str]
 
 
 def response(error: errors.TemperError, path: str) -> ErrorResponse:
-    """The answer that tells a client of an error."""
+    """The response for an error of ours."""
     status = status_of(error)
     headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else None
     return answer(path, status, error.body(), headers)
 
 
 def answer_to(request: Request, failure: Exception) -> Response:
-    """The answer to whatever a route has raised."""
+    """The response for whatever a route has raised."""
     path = request.url.path
     match failure:
         case errors.TemperError():
@@ -72,7 +72,10 @@ def answer_to(request: Request, failure: Exception) -> Response:
         case RequestValidationError():
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if path == "/finetune" and kind not in FORMS:
-                return response(errors.UnsupportedMediaType(f"Content-Type {kind!r}: send multipart/form-data"), path)
+                return response(
+                    errors.UnsupportedMediaType(f"Content-Type {kind!r} is not supported; send multipart/form-data"),
+                    path,
+                )
             return response(invalid_request(failure.errors()), path)
         case HTTPException():
             kinds: dict[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -80,16 +83,16 @@ def answer_to(request: Request, failure: Exception) -> Response:
             body: dict[str, Any] = {"code": code, "message": str(failure.detail), "param": None, "details": []}
             return answer(path, failure.status_code, body, dict(failure.headers or {}))
         case sa.exc.SQLAlchemyError():
-            log.error("the store failed: %s", failure)
+            log.error("store: %s", failure)
             return response(errors.StoreUnavailable("the store of jobs and models cannot be reached"), path)
         case ClientDisconnect():
-            return Response(status_code=499)  # nobody is there to read it
+            return Response(status_code=499)  # nobody is left to read it
     log.error("%s %s", request.method, path, exc_info=failure)
-    return response(errors.TemperError("an unforeseen failure; the gateway's log tells why"), path)
+    return response(errors.TemperError("internal error; the gateway's log has the traceback"), path)
 
 
 def install(app: FastAPI) -> None:
-    """Answer every failure of `app` in the one shape."""
+    """Have `app` answer every failure in this shape."""
 
     async def handle(request: Request, failure: Exception) -> Response:
         return answer_to(request, failure)
@@ -100,7 +103,7 @@ def install(app: FastAPI) -> None:
 
 
 def invalid_request(found: Any) -> errors.TemperError:
-    """The error that names every parameter or field that pydantic has refused."""
+    """The error that names every parameter or field that pydantic refused."""
     if any(error["type"] == "json_invalid" for error in found):
         return errors.MalformedRequest(f"the body is not JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}")
     details = []
