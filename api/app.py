@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application."""
+"""The gateway as an ASGI application: wiring only."""
 
 import asyncio
 import contextlib
@@ -62,7 +62,7 @@ def create_app(settings: Settings) -> ASGIApp:
                 await looking
         engine.dispose()
 
-    app = FastAPIOffline(  # its documentation page needs no other host
+    app = FastAPIOffline(  # its documentation page loads nothing from other hosts
         title="Temper",
         version=__version__,
         description="Fine-tune a LeNet-5 on few images without overfitting, and predict with the result.",

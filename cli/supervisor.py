@@ -25,6 +25,7 @@ import sqlalchemy as sa
 from serving.registry import BASE
 from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
 from store.errors import ModelServerTimeout, ModelServerUnavailable, TemperError
+from store.memory import allocator_environment
 from store.processes import end_with_parent, free_port
 from store.settings import AUTO, EMBEDDED, Settings, unknown_variables, warn_of_unknown_variables
 
@@ -236,7 +237,8 @@ def _siblings(settings: Settings, address: str, model_server: list[str] | None) 
     """All that `temper serve` runs; `model_server` is the command of the model server, if it runs that too."""
     python, url = sys.executable, _url(settings)
     environment = _environment(settings, address)
-    siblings = [Sibling("gateway", [python, "-m", "api"], environment, lambda _: _get(f"{url}/healthz") is not None)]
+    gateway = {**environment, **allocator_environment()}
+    siblings = [Sibling("gateway", [python, "-m", "api"], gateway, lambda _: _get(f"{url}/healthz") is not None)]
     if model_server:
         quiet = model_server[0] != python
         logging = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment

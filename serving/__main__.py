@@ -9,6 +9,7 @@ import click
 
 from serving.quiet import import_tensorflow
 from store.memory import settle
+from store.processes import choose_grpc_event_loop
 from store.settings import LOCAL_REST, LOCAL_TARGET
 
 
@@ -25,9 +26,8 @@ from store.settings import LOCAL_REST, LOCAL_TARGET
 def main(address: str, rest_address: str) -> None:
     """Serve SavedModels over TensorFlow Serving's gRPC protocol and REST API."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # GPUs are for the workers
-    # Both are read when gRPC is imported. Its older event loop costs a tenth less processor time per call, and its own
-    # log lines about a taken port would precede our error message.
-    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_callback_cq")
+    choose_grpc_event_loop()
+    # Read when gRPC is imported: its own log lines about a taken port would precede our error message.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import_tensorflow()
     from serving.embedded import rest

@@ -1,6 +1,7 @@
-"""Child processes that end with their parent (Linux), and ports for them."""
+"""What our processes have in common: they end with their parent (Linux), find free ports and set up gRPC."""
 
 import ctypes
+import os
 import signal
 import socket
 
@@ -19,3 +20,9 @@ def free_port(host: str = "127.0.0.1") -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def choose_grpc_event_loop() -> None:
+    """Set gRPC to its older event loop, which takes a tenth less processor time. Call before importing it."""
+    loops = ("event_engine_client", "event_engine_listener", "event_engine_callback_cq")
+    os.environ.setdefault("GRPC_EXPERIMENTS", ",".join(f"-{name}" for name in loops))

@@ -1,4 +1,4 @@
-"""Our errors as HTTP: one table of statuses, one shape of body, nothing of a traceback."""
+"""Errors as HTTP responses: one table of statuses, one shape of body, never a traceback."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from store.validation import reason
 
 log = logging.getLogger("temper.gateway")
 
-# The status of a class is also that of its subclasses that are not named.
+# A class that is not named has the status of the nearest base class that is.
 STATUS: dict[type[errors.TemperError], int] = {
     errors.TemperError: 500,
     errors.MalformedRequest: 400,
@@ -38,12 +38,12 @@ RETRY_AFTER_S = {429: 1, 503: 1}
 
 
 def status_of(error: errors.TemperError) -> int:
-    """HTTP status of an error."""
+    """The HTTP status of an error."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
 class ErrorResponse(JSONResponse):
-    """JSON in ASCII: what a client got wrong may hold text that no encoding can carry."""
+    """JSON in ASCII: an error may quote text from a request that cannot be encoded otherwise."""
 
     def render(self, content: Any) -> bytes:
         """Encode the body."""
@@ -51,7 +51,7 @@ class ErrorResponse(JSONResponse):
 
 
 def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> ErrorResponse:
-    """An error as the clients of a path read it: TensorFlow Serving and the Open Inference Protocol have one string."""
+    """An error in the form that a path's clients expect. TensorFlow Serving and Open Inference send one string."""
     if path.startswith(("/v1/", "/v2/")):
         status = 400 if status == 422 else status
         return ErrorResponse({"error": body["message"]}, status, headers)
@@ -59,14 +59,14 @@ def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str]
 
 
 def response(error: errors.TemperError, path: str) -> ErrorResponse:
-    """The answer that tells a client of an error."""
+    """The response for an error of ours."""
     status = status_of(error)
     headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else None
     return answer(path, status, error.body(), headers)
 
 
 def answer_to(request: Request, failure: Exception) -> Response:
-    """The answer to whatever a route has raised."""
+    """The response for whatever a route has raised."""
     path = request.url.path
     if is_full(failure):
         request.scope["state"]["gateway"].health.note(failure)
@@ -85,16 +85,16 @@ def answer_to(request: Request, failure: Exception) -> Response:
             log.error("no space left: %s", failure)
             return response(errors.StorageFull("no space is left on the disk; delete models or free space"), path)
         case sa.exc.SQLAlchemyError():
-            log.error("the store failed: %s", failure)
+            log.error("store: %s", failure)
             return response(errors.StoreUnavailable("the store of jobs and models cannot be reached"), path)
         case ClientDisconnect():
-            return Response(status_code=499)  # nobody is there to read it
+            return Response(status_code=499)  # nobody is left to read it
     log.error("%s %s", request.method, path, exc_info=failure)
-    return response(errors.TemperError("an unforeseen failure; the gateway's log tells why"), path)
+    return response(errors.TemperError("internal error; the gateway's log has the traceback"), path)
 
 
 def install(app: FastAPI) -> None:
-    """Answer every failure of `app` in the one shape."""
+    """Have `app` answer every failure in this shape."""
 
     async def handle(request: Request, failure: Exception) -> Response:
         return answer_to(request, failure)
@@ -105,7 +105,7 @@ def install(app: FastAPI) -> None:
 
 
 def invalid_request(found: Any, model: Any = None) -> errors.TemperError:
-    """The error that names every parameter or field that pydantic has refused.
+    """The error that names every parameter or field that pydantic refused.
 
     Args:
         found: the errors of a `ValidationError`.

@@ -1,12 +1,12 @@
-"""How much a request may send."""
+"""Limits on the bodies of requests."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http import errors as http_errors
 from store.errors import Overloaded, TemperError, TooLarge, UnsupportedMediaType
 
-SMALL = 1 << 16  # bytes, of everything that is no upload and no prediction
-MAX_HELD = 32 << 20  # bytes of predictions larger than that, together
+SMALL = 1 << 16  # bytes of a body that is neither an upload nor a prediction
+MAX_HELD = 32 << 20  # bytes of all larger predictions together
 
 
 def _predicts(path: str) -> bool:
@@ -14,16 +14,16 @@ def _predicts(path: str) -> bool:
 
 
 class BodyLimit:
-    """Refuses a body as soon as it is known to be larger than its path allows, or more than fits beside the others."""
+    """Refuses bodies that are larger than their path allows, or that do not fit in memory beside the others."""
 
     def __init__(self, app: ASGIApp, uploads: int, predictions: int) -> None:
         self._app = app
         self._uploads = uploads
         self._predictions = predictions
-        self._held = 0  # bytes of large predictions that are in memory or on their way
+        self._held = 0  # bytes of large predictions in memory or on their way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its body counted."""
+        """Pass the request on unless its body is too large."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         path, headers = scope["path"], dict(scope["headers"])
@@ -32,11 +32,11 @@ class BodyLimit:
         size = int(declared) if declared else limit if b"transfer-encoding" in headers else 0
         refusal: TemperError | None = None
         if size > limit:
-            refusal = TooLarge(f"the body is larger than {limit} bytes")
+            refusal = TooLarge(f"the body is larger than the limit of {limit} bytes")
         elif headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            refusal = UnsupportedMediaType("Content-Encoding: send the body as it is")
+            refusal = UnsupportedMediaType("Content-Encoding is not supported; send the body uncompressed")
         elif size > SMALL and _predicts(path) and self._held and self._held + size > MAX_HELD:
-            refusal = Overloaded("too many large bodies are being read")
+            refusal = Overloaded("too many large bodies are being read; try again")
         if refusal:
             response = http_errors.response(refusal, path)
             response.headers["connection"] = "close"
@@ -52,22 +52,23 @@ class BodyLimit:
             self._held -= size
 
     def _counted(self, limit: int, scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """For a body whose size nobody has said; of others the server lets in no more than was said."""
-        received = 0
+        """Count a body without Content-Length; the server itself holds others to theirs."""
+        received, text = 0, f"the body is larger than the limit of {limit} bytes"
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise TooLarge(f"the body is larger than {limit} bytes")
+                raise TooLarge(text)
             return message
 
-        async def refused(message: Message) -> None:  # whatever the route has made of the error
+        async def refused(message: Message) -> None:  # whatever the route made of the error
             if received <= limit:
                 await send(message)
             elif message["type"] == "http.response.start":
-                refusal = http_errors.response(TooLarge(f"the body is larger than {limit} bytes"), scope["path"])
+                refusal = http_errors.response(TooLarge(text), scope["path"])
+                refusal.headers["connection"] = "close"
                 await refusal(scope, receive, send)
 
         return counted, refused

@@ -1,4 +1,4 @@
-"""A request's id, its answer's headers, its line in the log and its part of the metrics."""
+"""The id of each request, and the response headers, log lines and metrics that go with it."""
 
 import itertools
 import logging
@@ -9,20 +9,22 @@ from contextvars import ContextVar
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.typing import EventDict, WrappedLogger
 
 from api.metrics import REJECTIONS, REQUEST_SERIES
 
 log = logging.getLogger("temper.gateway")
 
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
-ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # what a client may choose as an id
+NO_REQUEST = "-"
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_REQUEST)
+ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # ids that clients may choose
 REASONS = {413: "too_large", 429: "overloaded", 503: "unavailable", 504: "timeout"}
-LINES_A_SECOND = 20  # of the log, about failed requests
+LINES_A_SECOND = 20  # about failed requests
 QUIET = ("/healthz", "/readyz", "/metrics")
 
 
 class Tracing:
-    """Outermost of the middleware. `answered_by` tells it which version has answered."""
+    """The outermost layer. `answered_by` tells it which version has answered."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -58,7 +60,7 @@ class Tracing:
             REQUEST_ID.reset(token)
 
     def _count(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unknown")  # as declared: no client makes new series
+        route = getattr(scope.get("route"), "path", "unknown")  # as declared, so that clients cannot create series
         requests, latency = REQUEST_SERIES.of(route, state.get("model", ""), str(state.get("version", "")), status)
         requests.inc()
         latency.observe(seconds)
@@ -68,11 +70,11 @@ class Tracing:
             self._tell("%s %s: %d after %.0f ms", scope["method"], scope["path"], status, 1000 * seconds)
 
     def _tell(self, text: str, *values: Any) -> None:
-        """Log a failure, or of too many in a second only their number."""
+        """Log a failure, or just the number of those beyond `LINES_A_SECOND`."""
         second = int(time.monotonic())
         if second != self._second:
             if self._told > LINES_A_SECOND:
-                log.warning("and %d failures more", self._told - LINES_A_SECOND)
+                log.warning("%d more failures", self._told - LINES_A_SECOND)
             self._second, self._told = second, 0
         self._told += 1
         if self._told <= LINES_A_SECOND:
@@ -80,14 +82,12 @@ class Tracing:
 
 
 def answered_by(scope: Scope, model: str, version: int) -> None:
-    """Have the answer's headers and the metrics name this version."""
+    """Have the response headers and the metrics name this version."""
     scope["state"]["model"], scope["state"]["version"] = model, version
 
 
-class WithRequestId(logging.Filter):
-    """Puts the id of the request at hand into log records."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Keep every record."""
-        record.request_id = REQUEST_ID.get()
-        return True
+def add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Put the id of the current request into a log line (a structlog processor)."""
+    if (request_id := REQUEST_ID.get()) != NO_REQUEST:
+        event["request_id"] = request_id
+    return event

@@ -22,7 +22,7 @@ MAX_DECODING = 64  # requests whose images are being decoded or wait for it
 
 
 def from_bytes(body: bytes) -> np.ndarray:
-    """Images of 784 bytes each, row by row, as (n, 784) uint8."""
+    """Raw images of 784 bytes, row by row, as (n, 784) uint8."""
     if not body:
         raise InvalidInstances("the body is empty; send 784 bytes for each image", param="body")
     if len(body) % PIXELS:
@@ -33,7 +33,7 @@ def from_bytes(body: bytes) -> np.ndarray:
 
 
 def from_npy(body: bytes) -> np.ndarray:
-    """An .npy of uint8 from 0 to 255 or of floats from 0 to 1, whose last axes are 28x28, 28x28x1 or 784."""
+    """Images in an .npy of uint8 (0 to 255) or floats (0 to 1) whose last axes are 28x28, 28x28x1 or 784."""
     file = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(file)
@@ -81,7 +81,7 @@ class ImageDecoder:
             Overloaded: too many other requests are being decoded.
         """
         if self._requests >= MAX_DECODING:
-            raise Overloaded("too many images are being decoded")
+            raise Overloaded("too many images are being decoded; try again")
         self._requests += 1
         try:
             deadline = time.monotonic() + self._settings.predict_timeout_s
@@ -94,7 +94,7 @@ class ImageDecoder:
 
         most, max_pixels = self._settings.max_instances, self._settings.max_pixels
         if time.monotonic() > deadline:
-            raise Overloaded("too many images are being decoded")
+            raise Overloaded("too many images are being decoded; try again")
         pixels: list[np.ndarray] = []
         wrong: list[dict[str, Any]] = []
         for name, content in files:

@@ -1,4 +1,4 @@
-"""Requests that work, shown in the API's documentation."""
+"""Example requests for the API's documentation."""
 
 import json
 from typing import Any

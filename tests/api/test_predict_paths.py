@@ -380,9 +380,12 @@ def test_options_of_another_type_are_refused_whatever_was_asked_before(
 def test_a_refusal_of_a_large_body_reaches_every_client(service: Service, size: int) -> None:
     body, url = bytes(size), f"{service.url}/predict?model=lenet5"
 
-    async def with_httpx() -> int:
-        async with httpx.AsyncClient(timeout=30) as api:
-            return (await api.post(url, content=body, headers={"Content-Type": RAW})).status_code
+    def with_httpx() -> int:
+        async def send() -> int:
+            async with httpx.AsyncClient(timeout=30) as api:
+                return (await api.post(url, content=body, headers={"Content-Type": RAW})).status_code
+
+        return asyncio.run(send())
 
     def with_urllib() -> int:
         request = urllib.request.Request(url, body, {"Content-Type": RAW})
@@ -393,9 +396,10 @@ def test_a_refusal_of_a_large_body_reaches_every_client(service: Service, size: 
             return answer.code
 
     def with_requests() -> int:
-        return int(requests.post(url, data=body, headers={"Content-Type": RAW}, timeout=30).status_code)
+        answer = requests.post(url, body, headers={"Content-Type": RAW}, timeout=30)
+        return int(answer.status_code)
 
-    found = [send() for _ in range(10) for send in (lambda: asyncio.run(with_httpx()), with_urllib, with_requests)]
+    found = [send() for _ in range(10) for send in (with_httpx, with_urllib, with_requests)]
     assert Counter(found) == {413: 30}
 
 
