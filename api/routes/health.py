@@ -26,7 +26,7 @@ class Ready(BaseModel):
     model_servers: dict[str, Literal["ok", "loading", "unavailable"]] = Field(
         description="Each of them, by address; `loading` while it does not serve all live versions yet."
     )
-    workers: dict[str, str] = Field(description="State of every live worker: warming, idle, busy, ...")
+    workers: dict[str, str] = Field(description="State of every live worker: warming, idle, busy or reporting.")
 
 
 @router.get("/", include_in_schema=False)

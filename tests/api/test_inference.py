@@ -380,7 +380,7 @@ def test_with_ten_thousand_models_metrics_stay_small_and_the_event_loop_free() -
 
     async def main() -> None:
         traced, operators = Tracing(app), FastAPI()
-        health.add(operators)
+        operators.include_router(health.router)
         scrape = httpx.AsyncClient(transport=httpx.ASGITransport(operators), base_url="http://gateway")
         await asked.refresh()
         tracemalloc.start()
