@@ -39,6 +39,7 @@ from trainer.jobs.records import FINISHED, Jobs
 log = logging.getLogger("temper.gateway")
 
 DECODERS, MAX_UPLOADS = 2, 32  # uploads that are decoded, and that may be under way, at a time
+IDLE_S = 60.0  # after which an upload that sends nothing gives its place to another
 MAX_TEXT_BYTES = 1 << 20  # of a form field that is no file
 WRITE_BYTES = 1 << 20  # that are collected before they are written
 LOCK = "lock"
@@ -127,7 +128,14 @@ class Uploads:
             receiver = _Receiver(request.headers.get("content-type", ""), self._staging, texts, files)
             stack.callback(receiver.discard)
             await asyncio.to_thread(self._take_place)
-            async for chunk in request.stream():
+            stream = request.stream()
+            while True:
+                try:
+                    chunk = await asyncio.wait_for(anext(stream), IDLE_S)
+                except StopAsyncIteration:
+                    break
+                except TimeoutError as exc:
+                    raise MalformedRequest(f"the upload stalled: nothing arrived for {IDLE_S:g} s") from exc
                 receiver.feed(chunk)
                 if receiver.waiting >= WRITE_BYTES:
                     await asyncio.to_thread(receiver.write)

@@ -1,4 +1,4 @@
-"""The fine-tuning spec: one model, with bounds and meaning on every field, for the API, the command and the trainer."""
+"""The fine-tuning spec: one model with the bounds and the meaning of every field, for API, command and trainer."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from store.validation import in_words, reason
 _NAME = "1 to 64 of the characters a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 MODEL_NAME = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}$", _NAME)
 _BASE = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$", "a model's name, or name:version")
-MAX_FOLD_IMAGES = 200  # from so many on, one held-out part says enough
+MAX_FOLD_IMAGES = 200  # with this many images, one validation split is precise enough
 Layer = Literal["conv1", "conv2", "dense1", "dense2"]
 Method = Literal["full", "head", "bias", "lora", "adapter", "ia3"]
 
@@ -37,7 +37,7 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
 
 def _not_yet(value: Any) -> Any:
     if value == "auto":
-        raise ValueError("'auto' is reserved for a strength that is found by itself, which does not work yet")
+        raise ValueError("'auto' is reserved for automatic search, which does not work yet; give a number")
     if value is None:
         raise ValueError("must be a number, not null; 0 switches it off")
     return value
@@ -48,7 +48,7 @@ Strength = Annotated[float, BeforeValidator(_not_yet)]
 
 
 class Strict(BaseModel):
-    """No unknown fields, no conversions, no change."""
+    """Refuses unknown fields and conversions; immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -68,7 +68,7 @@ class Bias(Strict):
 
 
 class Ia3(Strict):
-    """IA3 (Liu et al. 2022): a learned scale on every channel or unit that a target layer gives, and the classifier."""
+    """IA3 (Liu et al. 2022): a learned scale for every output channel or unit of a target layer, and the classifier."""
 
     targets: Layers = Field(get_args(Layer), description="Layers whose activations are scaled.")
 
@@ -83,7 +83,7 @@ OPTIONS = {"lora": Lora, "bias": Bias, "ia3": Ia3, "adapter": Adapter}  # method
 
 
 class Attack(Strict):
-    """What the attacks share. L-infinity: no pixel changes by more than epsilon."""
+    """What the L-infinity attacks share: no pixel changes by more than epsilon."""
 
     epsilon: float = Field(0.1, ge=0, le=1, description="Largest change of a pixel, in units of [0, 1]; 0 is off.")
 
@@ -113,14 +113,14 @@ class Trades(Attack):
 
     attack: Literal["trades"] = Field(description="Several steps away from the clean prediction.")
     steps: int = Field(7, ge=1, le=100, description="Steps of the attack, each of 2.5 epsilon / steps.")
-    beta: float = Field(1.0, gt=0, le=100, description="Weight of the divergence; the more data, the more it may be.")
+    beta: float = Field(1.0, gt=0, le=100, description="Weight of the divergence; use more with more data.")
 
 
 class Free(Attack):
     """Every batch is replayed, and one gradient serves the weights and the attack (Shafahi et al. 2019)."""
 
     attack: Literal["free"] = Field(description="One step in each replay.")
-    replays: int = Field(4, ge=2, le=16, description="Updates for each batch (m); an epoch has so many times more.")
+    replays: int = Field(4, ge=2, le=16, description="Updates for each batch (m); an epoch has m times as many.")
 
 
 class Vat(Strict):
@@ -135,7 +135,7 @@ class Vat(Strict):
     @model_validator(mode="after")
     def _pixels_end_at_one(self) -> Self:
         if self.norm == "linf" and self.epsilon > 1:
-            raise ValueError("epsilon: more than 1 in the norm linf")
+            raise ValueError("epsilon: must be at most 1 with the norm linf")
         return self
 
 
@@ -157,7 +157,7 @@ Adversarial = Annotated[
 
 
 class Augmentation(Strict):
-    """Light random distortions of the training images."""
+    """Small random distortions of the training images."""
 
     shift: float = Field(0.0, ge=0, le=8, description="Largest shift along each axis, in pixels.")
     rotate: float = Field(0.0, ge=0, le=180, description="Largest turn, in degrees.")
@@ -165,7 +165,7 @@ class Augmentation(Strict):
 
 
 class EarlyStopping(Strict):
-    """Stop when the validation loss (with an attack: accuracy under it) no longer gets better, and keep the best."""
+    """Stop when validation loss (with an attack: accuracy under it) stops improving, and keep the best weights."""
 
     patience: int = Field(5, ge=1, le=1000, description="Epochs without improvement before stopping.")
     min_delta: float = Field(0.0, ge=0, description="Smallest improvement that counts.")
@@ -211,11 +211,12 @@ class Spec(Strict):
     adversarial: Adversarial | None = Field(None, description="Adversarial training, or null.")
     epochs: int = Field(20, ge=1, le=1000, description="Passes over the training images.")
     batch_size: int = Field(
-        64, ge=1, le=4096, description="Most images of a step; a small set still takes twenty steps an epoch."
+        64, ge=1, le=4096, description="Largest batch; small data sets use smaller batches, for twenty steps an epoch."
     )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
     schedule: Literal["constant", "cosine", "one_cycle"] = Field(
-        "cosine", description="How the learning rate goes: `cosine` falls to zero, `one_cycle` rises over 30% first."
+        "cosine",
+        description="Learning rate: `cosine` decays it to zero, `one_cycle` warms up over 30% first.",
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="`sgd` has Nesterov momentum.")
     momentum: float | None = Field(None, ge=0, lt=1, description="Of `sgd`, by default 0.9.")
@@ -223,35 +224,36 @@ class Spec(Strict):
         None, ge=0, le=1, description="Of `adamw`, by default 0.01: decoupled decay of kernels, which is not L2."
     )
     class_weights: Literal["auto"] | None = Field(
-        None, description="`auto`: an image counts the more the rarer its class is."
+        None, description="`auto` weights images inversely to the frequency of their class."
     )
     validation_split: float = Field(
         0.2, ge=0.05, le=0.5,
         description="Share of every class held out for the report; the default takes at least one image of each.",
     )  # fmt: skip
     folds: Literal[5] | None = Field(
-        None, description="Under 200 images: train on five folds first, for an estimate from all images."
+        None,
+        description="Under 200 images: cross-validate on five folds first, so that every image is scored.",
     )
     early_stopping: EarlyStopping | None = Field(None, description="Stop early and keep the best weights, or null.")
     polarity: Literal["auto", "light_on_dark", "dark_on_light"] = Field(
-        "auto", description="Is the writing lighter or darker than its ground? `auto` decides from the borders."
+        "auto", description="Whether foreground is lighter or darker than background. `auto` decides from the borders."
     )
-    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="`gpu` fails where there is none.")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Everything random follows from it.")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="`gpu` fails if there is none.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of everything random.")
 
     @field_validator(*OPTIONS, "momentum", "weight_decay", mode="after")
     @classmethod
     def _belongs(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse an option of something that is not chosen."""
+        """Refuse options of a method or optimizer that was not chosen."""
         field, chosen = OWNERS[str(info.field_name)]
         owner = info.data.get(field, chosen)  # missing where it is itself refused
         if value is not None and owner != chosen:
-            raise ValueError(f"an option of {field} {chosen!r}, but the {field} is {owner!r}")
+            raise ValueError(f"is an option of {field} {chosen!r}, but the {field} is {owner!r}; leave it out")
         return value
 
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
-        """Write the defaults of what is chosen into the record; what is off becomes null."""
+        """Fill in the defaults of what was chosen, and set what is off to null."""
         filled: dict[str, Any] = {}
         if self.method in OPTIONS and getattr(self, self.method) is None:
             filled[self.method] = OPTIONS[self.method]()
@@ -303,7 +305,7 @@ def _repeated(value: Any, path: str) -> list[str]:
 
 
 def invalid_spec(exc: ValidationError) -> InvalidSpec:
-    """The error that names every field that pydantic has refused."""
+    """Translate a `ValidationError` into an error that names every refused field."""
     reasons: dict[str, str] = {}
     for error in exc.errors(include_url=False):
         location: Sequence[int | str] = ("spec", *error["loc"])
@@ -327,7 +329,7 @@ def check_dataset(spec: Spec, classes: Mapping[str, int], *, held_out: bool) -> 
 
     Args:
         classes: images of each class.
-        held_out: validation images were uploaded apart, so nothing has to be split off.
+        held_out: validation images were uploaded separately, so none are split off.
 
     Raises:
         InvalidSpec: with the field's path, and every class in question.
@@ -336,22 +338,22 @@ def check_dataset(spec: Spec, classes: Mapping[str, int], *, held_out: bool) -> 
     asked = "validation_split" in spec.model_fields_set  # the default holds out at least one image of each class
     empty = [name for name, count in classes.items() if round(spec.validation_split * count) == 0]
     if held_out and asked:
-        wrong["validation_split"] = "a `validation` upload was given: nothing is split off"
+        wrong["validation_split"] = "leave it out: with a `validation` upload nothing is split off"
     elif empty and asked and not spec.folds:
-        wrong["validation_split"] = f"leaves class {_some(empty)} without an image to validate on"
+        wrong["validation_split"] = f"leaves no image of class {_some(empty)} to validate on; raise it or add images"
     few = [name for name, count in classes.items() if count < (spec.folds or 0)]
     if spec.folds and held_out:
-        wrong["folds"] = "a `validation` upload was given: it says what to measure on"
+        wrong["folds"] = "leave it out: with a `validation` upload there is nothing to cross-validate"
     elif spec.folds and sum(classes.values()) >= MAX_FOLD_IMAGES:
-        wrong["folds"] = f"for fewer than {MAX_FOLD_IMAGES} images, and there are {sum(classes.values())}"
+        wrong["folds"] = f"is for fewer than {MAX_FOLD_IMAGES} images, and there are {sum(classes.values())}"
     elif few:
-        wrong["folds"] = f"needs {spec.folds} images of every class, and {_some(few)} has fewer"
+        wrong["folds"] = f"needs {spec.folds} images of every class; too few are of {_some(few)}"
     if wrong:
         raise _refused("the spec does not fit the data", {f"spec.{field}": why for field, why in wrong.items()})
 
 
 def refused(field: str, why: str) -> InvalidSpec:
-    """The error that says what is wrong with one field, a path within the spec."""
+    """The error about one field, given as a path within the spec."""
     return _refused("the spec is invalid", {f"spec.{field}": why})
 
 

@@ -15,7 +15,7 @@ Points = list[tuple[float, float]]
 WIDTH, HEIGHT = 480, 290  # of a plot, in units of about a pixel
 LEFT, RIGHT, TOP, BOTTOM = 60, 470, 26, 246  # where its axes lie
 MANY = 30  # most classes that have numbers in the matrix and a table that is not folded
-LOOKS = {  # of what is drawn: its name in the report -> what the page calls it, its colour, its dashes
+LOOKS = {  # name in the report -> name on the page, colour, dashes
     "data_loss": ("data loss", "blue", "none"),
     "adversarial_loss": ("adversarial loss", "red", "8 3"),
     "l1": ("L1", "green", "2 3"),
@@ -32,9 +32,9 @@ LOOKS = {  # of what is drawn: its name in the report -> what the page calls it,
     "kept": ("epoch kept", "grey", "4 4"),
     "overfitted": ("attack overfitted in epoch", "red", "1 3"),
     "epsilon": ("ε of the report", "grey", "4 4"),
-    "right": ("right", "right", "none"),
-    "wrong": ("wrong; the stronger, the larger the share of the true class", "wrong", "none"),
-    "accuracy": ("share right of the images in a range", "right", "none"),
+    "right": ("correct", "right", "none"),
+    "wrong": ("wrong; darker for a larger share of the true class", "wrong", "none"),
+    "accuracy": ("accuracy of the images in a range", "right", "none"),
     "calibrated": ("perfect calibration", "grey", "4 4"),
 }
 COLOURS = tuple(sorted({colour for _, colour, _ in LOOKS.values()}))  # each a class of the style sheet
@@ -52,13 +52,13 @@ class Figure:
 
 
 def percent(share: float) -> str:
-    """Never 100% of what is less."""
+    """A percentage that is only 100% if everything is."""
     return f"{share:.2%}" if 0.995 <= share < 1 else f"{share:.1%}"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """From `low` to `high`; `scale` is what makes it even."""
+    """An axis from `low` to `high`; equal distances on it are equal differences of `scale`."""
 
     label: str
     low: float
@@ -68,11 +68,11 @@ class Axis:
     scale: Callable[[float], float] = float
 
     def across(self, value: float) -> float:
-        """Where a value lies when this is the x axis of a plot."""
+        """Position of a value if this is the x axis of a plot."""
         return LEFT + (RIGHT - LEFT) * self._share(value)
 
     def up(self, value: float) -> float:
-        """Where a value lies when this is the y axis of a plot."""
+        """Position of a value if this is the y axis of a plot."""
         return BOTTOM + (TOP - BOTTOM) * self._share(value)
 
     def _share(self, value: float) -> float:
@@ -92,7 +92,7 @@ def linear(label: str, low: float, high: float, *, least: float = 0.0, percent: 
 
 
 def logarithmic(label: str, values: Sequence[float]) -> Axis:
-    """At most six decades; what lies below, as zero does, is drawn on the lower edge."""
+    """At most six decades; smaller values, such as zero, are drawn on the lower edge."""
     positive = [value for value in values if value > 0] or [1.0]
     top = math.ceil(math.log10(max(positive)))
     bottom = min(max(math.floor(math.log10(min(positive))), top - 6), top - 1)
@@ -109,7 +109,7 @@ def series(records: Sequence[Json], x: str, names: Iterable[str]) -> dict[str, P
 def line_plot(
     title: str, x: Axis, y: Axis, series: Mapping[str, Points], marks: Mapping[str, float | None], note: str
 ) -> Figure:
-    """A line with dots for each of the series, and upright lines at the marks."""
+    """A line with dots for each series, and vertical lines at the marks."""
     upright = {name: value for name, value in marks.items() if value is not None}
     drawing: list[str] = [_path(f"M{x.across(value):.1f} {TOP}V{BOTTOM}", name) for name, value in upright.items()]
     for name, points in series.items():
@@ -128,7 +128,7 @@ def line_plot(
 
 
 def gradient_share_plot(gradient_shares: Sequence[Json]) -> Figure:
-    """What the update is made of: a stacked bar an epoch."""
+    """The share of each term in the update: a stacked bar per epoch."""
     x = linear("epoch", 0.5, len(gradient_shares) + 0.5, least=1)
     y = linear("share of the update", 0, 1, percent=True)
     bars = {name: "" for name in LOOKS if name in gradient_shares[0]}
@@ -140,14 +140,16 @@ def gradient_share_plot(gradient_shares: Sequence[Json]) -> Figure:
             foot, top = top, top + record[name]["share"]
             bars[name] += _box(left, y.up(foot), right, y.up(top))
     texts = [f"{LOOKS[name][0]}, median {median(one[name]['share'] for one in gradient_shares):.2%}" for name in bars]
-    svg = _plot("What the update is made of", texts, x, y, "".join(map(_area, bars.values(), bars, texts)))
+    svg = _plot("Share of each term in the update", texts, x, y, "".join(map(_area, bars.values(), bars, texts)))
     legend = [(_area(SWATCH, name), text) for name, text in zip(bars, texts, strict=True)]
-    return Figure("What the update is made of", svg, legend, "The norm of each term's gradient over the sum of all.")
+    return Figure(
+        "Share of each term in the update", svg, legend, "The norm of each term's gradient over the sum of all."
+    )
 
 
 def reliability_plot(bins: Sequence[Json]) -> Figure:
     """Accuracy by confidence (Guo et al. 2017), with the number of images above each bin."""
-    x, y = linear("confidence", 0, 1, percent=True), linear("images right", 0, 1, percent=True)
+    x, y = linear("confidence", 0, 1, percent=True), linear("accuracy", 0, 1, percent=True)
     drawing, told = [_text(LEFT - 8, TOP - 13, "images", "end")], []
     for one in bins:
         left, right = x.across(one["lower"]), x.across(one["upper"])
@@ -162,7 +164,7 @@ def reliability_plot(bins: Sequence[Json]) -> Figure:
 
 
 def confusion_plot(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Images by true and predicted class. Empty cells are not drawn: of a thousand classes there are a million."""
+    """Images by true and predicted class. Empty cells are not drawn: a thousand classes have a million cells."""
     names = [name if len(name) <= 24 else f"{name[:14]}…{name[-9:]}" for name in classes]
     count, wide = len(names), len(names) > 12
     font = 12 if count <= MANY else 10
@@ -178,7 +180,7 @@ def confusion_plot(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> F
     for row, images in enumerate(matrix):
         for column, number in ((column, number) for column, number in enumerate(images) if number):
             share, px, py = number / sum(images), left + column * cell, row * cell
-            strength = 0.12 + 0.6 * share if share <= 0.5 else 0.5 + 0.5 * share  # nothing that hides black and white
+            strength = 0.12 + 0.6 * share if share <= 0.5 else 0.5 + 0.5 * share  # the digits stay legible
             told = f"{number} of {sum(images)} images of {classes[row]}: {classes[column]}"
             kind = "right" if row == column else "wrong"
             drawing.append(_area(_box(px, py, px + cell, py + cell), kind, told, strength))
@@ -191,14 +193,14 @@ def confusion_plot(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> F
         drawing.append(_text(left + at + (font / 3 if turn else 0), side + 15, names[k], look, turn, font))
     drawing.append(_text(left + side / 2, below + 16, "predicted class", "middle"))
     drawing.append(_text(12, side / 2, "true class", "middle", -90))
-    told = f"{sum(row[k] for k, row in enumerate(matrix))} of {sum(map(sum, matrix))} images right"
+    told = f"{sum(row[k] for k, row in enumerate(matrix))} of {sum(map(sum, matrix))} images correct"
     svg = _svg("Confusion matrix", told, left + side + 2, below + 22, "".join(drawing))
     legend = [(_area(SWATCH, name), LOOKS[name][0]) for name in ("right", "wrong")]
     return Figure("Confusion matrix", svg, legend, wide=wide)
 
 
 def _plot(title: str, told: Iterable[str], x: Axis, y: Axis, drawing: str) -> Markup:
-    """A drawing between its axes; `told` is for who cannot see it."""
+    """A drawing between its axes; `told` describes it to screen readers."""
     parts = []
     for tick in y.ticks:
         at = y.up(tick)

@@ -32,8 +32,8 @@ _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 NO_ZEROS = (
-    "L1 promised no exact zeros in {}: the method reaches these kernels only through other parameters, so L1 is a "
-    "subgradient on the effective kernel there, which makes weights smaller but does not stop them at zero."
+    "L1 promised no exact zeros in {}: the method trains these kernels only through other parameters, so L1 is a "
+    "subgradient on the effective kernel there. It makes weights smaller but does not stop them at zero."
 )
 
 
@@ -118,14 +118,14 @@ def _tiles(report: Json) -> Iterator[Tile]:
         note = f"percentage points; in cross-entropy {found['cross_entropy']:+z.2g} nats"
         yield Tile("Generalization gap", f"{100 * found['accuracy']:+z.1f} pp", note)
     if found := report.get("calibration"):
-        note = "ECE: mean distance of confidence and accuracy"
+        note = "ECE: mean gap between confidence and accuracy"
         yield Tile("Calibration error", f"{found['expected_calibration_error']:.1%}", note)
     if found := report.get("robustness"):
-        size, doubt = found["epsilon"], "not to be trusted: " if found.get("gradient_masking") else ""
+        size, doubt = found["epsilon"], "do not trust: " if found.get("gradient_masking") else ""
         title = f"{found['attack'].upper()}, ε = {size:g}"
         yield Tile(title, percent(found["accuracy"]), f"{doubt}accuracy under attack")
         worst = next((percent(point["worst"]) for point in found.get("curve", ()) if point["epsilon"] == size), "…")
-        note = "still being worked out" if worst == "…" else f"{doubt}accuracy under FGSM, PGD and Square"
+        note = "not measured yet" if worst == "…" else f"{doubt}accuracy under FGSM, PGD and Square"
         yield Tile(f"Worst case, ε = {size:g}", worst, note)
     if found := report.get("parameters"):
         note = f"of {found['total']:,} ({found['trained'] / found['total']:.1%})"
@@ -136,9 +136,9 @@ def _notices(report: Json) -> Iterator[Notice]:
     training, robustness = report.get("training") or {}, report.get("robustness") or {}
     ended, kept = training.get("ended_by"), f"the weights of epoch {training.get('kept_epoch')} are kept"
     if reasons := robustness.get("gradient_masking"):
-        yield Notice("bad", "The robustness figures are not to be trusted: gradients are masked", reasons)
+        yield Notice("bad", "Do not trust the robustness figures: gradients are masked", reasons)
     if ended == "catastrophic_overfitting":
-        text = "attacks of one step were withstood, but no longer those of several"
+        text = "the model resisted one-step attacks but no longer multi-step ones"
         text = f"Training ended in epoch {training.get('overfitted_attack_in_epoch')}: {text}; {kept}."
         yield Notice("bad", "Catastrophic overfitting of the attack", [text])
     if doubts := report.get("warnings"):
@@ -148,8 +148,8 @@ def _notices(report: Json) -> Iterator[Notice]:
     if ended == "early_stopping":
         yield Notice("note", "Early stopping", [f"Training ended after epoch {training['epochs']}; {kept}."])
     if "curve" not in robustness:
-        text = "Accuracy under PGD and Square, signs of gradient masking, what was forgotten of the base's task."
-        yield Notice("note", "Still being worked out", [text])
+        text = "Accuracy under PGD and Square, signs of gradient masking, and forgetting of the base's task."
+        yield Notice("note", "Not measured yet", [text])
 
 
 def _figures(report: Json, manifest: Json) -> Iterator[Figure]:
@@ -162,18 +162,18 @@ def _figures(report: Json, manifest: Json) -> Iterator[Figure]:
         yield line_plot("Loss by epoch", epochs, loss, losses, marks, "Training terms are means over the epoch.")
         shares = series(history, "epoch", [name for name in LOOKS if name.startswith("validation_accuracy")])
         least = min([0.9, *(y for points in shares.values() for _, y in points)])
-        right = linear("validation images right", math.floor(10 * least) / 10, 1, percent=True)
-        note = "The attacks of every epoch are quick, and on some of the images." if len(shares) > 1 else ""
+        right = linear("validation accuracy", math.floor(10 * least) / 10, 1, percent=True)
+        note = "The attacks in every epoch are quick ones, on a sample of the images." if len(shares) > 1 else ""
         yield line_plot("Accuracy by epoch", epochs, right, shares, marks, note)
     if gradient_shares := (report.get("regularization") or {}).get("epochs"):
         yield gradient_share_plot(gradient_shares)
     if curve := robustness.get("curve"):
         sizes = linear("ε, the largest change of a pixel (0 to 1)", 0, max(point["epsilon"] for point in curve))
-        right = linear("validation images right", 0, 1, percent=True)
+        right = linear("validation accuracy", 0, 1, percent=True)
         attacks = series(curve, "epsilon", ("worst", "fgsm", "pgd", "square"))
         settings = ", ".join(f"{name} {value}" for name, value in _flat(robustness.get("settings") or {}))
         note = f"On {robustness['images']:,} validation images; {settings}."
-        note = f"Not to be trusted: gradients are masked. {note}" if robustness.get("gradient_masking") else note
+        note = f"Do not trust: gradients are masked. {note}" if robustness.get("gradient_masking") else note
         yield line_plot("Robustness", sizes, right, attacks, {"epsilon": robustness["epsilon"]}, note)
     if bins := (report.get("calibration") or {}).get("bins"):
         yield reliability_plot(bins)
@@ -193,7 +193,7 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
     if across := report.get("cross_validation"):
         rows = [(f"fold {number}", percent(share)) for number, share in enumerate(across["folds"], start=1)]
         rows.append(("all images", f"{percent(across['accuracy'])} ({_interval(across)})"))
-        note = f"Each of {across['images']:,} images was held out once; the interval is of 95%."
+        note = f"Each of {across['images']:,} images was held out once; 95% interval."
         yield Table("Cross-validation", ("", "accuracy"), rows, note)
     if bins := (report.get("calibration") or {}).get("bins"):
         rows = [
@@ -201,7 +201,7 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
             + tuple(f"{one[key]:.1%}" for key in ("confidence", "accuracy"))
             for one in bins if one["images"]
         ]  # fmt: skip
-        note = "By the highest probability; ranges without images are left out."
+        note = "By highest probability; empty ranges are left out."
         yield Table("Calibration", ("confidence", "images", "mean confidence", "accuracy"), rows, note)
     if found := report.get("sparsity"):
         exact, shrunk = found.get("exact_zeros_in", ()), found.get("shrunk_without_zeros", ())
@@ -218,13 +218,13 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
         yield Table("Forgetting", ("", "accuracy"), rows, note)
     else:
         gone = "forgetting" in report and "curve" in (report.get("robustness") or {})
-        text = "Nothing is there any more to measure it on." if gone else "Still being worked out."
+        text = "There is no data left to measure it on." if gone else "Not measured yet."
         yield Table("Forgetting", note=text)
     if found := report.get("cost"):
         rows = [(stage, f"{seconds:,g} s") for stage, seconds in found["seconds"].items()]
         sizes = {key: found[key] for key in found if key.endswith("_bytes")}
         rows += [(key.removesuffix("_bytes").replace("_", " "), f"{size / 1e6:,.0f} MB") for key, size in sizes.items()]
-        rows.append(("training images a second", f"{found['images_per_second']:,}"))
+        rows.append(("training images per second", f"{found['images_per_second']:,}"))
         yield Table("Cost", ("", ""), rows, f"On {report.get('device', 'an unknown device')}.")
 
 
@@ -234,7 +234,7 @@ def _interval(score: Json) -> str:
 
 
 def _flat(record: Json) -> Iterator[tuple[str, str]]:
-    """Names and values; what is inside another value is named after both."""
+    """Names and values; nested ones are named `outer: inner`."""
     for key, value in record.items():
         if isinstance(value, dict):
             yield from ((f"{key}: {name}", inner) for name, inner in _flat(value))

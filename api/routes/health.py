@@ -1,4 +1,4 @@
-"""What operators ask: is it alive, is it ready, what has it done."""
+"""Health and metrics, for operators."""
 
 import asyncio
 from typing import Literal
@@ -17,12 +17,12 @@ router = APIRouter(tags=["health"])
 
 
 class Ready(BaseModel):
-    """What the service can do at this moment."""
+    """Which parts of the service work at the moment."""
 
-    status: Literal["ready", "not_ready"] = Field(description="Do the store and the model server answer?")
+    status: Literal["ready", "not_ready"] = Field(description="Whether the store and a model server work.")
     store: Literal["ok", "unavailable"] = Field(description="The store of jobs and models.")
-    model_server: Literal["ok", "unavailable"] = Field(description="Does at least one model server answer?")
-    disk: Literal["ok", "full"] = Field(description="Is there space for uploads and new versions?")
+    model_server: Literal["ok", "unavailable"] = Field(description="Whether at least one model server answers.")
+    disk: Literal["ok", "full"] = Field(description="Whether there is space for uploads and new versions.")
     model_servers: dict[str, Literal["ok", "loading", "unavailable"]] = Field(
         description="Each of them, by address; `loading` while it does not serve all live versions yet."
     )
@@ -31,13 +31,13 @@ class Ready(BaseModel):
 
 @router.get("/", include_in_schema=False)
 async def front() -> RedirectResponse:
-    """To what can be asked here."""
+    """Redirect to the documentation."""
     return RedirectResponse("/docs")
 
 
 @router.get("/healthz")
 async def alive() -> dict[Literal["status"], Literal["ok"]]:
-    """The gateway lives."""
+    """Answer as long as the gateway runs."""
     return {"status": "ok"}
 
 
@@ -67,7 +67,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics() -> Response:  # in a thread: rendering takes a while
-    """What Prometheus collects."""
+    """Metrics in the Prometheus text format."""
     return Response(generate_latest(COLLECTORS), media_type=CONTENT_TYPE_LATEST)
 
 

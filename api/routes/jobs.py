@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: upload, look, cancel."""
+"""Fine-tuning jobs: upload, list, inspect, cancel."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ router = APIRouter(tags=["fine-tune"])
 JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
 FILES = {
     "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
-    "validation": "Images to measure on, in the same form; without them some of `data` are held out.",
+    "validation": "Images to validate on, in the same format; without them part of `data` is held out.",
 }
 
 
@@ -31,7 +31,7 @@ class FinetuneFields(BaseModel):
 
     model: str = Field(pattern=MODEL_NAME, description="The model that gets a new version.")
     label: str = Field(
-        STABLE, pattern=LABEL, description="The label that moves to the new version: `stable`, or `canary`."
+        STABLE, pattern=LABEL, description="Label to move to the new version, such as `stable` or `canary`."
     )
     spec: str | None = Field(
         None, description="How to train, as JSON (schema `Spec`); regularized by default.", examples=[SPEC_EXAMPLE]
@@ -157,11 +157,11 @@ def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobLi
 
 @router.get("/finetune/{id}", responses=errors(404, 422, 503))
 async def get_job(request: Request, id: JobId) -> JobView:
-    """One job: its state, its progress, its error or its version."""
+    """A job with its status, its progress, and its version or error."""
     gateway = gateway_of(request)
     job = await asyncio.to_thread(gateway.jobs.get, id)
     if job.version is not None and not gateway.router.knows(job.model, job.version):
-        await gateway.router.refresh()  # who reads of a version may ask for it at once
+        await gateway.router.refresh()  # the client may ask for this version next
     return JobView.of(job)
 
 
@@ -172,15 +172,15 @@ def cancel_job(request: Request, id: JobId) -> JobView:
 
 
 def _resolve_base(gateway: Gateway, spec: Spec) -> str:
-    """`name:version` of a live version to start from."""
+    """The live version that training starts from, as `name:version`."""
     name, _, number = spec.base.partition(":")
     if spec.base == BASE and not gateway.registry.has_live(BASE):
-        return f"{BASE}:1"  # the worker publishes it before it claims any job
+        return f"{BASE}:1"  # the worker publishes it before it claims a job
     try:
         found = gateway.registry.find(name, int(number) if number else None)
     except UnknownModel as exc:
         raise refused("base", exc.message) from exc
     has = found.manifest.get("adapter_bottleneck", 0)
     if spec.adapter and has not in (0, spec.adapter.bottleneck):
-        raise refused("adapter.bottleneck", f"{name}:{found.version} has adapters of {has} units already")
+        raise refused("adapter.bottleneck", f"must be {has}, as in {name}:{found.version}")
     return f"{name}:{found.version}"

@@ -1,4 +1,4 @@
-"""Models, versions, labels: what there is, where requests go, and what may go."""
+"""Models, versions and labels: list, route, verify, delete."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ LabelName = Annotated[str, Path(pattern=LABEL, description="A label.")]
 
 
 class VersionView(BaseModel):
-    """A live version of a model, with what is known of it."""
+    """A live version of a model with its manifest and report card."""
 
     version: int = Field(description="Its number.")
     created_at: float = Field(description="Unix seconds.")
@@ -45,13 +45,13 @@ class VersionView(BaseModel):
 
 
 class LabelView(BaseModel):
-    """A name that stands for a version."""
+    """A label: a movable name for a version."""
 
     model: str = Field(description="The model.")
     object: Literal["label"] = Field("label", description="Kind of this object.")
     label: str = Field(description="The label.")
-    version: int = Field(description="The version that it stands for.")
-    weight: float = Field(description="Share of the requests without version and label that follow it.")
+    version: int = Field(description="The version it stands for.")
+    weight: float = Field(description="Share of the requests naming neither version nor label that follow it.")
 
     @classmethod
     def of(cls, model: str, name: str, label: Label) -> "LabelView":
@@ -60,46 +60,46 @@ class LabelView(BaseModel):
 
 
 class LabelMove(BaseModel):
-    """Where a label shall stand."""
+    """Where to move a label."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Annotated[int, Field(ge=1, lt=2**63)] = Field(description="A live version.", examples=[1])
     weight: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Share of the requests without version and label; those with the same `X-Sticky-Key` follow "
-        "the same label. Without it the label keeps the share that it has."
+        None, description="Share of the requests that name neither version nor label; those with the same "
+        "`X-Sticky-Key` follow the same label. If omitted, the share stays as it is."
     )  # fmt: skip
 
 
 class Deleted(BaseModel):
-    """What was removed."""
+    """What was deleted."""
 
     model: str = Field(description="The model.")
-    versions: list[int] | None = Field(None, description="The versions that are gone.")
-    label: str | None = Field(None, description="The label that is gone.")
-    deleted: Literal[True] = Field(True, description="It is gone.")
+    versions: list[int] | None = Field(None, description="The deleted versions.")
+    label: str | None = Field(None, description="The deleted label.")
+    deleted: Literal[True] = Field(True, description="Always true.")
 
 
 class Verification(BaseModel):
-    """Whether a version is, on disk and at every model server, what was trained."""
+    """Whether the files of a version and the answers of every model server match what was trained."""
 
     model: str = Field(description="The model.")
     version: int = Field(description="The version.")
-    proven: bool = Field(description="Are the files sound, and does every server answer the probe as the trainer did?")
+    proven: bool = Field(description="Whether the files are intact and every server answers as the trainer did.")
     failures: dict[str, str | None] = Field(
-        description="Of `files` and of every model server: what is wrong, or null.",
+        description="For `files` and for every model server: what is wrong, or null.",
         examples=[{"files": None, "127.0.0.1:8500": None}],
     )
 
 
 class ModelSummary(BaseModel):
-    """A model and the numbers of its live versions."""
+    """A model with its labels and the numbers of its live versions."""
 
     name: str = Field(description="Its name.")
     object: Literal["model"] = Field("model", description="Kind of this object.")
     versions: list[int] = Field(description="Live versions, newest first.")
-    labels: dict[str, int] = Field(description="Labels and the versions that they stand for.")
-    weights: dict[str, float] = Field(description="Shares of the traffic that do not follow `stable`, by label.")
+    labels: dict[str, int] = Field(description="The version of each label.")
+    weights: dict[str, float] = Field(description="Share of the traffic of each label besides `stable`.")
     classes: list[str] = Field(description="Class names of the newest version.")
 
     @classmethod
@@ -131,8 +131,8 @@ class ModelView(BaseModel):
 
     name: str = Field(description="Its name.")
     object: Literal["model"] = Field("model", description="Kind of this object.")
-    labels: dict[str, int] = Field(description="Labels and the versions that they stand for.")
-    weights: dict[str, float] = Field(description="Shares of the traffic that do not follow `stable`, by label.")
+    labels: dict[str, int] = Field(description="The version of each label.")
+    weights: dict[str, float] = Field(description="Share of the traffic of each label besides `stable`.")
     versions: list[VersionView] = Field(description="Live versions, newest first.")
 
     @classmethod
@@ -143,7 +143,7 @@ class ModelView(BaseModel):
 
 @router.get("/models", responses=errors(422, 503))
 def list_models(request: Request, after: After = None, limit: Limit = 20) -> ModelList:
-    """Models that predictions can go to, by name."""
+    """List the models that can answer predictions, by name."""
     found = sorted(gateway_of(request).registry.routes().items())
     later = [(name, route) for name, route in found if after is None or name > after]
     page = [ModelSummary.of(name, route) for name, route in later[:limit]]
@@ -160,7 +160,7 @@ def get_model(request: Request, name: Name) -> ModelView:
 
 @router.delete("/models/{name}", responses=errors(404, 409, 422, 503, 507))
 async def delete_model(request: Request, name: Name) -> Deleted:
-    """Remove a model with all its versions and labels. Their numbers are not given again."""
+    """Delete a model with all its versions and labels. Version numbers are never reused."""
     return await _delete(gateway_of(request), name, None)
 
 
@@ -172,13 +172,13 @@ def get_version(request: Request, name: Name, version: Number) -> VersionView:
 
 @router.delete("/models/{name}/versions/{version}", responses=errors(404, 409, 422, 503, 507))
 async def delete_version(request: Request, name: Name, version: Number) -> Deleted:
-    """Remove a version for which no label stands."""
+    """Delete a version that has no label."""
     return await _delete(gateway_of(request), name, version)
 
 
 @router.post("/models/{name}/versions/{version}/verify", responses=errors(404, 422, 503))
 async def verify(request: Request, name: Name, version: Number) -> Verification:
-    """Check a version's files, and prove anew that every model server answers as the trainer did."""
+    """Check the files of a version, and that every model server still answers as the trainer did."""
     gateway = gateway_of(request)
     await asyncio.to_thread(gateway.registry.find, name, version)
     found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, name, version)
@@ -187,9 +187,9 @@ async def verify(request: Request, name: Name, version: Number) -> Verification:
 
 @router.put("/models/{name}/labels/{label}", responses=errors(400, 404, 409, 422, 503, 507))
 async def put_label(request: Request, name: Name, label: LabelName, move: LabelMove) -> LabelView:
-    """Have a label stand for a version: promote, roll back, or send it a share of the traffic.
+    """Move a label to a version: promote, roll back, or send it a share of the traffic.
 
-    Requests that name neither version nor label follow `stable`, but for the shares of other labels (`weight`).
+    Requests that name neither version nor label follow `stable`, except for the shares (`weight`) of other labels.
     """
     gateway = gateway_of(request)
     await asyncio.to_thread(_check_labelled, gateway, name, move.version)
@@ -201,7 +201,7 @@ async def put_label(request: Request, name: Name, label: LabelName, move: LabelM
 
 @router.delete("/models/{name}/labels/{label}", responses=errors(404, 409, 422, 503, 507))
 async def delete_label(request: Request, name: Name, label: LabelName) -> Deleted:
-    """Remove a label; its version stays."""
+    """Delete a label; its version stays."""
     gateway = gateway_of(request)
     await asyncio.to_thread(gateway.registry.drop_label, name, label)
     log.info("%s: label %s removed", name, label)
@@ -214,8 +214,8 @@ async def delete_label(request: Request, name: Name, label: LabelName) -> Delete
     responses={200: {"content": {"text/html": {}}}, **errors(404, 422, 503)},
 )  # fmt: skip
 def get_report(request: Request, name: Name, version: Number) -> HTMLResponse:
-    """The report card as a page with plots, complete in itself."""
-    from api.report.page import report_page  # a megabyte for those who look
+    """The report card as a self-contained HTML page with plots."""
+    from api.report.page import report_page  # takes a megabyte: load it on first use
 
     found = gateway_of(request).registry.find(name, version)
     return HTMLResponse(report_page(name, version, found.report, found.manifest))
@@ -226,22 +226,22 @@ def get_report(request: Request, name: Name, version: Number) -> HTMLResponse:
     responses={200: {"content": {"application/octet-stream": {}}}, **errors(404, 422, 503)},
 )  # fmt: skip
 def get_delta(request: Request, name: Name, version: Number) -> FileResponse:
-    """What the fine-tune changed, an `.npz` for `python -m trainer.delta`, which applies it to the base."""
+    """What the fine-tune changed: an `.npz` that `python -m trainer.delta` applies to the base."""
     gateway = gateway_of(request)
     gateway.registry.find(name, version)
     path = gateway.settings.version(name, version) / "assets.extra" / "delta.npz"
     if not path.is_file():
-        raise NotFound(f"{name}:{version} has no delta: it was not fine-tuned here", param="version")
+        raise NotFound(f"{name}:{version} has no delta: it is a pretrained model", param="version")
     return FileResponse(path, filename=f"{name}-{version}.delta.npz", media_type="application/octet-stream")
 
 
 async def _delete(gateway: Gateway, name: str, version: int | None) -> Deleted:
-    """Requests stop to reach it, then the model servers unload it, then its files go."""
+    """Take it out of the routes, unload it from the model servers, then remove its files."""
 
     def retire() -> list[int]:
         needed = gateway.jobs.open_bases()
         if f"{name}:{version}" in needed or (version is None and any(base.startswith(f"{name}:") for base in needed)):
-            raise WrongState("a fine-tune that has not finished starts from it", param="name")
+            raise WrongState("an unfinished fine-tune starts from it; wait for that job or cancel it", param="name")
         return gateway.registry.retire(name, version)
 
     try:
@@ -268,7 +268,7 @@ def _check_labelled(gateway: Gateway, name: str, version: int) -> None:
 
 
 def _verify(gateway: Gateway, targets: Sequence[PooledServer], name: str, version: int) -> dict[str, str | None]:
-    """What is wrong with the files and with each model server; None where nothing is."""
+    """What is wrong with the files and with each model server; None where all is well."""
     failures: dict[str, str | None] = {"files": None}
     place = gateway.settings.version(name, version)
     try:

@@ -124,7 +124,7 @@ DIGITS = [str(digit) for digit in range(10)]
 PLOTS = [
     "Loss by epoch",
     "Accuracy by epoch",
-    "What the update is made of",
+    "Share of each term in the update",
     "Robustness",
     "Reliability",
     "Confusion matrix",
@@ -149,7 +149,7 @@ def test_a_full_report_has_every_figure_plot_and_table() -> None:
         assert text in page.text
     for heading in ("Classes", "Calibration", "Sparsity", "Forgetting", "Cost", "Spec"):
         assert heading in page.text
-    assert "still being worked out" not in page.text.lower()
+    assert "not measured yet" not in page.text.lower()
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
@@ -176,19 +176,19 @@ def test_few_classes_have_numbers_in_the_matrix_and_many_do_not() -> None:
         assert "4 of 5 images of class 7: class 7" in page
 
 
-def test_a_quick_report_says_what_is_still_being_worked_out() -> None:
+def test_a_quick_report_says_what_is_not_measured_yet() -> None:
     for report in (quick_report(DIGITS), quick_report(DIGITS) | {"forgetting": None}):
         page = shown(report, DIGITS)
         assert page.plots() == [plot for plot in PLOTS if plot != "Robustness"]
-        assert "Worst case, ε = 0.1 … still being worked out" in page.text
-        assert "Still being worked out Accuracy under PGD and Square" in page.text
-        assert "Forgetting Still being worked out" in page.text
+        assert "Worst case, ε = 0.1 … not measured yet" in page.text
+        assert "Not measured yet Accuracy under PGD and Square" in page.text
+        assert "Forgetting Not measured yet" in page.text
 
 
 def test_forgetting_that_nothing_can_measure_is_not_announced() -> None:
     page = shown(full_report(DIGITS) | {"forgetting": None}, DIGITS)
-    assert "still being worked out" not in page.text.lower()
-    assert "Nothing is there any more to measure it on" in page.text
+    assert "not measured yet" not in page.text.lower()
+    assert "There is no data left to measure it on" in page.text
 
 
 @pytest.mark.parametrize("part", sorted(full_report(DIGITS)))
@@ -201,11 +201,11 @@ def test_any_part_may_be_missing(part: str) -> None:
 
 def test_masked_gradients_take_the_trust_from_every_robustness_figure() -> None:
     report = full_report(DIGITS)
-    assert "not to be trusted" not in shown(report, DIGITS).text
+    assert "do not trust" not in shown(report, DIGITS).text.lower()
     report["robustness"] |= {"trusted": False, "gradient_masking": ["Square beats PGD at epsilon 0.05"]}
     text = shown(report, DIGITS).text
-    assert "The robustness figures are not to be trusted: gradients are masked Square beats PGD at epsilon 0.05" in text
-    assert text.lower().count("not to be trusted") == 4  # the warning, both figures, the curve
+    assert "Do not trust the robustness figures: gradients are masked Square beats PGD at epsilon 0.05" in text
+    assert text.lower().count("do not trust") == 4  # the warning, both figures, the curve
 
 
 def test_what_ended_training_is_said_with_its_epochs() -> None:
@@ -260,6 +260,6 @@ def test_the_base_model_has_its_card_and_nothing_else() -> None:
     card = json.loads((Path(__file__).parents[2] / "trainer/base/lenet5.json").read_text(encoding="utf-8"))
     page = Page(report_page("lenet5", 1, copy.deepcopy(card), {"classes": DIGITS, "base": None, **card}))
     assert "svg" not in page.tags
-    assert "worked out" not in page.text
+    assert "not measured" not in page.text.lower()
     for text in ("lenet5:1", card["model"], card["command"], "settings: learning rate 0.0015", "test accuracy 0.995"):
         assert text in page.text

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 import api.uploads
 from api.uploads import Uploads
 from store.engine import connect
-from store.errors import Overloaded
+from store.errors import MalformedRequest, Overloaded
 from store.settings import Settings
 from tests.conftest import Service, png, zipped
 from tests.trainer.test_datasets import DOT
@@ -103,6 +103,21 @@ def test_a_client_that_hangs_up_leaves_nothing(settings: Settings, jobs: Jobs) -
                 async with uploads.receive(request(receive), {"model"}, {"data"}):
                     pass
             assert staged(settings) == []
+
+    asyncio.run(upload())
+
+
+def test_an_upload_that_stalls_gives_its_place_back(
+    settings: Settings, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.uploads, "IDLE_S", 0.05)
+
+    async def upload() -> None:
+        async with opened(settings, jobs) as uploads:
+            with pytest.raises(MalformedRequest, match=r"nothing arrived for 0.05 s"):
+                async with uploads.receive(request(asyncio.Event().wait), {"model"}, {"data"}):
+                    pass
+            assert uploads._under_way == 0
 
     asyncio.run(upload())
 

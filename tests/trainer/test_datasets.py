@@ -154,7 +154,7 @@ def bad_uploads() -> dict[str, tuple[bytes, str, list[str]]]:
         ),
         "symbolic link": (link.getvalue(), "symbolic link", ["a/link.png"]),
         "encrypted": (bytes(encrypted), "encrypted", ["a/0.png"]),
-        "no folder": (zipped({**GOOD, "lost.png": png(DOT)}), "no class folder", ["lost.png"]),
+        "no folder": (zipped({**GOOD, "lost.png": png(DOT)}), "not in a class folder", ["lost.png"]),
         "huge image": (zipped({**GOOD, "a/big.png": huge_png(60_000)}), "60000x60000", ["a/big.png"]),
         "truncated images": (
             zipped({**GOOD, "a/t.png": png(DOT)[:60], "b/t.png": png(DOT)[:-30]}), "broken", ["a/t.png", "b/t.png"],
@@ -166,13 +166,13 @@ def bad_uploads() -> dict[str, tuple[bytes, str, list[str]]]:
         "other length": (npz(images=good_npz["images"], labels=np.arange(3)), "differ in length", []),
         "no labels": (npz(images=good_npz["images"]), "'labels' or 'y'", []),
         "both names": (npz(**good_npz, x=good_npz["images"]), "both", []),
-        "NaN": (npz(images=nan, labels=good_npz["labels"]), "no numbers", ["1", "3"]),
+        "NaN": (npz(images=nan, labels=good_npz["labels"]), "NaN", ["1", "3"]),
         "bytes as floats": (npz(images=large, labels=good_npz["labels"]), "must be integers", ["2"]),
         "out of range": (npz(images=np.full((4, 28, 28), 300), labels=good_npz["labels"]), "0 to 255", list("0123")),
         "pickled": (npz(images=np.array([DOT, None, 1, 2], object), labels=good_npz["labels"]), "pickle", []),
         "float labels": (npz(images=good_npz["images"], labels=np.array([0.5, 0.5, 1, 1])), "integers or strings", []),
         "wrong rank": (npz(images=np.zeros((4, 28)), labels=good_npz["labels"]), "must be (n", []),
-        "complex": (npz(images=np.zeros((4, 28, 28), complex), labels=good_npz["labels"]), "bytes or floats", []),
+        "complex": (npz(images=np.zeros((4, 28, 28), complex), labels=good_npz["labels"]), "integers or floats", []),
         "short array": (short.getvalue(), "the file is shorter", []),
         "empty class name": (npz(images=good_npz["images"], labels=np.array(["", "", "b", "b"])), "printable", [""]),
     }  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_bad_upload_is_refused_with_all_that_is_wrong(tmp_path: Path, case: st
 
 
 def test_too_many_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidDataset, match="more than 3"):
+    with pytest.raises(InvalidDataset, match="more than the 3 allowed"):
         reading(tmp_path, zipped(GOOD), max_images=3)
 
 

@@ -1,7 +1,7 @@
-"""Data sets: from an uploaded file, which nobody trusts, to prepared arrays with class names.
+"""Data sets: from an untrusted upload to prepared arrays with class names.
 
-`python -m trainer.jobs.datasets` does it in a process of its own, under limits of memory and time: it reads a task and
-prints a verdict, both as JSON. `api.uploads` is how the gateway calls it.
+`python -m trainer.jobs.datasets` reads an upload in a process of its own, with limits on memory and time: it takes a
+task and prints a verdict, both as JSON. The gateway calls it through `api.uploads`.
 """
 
 import errno
@@ -41,13 +41,13 @@ MAX_UNPACKED_BYTES = 1 << 30
 class Dataset:
     """Prepared images with their classes."""
 
-    images: np.ndarray  # (n, 28, 28) uint8, as they came: light on dark or dark on light
+    images: np.ndarray  # (n, 28, 28) uint8, in the polarity of the upload
     labels: np.ndarray  # (n,) int32, positions in `classes`
     classes: tuple[str, ...]
 
     @property
     def dark_on_light(self) -> bool:
-        """What `polarity: auto` decides."""
+        """The polarity that `auto` chooses."""
         return is_dark_on_light(self.images)
 
     def save(self, path: Path) -> None:
@@ -57,12 +57,12 @@ class Dataset:
 
     @classmethod
     def load(cls, path: Path) -> "Dataset":
-        """Read what `save` has written."""
+        """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(arrays["images"], arrays["labels"], tuple(str(name) for name in arrays["classes"]))
 
     def described(self) -> dict[str, Any]:
-        """What the API says of it. `id` is the SHA-256 of the content."""
+        """The data set as the API describes it. `id` is the SHA-256 of the content."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         digest.update(self.images.tobytes())
         digest.update(self.labels.tobytes())
@@ -76,10 +76,12 @@ class Dataset:
 
 
 def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Dataset:
-    """The data set in an uploaded zip of class folders or `.npz`.
+    """Read the data set in a zip of class folders or an `.npz`.
 
     Args:
-        least: classes, and images of each, that there must be: two to train on, one to measure on.
+        max_pixels: most pixels of one image.
+        max_images: most images of the data set.
+        least: fewest classes, and fewest images of each: two to train on, one to validate on.
 
     Raises:
         InvalidDataset: with every offending file or index in its details.
@@ -89,7 +91,7 @@ def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Dat
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             unpacked = sum(entry.file_size for entry in entries)
             if unpacked > MAX_UNPACKED_BYTES:
-                raise _invalid(f"the file unpacks to {unpacked} bytes, more than {MAX_UNPACKED_BYTES}")
+                raise _invalid(f"the file unpacks to {unpacked} bytes; at most {MAX_UNPACKED_BYTES} are allowed")
             if entries and all(entry.filename.endswith(".npy") for entry in entries):
                 images, labels = _read_npz(archive, entries, max_pixels, max_images)
             else:
@@ -107,7 +109,7 @@ def _invalid(message: str, details: list[dict[str, Any]] | None = None) -> Inval
 
 
 def _indexed(images: np.ndarray, labels: list[str], least: int) -> Dataset:
-    """Labels as positions in the sorted class names, once every class is found fit to train on."""
+    """Sort the classes, numerically if all are numbers, and turn labels into positions; refuse unfit classes."""
     labels = _normalized(labels)
     counts = Counter(labels)
     numeric = all(re.fullmatch(r"-?\d{1,18}", name) for name in counts)
@@ -151,9 +153,9 @@ def _read_folders(
     """Images and labels of `class/.../image.ext`."""
     entries = [entry for entry in entries if not IGNORED.search(entry.filename)]
     if not entries:
-        raise _invalid("the zip holds no images")
+        raise _invalid("the zip has no images")
     if len(entries) > max_images:
-        raise _invalid(f"{len(entries)} files, more than {max_images}")
+        raise _invalid(f"{len(entries)} files, more than the {max_images} allowed")
     images, labels, wrong = [], [], []
     for entry in entries:
         try:
@@ -163,12 +165,12 @@ def _read_folders(
         except InvalidImage as exc:
             wrong.append({"file": entry.filename, "reason": exc.message})
         except MemoryError:
-            wrong.append({"file": entry.filename, "reason": "takes too much memory to decode"})
+            wrong.append({"file": entry.filename, "reason": "decoding it takes too much memory"})
     if wrong:
         raise _invalid(f"{len(wrong)} of {len(entries)} files cannot be used", wrong)
     if len(set(labels)) == 1 and all(entry.filename.count("/") > 1 for entry in entries):
         raise _invalid(
-            f"all images lie below the one folder {labels[0]!r}; classes are the folders at the top of the zip, "
+            f"all images are inside one folder, {labels[0]!r}; the folders at the top of the zip are the classes, "
             "so zip what is inside it"
         )
     return np.stack(images), labels
@@ -186,17 +188,17 @@ def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _class_of(entry: zipfile.ZipInfo) -> str:
-    """The top-level folder of an entry whose name is harmless."""
+    """The top-level folder of an entry; refuses names that could escape the archive."""
     name = entry.filename.removeprefix("./")
     parts = name.split("/")
     if name.startswith("/") or "\\" in name or ".." in parts or re.match(r"[A-Za-z]:", name):
         raise InvalidImage("the path leaves the archive or uses backslashes")
     if stat.S_ISLNK(entry.external_attr >> 16):
-        raise InvalidImage("a symbolic link")
+        raise InvalidImage("is a symbolic link")
     if entry.file_size > MAX_FILE_BYTES:
-        raise InvalidImage(f"unpacks to {entry.file_size} bytes, more than {MAX_FILE_BYTES}")
+        raise InvalidImage(f"unpacks to {entry.file_size} bytes, more than the {MAX_FILE_BYTES} allowed")
     if len(parts) < 2:
-        raise InvalidImage("lies in no class folder")
+        raise InvalidImage("is not in a class folder")
     return parts[0]
 
 
@@ -209,14 +211,14 @@ def _read_npz(
     for long, short in (("images", "x"), ("labels", "y")):
         if (long in names) == (short in names):
             both = "both" if long in names else "neither"
-            raise _invalid(f"one array named {long!r} or {short!r} is needed, the file has {both}: {sorted(names)}")
+            raise _invalid(f"one array must be named {long!r} or {short!r}; the file has {both}: {sorted(names)}")
         name = long if long in names else short
         found.append(_read_array(archive, names[name], name, max_pixels))
     images, labels = found
     if images.ndim == 0 or labels.ndim == 0 or len(images) != len(labels):
         raise _invalid(f"images and labels differ in length: shapes {images.shape} and {labels.shape}")
     if len(images) > max_images:
-        raise _invalid(f"{len(images)} images, more than {max_images}")
+        raise _invalid(f"{len(images)} images, more than the {max_images} allowed")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
@@ -225,22 +227,22 @@ def _read_npz(
 
 
 def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, max_pixels: int) -> np.ndarray:
-    """One array; neither pickles nor a header that promises more than the file holds."""
+    """One array; refuses pickles and headers that promise more than the file contains."""
     with archive.open(entry) as file:
         try:
             version = np.lib.format.read_magic(file)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = header(file)
         except ValueError as exc:
-            raise _invalid(f"array {name!r} has no header that can be read") from exc
+            raise _invalid(f"the header of array {name!r} cannot be read") from exc
     if dtype.hasobject:
-        raise _invalid(f"array {name!r} holds pickled Python objects; save plain numbers or strings")
+        raise _invalid(f"array {name!r} contains pickled Python objects; save plain numbers or strings")
     if name in ("images", "x"):
         _check_images(shape, dtype, max_pixels)
     if any(length < 0 for length in shape) or int(np.prod(shape, dtype=object)) * dtype.itemsize > entry.file_size:
-        raise _invalid(f"array {name!r} promises shape {shape} {dtype}, the file is shorter")
+        raise _invalid(f"array {name!r} has shape {shape} {dtype} in its header, but the file is shorter")
     try:
-        # Read whole rather than streamed: NumPy's reader grows with what the header promises.
+        # Read it whole, not streamed: NumPy's reader allocates what the header promises.
         array: np.ndarray = np.lib.format.read_array(io.BytesIO(archive.read(entry)), allow_pickle=False)
     except MemoryError:
         raise
@@ -263,25 +265,25 @@ def _names(labels: np.ndarray) -> list[str]:
 
 
 def _check_images(shape: tuple[int, ...], dtype: np.dtype[Any], max_pixels: int) -> None:
-    """Refuse an array of images by its header, before it takes memory."""
+    """Refuse an array of images by its header, before it is read into memory."""
     flat = len(shape) == 2 and shape[1] == SIDE * SIDE
     grey = len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))
     if not (flat or grey) or 0 in shape:
         raise _invalid(f"images must be (n, height, width[, 1 or 3]) or (n, 784), not {shape}")
     if grey and shape[1] * shape[2] > max_pixels:
-        raise _invalid(f"images of {shape[1]}x{shape[2]} pixels, more than {max_pixels}")
+        raise _invalid(f"images of {shape[1]}x{shape[2]} pixels; at most {max_pixels} are allowed")
     if dtype.kind not in "biuf":
-        raise _invalid(f"images must be bytes or floats, not {dtype}")
+        raise _invalid(f"images must be integers or floats, not {dtype}")
 
 
 def _prepared(images: np.ndarray) -> np.ndarray:
-    """(n, 28, 28) uint8 of greys or colours, bytes or floats in [0, 1]."""
+    """Grey or colour images, integers from 0 to 255 or floats from 0 to 1, as (n, 28, 28) uint8."""
     if images.ndim == 2:
         images = images.reshape(-1, SIDE, SIDE)
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     top = 1 if images.dtype.kind in "bf" else 255
-    reason = f"has values that are no numbers or lie outside 0 to {top}"
+    reason = f"has values that are NaN or outside 0 to {top}"
     if images.dtype.kind == "f":
         reason += " (values of 0 to 255 must be integers)"
     wrong = []
