@@ -16,8 +16,8 @@ RESULTS, TABLE = Path(__file__).parent / "results", Path(__file__).parent.parent
 
 INTRODUCTION = """\
 The results of `make quality`, in percent: the mean over the seeds and the standard deviation. Settings were chosen on
-training images that were held out. `first` means the first 1,000 test images of the file, `drawn` 1,000 drawn at random:
-in copies of MNIST that are sorted by class, the first are nearly all zeros.
+training images that were held out. `first` means the first 1,000 test images of the file, `drawn` means 1,000 drawn at
+random: in copies of MNIST that are sorted by class, the first are nearly all zeros.
 
 Fashion-MNIST is Debian's package `dataset-fashion-mnist`. MNIST comes from keras.datasets, or from the file that
 `TEMPER_MNIST` names. The recipes are in [`quality/rows.py`](../quality/rows.py), the single results in
