@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-# The first interpreter that runs and that TensorFlow has wheels for.
+# The first interpreter that runs and for which TensorFlow has wheels.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -20,18 +20,18 @@ $(READY): requirements/dev.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-setup: $(READY) ## Make the virtual environment from the lock
+setup: $(READY) ## Create .venv from the lock file (3 minutes, 2.6 GB)
 
-demo: $(READY) ## Fine-tune on real digits and predict, start to finish
+demo: $(READY) ## Fine-tune on real digits and predict, from start to finish
 	$(BIN)/python demo.py
 
-serve: $(READY) ## Run the service on port 8080
+serve: $(READY) ## Run the service on http://127.0.0.1:8080
 	$(BIN)/temper serve
 
 test: $(READY) ## Run the tests
 	$(BIN)/pytest
 
-test-contract: $(READY) ## Run the contract suite against the embedded server, or TEMPER_TFS_BINARY
+test-contract: $(READY) ## Run the contract suite against the embedded server or TEMPER_TFS_BINARY
 	$(BIN)/pytest tests/contract
 
 test-gpu: $(READY) ## Run the trainer's tests and a training benchmark on a GPU
@@ -43,21 +43,21 @@ lint: $(READY) ## Check style, types and the Dockerfile
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
-load: $(READY) ## Half a minute of load against a service of its own
+load: $(READY) ## Load a service of its own for half a minute
 	$(BIN)/python -m load
 
-quality: $(READY) ## Measure the recipes on MNIST, Fashion-MNIST and digits (hours; goes on where it stopped)
+quality: $(READY) ## Measure the recipes on MNIST, Fashion-MNIST and digits (takes hours; resumes where it stopped)
 	$(BIN)/python -m quality
 
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
-lock: ## Resolve the dependencies anew (needs uv)
+lock: ## Update the lock files (needs uv)
 	rm -f requirements/*.txt
 	$(LOCK) -o requirements/gateway.txt
 	$(LOCK) -c requirements/gateway.txt --extra tensorflow -o requirements/tensorflow.txt
 	$(LOCK) -c requirements/tensorflow.txt --extra cuda -o requirements/cuda.txt
 	$(LOCK) -c requirements/tensorflow.txt --extra tensorflow --extra dev -o requirements/dev.txt
 
-pb: $(READY) ## Generate serving/pb from proto/
+pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
 .PHONY: help setup demo serve test test-contract test-gpu lint load quality lock pb

@@ -1,9 +1,9 @@
-"""`make demo`: the main job of Temper, once through, on real images.
+"""`make demo`: what Temper does, from start to finish, on real images.
 
-A service is started in a temporary home, with the embedded model server. The pretrained LeNet-5, which knows MNIST,
-is fine-tuned on 300 of scikit-learn's handwritten digits (8x8 scans by 43 other people) with LoRA, L2, dropout and
-FGSM. The other 1,497 digits are never seen by training or by any choice of settings; they are asked of the service
-before and after. The script exits 0 only if every step worked and the held-out accuracy is at least 93%.
+Starts a service in a temporary home, with the embedded model server. Fine-tunes the pretrained LeNet-5, which knows
+MNIST, on 300 of scikit-learn's handwritten digits (8x8 scans by 43 other people) with LoRA, L2, dropout and adversarial
+training. Predicts the other 1,497 digits over HTTP before and after; neither training nor any choice of settings has
+seen them. Exits with 0 only if every step worked and the held-out accuracy is at least 93%.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from store.processes import free_port
 
 TRAINING_IMAGES = 300
 GOAL = 0.93
-KEPT = Path("var/demo")  # what the reader can go on with
+KEPT = Path("var/demo")  # the upload and an image, for the reader to try next
 
 
 @click.command()
@@ -47,7 +47,7 @@ def main() -> None:
     sample.write_bytes(png(images[held_out[0]]))
 
     with service() as api:
-        say(1, f"fine-tune on {TRAINING_IMAGES} digits of scikit-learn, {len(held_out):,} held out")
+        say(1, f"fine-tune on {TRAINING_IMAGES} of scikit-learn's digits; {len(held_out):,} are held out")
         before = accuracy(api, "lenet5", images[held_out], digits.target[held_out])
         spec = '{"method": "lora", "l2": 1e-4, "dropout": 0.2, "adversarial": {"attack": "fgsm", "epsilon": 0.1}}'
         job = answer(api.post("/finetune", files={"data": upload.open("rb")}, data={"model": "digits", "spec": spec}))
@@ -55,11 +55,11 @@ def main() -> None:
         if job["status"] != "succeeded":
             sys.exit(f"the job {job['status']}: {job['error']}")
 
-        say(2, "the report card, on the images that the job itself held out")
+        say(2, "the report card, measured on images that the job held out of its 300")
         version = answer(api.get("/models/digits"))["versions"][0]
         print_report(version["report"])
 
-        say(3, f"the {len(held_out):,} digits that nobody has seen, through POST /predict")
+        say(3, f"predict the {len(held_out):,} held-out digits with POST /predict")
         after = accuracy(api, "digits", images[held_out], digits.target[held_out])
         console.print(f"accuracy [bold]{before:.1%}[/] before, [bold green]{after:.1%}[/] after")
 
@@ -68,12 +68,14 @@ def main() -> None:
         print_image(Image.open(sample).resize((28, 28), Image.Resampling.BILINEAR))
         top = seen["predictions"][0]
         console.print(
-            f"it is a {digits.target[held_out[0]]}; digits:{seen['version']} says [bold]{top['label']}[/] "
+            f"this is a {digits.target[held_out[0]]}; digits:{seen['version']} predicts [bold]{top['label']}[/] "
             f"({max(top['probabilities']):.1%})"
         )
-    console.print(f"\ndone in {time.monotonic() - began:.0f} s. Now by yourself: [bold]make serve[/], and beside it")
+    console.print(
+        f"\ndone in {time.monotonic() - began:.0f} s. To go on, run [bold]make serve[/], and in a second terminal"
+    )
     for command in (
-        f"finetune {upload} --model digits --epsilon 0.1 --wait",
+        f"finetune {upload} --model digits --attack pgd --epsilon 0.1 --wait",
         f"predict {sample} --model digits",
         "models",
     ):
@@ -83,12 +85,12 @@ def main() -> None:
 
 
 def say(step: int, text: str) -> None:
-    """A headline."""
+    """Print a headline."""
     console.print(f"\n[bold blue]{step}[/] {text}")
 
 
 def class_folders(images: np.ndarray, labels: np.ndarray) -> bytes:
-    """A zip of `label/number.png`."""
+    """Zip images, (n, h, w) uint8, as `label/number.png`."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -97,14 +99,14 @@ def class_folders(images: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def png(image: np.ndarray) -> bytes:
-    """An encoded (h, w) uint8 image."""
+    """Encode an image, (h, w) uint8."""
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, "PNG")
     return encoded.getvalue()
 
 
 def accuracy(api: httpx.Client, model: str, images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of right answers of the service."""
+    """Share of (n, 8, 8) uint8 images that the service classifies correctly."""
     big = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in images]
     right = 0
     for at in range(0, len(big), 500):
@@ -115,7 +117,7 @@ def accuracy(api: httpx.Client, model: str, images: np.ndarray, labels: np.ndarr
 
 
 def answer(response: httpx.Response) -> Any:
-    """The JSON of a success; the end of the demo otherwise."""
+    """Return the JSON of a successful response; end the demo otherwise."""
     if not response.is_success:
         sys.exit(f"{response.request.method} {response.request.url.path}: {response.status_code} {response.text}")
     return response.json()
@@ -123,7 +125,7 @@ def answer(response: httpx.Response) -> Any:
 
 @contextlib.contextmanager
 def service() -> Iterator[httpx.Client]:
-    """A client of a service of its own that is ready and whose worker is warm."""
+    """Run a service in a temporary home; yield a client once it is ready and its worker idle."""
     port = free_port()
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "TEMPER_HOME": home, "TEMPER_MODEL_SERVER": "embedded"}
@@ -147,15 +149,15 @@ def service() -> Iterator[httpx.Client]:
 
 
 def wait_until_ready(api: httpx.Client, server: subprocess.Popen[bytes]) -> None:
-    """Until the model server answers and a worker is idle; at most two minutes."""
+    """Wait until the model server answers and a worker is idle, for at most two minutes."""
     for _ in range(600):
         if server.poll() is not None:
-            sys.exit("the service ended")
+            sys.exit("the service ended before it was ready")
         with contextlib.suppress(httpx.TransportError):
             if "idle" in api.get("/readyz").json()["workers"].values():
                 return
         time.sleep(0.2)
-    sys.exit("the service is not ready after two minutes")
+    sys.exit("the service was not ready within two minutes")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""`python -m load.bench_predict`: predictions over HTTP, beside what else one could run; one run, sides in turns.
+"""`python -m load.bench_predict`: predictions over HTTP, beside alternatives that take turns in the same run.
 
-One 28x28 image a request, from `wrk` on the same cores. Beside us: a plain FastAPI app, LitServe (if it can be
-imported), and with TEMPER_TFS_BINARY the REST of a real TensorFlow Serving, with us in front of another one. All serve
-the SavedModel that our service published. `--many` and `--publish` are two other questions to the embedded server.
+`wrk`, on the same cores, sends one 28x28 image per request. The alternatives are a plain FastAPI app, LitServe (if
+installed) and, with TEMPER_TFS_BINARY, a real TensorFlow Serving's REST API and Temper in front of another one. All
+serve the SavedModel that Temper published. `--many` and `--publish` measure the embedded server instead.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ from store.processes import end_with_parent
 from store.settings import Settings
 
 CONNECTIONS = (1, 16, 64)
-IMAGES = 64  # different ones, in turns
+IMAGES = 64  # different ones, sent in turn
 WARM_S = 1
-IDLE_S, IDLE_CORES = 2.0, 0.1  # a server that takes more of a core for nothing is paused while others are measured
+IDLE_S, IDLE_CORES = 2.0, 0.1  # a server that uses more of a core while idle is paused during the others' turns
 V1 = f"/v1/models/{BASE}:predict"
-SIDES = {  # the server that is asked, the path, and the form of the bodies
+SIDES = {  # server, path, form of the bodies
     "temper": ("temper", "/predict", "json"),
     "temper-bytes": ("temper", f"/predict?model={BASE}", "bytes"),
     "temper-v1": ("temper", V1, "v1"),
@@ -49,7 +49,7 @@ SIDES = {  # the server that is asked, the path, and the form of the bodies
     "temper-tfs-bytes": ("temper-tfs", f"/predict?model={BASE}", "bytes"),
     "temper-tfs-v1": ("temper-tfs", V1, "v1"),
 }
-GOALS: list[tuple[str, str, str, tuple[int, ...], str]] = [  # ours, theirs, the figure, connections, ours / theirs
+GOALS: list[tuple[str, str, str, tuple[int, ...], str]] = [  # ours, theirs, figure, connections, goal for ours / theirs
     ("temper", "litserve", "req/s", (16, 64), ">= 5x"),
     ("temper", "plain", "req/s", (16, 64), ">= 4x"),
     ("temper", "plain", "p50", (1,), "< 1x"),
@@ -87,16 +87,16 @@ Figures = dict[str, float]  # requests, failed, req/s, p50 and p99 in ms
 
 
 @click.command()
-@click.option("--rounds", default=5, help="In each, every side has its turn.", show_default=True)
-@click.option("--seconds", default=4, help="Of one measurement.", show_default=True)
+@click.option("--rounds", default=5, help="Rounds, in each of which every side has a turn.", show_default=True)
+@click.option("--seconds", default=4, help="Duration of one measurement.", show_default=True)
 @click.option("--only", type=click.Choice(list(SIDES)), multiple=True, help="Measure these sides.  [default: all]")
-@click.option("--many", type=click.IntRange(1), help="Instead: so many models beside a single one.")
-@click.option("--publish", type=click.IntRange(1), help="Instead: predictions while so many fine-tunes are published.")
+@click.option("--many", type=click.IntRange(1), help="Compare this many further models with a single one instead.")
+@click.option("--publish", type=click.IntRange(1), help="Predict while this many fine-tunes are published instead.")
 def main(rounds: int, seconds: int, only: tuple[str, ...], many: int | None, publish: int | None) -> None:
     """Measure predictions over HTTP, and print each figure beside its goal."""
     if not shutil.which("wrk"):
         raise click.ClickException("wrk is missing: apt-get install wrk")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that all is cleaned up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # cleans up on the way out
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         (folder / "wrk.lua").write_text(LUA)
@@ -111,7 +111,7 @@ def main(rounds: int, seconds: int, only: tuple[str, ...], many: int | None, pub
 
 
 def beside_others(stack: contextlib.ExitStack, folder: Path, names: Sequence[str], rounds: int, seconds: int) -> int:
-    """The benchmark itself; gives the number of failed requests."""
+    """Compare all sides. Return the number of failed requests."""
     images, _ = digits(IMAGES, seed=0)
     forms = bodies(images)
     for form, contents in forms.items():
@@ -131,7 +131,7 @@ def beside_others(stack: contextlib.ExitStack, folder: Path, names: Sequence[str
         for name in sides
         for speed, p50, p99 in [[middle(found[name, c], title) for title in titles]]
     ]
-    title = f"one image a request; medians of {rounds} x {seconds} s on {os.cpu_count()} cores shared with wrk"
+    title = f"one image per request; medians of {rounds} x {seconds} s on {os.cpu_count()} cores shared with wrk"
     show(title, ["", "connections", *titles, "failed"], rows)
     rows = []
     for ours, theirs, figure, counts, goal in GOALS:
@@ -151,7 +151,7 @@ def beside_others(stack: contextlib.ExitStack, folder: Path, names: Sequence[str
                 [f"  {part}", f"{server.rss_mb(which):,.0f} MB", goal, ""] for which, (part, goal) in MEMORY.items()
             ]
     show(
-        "afterwards: resident memory, and the most of a core while another was measured",
+        "afterwards: resident memory, and the largest share of a core used while idle",
         ["", "RSS", "goal", "idle"],
         rows,
     )
@@ -161,14 +161,14 @@ def beside_others(stack: contextlib.ExitStack, folder: Path, names: Sequence[str
 def measured(
     sides: "dict[str, Side]", servers: Sequence[Server], rounds: int, seconds: int
 ) -> tuple[dict[tuple[str, int], list[Figures]], dict[str, float]]:
-    """Figures of every side and number of connections; cores that the servers take idly, but the paused ones."""
+    """Figures of every side at each number of connections, and the cores that unpaused servers use while idle."""
     used = cpu_s(servers)
     time.sleep(IDLE_S)
     cores = {name: (now - used[name]) / IDLE_S for name, now in cpu_s(servers).items()}
     restless = [server for server in servers if cores[server.name] > IDLE_CORES]
     for server in restless:
         share = f"{cores[server.name]:.0%} of a core"
-        click.echo(f"{server.name} takes {share} for nothing: it is paused while others are measured", err=True)
+        click.echo(f"{server.name} uses {share} while idle; pausing it during the others' turns", err=True)
     found: dict[tuple[str, int], list[Figures]] = {(name, c): [] for name in sides for c in CONNECTIONS}
     awake: dict[str, list[float]] = {server.name: [] for server in servers if server not in restless}
     for number in range(rounds):
@@ -188,17 +188,17 @@ def measured(
 
 
 def cpu_s(servers: Sequence[Server]) -> dict[str, float]:
-    """Seconds of CPU that servers have taken."""
+    """CPU seconds that servers have used."""
     return {server.name: server.cpu_s() for server in servers}
 
 
 def agreeing(sides: "dict[str, Side]", forms: dict[str, list[bytes]]) -> "dict[str, Side]":
-    """The sides, which all name the same class for every image; without our routes that do not exist yet."""
+    """The sides, once all predict the same class for every image. Leaves out routes that do not exist."""
     expected: dict[str, list[int]] = {}
     for name, side in sides.items():
         answers = [side.ask(body) for body in forms[side.bodies.name]]
         if name.startswith("temper-") and answers[0].status_code in (404, 405, 415):
-            click.echo(f"{name} is left out: the route answers {answers[0].status_code}", err=True)
+            click.echo(f"{name} is left out: its route answers {answers[0].status_code}", err=True)
             continue
         wrong = next((one for one in answers if one.status_code != 200), None)
         if wrong is not None:
@@ -207,12 +207,12 @@ def agreeing(sides: "dict[str, Side]", forms: dict[str, list[bytes]]) -> "dict[s
         expected[name] = tops
         first, agreed = next(iter(expected.items()))
         if tops != agreed:
-            raise click.ClickException(f"{name} says {tops} where {first} says {agreed}")
+            raise click.ClickException(f"{name} predicts {tops} where {first} predicts {agreed}")
     return {name: sides[name] for name in expected}
 
 
 def bodies(images: np.ndarray) -> dict[str, list[bytes]]:
-    """Requests for (n, 28, 28) uint8 images, by form."""
+    """Request bodies for (n, 28, 28) uint8 images, by form."""
     unit = np.round(images / 255, 4)
     return {
         "json": [packed_json(model=BASE, instances=[image.tolist()]) for image in unit],
@@ -227,7 +227,7 @@ def packed_json(**content: Any) -> bytes:
 
 
 def write(folder: Path, contents: Sequence[bytes]) -> None:
-    """Bodies where wrk finds them."""
+    """Write bodies to files for wrk."""
     folder.mkdir()
     for number, content in enumerate(contents):
         (folder / f"{number}").write_bytes(content)
@@ -245,7 +245,7 @@ def total(rounds: Iterable[Figures], figure: str) -> int:
 
 @dataclass(frozen=True)
 class Side:
-    """A path of a server, and the folder with the bodies that it gets."""
+    """A server, a path on it, and the folder of the bodies to send there."""
 
     server: Server
     path: str
@@ -253,32 +253,32 @@ class Side:
 
     @property
     def kind(self) -> str:
-        """The bodies' Content-Type."""
+        """Content-Type of the bodies."""
         return "application/octet-stream" if self.bodies.name == "bytes" else "application/json"
 
     def ask(self, body: bytes) -> httpx.Response:
-        """One answer."""
+        """Send one request."""
         return httpx.post(self.server.url + self.path, content=body, headers={"Content-Type": self.kind}, timeout=30)
 
     def command(self, connections: int, seconds: int) -> list[str]:
-        """Of wrk."""
+        """The wrk command."""
         options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "--latency"]
         script = ["-s", str(self.bodies.parent / "wrk.lua")]
         return ["wrk", *options, *script, self.server.url + self.path, "--", self.kind, str(self.bodies)]
 
     def asked(self, connections: int, seconds: int) -> Figures:
-        """Figures of so many seconds."""
+        """Measure for `seconds`."""
         return figures(subprocess.run(self.command(connections, seconds), check=True, capture_output=True).stdout)
 
 
 def figures(printed: bytes) -> Figures:
-    """The last line of what wrk has printed."""
+    """Parse the last line that wrk printed."""
     found: Figures = json.loads(printed.splitlines()[-1])
     return found
 
 
 def with_many(stack: contextlib.ExitStack, folder: Path, count: int, rounds: int, seconds: int) -> int:
-    """A service with so many further models beside one without; gives the number of failed requests."""
+    """Compare a service with `count` further models with one without. Return the number of failed requests."""
     images, _ = digits(count, seed=0)
     names = [f"copy-{number:04}" for number in range(count)]
     write(folder / "json", bodies(images[:IMAGES])["json"])
@@ -314,7 +314,7 @@ def with_many(stack: contextlib.ExitStack, folder: Path, count: int, rounds: int
 
 
 def copy_models(version: Path, home: Path, names: Sequence[str]) -> None:
-    """A home whose registry has the version under these names, too."""
+    """Make a home whose registry has the version under each of these names."""
     settings = Settings(home=home, store=None)
     settings.make_home()
     manifest = json.loads((version / "assets.extra" / "manifest.json").read_text(encoding="utf-8"))
@@ -328,7 +328,7 @@ def copy_models(version: Path, home: Path, names: Sequence[str]) -> None:
 
 
 def while_publishing(stack: contextlib.ExitStack, folder: Path, count: int, seconds: int) -> int:
-    """Predictions on a model that gets so many versions meanwhile; gives the number of failed requests."""
+    """Predict with a model while it gets `count` versions. Return the number of failed requests."""
     images, _ = digits(IMAGES, seed=0)
     write(folder / "json", [body.replace(BASE.encode(), b"busy") for body in bodies(images)["json"]])
     server = stack.enter_context(temper("temper", folder / "home"))
@@ -342,7 +342,7 @@ def while_publishing(stack: contextlib.ExitStack, folder: Path, count: int, seco
         began = time.perf_counter()
         times = [fine_tune(api, number) for number in range(1, count + 1)]
         took = time.perf_counter() - began
-        asking.send_signal(signal.SIGINT)  # wrk ends, and prints
+        asking.send_signal(signal.SIGINT)  # wrk ends and prints its figures
         meanwhile = figures(asking.communicate(timeout=60)[0])
     finally:
         asking.kill()
@@ -360,7 +360,7 @@ def while_publishing(stack: contextlib.ExitStack, folder: Path, count: int, seco
 
 
 def fine_tune(api: httpx.Client, seed: int) -> float:
-    """Seconds that one small fine-tune of `busy` takes, from its creation to its end."""
+    """Seconds that one small fine-tune of `busy` takes from creation to end."""
     images, labels = digits(1000, seed=0)
     few = np.concatenate([np.flatnonzero(labels == label)[:4] for label in range(10)])  # 40
     spec = json.dumps({"method": "head", "epochs": 1, "seed": seed})

@@ -1,7 +1,7 @@
-"""`python -m load.bench_served`: seconds from an upload to the new version's first right answer, beside plain Keras.
+"""`python -m load.bench_served`: seconds from an upload to the new version's first correct answer, beside plain Keras.
 
-Ours: a service that is warm and idle gets 1,000 digits and fine-tunes for ten epochs with the default recipe. The
-alternative: a cold script that trains the same network on as many of the same images and exports it.
+Temper: a warm, idle service gets 1,000 digits and fine-tunes for ten epochs with the default recipe. Keras: a script,
+started cold, trains the same network on the same number of the same images and exports it.
 """
 
 import io
@@ -23,8 +23,8 @@ from quality.digits import all_digits
 
 ROUNDS = 5
 IMAGES, EPOCHS = 1000, 10
-TRAINED_ON = 800  # of them; the service holds the rest out
-ASKED, RIGHT = 10, 8  # images of the first answer, and how many of them have to be right
+TRAINED_ON = 800  # of these; the service holds the rest out
+ASKED, RIGHT = 10, 8  # images in the first request, and how many must be classified correctly
 GOAL, AIM_S = 5.0, 1.5
 POLL_S, PATIENCE_S = 0.01, 300.0
 SPEC = f'{{"method": "lora", "l2": 1e-4, "dropout": 0.2, "epochs": {EPOCHS}}}'
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def cold_keras(seed: int) -> float:
-    """Seconds from the start of a plain script to its end."""
+    """Seconds that a plain Keras script takes from start to end."""
     with tempfile.TemporaryDirectory() as folder:
         upload = Path(folder) / "digits.npz"
         upload.write_bytes(packed(*digits(IMAGES, seed)))
@@ -82,9 +82,9 @@ def cold_keras(seed: int) -> float:
 
 
 def fine_tune(api: httpx.Client, seed: int) -> dict[str, float]:
-    """Seconds from the upload to the first right answer, and their parts. Other images than before are new to a cache.
+    """Seconds from the upload to the first correct answer, and their parts. A new seed gives images that no cache has.
 
-    Returns when the worker is idle again: the costly part of the report comes after the answer.
+    Returns when the report is complete and the worker idle again.
     """
     images, labels = digits(IMAGES, seed)
     upload = packed(images, labels)
@@ -98,7 +98,7 @@ def fine_tune(api: httpx.Client, seed: int) -> dict[str, float]:
         sys.exit(f"the job {job['status']}: {job['error']}")
     while right(answer(api.post("/predict", json=asked | {"version": job["version"]})), labels) < RIGHT:
         if time.perf_counter() - began > PATIENCE_S:
-            sys.exit("the new version does not answer rightly")
+            sys.exit("the new version does not answer correctly")
     total = time.perf_counter() - began
     stages: dict[str, float] = answer(api.get(f"/models/bench/versions/{job['version']}"))["report"]["cost"]["seconds"]
     while answer(api.get(f"/finetune/{job['id']}"))["report_status"] != "complete":
@@ -110,14 +110,14 @@ def fine_tune(api: httpx.Client, seed: int) -> dict[str, float]:
         "queued": job["started_at"] - job["created_at"],
         **stages,
         "worker, between the stages": worked - sum(stages.values()),
-        "until a poll has seen it": seen_at - job["finished_at"],
+        "until a poll sees it": seen_at - job["finished_at"],
         "POST /predict": total - (seen - began),
         "total": total,
     }
 
 
 def wait(api: httpx.Client, id: str, field: str) -> Any:
-    """The job as soon as it has the field."""
+    """Poll the job until `field` is set."""
     began = time.monotonic()
     while (job := answer(api.get(f"/finetune/{id}")))[field] is None:
         if time.monotonic() - began > PATIENCE_S:
@@ -127,26 +127,26 @@ def wait(api: httpx.Client, id: str, field: str) -> Any:
 
 
 def right(found: Any, labels: np.ndarray) -> int:
-    """How many of the predictions are right."""
+    """Number of correct predictions."""
     return sum(one["label"] == str(label) for one, label in zip(found["predictions"], labels, strict=False))
 
 
 def digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scikit-learn's handwritten digits, (count, 28, 28) uint8, and their labels; drawn again where they run out."""
+    """Scikit-learn's handwritten digits, (count, 28, 28) uint8, and their labels; repeated if `count` exceeds them."""
     images, labels = all_digits()
     order = np.resize(np.random.default_rng(seed).permutation(len(labels)), count)
     return images[order], labels[order]
 
 
 def packed(images: np.ndarray, labels: np.ndarray) -> bytes:
-    """An `.npz`."""
+    """Encode as an `.npz`."""
     content = io.BytesIO()
     np.savez(content, images=images, labels=labels)
     return content.getvalue()
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
+    """Print a table with its first column left-aligned and the others right-aligned."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     print(f"\n{title}")
     for first, *others in (header, *rows):

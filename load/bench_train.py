@@ -1,6 +1,6 @@
-"""`python -m load.bench_train`: images a second of our training, beside plain Keras and PyTorch in the same run.
+"""`python -m load.bench_train`: images a second in training, beside plain Keras and PyTorch in the same run.
 
-All sides train LeNet-5 with batches of 64 on the same images, in turns. PyTorch takes part if it can be imported.
+All sides train LeNet-5 with batches of 64 on the same images, taking turns. PyTorch takes part if it is installed.
 """
 
 import importlib
@@ -28,16 +28,16 @@ from trainer.worker.run_job import pretrained  # noqa: E402
 ROUNDS = 5
 IMAGES, FEW = 5120, 2048  # FEW for attacks
 BATCH, DROPOUT = 64, 0.2
-EPOCHS, JOB_EPOCHS = 2, 10  # of whole networks, and of methods that compute their features once a job
+EPOCHS, JOB_EPOCHS = 2, 10  # for whole networks, and for methods that compute their features once per job
 TARGETS = {"targets": ["dense1", "dense2"]}
-Side = Callable[[], float]  # trains, and gives the images a second
+Side = Callable[[], float]  # trains, and returns images per second
 
 METHODS: dict[str, dict[str, Any]] = {
     "ours, head": {"method": "head"},
     "ours, lora": {"method": "lora", "lora": TARGETS},
     "ours, bias": {"method": "bias", "bias": TARGETS},
 }
-ATTACKS: dict[str, tuple[dict[str, Any] | None, float]] = {  # and the most time of a step, in clean ones
+ATTACKS: dict[str, tuple[dict[str, Any] | None, float]] = {  # and the longest allowed step, relative to a clean one
     "clean": (None, 1.0),
     "fgsm alone": ({"attack": "fgsm", "weight": 1.0}, 3.0),
     "fgsm, half clean": ({"attack": "fgsm", "weight": 0.5}, 3.5),
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def measured(sides: dict[str, Side]) -> dict[str, float]:
-    """Median images a second of every side over rounds in which each has its turn; the first one warms up."""
+    """Median images per second of every side over rounds in which all take turns; the first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(ROUNDS + 1):
         for name in reversed(sides) if number % 2 else sides:
@@ -98,7 +98,7 @@ def measured(sides: dict[str, Side]) -> dict[str, float]:
 
 
 def ours(x: np.ndarray, y: np.ndarray, epochs: int, **fields: Any) -> Side:
-    """The training part of a job: weights loaded, frozen layers computed once, and every epoch. A replay counts."""
+    """The training part of a job: load weights, compute frozen layers once, run every epoch. Replayed images count."""
     spec = Spec.model_validate({"epochs": epochs, "batch_size": BATCH, "dropout": DROPOUT, **fields}, strict=False)
     params, _ = pretrained()
     start = begin(spec, params, classes=10, same_classes=True)
@@ -121,7 +121,7 @@ def ours(x: np.ndarray, y: np.ndarray, epochs: int, **fields: Any) -> Side:
 
 
 def keras(x: np.ndarray, y: np.ndarray) -> Side:
-    """`fit` of the same network as one writes it."""
+    """The same network with Keras's own `fit`."""
     layers = tf.keras.layers
     model = tf.keras.Sequential([
         layers.Input((28, 28, 1)),
@@ -143,7 +143,7 @@ def keras(x: np.ndarray, y: np.ndarray) -> Side:
 
 
 def pytorch(x: np.ndarray, y: np.ndarray) -> Side:
-    """The same network, as fast as PyTorch makes it on a CPU without compiling.
+    """The same network in PyTorch, as fast as it gets on a CPU without compiling.
 
     Raises:
         ImportError: it is not installed.

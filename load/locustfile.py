@@ -1,7 +1,7 @@
 """Load on a Temper service: `locust -f load/locustfile.py`, or `make load`.
 
-`Predictor` asks for one image at a time; `Finetuner` uploads a small data set, polls until the job has succeeded and
-checks that the new version answers. The run fails when p95 or the share of errors breaks its objective.
+`Predictor` sends one image at a time. `Finetuner` uploads a small data set, polls until the job has succeeded and
+checks that the new version answers. The run fails if p95 or the share of errors misses its objective.
 """
 
 import io
@@ -19,25 +19,25 @@ JOB_TIMEOUT_S = 120.0
 
 
 class Predictor(HttpUser):
-    """An app: one 28x28 image a request, twenty requests a second."""
+    """An app: one 28x28 image per request, twenty requests a second."""
 
     weight = 9
     wait_time = constant_throughput(20)
 
     def on_start(self) -> None:
-        """Draw the images to ask for."""
+        """Draw random images."""
         self.images = np.random.default_rng(id(self) % 2**32).integers(0, 256, (32, 28, 28)).tolist()
         self.sent = 0
 
     @task
     def predict(self) -> None:
-        """Ask the base model."""
+        """Predict with the base model."""
         self.sent += 1
         image = self.images[self.sent % len(self.images)]
         body = {"model": "lenet5", "range": "byte", "instances": [image]}
         with self.client.post("/predict", json=body, catch_response=True) as answer:
             if answer.ok and len(answer.json()["predictions"]) != 1:
-                answer.failure("not one prediction for one image")
+                answer.failure("expected one prediction for one image")
 
 
 class Finetuner(HttpUser):
@@ -47,7 +47,7 @@ class Finetuner(HttpUser):
     wait_time = between(1, 3)
 
     def on_start(self) -> None:
-        """Make a data set of two kinds of stripes."""
+        """Make a data set of horizontal and vertical stripes."""
         rng = np.random.default_rng(0)
         labels = np.arange(100) % 2
         stripes = np.zeros((100, 28, 28), np.uint8)
@@ -61,7 +61,7 @@ class Finetuner(HttpUser):
 
     @task
     def finetune(self) -> None:
-        """Upload, wait, predict with the version that has come of it."""
+        """Upload, wait, predict with the new version."""
         files, form = {"data": ("stripes.npz", self.upload)}, {"model": self.model, "spec": '{"epochs": 5}'}
         answer = self.client.post("/finetune", files=files, data=form)
         if not answer.ok:
@@ -80,12 +80,12 @@ class Finetuner(HttpUser):
             with self.client.post("/predict", json=body, name="/predict (new)", catch_response=True) as answer:
                 found = answer.json() if answer.ok else {}
                 if found.get("version", 0) < job["version"] or found["predictions"][0]["label"] != "rows":
-                    answer.failure(f"version {job['version']} should say rows: {answer.text}")
+                    answer.failure(f"version {job['version']} should predict rows: {answer.text}")
 
 
 @events.quitting.add_listener
 def hold_objectives(environment: Any, **_: Any) -> None:
-    """Exit with 1 when an objective is broken, and say which."""
+    """Exit with 1 if an objective is missed, and print them all."""
     total = environment.stats.total
     predict = environment.stats.get("/predict", "POST")
     p95 = predict.get_response_time_percentile(0.95) or float("inf")
@@ -93,6 +93,6 @@ def hold_objectives(environment: Any, **_: Any) -> None:
     kept = p95 <= P95_MS and total.fail_ratio <= ERROR_SHARE and jobs > 0
     print(
         f"\nPOST /predict p95 {p95:.0f} ms (objective {P95_MS:.0f}), errors {total.fail_ratio:.3%} "
-        f"(objective {ERROR_SHARE:.1%}), {jobs} fine-tunes finished: {'kept' if kept else 'BROKEN'}"
+        f"(objective {ERROR_SHARE:.1%}), {jobs} fine-tunes finished: {'kept' if kept else 'MISSED'}"
     )
     environment.process_exit_code = 0 if kept else 1

@@ -15,12 +15,12 @@ from serving.quiet import import_tensorflow
 RESULTS, TABLE = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs" / "quality.md"
 
 INTRODUCTION = """\
-What `make quality` measured; each figure in percent, the mean over the seeds and their standard deviation. Settings
-were chosen on training images that were held out. `first` and `drawn` are the first 1,000 test images of the file and
-1,000 drawn at random: in some copies of MNIST, sorted by class, the first are nearly all zeros.
+The results of `make quality`, in percent: the mean over the seeds and the standard deviation. Settings were chosen on
+training images that were held out. `first` means the first 1,000 test images of the file, `drawn` means 1,000 drawn at
+random: in copies of MNIST that are sorted by class, the first are nearly all zeros.
 
-Fashion-MNIST is Debian's package `dataset-fashion-mnist`; MNIST comes through keras.datasets, or from the file that
-`TEMPER_MNIST` names. The recipes are in [`quality/rows.py`](../quality/rows.py), every single result in
+Fashion-MNIST is Debian's package `dataset-fashion-mnist`. MNIST comes from keras.datasets, or from the file that
+`TEMPER_MNIST` names. The recipes are in [`quality/rows.py`](../quality/rows.py), the single results in
 [`quality/results`](../quality/results)."""
 
 

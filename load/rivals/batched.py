@@ -10,7 +10,7 @@ BATCH, WAIT_S = 64, 0.005
 
 
 class Classifier(ls.LitAPI):  # type: ignore[misc]
-    """One image of 28 rows of 28 pixels from 0 to 1 a request."""
+    """One image per request, 28 rows of 28 pixels from 0 to 1."""
 
     def setup(self, device: str) -> None:
         """Load the model, in LitServe's worker."""
@@ -19,18 +19,18 @@ class Classifier(ls.LitAPI):  # type: ignore[misc]
         self.serve = tf.saved_model.load(os.environ["SAVED_MODEL"]).signatures["serving_default"]
         self.constant = tf.constant
 
-    # LitServe would make FastAPI check what is annotated here.
+    # With annotations, LitServe would have FastAPI validate the body.
     def decode_request(self, request):  # type: ignore[no-untyped-def]
-        """(28, 28, 1), which LitServe stacks to a batch."""
+        """Return (28, 28, 1) float32, which LitServe stacks into a batch."""
         return np.asarray(request["instances"], np.float32).reshape(28, 28, 1)
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """Probabilities (n, classes), which LitServe takes apart by rows."""
+        """Return probabilities (n, classes), which LitServe splits by rows."""
         probabilities: np.ndarray = self.serve(image=self.constant(x))["probabilities"].numpy()
         return probabilities
 
     def encode_response(self, output):  # type: ignore[no-untyped-def]
-        """As the other sides answer."""
+        """Return the same JSON as the other sides."""
         return {"predictions": [{"label": int(output.argmax()), "probabilities": output.tolist()}]}
 
 
@@ -39,6 +39,6 @@ if __name__ == "__main__":
         Classifier(max_batch_size=BATCH, batch_timeout=WAIT_S),
         accelerator="cpu",
         workers_per_device=1,
-        fast_queue=True,  # what its documentation advises for more than 100 requests a second
+        fast_queue=True,  # advised in its documentation above 100 requests a second
     )
     server.run(host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", generate_client_file=False)

@@ -1,4 +1,4 @@
-"""Servers that predictions are asked of: ours, and what else one could run with the same SavedModel."""
+"""Servers to send predictions to: Temper, and alternatives that serve the same SavedModel."""
 
 import contextlib
 import importlib.util
@@ -26,7 +26,7 @@ GRACE_S = 20.0
 
 @dataclass(frozen=True)
 class Server:
-    """A server with all its processes."""
+    """A server and its processes."""
 
     name: str
     url: str
@@ -34,7 +34,7 @@ class Server:
     roots: tuple[psutil.Process, ...]
 
     def processes(self) -> list[Any]:
-        """Its processes of this moment."""
+        """Its current processes."""
         found = []
         for root in self.roots:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -42,7 +42,7 @@ class Server:
         return found
 
     def cpu_s(self) -> float:
-        """Seconds of CPU that they have taken."""
+        """CPU seconds that they have used."""
         seconds = 0.0
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -51,7 +51,7 @@ class Server:
         return seconds
 
     def rss_mb(self, module: str | None = None) -> float:
-        """Resident memory of all, or of those that run a module."""
+        """Resident memory of all of them, or of those that run `python -m module`."""
         chosen = [process for process in self.processes() if module is None or process.cmdline()[1:3] == ["-m", module]]
         return float(sum(process.memory_info().rss for process in chosen)) / 1e6
 
@@ -66,11 +66,11 @@ class Server:
             process.resume()
 
     def get(self, path: str) -> httpx.Response:
-        """One answer."""
+        """Send one request."""
         return httpx.get(self.url + path, timeout=10)
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Return when it is ready; an HTTP error or a refused connection says that it is not."""
+        """Wait until `ready` returns true; HTTP errors and refused connections count as false."""
         began = time.monotonic()
         while time.monotonic() - began < PATIENCE_S and self.roots[0].status() != psutil.STATUS_ZOMBIE:
             with contextlib.suppress(httpx.HTTPError, OSError):
@@ -81,7 +81,7 @@ class Server:
 
 
 def start(stack: contextlib.ExitStack, folder: Path, names: set[str]) -> dict[str, Server]:
-    """The servers of these names that can be had here, ready; ours always, for it publishes the model."""
+    """Start those of the named servers that are available here. Temper always runs, because it publishes the model."""
     servers = {"temper": stack.enter_context(temper("temper", folder / "home"))}
     models, python = folder / "home" / "models" / BASE, sys.executable
     environment = {"SAVED_MODEL": str(models / "1"), "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -118,7 +118,7 @@ def start(stack: contextlib.ExitStack, folder: Path, names: set[str]) -> dict[st
 
 @contextlib.contextmanager
 def temper(name: str, home: Path, model_server: str = "embedded") -> Iterator[Server]:
-    """Our service, once its base model is published and its worker idles."""
+    """Run Temper; yield it once its base model is published and its worker idle."""
     home.mkdir(exist_ok=True)
     port = free_port()
     command = [sys.executable, "-m", "cli", "serve", "--port", f"{port}"]
@@ -131,7 +131,7 @@ def temper(name: str, home: Path, model_server: str = "embedded") -> Iterator[Se
 
 @contextlib.contextmanager
 def running(name: str, folder: Path, command: list[str], port: int, environment: dict[str, str]) -> Iterator[Server]:
-    """A server; it and all its children end with the block."""
+    """Run a server; it and its children end with the block."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TEMPER_")}
     path = folder / f"{name}.log"
     with path.open("w") as log:
