@@ -37,6 +37,11 @@ test-contract: $(READY) ## Run the contract suite against the embedded server or
 test-gpu: $(READY) ## Run the trainer's tests and a training benchmark on a GPU
 	$(BIN)/python -m tests.gpu
 
+test-art: $(READY) ## Compare the attacks with the Adversarial Robustness Toolbox's, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-art
+	$(VENV)-art/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/art.txt
+	$(VENV)-art/bin/python -m pytest tests/trainer/test_art.py
+
 lint: $(READY) ## Check style, types and the Dockerfile
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -56,8 +61,9 @@ lock: ## Update the lock files (needs uv)
 	$(LOCK) -c requirements/gateway.txt --extra tensorflow -o requirements/tensorflow.txt
 	$(LOCK) -c requirements/tensorflow.txt --extra cuda -o requirements/cuda.txt
 	$(LOCK) -c requirements/tensorflow.txt --extra tensorflow --extra dev -o requirements/dev.txt
+	$(LOCK) -c requirements/dev.txt --extra tensorflow --extra dev --extra art -o requirements/art.txt
 
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-contract test-gpu lint load quality lock pb
+.PHONY: help setup demo serve test test-art test-contract test-gpu lint load quality lock pb

@@ -247,6 +247,8 @@ def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
                 text = (
                     f"{fold}{progress['epoch']}/{progress['epochs']}{losses} val {progress['validation_accuracy']:.1%}"
                 )
+                if (robust := progress.get("validation_accuracy_under_pgd")) is not None:
+                    text += f" PGD {robust:.1%}"
                 if not console.is_terminal and progress["epoch"] != shown:
                     shown = progress["epoch"]
                     console.print(text)
@@ -268,7 +270,9 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_row("validation accuracy", f"{validation['accuracy']:.1%}", text)
     table.add_row("generalization gap", f"{gap['accuracy']:+.1%}", f"cross-entropy {gap['cross_entropy']:+.3f}")
     name = f"accuracy under {attacked['attack'].upper()}"
-    table.add_row(name, f"{attacked['accuracy']:.1%}", f"epsilon {attacked['epsilon']:g}")
+    weaker = attacked.get("accuracy_under_fgsm")
+    beside = "" if weaker is None else f", {weaker:.1%} under FGSM"
+    table.add_row(name, f"{attacked['accuracy']:.1%}", f"epsilon {attacked['epsilon']:g}{beside}")
     error = report["calibration"]["expected_calibration_error"]
     table.add_row("calibration error", f"{error:.1%}", "expected, over 10 bins")
     counts = report["parameters"]

@@ -21,8 +21,8 @@ LEADING = ("timestamp", "level", "process")
 def configure(process: str, *processors: Processor, level: int = logging.INFO) -> None:
     """Send every log record of this process to stderr.
 
-    Code logs through the standard library. Fields that are bound with `structlog.contextvars` (`job`, for example) are
-    part of the line.
+    Code logs through structlog or the standard library. Fields of the event, and those that are bound with
+    `structlog.contextvars`, are part of the line.
 
     Args:
         process: what the lines say they come from, such as `gateway`.
@@ -34,23 +34,21 @@ def configure(process: str, *processors: Processor, level: int = logging.INFO) -
         event["process"] = process
         return event
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.contextvars.merge_contextvars,
-                structlog.stdlib.add_log_level,
-                structlog.processors.TimeStamper("iso"),
-                name_process,
-                *processors,
-            ],
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
-                render,
-            ],
-        )
+    before: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper("iso"),
+        name_process,
+        *processors,
+    ]
+    structlog.configure(
+        processors=[*before, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
     )
+    after = (structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.format_exc_info, render)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=after))
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 

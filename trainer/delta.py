@@ -1,10 +1,11 @@
-"""The delta artifact: only what a fine-tune has changed, which makes the fine-tuned version of its base.
+"""The delta artifact: the arrays that a fine-tune changed, from which the version can be rebuilt on its base.
 
-`python -m trainer.delta BASE DELTA OUT` writes that version as a SavedModel. BASE is the directory of the base's
-version, DELTA a file from `GET /models/{name}/versions/{version}/delta`.
+`python -m trainer.delta BASE DELTA OUT` does that and writes a SavedModel. BASE is the directory of the base's version,
+DELTA a file from `GET /models/{name}/versions/{version}/delta`.
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,38 +29,58 @@ def apply(base: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, np.ndar
     """Effective parameters of the fine-tuned version, and its manifest.
 
     Raises:
-        ValueError: the file is no delta, or one of another base.
+        ValueError: the file is not a delta, or it belongs to another base.
     """
     from trainer.export import digest
     from trainer.methods import effective
 
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    if CARD not in arrays:
-        raise ValueError(f"{path} is no delta: it has no entry {CARD!r}")
-    card = json.loads(str(arrays.pop(CARD)))
+    arrays, card = _read(path)
     manifest = card["manifest"]
     if digest(base) != manifest["base_sha256"]:
-        raise ValueError(f"this is not the base of {path}, which is {manifest['base']} ({manifest['base_sha256']})")
+        raise ValueError(f"{path} belongs to another base, {manifest['base']} (SHA-256 {manifest['base_sha256']})")
     new = {name: value for name, value in arrays.items() if name.endswith(("/kernel", "/bias"))}
     merged = effective({**base, **new}, arrays, np.float32(card["lora_scale"]))
     return {name: np.asarray(value) for name, value in merged.items()}, manifest
 
 
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a delta, and its card."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = dict(file)
+        card = json.loads(str(arrays.pop(CARD)))
+        if not {"base", "base_sha256", "polarity", "spec"} <= set(card["manifest"]) or "lora_scale" not in card:
+            raise ValueError("its card is incomplete")
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as exc:
+        raise ValueError(f"{path} is not a delta ({exc})") from exc
+    return arrays, card
+
+
 @click.command()
 @click.argument("base", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("delta", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(exists=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
 def main(base: Path, delta: Path, out: Path) -> None:
-    """Apply DELTA to the version in BASE and write the result to OUT."""
+    """Apply DELTA to the version in BASE and write the result to OUT, a new directory."""
+    if out.exists():
+        raise click.ClickException(f"{out} exists already; name a new directory")
     import_tensorflow()
+    import tensorflow as tf
+
     from trainer.export import export, load_params
 
     try:
-        params, manifest = apply(load_params(base), delta)
+        params = load_params(base)
+    except tf.errors.OpError as exc:
+        raise click.ClickException(f"{base} is not the directory of a model's version: {exc.message}") from exc
+    try:
+        params, manifest = apply(params, delta)
     except ValueError as exc:
         raise click.ClickException(str(exc)) from exc
-    export(out, params, invert=manifest["polarity"] == "dark_on_light", manifest=manifest)
+    try:
+        export(out, params, invert=manifest["polarity"] == "dark_on_light", manifest=manifest)
+    except OSError as exc:
+        raise click.ClickException(f"cannot write {out}: {exc.strerror or exc}") from exc
     click.echo(f"{out}: {manifest['spec']['method']} on {manifest['base']}, sha256 {manifest['sha256']}")
 
 

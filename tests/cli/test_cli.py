@@ -78,6 +78,10 @@ def test_the_command_uploads_a_folder_waits_and_predicts(service: Service, digit
     assert done.returncode == 0, done.stdout + done.stderr
     assert "generalization gap" in done.stdout
     assert "cli:1 is live" in done.stdout
+    assert " PGD " in done.stdout  # in the progress lines
+    (attacked,) = (line for line in done.stdout.splitlines() if line.startswith("accuracy under PGD"))
+    assert "epsilon 0.05" in attacked
+    assert "under FGSM" in attacked
     (version,) = service.api.get("/models/cli").json()["versions"]
     spec = version["manifest"]["spec"]
     assert (spec["epochs"], spec["method"], spec["l2"]) == (2, "head", 1e-3)

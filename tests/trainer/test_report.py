@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from click.testing import CliRunner
 
 from tests.conftest import Place
 from trainer import delta, evaluate, report
-from trainer.export import load_params
+from trainer.export import digest, export, load_params
 from trainer.fit import Fitted, Split, serve
 from trainer.jobs.records import Job
 from trainer.lenet import HEAD
@@ -203,5 +204,30 @@ def test_the_delta_applied_to_the_base_is_the_version(place: Place, method: str,
             [*command[:3], version, *command[4:5], tmp_path / "no"], capture_output=True, text=True
         )
         assert refused.returncode == 1
-        assert "is not the base" in refused.stderr
+        assert "belongs to another base" in refused.stderr
         assert json.loads((out / "assets.extra/manifest.json").read_text())["job"] == job.id
+
+
+def test_a_delta_that_cannot_be_applied_is_refused_in_one_line(tmp_path: Path) -> None:
+    params, _ = pretrained()
+    base, taken = tmp_path / "base", tmp_path / "taken"
+    export(base, params, invert=False, manifest={})
+    taken.mkdir()
+    good, text, single, other, truncated = (
+        tmp_path / name for name in ("good.npz", "a.txt", "a.npy", "other.npz", "truncated.npz")
+    )
+    manifest = {"base": "lenet5:1", "base_sha256": digest(params), "polarity": "light_on_dark", "spec": {}}
+    delta.write(good, {"head/bias": params["head/bias"]}, lora_scale=0.0, manifest=manifest)
+    text.write_text("not an archive")
+    np.save(single, np.zeros(3))
+    np.savez(other, x=np.zeros(3))
+    truncated.write_bytes(good.read_bytes()[:400])
+    out = tmp_path / "out"
+    cases = [(base, file, out, "is not a delta") for file in (text, single, other, truncated)]
+    cases += [(base, good, taken, "exists already"), (taken, good, out, "not the directory of a model's version")]
+    for first, file, target, reason in cases:
+        result = CliRunner().invoke(delta.main, [str(first), str(file), str(target)])
+        assert result.exit_code == 1
+        assert reason in result.output, result.output
+        assert len(result.output.splitlines()) == 1
+        assert not out.exists()

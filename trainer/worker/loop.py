@@ -1,7 +1,6 @@
 """The worker's main loop: it leases queued jobs and runs them one at a time, and works on reports in between."""
 
 import argparse
-import logging
 import os
 import secrets
 import signal
@@ -16,6 +15,7 @@ import structlog
 from serving.client import ModelServer
 from serving.quiet import import_tensorflow
 from serving.registry import Registry
+from store import logging
 from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StoreUnavailable, TemperError
 from store.settings import Settings, warn_of_unknown_variables
@@ -42,7 +42,7 @@ def main() -> None:
     argparse.ArgumentParser(
         prog="python -m trainer", description="Run a worker. TEMPER_* environment variables configure it."
     ).parse_args()
-    _configure_logging()
+    logging.configure("worker")
     warn_of_unknown_variables(os.environ)
     settings = Settings()
     os.nice(5)  # predictions come first
@@ -61,15 +61,6 @@ def main() -> None:
         except StoreUnavailable as exc:
             sys.exit(f"python -m trainer: {exc.message}")
         worker.run()
-
-
-def _configure_logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    structlog.configure(
-        processors=[structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-    )
 
 
 class Worker:
