@@ -33,6 +33,7 @@ from store.errors import (
     UnknownJob,
     UnsupportedMediaType,
 )
+from store.records import DatasetCard
 from store.settings import Settings
 from trainer.jobs.records import FINISHED, Jobs
 
@@ -147,7 +148,7 @@ class Uploads:
         process = await spare if spare else await start_decoder()
         return process if process.returncode is None else await start_decoder()
 
-    async def store(self, form: Form, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    async def store(self, form: Form, check: Callable[[DatasetCard], None]) -> DatasetCard:
         """Prepare the files of a form and keep the result; returns what the job record says of it.
 
         Args:
@@ -160,12 +161,12 @@ class Uploads:
         with contextlib.ExitStack() as leftovers:
             async with self._decoders:
                 dataset, path = await self._prepare(form, "data", 2, leftovers)
-                prepared = {path: dataset["id"]}
+                prepared = {path: dataset.id}
                 if "validation" in form.files:
                     apart, path = await self._prepare(form, "validation", 1, leftovers)
-                    prepared[path] = apart["id"]
+                    prepared[path] = apart.id
                     _check_apart(dataset, apart)
-                    dataset["validation"] = apart
+                    dataset = dataset.model_copy(update={"validation": apart})
             check(dataset)
             with translated():
                 for path, name in prepared.items():
@@ -174,7 +175,7 @@ class Uploads:
 
     async def _prepare(
         self, form: Form, name: str, least: int, leftovers: contextlib.ExitStack
-    ) -> tuple[dict[str, Any], Path]:
+    ) -> tuple[DatasetCard, Path]:
         """Describe a file and say where its prepared form lies; `leftovers` removes that unless it is moved."""
         raw = form.files[name]
         prepared = raw.with_suffix(".npz")
@@ -183,7 +184,7 @@ class Uploads:
             dataset = await prepare_upload(await self._take_decoder(), raw, prepared, self._settings, least)
         except InvalidDataset as exc:
             raise InvalidDataset(exc.message, param=name, details=exc.details) from exc
-        return {"filename": form.names[name], **dataset}, prepared
+        return dataset.model_copy(update={"filename": form.names[name]}), prepared
 
 
 class _Receiver:
@@ -315,15 +316,15 @@ def _decoded(name: bytes) -> str:
         return name.decode("latin-1")
 
 
-def _check_apart(dataset: dict[str, Any], apart: dict[str, Any]) -> None:
+def _check_apart(dataset: DatasetCard, apart: DatasetCard) -> None:
     """Refuse validation images of classes that `data` lacks, or that are the training images."""
-    unknown = sorted(set(apart["classes"]) - set(dataset["classes"]))
+    unknown = sorted(set(apart.classes) - set(dataset.classes))
     if unknown:
         details = [{"class": name, "reason": "is not a class of `data`"} for name in unknown]
         message = f"the validation images have classes that `data` lacks: {', '.join(map(repr, unknown[:5]))}"
         message += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise InvalidDataset(message, param="validation", details=details)
-    if apart["id"] == dataset["id"]:
+    if apart.id == dataset.id:
         raise InvalidDataset("the validation images are the same as those of `data`", param="validation")
 
 
@@ -338,7 +339,7 @@ async def start_decoder() -> Process:
 
 async def prepare_upload(
     process: Process, upload: Path, prepared: Path, settings: Settings, least: int = 2
-) -> dict[str, Any]:
+) -> DatasetCard:
     """Have a decoder read `upload` and write the data set to `prepared`.
 
     Args:
@@ -346,7 +347,7 @@ async def prepare_upload(
         least: as in `trainer.jobs.datasets.read`.
 
     Returns:
-        The data set as `Dataset.described` does.
+        What was prepared.
 
     Raises:
         InvalidDataset: what is wrong with it, or that reading it took more time or memory than allowed.
@@ -372,7 +373,7 @@ async def prepare_upload(
         raise StorageFull("no space is left on the disk for the data set; delete models or free space")
     if "error" in verdict:
         raise InvalidDataset(**verdict["error"])
-    return verdict
+    return DatasetCard.model_validate(verdict)
 
 
 async def _end(process: Process) -> None:

@@ -31,6 +31,7 @@ from load.rivals.servers import Server, start, temper
 from serving.registry import BASE, Registry
 from store.engine import connect
 from store.processes import end_with_parent
+from store.records import Manifest, ReportCard
 from store.settings import Settings
 
 CONNECTIONS = (1, 16, 64)
@@ -317,11 +318,11 @@ def copy_models(version: Path, home: Path, names: Sequence[str]) -> None:
     """Make a home whose registry has the version under each of these names."""
     settings = Settings(home=home, store=None)
     settings.make_home()
-    manifest = json.loads((version / "assets.extra" / "manifest.json").read_text(encoding="utf-8"))
+    manifest = Manifest.read(json.loads((version / "assets.extra" / "manifest.json").read_text(encoding="utf-8")))
     engine = connect(settings.store_url)
     registry = Registry(engine)
     for name in names:
-        number = registry.reserve(name, None, manifest, {})
+        number = registry.reserve(name, None, manifest, ReportCard())
         shutil.copytree(version, settings.models / name / f"{number}")
         registry.go_live(name, number)
     engine.dispose()

@@ -32,6 +32,7 @@ from store.errors import (
     TemperError,
     UnknownModel,
 )
+from store.records import Manifest, ReportCard
 from store.settings import Settings
 
 log = logging.getLogger("temper.publishing")
@@ -164,8 +165,8 @@ def publish(
     staged: Path,
     model: str,
     job_id: str | None,
-    manifest: Mapping[str, Any],
-    report: Mapping[str, Any],
+    manifest: Manifest,
+    report: ReportCard,
     label: str = STABLE,
     step: Callable[[str], None] = lambda done: None,
     fence: Callable[[sa.Connection], None] = lambda connection: None,

@@ -5,7 +5,7 @@ then `live`, and `removed` until its files are gone. Numbers are never given twi
 number that has failed once.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import InvalidRequest, UnknownModel, WrongState
+from store.records import Manifest, ReportCard
 from store.validation import in_words
 
 BASE = "lenet5"  # the pretrained model, which every service has
@@ -73,8 +74,8 @@ class Version:
     live: bool
     job_id: str | None
     created_at: float  # unix seconds
-    manifest: dict[str, Any]
-    report: dict[str, Any]
+    manifest: Manifest
+    report: ReportCard
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Registry:
         with self._engine.connect() as connection:
             return connection.execute(sa.select(revisions.c.revision)).scalar_one_or_none() or 0
 
-    def reserve(self, model: str, job_id: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> int:
+    def reserve(self, model: str, job_id: str | None, manifest: Manifest, report: ReportCard) -> int:
         """Number of a new version, which is `publishing` from now on."""
         with self._change() as connection:
             insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now())
@@ -124,8 +125,8 @@ class Registry:
             )
             number = connection.execute(insert.returning(models.c.last_version)).scalar_one()
             row = {"model": model, "version": number, "live": False, "job_id": job_id, "created_at": now()}
-            connection.execute(versions.insert().values(**row, manifest=dict(manifest)))
-            connection.execute(reports.insert().values(model=model, version=number, report=dict(report)))
+            connection.execute(versions.insert().values(**row, manifest=manifest.dump()))
+            connection.execute(reports.insert().values(model=model, version=number, report=report.dump()))
         return int(number)
 
     def go_live(
@@ -152,11 +153,11 @@ class Registry:
             if label != STABLE and STABLE not in _labels(connection, model):
                 _put_label(connection, model, STABLE, version)
 
-    def set_report(self, model: str, version: int, report: Mapping[str, Any]) -> None:
+    def set_report(self, model: str, version: int, report: ReportCard) -> None:
         """What is known of a version by now."""
         with self._change() as connection:
             of_version = (reports.c.model == model) & (reports.c.version == version)
-            connection.execute(reports.update().where(of_version).values(report=dict(report)))
+            connection.execute(reports.update().where(of_version).values(report=report.dump()))
 
     def put_label(self, model: str, label: str, version: int, weight: float | None = None) -> Label:
         """Make a label stand for a live version, and send it a share of the requests that name neither.
@@ -315,7 +316,9 @@ class Registry:
             .order_by(versions.c.model, versions.c.version.desc())
         )
         with self._engine.connect() as connection:
-            return [Version(**row) for row in connection.execute(query).mappings()]
+            rows = connection.execute(query).mappings().all()
+        read = {"manifest": Manifest.read, "report": ReportCard.read}
+        return [Version(**{**row, **{name: record(row[name]) for name, record in read.items()}}) for row in rows]
 
 
 def _is(model: str, version: int) -> Any:

@@ -100,7 +100,7 @@ def is_current(engine: sa.Engine) -> bool:
     Raises:
         StoreUnavailable: a newer release has changed it.
     """
-    from store.migrations import HEAD
+    from store.migrations import HEAD, revision
 
     with engine.connect() as connection:
         stored = revision(connection)
@@ -108,13 +108,6 @@ def is_current(engine: sa.Engine) -> bool:
         where = engine.url.render_as_string()
         raise StoreUnavailable(f"the store at {where} has schema {stored} of a newer release; this one knows {HEAD}")
     return stored == HEAD
-
-
-def revision(connection: sa.Connection) -> str | None:
-    """Alembic's revision of the store; None for a new one and for those of releases without migrations."""
-    if not sa.inspect(connection).has_table("alembic_version"):
-        return None
-    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
 
 
 def retrying(call: Callable[[], T], *, timeout_s: float, failed: Callable[[Exception], None]) -> T:

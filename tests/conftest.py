@@ -295,7 +295,7 @@ class Place:
         publish_base(self.settings, self.registry, self.servers)
         dataset = Dataset(digits[0][:100], digits[1][:100].astype(np.int32), tuple("0123456789"))
         self.dataset = dataset.described()
-        dataset.save(self.settings.datasets / f"{self.dataset['id']}.npz")
+        dataset.save(self.settings.datasets / f"{self.dataset.id}.npz")
 
     def claimed(self, spec: dict[str, Any], base: str = "lenet5:1") -> Job:
         """A job that this process runs."""

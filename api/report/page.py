@@ -27,6 +27,7 @@ from api.report.charts import (
     reliability_plot,
     series,
 )
+from store.records import Manifest, ReportCard
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -80,13 +81,14 @@ class Page:
     colours: Sequence[str] = COLOURS
 
 
-def report_page(name: str, version: int, report: dict[str, Any], manifest: dict[str, Any]) -> str:
+def report_page(name: str, version: int, card: ReportCard, about: Manifest) -> str:
     """A version's report card as an HTML page.
 
     Args:
-        report: as `trainer.report` makes it, complete or not yet; of a version without a base, its card.
-        manifest: what the version is, as it was published.
+        card: complete or not yet.
+        about: what the version is.
     """
+    report, manifest = card.dump(), about.dump()
     title = f"{name}:{version}"
     if manifest.get("base") is None:
         page = Page(title, tables=[Table("Card", rows=list(_flat(report)))])

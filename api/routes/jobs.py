@@ -13,6 +13,7 @@ from api.http.openapi import After, Limit, errors
 from api.routes.examples import SPEC_EXAMPLE
 from serving.registry import BASE, LABEL, STABLE
 from store.errors import InvalidRequest, UnknownModel
+from store.records import DatasetCard
 from trainer.jobs.records import Job, Status
 from trainer.spec import MODEL_NAME, Spec, check_dataset, described, parse_spec, refused
 
@@ -107,7 +108,7 @@ class JobView(BaseModel):
         except ValidationError:
             spec = dict(job.spec or {})
         fields = {name: value for name, value in vars(job).items() if name in cls.model_fields}
-        lenient = {"spec": spec, "progress": job.progress or {}, "dataset": job.dataset or {}}
+        lenient = {"spec": spec, "progress": job.progress.dump(), "dataset": job.dataset.dump()}
         return cls.model_validate({**fields, **lenient})
 
 
@@ -135,15 +136,15 @@ async def finetune(request: Request, response: Response) -> JobView:
         spec = parse_spec(fields.spec)
         base = await asyncio.to_thread(_resolve_base, gateway, spec)
 
-        def check(dataset: dict[str, Any]) -> None:
-            check_dataset(spec, dataset["classes"], held_out="validation" in form.files)
+        def check(dataset: DatasetCard) -> None:
+            check_dataset(spec, dataset.classes, held_out="validation" in form.files)
 
         dataset = await gateway.uploads.store(form, check)
     job = await asyncio.to_thread(
         gateway.jobs.create,
         model=fields.model, base=base, spec=described(spec), dataset=dataset, label=fields.label,
     )  # fmt: skip
-    log.info("job %s: %s on %d images", job.id, job.model, dataset["images"])
+    log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
     response.headers["Location"] = f"/finetune/{job.id}"
     return JobView.of(job)
 
@@ -180,7 +181,7 @@ def _resolve_base(gateway: Gateway, spec: Spec) -> str:
         found = gateway.registry.find(name, int(number) if number else None)
     except UnknownModel as exc:
         raise refused("base", exc.message) from exc
-    has = found.manifest.get("adapter_bottleneck", 0)
+    has = found.manifest.adapter_bottleneck
     if spec.adapter and has not in (0, spec.adapter.bottleneck):
         raise refused("adapter.bottleneck", f"must be {has}, as in {name}:{found.version}")
     return f"{name}:{found.version}"

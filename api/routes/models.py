@@ -38,9 +38,9 @@ class VersionView(BaseModel):
     def of(cls, version: Version) -> "VersionView":
         """The public face of a version record."""
         return cls(
-            version=version.version, created_at=version.created_at, classes=version.manifest["classes"],
-            base=version.manifest["base"], job=version.manifest.get("job"), manifest=version.manifest,
-            report=version.report,
+            version=version.version, created_at=version.created_at, classes=list(version.manifest.classes),
+            base=version.manifest.base, job=version.manifest.job, manifest=version.manifest.dump(),
+            report=version.report.dump(),
         )  # fmt: skip
 
 

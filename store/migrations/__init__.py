@@ -13,13 +13,18 @@ FOLDER = Path(__file__).parent
 HEAD = max(path.stem for path in FOLDER.glob("versions/m[0-9]*.py"))[1:5]
 
 
+def revision(connection: sa.Connection) -> str | None:
+    """Alembic's revision of the store; None for a new one and for those of releases without migrations."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+
+
 def upgrade(engine: sa.Engine) -> None:
     """Bring the store to `HEAD`. One process does so, others that start at the same time wait for it."""
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory
-
-    from store.engine import revision
 
     script = ScriptDirectory(str(FOLDER))
     context = EnvironmentContext(Config(), script, fn=lambda stored, _: script._upgrade_revs("head", stored))

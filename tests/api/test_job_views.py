@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from api.routes.jobs import JobList, JobView
+from store.records import DatasetCard, Progress
 from trainer.jobs.records import Job
 from trainer.spec import described, parse_spec
 
 JOB = Job(
     id="ftjob-1", model="m", version=None, label="stable", base="lenet5:1", status="running", stage="training",
-    progress={}, created_at=0.0, started_at=0.0, finished_at=None, spec=described(parse_spec(None)), dataset={},
-    error=None, report_status="none", worker="w", attempts=1, cancel_requested=False,
+    progress=Progress(), created_at=0.0, started_at=0.0, finished_at=None, spec=described(parse_spec(None)),
+    dataset=DatasetCard(), error=None, report_status="none", worker="w", attempts=1, cancel_requested=False,
 )  # fmt: skip
 
 

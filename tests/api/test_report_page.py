@@ -11,10 +11,15 @@ import pytest
 
 from api.report.charts import BOTTOM, LEFT, RIGHT, TOP
 from api.report.page import report_page
+from store.records import Manifest, ReportCard
 
 Json = dict[str, Any]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 STRANGE = "<script>alert('1') & \"2\"</script>"
+
+
+def html(name: str, version: int, report: Json, manifest: Json) -> str:
+    return report_page(name, version, ReportCard.read(report), Manifest.read(manifest))
 
 
 class Page(HTMLParser):
@@ -117,7 +122,7 @@ def full_report(classes: list[str]) -> Json:
 
 
 def shown(report: Json, classes: list[str]) -> Page:
-    return Page(report_page("digits", 3, report, manifest(classes)))
+    return Page(html("digits", 3, report, manifest(classes)))
 
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -153,7 +158,7 @@ def test_a_full_report_has_every_figure_plot_and_table() -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    page = report_page("digits", 3, full_report(DIGITS), manifest(DIGITS))
+    page = html("digits", 3, full_report(DIGITS), manifest(DIGITS))
     assert not re.search(r"https?:|//\w|@import|url\(", page)
     assert not {"script", "link", "img", "iframe"} & set(Page(page).tags)
 
@@ -171,7 +176,7 @@ def test_names_from_outside_are_only_ever_text(count: int) -> None:
 def test_few_classes_have_numbers_in_the_matrix_and_many_do_not() -> None:
     for count, numbered in ((30, True), (31, False)):
         classes = [f"class {n}" for n in range(count)]
-        page = report_page("digits", 3, quick_report(classes), manifest(classes))
+        page = html("digits", 3, quick_report(classes), manifest(classes))
         assert len(re.findall(r'<text class="middle (?:strong|number)"', page)) == (2 * count if numbered else 0)
         assert "4 of 5 images of class 7: class 7" in page
 
@@ -242,7 +247,7 @@ def test_folds_are_shown() -> None:
 def test_every_line_stays_inside_its_plot(epochs: int) -> None:
     report = quick_report(DIGITS, epochs)
     report["history"][-1] |= {"data_loss": 1e-30, "adversarial_loss": 1e4}
-    page = report_page("digits", 3, report, manifest(DIGITS))
+    page = html("digits", 3, report, manifest(DIGITS))
     plots = re.findall(r'<svg class="plot".*?</svg>', page, re.DOTALL)
     lines = [line for plot in plots for line in re.findall(r'<path class="line [^>]* d="M([\d.L -]+)"', plot)]
     places = [[float(number) for number in place.split()] for line in lines for place in line.split("L")]
@@ -258,7 +263,7 @@ def test_nothing_less_than_all_is_called_100_percent() -> None:
 
 def test_the_base_model_has_its_card_and_nothing_else() -> None:
     card = json.loads((Path(__file__).parents[2] / "trainer/base/lenet5.json").read_text(encoding="utf-8"))
-    page = Page(report_page("lenet5", 1, copy.deepcopy(card), {"classes": DIGITS, "base": None, **card}))
+    page = Page(html("lenet5", 1, copy.deepcopy(card), {"classes": DIGITS, "base": None, **card}))
     assert "svg" not in page.tags
     assert "not measured" not in page.text.lower()
     for text in ("lenet5:1", card["model"], card["command"], "settings: learning rate 0.0015", "test accuracy 0.995"):

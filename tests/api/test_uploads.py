@@ -13,6 +13,7 @@ import api.uploads
 from api.uploads import Uploads
 from store.engine import connect
 from store.errors import MalformedRequest, Overloaded
+from store.records import DatasetCard
 from store.settings import Settings
 from tests.conftest import Service, png, zipped
 from tests.trainer.test_datasets import DOT
@@ -124,7 +125,7 @@ def test_an_upload_that_stalls_gives_its_place_back(
 
 def test_leftovers_go_at_start_but_not_what_a_living_process_works_on(settings: Settings, jobs: Jobs) -> None:
     def create() -> str:
-        return jobs.create(model="m", base="lenet5:1", spec={}, dataset={}).id
+        return jobs.create(model="m", base="lenet5:1", spec={}, dataset=DatasetCard()).id
 
     finished, running = create(), create()
     jobs.cancel(finished)

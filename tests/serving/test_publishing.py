@@ -22,6 +22,7 @@ from serving.publishing import FILES, Probe, check_files, prove, publish, reconc
 from serving.registry import Label, Registry
 from store.errors import ModelServerTimeout, ModelServerUnavailable, PublishFailed, UnknownModel, WrongState
 from store.processes import free_port
+from store.records import DatasetCard, Manifest, ReportCard
 from store.settings import Settings
 from tests.conftest import Place, eventually, opened, running_model_server
 from trainer.export import export
@@ -59,7 +60,7 @@ class Press:
         claimed = how.pop("claimed", None)
         return publish(
             self.settings, self.registry, self.servers, staged=self.staged(seed, claimed),  # type: ignore[arg-type]
-            model="m", job_id="job", manifest={"classes": ["a"]}, report={}, **how,  # type: ignore[arg-type]
+            model="m", job_id="job", manifest=Manifest(classes=("a",)), report=ReportCard(), **how,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def left(self) -> list[str]:
@@ -122,7 +123,7 @@ def test_files_that_are_not_those_that_were_exported_are_never_published(press: 
     with pytest.raises(PublishFailed, match=damage):
         publish(
             press.settings, press.registry, press.servers, staged=folder, model="m", job_id=None,
-            manifest={"classes": ["a"]}, report={},
+            manifest=Manifest(classes=("a",)), report=ReportCard(),
         )  # fmt: skip
     assert press.registry.wanted() == {}
 
@@ -137,7 +138,7 @@ def test_a_file_that_nobody_exported_is_noticed(press: Press) -> None:
 
 def test_one_version_that_cannot_be_loaded_does_not_keep_others_from_going_live(press: Press) -> None:
     press.publish(1)
-    broken = press.registry.reserve("broken", None, {"classes": ["a"]}, {})
+    broken = press.registry.reserve("broken", None, Manifest(classes=("a",)), ReportCard())
     press.registry.go_live("broken", broken)
     place = press.settings.version("broken", broken)
     place.mkdir(parents=True)
@@ -236,12 +237,12 @@ def test_a_version_that_was_withdrawn_meanwhile_never_goes_live(press: Press) ->
 @pytest.mark.parametrize("loss", ["reassigned", "cancelled"])
 def test_only_the_holder_of_the_lease_makes_a_version_live(engine: sa.Engine, loss: str) -> None:
     jobs, registry = Jobs(engine), Registry(engine)
-    jobs.create(model="m", base="lenet5:1", spec={}, dataset={})
+    jobs.create(model="m", base="lenet5:1", spec={}, dataset=DatasetCard())
     job = jobs.claim("stalled")
     assert job is not None
     fence = functools.partial(jobs.check_lease, job)
-    registry.go_live("m", registry.reserve("m", job.id, {"classes": ["a"]}, {}), fence=fence)
-    second = registry.reserve("m", job.id, {"classes": ["a"]}, {})
+    registry.go_live("m", registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard()), fence=fence)
+    second = registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard())
     if loss == "cancelled":
         jobs.cancel(job.id)
     else:
@@ -317,7 +318,7 @@ def test_the_newest_and_the_labelled_versions_are_kept(place: Place) -> None:
     place.registry.put_label("m", "canary", 1)
     for _ in range(2):
         place.run(place.claimed({"epochs": 1, "method": "head"}))
-    place.jobs.create(model="n", base="m:2", spec={}, dataset={"id": "x"})  # it will start from version 2
+    place.jobs.create(model="n", base="m:2", spec={}, dataset=DatasetCard(id="x"))  # it will start from version 2
     rest = {"jobs": place.jobs, "registry": place.registry, "servers": place.servers}
     retire_surplus("m", settings=settings, **rest)  # type: ignore[arg-type]
     assert [version.version for version in place.registry.of_model("m")] == [5, 4, 2, 1]
@@ -328,7 +329,7 @@ def test_the_newest_and_the_labelled_versions_are_kept(place: Place) -> None:
 
 def test_data_sets_go_when_neither_a_job_nor_a_version_needs_them(place: Place) -> None:
     done = place.run(place.claimed({"epochs": 1, "method": "head"}))
-    used, unused, young = (place.settings.datasets / f"{name}.npz" for name in (done.dataset["id"], "0" * 64, "1" * 64))
+    used, unused, young = (place.settings.datasets / f"{name}.npz" for name in (done.dataset.id, "0" * 64, "1" * 64))
     unused.touch()
     young.touch()
     for path in (used, unused):
@@ -352,8 +353,8 @@ def test_a_job_whose_base_has_gone_fails_and_says_so(place: Place) -> None:
 
 def test_the_steps_of_a_publication_can_be_seen_on_the_job(place: Place) -> None:
     done = place.run(place.claimed({"epochs": 1, "method": "head"}))
-    times = list(done.progress["publishing"].values())
-    assert list(done.progress["publishing"]) == [*STEPS, "labelled"]
+    times = list(done.progress.publishing.values())
+    assert list(done.progress.publishing) == [*STEPS, "labelled"]
     assert times == sorted(times)
-    assert done.progress["epoch"] == 1
+    assert done.progress.epoch == 1
     assert json.loads((place.settings.version("m", 1) / "assets.extra/manifest.json").read_text())["job"] == done.id

@@ -7,6 +7,7 @@ import sqlalchemy as sa
 
 from serving.registry import Label, Registry
 from store.errors import InvalidRequest, UnknownModel, WrongState
+from store.records import Manifest, ReportCard
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def registry(engine: sa.Engine) -> Registry:
     """With versions 1 to 4 of `m`, all live."""
     registry = Registry(engine)
     for number in (1, 2, 3, 4):
-        assert registry.reserve("m", f"job{number}", {"classes": ["a", "b"]}, {}) == number
+        assert registry.reserve("m", f"job{number}", Manifest(classes=("a", "b")), ReportCard()) == number
         registry.go_live("m", number)
     return registry
 
@@ -24,7 +25,7 @@ def test_version_numbers_are_never_given_twice(engine: sa.Engine) -> None:
     numbers: list[int] = []
 
     def reserve() -> None:
-        numbers.extend(registry.reserve("m", None, {"classes": ["a"]}, {}) for _ in range(10))
+        numbers.extend(registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()) for _ in range(10))
 
     threads = [threading.Thread(target=reserve) for _ in range(3)]
     for thread in threads:
@@ -34,13 +35,13 @@ def test_version_numbers_are_never_given_twice(engine: sa.Engine) -> None:
     assert sorted(numbers) == list(range(1, 31))
     registry.remove("m", 30)
     registry.forget("m", 30)
-    assert registry.reserve("m", None, {"classes": ["a"]}, {}) == 31
+    assert registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()) == 31
 
 
 def test_only_live_versions_are_routed_and_stable_is_the_last_to_go_live(engine: sa.Engine) -> None:
     registry = Registry(engine)
     for number in (1, 2, 3):
-        assert registry.reserve("m", f"job{number}", {"classes": ["a", "b"]}, {}) == number
+        assert registry.reserve("m", f"job{number}", Manifest(classes=("a", "b")), ReportCard()) == number
     with pytest.raises(UnknownModel):
         registry.find("m")
     assert registry.routes() == {}
@@ -61,7 +62,7 @@ def test_a_label_moves_back_and_forth_and_only_to_live_versions(registry: Regist
     assert registry.find("m").version == 2
     registry.put_label("m", "stable", 4)
     assert registry.find("m").version == 4
-    registry.reserve("m", None, {"classes": ["a"]}, {})
+    registry.reserve("m", None, Manifest(classes=("a",)), ReportCard())
     with pytest.raises(UnknownModel, match="no version 5"):
         registry.put_label("m", "stable", 5)
     with pytest.raises(UnknownModel, match="no model 'n'"):
@@ -81,9 +82,9 @@ def test_shares_of_the_traffic_are_at_most_one_and_none_is_of_stable(registry: R
 
 def test_a_version_published_as_canary_keeps_the_canarys_share(registry: Registry) -> None:
     registry.put_label("m", "canary", 3, 0.2)
-    registry.go_live("m", registry.reserve("m", None, {"classes": ["a"]}, {}), "canary")
+    registry.go_live("m", registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()), "canary")
     assert registry.labels("m") == {"stable": Label(4), "canary": Label(5, 0.2)}
-    registry.go_live("new", registry.reserve("new", None, {"classes": ["a"]}, {}), "canary")
+    registry.go_live("new", registry.reserve("new", None, Manifest(classes=("a",)), ReportCard()), "canary")
     assert registry.labels("new") == {"stable": Label(1), "canary": Label(1)}
 
 
@@ -109,7 +110,7 @@ def test_a_retired_model_is_gone_with_its_labels_and_its_numbers_are_not_given_a
     assert registry.labels("m") == {}
     with pytest.raises(UnknownModel):
         registry.retire("m")
-    assert registry.reserve("m", None, {"classes": ["a"]}, {}) == 5
+    assert registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()) == 5
 
 
 def test_what_is_surplus_is_old_and_without_label(registry: Registry) -> None:
@@ -135,7 +136,7 @@ def test_every_change_changes_the_revision(registry: Registry) -> None:
         lambda: registry.drop_label("m", "canary"),
         lambda: registry.retire("m", 1),
         lambda: registry.forget("m", 1),
-        lambda: registry.reserve("m", None, {"classes": ["a"]}, {}),
+        lambda: registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()),
         lambda: registry.go_live("m", 5),
     ):
         change()

@@ -13,6 +13,7 @@ from store import engine as module
 from store.engine import connect, metadata, now
 from store.errors import StoreUnavailable
 from store.migrations import HEAD
+from store.records import Manifest, ReportCard
 from tests.conftest import opened
 from trainer.jobs.records import Jobs
 
@@ -88,24 +89,23 @@ def test_a_store_from_before_migrations_is_adopted_with_all_it_holds(engine: sa.
         jobs, registry = Jobs(adopted), Registry(adopted)
         done, failed, queued = (jobs.get(f"ftjob-{number}") for number in (1, 2, 3))
         steps = {"staged": 6.25, "labelled": 7.125}
-        assert done.progress == {"l1": 0.0, "epoch": 3, "epochs": 3, "publishing": steps}
-        assert list(done.progress) == ["l1", "epoch", "epochs", "publishing"]
+        assert done.progress.dump() == {"l1": 0.0, "epoch": 3, "epochs": 3, "publishing": steps}
         assert (done.version, done.label, done.finished_at, done.spec) == (1, "stable", 7.5, {"epochs": 3})
         assert failed.error == {"code": "diverged", "message": "x", "param": None}
-        assert (failed.progress, failed.status) == ({}, "failed")
+        assert (failed.progress.dump(), failed.status) == ({}, "failed")
         assert queued.error is None
-        assert {version.version: version.report for version in registry.of_model("m")} == {
+        assert {version.version: version.report.dump() for version in registry.of_model("m")} == {
             1: {"warnings": ["w"]},
             2: {},
         }
-        assert registry.find("m").manifest == {"classes": ["a"]}
+        assert registry.find("m").manifest.dump() == {"classes": ["a"]}
         assert registry.labels("m") == {"stable": Label(2)}  # not the one whose version is gone
         assert registry.revision() == 41
         claimed = jobs.claim("w")
         assert claimed is not None
         jobs.append_event(claimed, "epoch", {"epoch": 1})
-        assert (claimed.id, jobs.get(claimed.id).progress) == ("ftjob-3", {"epoch": 1})
-        assert registry.reserve("m", None, {"classes": ["a"]}, {}) == 3
+        assert (claimed.id, jobs.get(claimed.id).progress.dump()) == ("ftjob-3", {"epoch": 1})
+        assert registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()) == 3
 
 
 def test_migrations_end_in_the_tables_of_the_code(engine: sa.Engine) -> None:
@@ -160,7 +160,7 @@ def test_a_store_that_is_up_to_date_is_opened_without_alembic(engine: sa.Engine)
 
 def test_a_label_has_a_version_and_a_version_a_model(engine: sa.Engine) -> None:
     registry = Registry(engine)
-    registry.go_live("m", registry.reserve("m", None, {"classes": ["a"]}, {}))
+    registry.go_live("m", registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()))
     for statement in (
         "INSERT INTO labels (model, label, version) VALUES ('m', 'canary', 2)",
         "DELETE FROM versions",

@@ -16,6 +16,7 @@ from PIL import Image
 
 from api.uploads import prepare_upload, start_decoder
 from store.errors import InvalidDataset, InvalidImage, StorageFull, TemperError
+from store.records import DatasetCard
 from store.settings import Settings
 from tests.conftest import npz, png, zipped
 from trainer.jobs.datasets import Dataset, read
@@ -210,8 +211,8 @@ def test_broken_images_are_refused_whatever_pillow_raises(body: bytes) -> None:
         decode(body, 10_000)
 
 
-def decoded(folder: Path, settings: Settings) -> dict[str, Any]:
-    async def decode() -> dict[str, Any]:
+def decoded(folder: Path, settings: Settings) -> DatasetCard:
+    async def decode() -> DatasetCard:
         return await prepare_upload(await start_decoder(), folder / "upload", folder / "prepared", settings)
 
     return asyncio.run(decode())
@@ -240,7 +241,7 @@ def test_a_good_upload_passes_through_the_process(tmp_path: Path) -> None:
     (tmp_path / "upload").write_bytes(zipped(GOOD))
     verdict = decoded(tmp_path, Settings(home=tmp_path))
     assert verdict == Dataset.load(tmp_path / "prepared").described()
-    assert verdict["classes"] == {"a": 2, "b": 2}
+    assert verdict.classes == {"a": 2, "b": 2}
 
 
 def test_a_full_disk_and_a_crash_of_the_decoder_are_not_blamed_on_the_upload(tmp_path: Path) -> None:

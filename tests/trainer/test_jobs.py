@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from store.errors import UnknownJob, WrongState
+from store.records import DatasetCard
 from trainer.jobs import records as module
 from trainer.jobs.records import Job, Jobs, LeaseLost
 
@@ -18,7 +19,7 @@ def jobs(engine: sa.Engine) -> Jobs:
 
 
 def queued(jobs: Jobs, model: str = "m") -> Job:
-    return jobs.create(model=model, base="lenet5:1", spec={"epochs": 1}, dataset={"id": "d", "images": 4})
+    return jobs.create(model=model, base="lenet5:1", spec={"epochs": 1}, dataset=DatasetCard(id="d", images=4))
 
 
 def test_jobs_are_claimed_oldest_first_and_once(jobs: Jobs) -> None:
@@ -53,7 +54,7 @@ def test_a_claimed_job_is_only_its_workers(jobs: Jobs) -> None:
     assert jobs.get(job.id).stage == "training"
     jobs.finish(job, "succeeded", version=3)
     found = jobs.get(job.id)
-    assert (found.status, found.version, found.stage, found.progress) == ("succeeded", 3, None, {"epoch": 1})
+    assert (found.status, found.version, found.stage, found.progress.dump()) == ("succeeded", 3, None, {"epoch": 1})
 
 
 def test_a_queued_job_is_cancelled_at_once_and_a_running_one_at_its_next_update(jobs: Jobs) -> None:
@@ -146,10 +147,10 @@ def test_every_change_is_an_event_and_progress_follows_from_them(jobs: Jobs) -> 
     assert job is not None
     jobs.append_event(job, "epoch", {"epoch": 1})
     jobs.requeue(job)
-    assert jobs.get(job.id).progress == {}
+    assert jobs.get(job.id).progress.dump() == {}
     job = jobs.claim("w")
     assert job is not None
-    assert jobs.get(job.id).progress == {}
+    assert jobs.get(job.id).progress.dump() == {}
     jobs.set_stage(job, "training")
     for number in (1, 2):
         jobs.append_event(job, "epoch", {"epoch": number, "epochs": 2})
@@ -177,7 +178,7 @@ def test_every_change_is_an_event_and_progress_follows_from_them(jobs: Jobs) -> 
     assert [event.seq for event in jobs.events(job.id, after=11)] == [12, 13]
     steps = {event.data["step"]: round(event.at, 3) for event in happened if event.type == "publishing"}
     found = jobs.get(job.id)
-    assert found.progress == {"epoch": 2, "epochs": 2, "publishing": steps}
+    assert found.progress.dump() == {"epoch": 2, "epochs": 2, "publishing": steps}
     assert jobs.page(after=None, limit=1) == ([found], False)
 
 

@@ -54,7 +54,7 @@ def test_the_drawn_digits_are_digits_to_the_base_and_the_same_each_time() -> Non
 
 def validation_of(place: Place, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The images that a default job of `place` holds out, as a client would send them."""
-    with np.load(place.settings.datasets / f"{place.dataset['id']}.npz") as arrays:
+    with np.load(place.settings.datasets / f"{place.dataset.id}.npz") as arrays:
         images, labels = arrays["images"], arrays["labels"]
     chosen = stratified(labels, seed, lambda n: max(1, round(0.2 * n)))
     return images[chosen, ..., None] / np.float32(255), labels[chosen]
@@ -62,8 +62,8 @@ def validation_of(place: Place, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def complete(place: Place, job: Job) -> dict[str, Any]:
     for _ in complete_report(job, settings=place.settings, jobs=place.jobs, registry=place.registry):
-        assert place.registry.find("m").report.get("forgetting") is None
-    found: dict[str, Any] = place.registry.find("m").report
+        assert place.registry.find("m").report.forgetting is None
+    found: dict[str, Any] = place.registry.find("m").report.dump()
     return found
 
 
@@ -81,7 +81,7 @@ def test_every_number_can_be_recomputed_from_the_saved_model(place: Place) -> No
         return logits
 
     logits, params = served(images), load_params(directory)
-    names = tuple(place.registry.find("m").manifest["classes"])
+    names = tuple(place.registry.find("m").manifest.classes)
     expected = evaluate.score(logits, labels) | evaluate.classification(logits, labels, names)
     assert card["validation"]["accuracy"] == expected["accuracy"]
     assert card["validation"]["accuracy_interval"] == expected["accuracy_interval"]
@@ -91,7 +91,7 @@ def test_every_number_can_be_recomputed_from_the_saved_model(place: Place) -> No
     calibration = evaluate.calibration(logits, labels)["expected_calibration_error"]
     assert card["calibration"]["expected_calibration_error"] == pytest.approx(calibration, abs=1e-4)
     assert card["sparsity"]["zeros"] == evaluate.sparsity(params)["zeros"] > 0
-    with np.load(place.settings.datasets / f"{place.dataset['id']}.npz") as arrays:
+    with np.load(place.settings.datasets / f"{place.dataset.id}.npz") as arrays:
         every, all_labels = arrays["images"][..., None] / np.float32(255), arrays["labels"]
     rest = ~stratified(all_labels, 0, lambda n: max(1, round(0.2 * n)))
     on_train = evaluate.score(served(every[rest]), all_labels[rest])
@@ -126,7 +126,7 @@ def test_attacks_find_the_same_way_through_the_saved_model(place: Place) -> None
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, signature(image=x)["logits"])
     attacked = tf.clip_by_value(x + 0.1 * tf.sign(tape.gradient(losses, x)), 0.0, 1.0)
     found = evaluate.accuracy(signature(image=attacked)["logits"].numpy(), labels)
-    assert found == place.registry.find("m").report["robustness"]["accuracy_under_fgsm"]
+    assert found == place.registry.find("m").report.dump()["robustness"]["accuracy_under_fgsm"]
 
 
 def test_a_version_that_is_worse_than_its_base_or_than_guessing_says_so() -> None:
@@ -195,7 +195,7 @@ def test_the_delta_applied_to_the_base_is_the_version(place: Place, method: str,
     images, _ = validation_of(place)
     scores = [serve(load_params(folder)).logits(images) for folder in (version, out)]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
-    card = place.registry.find("m").report["parameters"]
+    card = place.registry.find("m").report.dump()["parameters"]
     stored = (version / delta.DELTA).stat().st_size
     assert card["delta_bytes"] == stored
     assert card["trained"] * 4 < stored < card["trained"] * 4 + 20_000

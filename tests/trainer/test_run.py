@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from store.errors import Diverged
+from store.records import Manifest, ReportCard
 from tests.conftest import Place, eventually
 from trainer import report
 from trainer.export import export, load_params
@@ -41,8 +42,8 @@ def test_a_loss_that_explodes_without_end_is_divergence_too(place: Place) -> Non
 def test_early_stopping_ends_training_and_keeps_the_best_weights(place: Place) -> None:
     spec = {"epochs": 200, "method": "full", "learning_rate": 0.01, "early_stopping": {"patience": 2}}
     done = place.run(place.claimed(spec))
-    assert done.progress["epoch"] < 200
-    card = place.registry.find("m").report
+    assert done.progress.epoch < 200
+    card = place.registry.find("m").report.dump()
     best = min(epoch["validation_cross_entropy"] for epoch in card["history"])
     assert card["validation"]["cross_entropy"] == pytest.approx(best, abs=1e-6)
     assert card["history"][-1]["validation_cross_entropy"] > best
@@ -53,7 +54,7 @@ def test_the_same_job_gives_the_same_version_bit_for_bit(place: Place) -> None:
     hashes = []
     for _ in range(2):
         place.run(place.claimed(spec))
-        hashes.append(place.registry.find("m").manifest["sha256"])
+        hashes.append(place.registry.find("m").manifest.sha256)
     assert hashes[0] == hashes[1]
 
 
@@ -71,7 +72,7 @@ def test_a_job_that_is_run_again_after_it_went_live_only_says_so(place: Place) -
 
 def test_what_a_dead_worker_left_half_published_is_taken_back(place: Place) -> None:
     job = place.claimed({"epochs": 1})
-    half = place.registry.reserve("m", job.id, {"classes": ["a"]}, {})
+    half = place.registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard())
     export(place.settings.models / "m" / str(half), initial(10, 0), invert=False, manifest={})
     (place.settings.staging / job.id).mkdir()
     done = place.run(job)

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from serving.registry import Registry
+from store.records import Manifest, ReportCard
 from store.settings import Settings
 from tests.conftest import Place, PostgreSQL, eventually, opened
 from trainer.jobs.records import Jobs
@@ -47,7 +48,7 @@ def test_a_job_goes_on_when_the_store_fails_for_a_while(place: Place) -> None:
     outage = Outage(place.engine, "INSERT INTO events", 3)
     done = place.run(job)
     assert outage.left == 0
-    assert (done.status, done.progress["epoch"]) == ("succeeded", 2)
+    assert (done.status, done.progress.epoch) == ("succeeded", 2)
 
 
 @pytest.mark.parametrize("statement", ["INSERT INTO versions", "UPDATE versions SET live"])
@@ -86,7 +87,7 @@ def test_a_report_is_completed_although_the_store_fails(place: Place, monkeypatc
         "the report is complete", 120,
     )  # fmt: skip
     assert outage.left == 0
-    assert place.registry.find("m").report["robustness"]["curve"]
+    assert place.registry.find("m").report.dump()["robustness"]["curve"]
 
 
 def test_a_restart_of_postgresql_costs_no_job(tmp_path: Path, place: Place) -> None:
@@ -99,7 +100,7 @@ def test_a_restart_of_postgresql_costs_no_job(tmp_path: Path, place: Place) -> N
     }  # fmt: skip
     settings = Settings(home=tmp_path / "other")
     settings.make_home()
-    dataset = f"{place.dataset['id']}.npz"
+    dataset = f"{place.dataset.id}.npz"
     (settings.datasets / dataset).write_bytes((place.settings.datasets / dataset).read_bytes())
     with said.open("wb") as log:
         worker = subprocess.Popen([sys.executable, "-m", "trainer"], env=environment, stderr=log, stdout=log)
@@ -113,7 +114,7 @@ def test_a_restart_of_postgresql_costs_no_job(tmp_path: Path, place: Place) -> N
             eventually(lambda: "the job waits for it" in said.read_text(), "the worker notices", 200)
             server.start()
             before = jobs.get(job_id)
-            eventually(lambda: jobs.get(job_id).progress["epoch"] > before.progress["epoch"], "the job goes on", 200)
+            eventually(lambda: jobs.get(job_id).progress.epoch > before.progress.epoch, "the job goes on", 200)
             assert jobs.get(job_id).attempts == 1
             jobs.cancel(job_id)
             eventually(lambda: jobs.get(job_id).status == "cancelled", "the job is cancelled")
@@ -156,7 +157,7 @@ class Raced(Registry):
 def test_a_client_that_is_faster_than_retention_ends_no_worker(engine: sa.Engine, tmp_path: Path, act: str) -> None:
     registry = Raced(engine)
     for number in (1, 2, 3):
-        registry.reserve("m", None, {"classes": ["a"]}, {})
+        registry.reserve("m", None, Manifest(classes=("a",)), ReportCard())
         registry.go_live("m", number)
     registry.act = {
         "delete the model": lambda: registry.retire("m"),
@@ -196,7 +197,7 @@ def test_peak_memory_is_that_of_the_job(place: Place) -> None:
     large = b"x" * (400 << 20)
     del large
     place.run(place.claimed({"epochs": 1}))
-    card = place.registry.find("m").report
+    card = place.registry.find("m").report.dump()
     status = Path("/proc/self/status").read_text()
     assert card["cost"]["peak_memory_bytes"] <= int(status.partition("VmHWM:")[2].split()[0]) * 1024
     again = b"x" * (400 << 20)

@@ -27,6 +27,7 @@ from PIL import Image
 from store.disk import is_full
 from store.errors import InvalidDataset, InvalidImage, listed
 from store.processes import end_with_parent
+from store.records import DatasetCard
 from store.settings import Settings
 from trainer.jobs.images import SIDE, decode, is_dark_on_light, prepare
 
@@ -61,18 +62,18 @@ class Dataset:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(arrays["images"], arrays["labels"], tuple(str(name) for name in arrays["classes"]))
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> DatasetCard:
         """The data set as the API describes it. `id` is the SHA-256 of the content."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         digest.update(self.images.tobytes())
         digest.update(self.labels.tobytes())
         counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
-        return {
-            "id": digest.hexdigest(),
-            "images": len(self.images),
-            "classes": dict(zip(self.classes, counts, strict=True)),
-            "polarity": "dark_on_light" if self.dark_on_light else "light_on_dark",
-        }
+        return DatasetCard(
+            id=digest.hexdigest(),
+            images=len(self.images),
+            classes=dict(zip(self.classes, counts, strict=True)),
+            polarity="dark_on_light" if self.dark_on_light else "light_on_dark",
+        )
 
 
 def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Dataset:
@@ -312,7 +313,7 @@ def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[
     try:
         dataset = read(upload, max_pixels=settings.max_pixels, max_images=settings.max_images, least=least)
         dataset.save(prepared)
-        return dataset.described()
+        return dataset.described().dump()
     except InvalidDataset as exc:
         return {"error": {"message": exc.message, "param": exc.param, "details": exc.details}}
     except MemoryError:

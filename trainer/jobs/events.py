@@ -16,6 +16,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from store.engine import metadata, now
+from store.records import Progress
 
 EventType = Literal["status", "epoch", "publishing", "report"]
 
@@ -51,7 +52,7 @@ def insert(
         connection.execute(events.insert().values(at=now()), rows)
 
 
-def progress_of(happened: Iterable[Event]) -> dict[str, Any]:
+def progress_of(happened: Iterable[Event]) -> Progress:
     """How far a job is: its last epoch, and the time of each publishing step after it."""
     progress: dict[str, Any] = {}
     for event in happened:
@@ -59,4 +60,4 @@ def progress_of(happened: Iterable[Event]) -> dict[str, Any]:
             progress = dict(event.data)
         elif event.type == "publishing":
             progress.setdefault("publishing", {}).setdefault(event.data["step"], round(event.at, 3))
-    return progress
+    return Progress.read(progress)

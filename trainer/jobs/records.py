@@ -20,6 +20,7 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import UnknownJob, WrongState
+from store.records import DatasetCard, Progress
 from trainer.jobs.events import Event, EventType, events, insert, progress_of
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -72,12 +73,12 @@ class Job:
     base: str  # name:version
     status: Status
     stage: str | None  # validating, training, evaluating, exporting, publishing or warming, while it runs
-    progress: dict[str, Any]  # from its events: the last epoch, then the publishing steps
+    progress: Progress  # from its events: the last epoch, then the publishing steps
     created_at: float
     started_at: float | None
     finished_at: float | None
     spec: dict[str, Any]
-    dataset: dict[str, Any]
+    dataset: DatasetCard
     error: dict[str, Any] | None  # code, message, param
     report_status: str  # none, quick or complete
     worker: str | None
@@ -99,18 +100,18 @@ class Jobs:
         self._engine = engine
 
     def create(
-        self, *, model: str, base: str, spec: Mapping[str, Any], dataset: Mapping[str, Any], label: str = "stable"
+        self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable"
     ) -> Job:
         """Queue a job. Ids sort by creation time."""
         with self._engine.begin() as connection:
             created_at = connection.execute(sa.select(now())).scalar_one()
             job = Job(
                 id=f"ftjob-{int(created_at * 1000):011x}{secrets.token_hex(5)}", model=model, version=None, label=label,
-                base=base, status="queued", stage=None, progress={}, created_at=created_at, started_at=None,
-                finished_at=None, spec=dict(spec), dataset=dict(dataset), error=None, report_status="none", worker=None,
+                base=base, status="queued", stage=None, progress=Progress(), created_at=created_at, started_at=None,
+                finished_at=None, spec=dict(spec), dataset=dataset, error=None, report_status="none", worker=None,
                 attempts=0, cancel_requested=False,
             )  # fmt: skip
-            row = {column.name: getattr(job, column.name) for column in _COLUMNS}
+            row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
             insert(connection, job.id, 1, [_status("queued")])
         return job
@@ -263,12 +264,12 @@ class Jobs:
             query = sa.select(jobs.c.base).where(jobs.c.status.not_in(FINISHED)).distinct()
             return set(connection.execute(query).scalars())
 
-    def needed_datasets(self) -> list[dict[str, Any]]:
+    def needed_datasets(self) -> list[DatasetCard]:
         """Return the data sets of jobs that have not finished or whose report is not complete."""
         open_report = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
         with self._engine.connect() as connection:
             query = sa.select(jobs.c.dataset).where(jobs.c.status.not_in(FINISHED) | open_report)
-            return list(connection.execute(query).scalars())
+            return [DatasetCard.read(card) for card in connection.execute(query).scalars()]
 
     def heartbeat(self, worker: str, state: WorkerState) -> None:
         """Note that `worker` lives, and what it does."""
@@ -343,7 +344,7 @@ def _write(
     for row in connection.execute(update).mappings().all():
         fields = dict(row)
         insert(connection, row["id"], fields.pop("last_seq"), happened)
-        changed.append(Job(**fields, progress={}))
+        changed.append(_job(fields, ()))
     return changed
 
 
@@ -359,4 +360,8 @@ def _read(connection: sa.Connection, query: sa.Select[Any]) -> list[Job]:
     happened: dict[str, list[Event]] = {}
     for event in connection.execute(in_progress).mappings() if rows else ():
         happened.setdefault(event["job"], []).append(Event(**event))
-    return [Job(**row, progress=progress_of(happened.get(row["id"], ()))) for row in rows]
+    return [_job(dict(row), happened.get(row["id"], ())) for row in rows]
+
+
+def _job(row: Mapping[str, Any], happened: Sequence[Event]) -> Job:
+    return Job(**{**row, "dataset": DatasetCard.read(row["dataset"] or {})}, progress=progress_of(happened))

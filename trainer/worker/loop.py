@@ -176,7 +176,7 @@ class Worker:
         from trainer.worker.run_job import run_job
 
         bound = log.bind(job=job.id)
-        bound.info("job starts", model=job.model, images=job.dataset["images"], attempt=job.attempts)
+        bound.info("job starts", model=job.model, images=job.dataset.images, attempt=job.attempts)
         try:
             run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
         except LeaseLost:

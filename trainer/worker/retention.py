@@ -42,8 +42,8 @@ def retire_surplus(
 
 def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry) -> None:
     """Delete prepared data sets that neither a job nor a live version needs."""
-    records = [*jobs.needed_datasets(), *(version.manifest.get("dataset") for version in registry.live())]
-    needed = {part["id"] for record in records if record for part in (record, record.get("validation")) if part}
+    cards = [*jobs.needed_datasets(), *(version.manifest.dataset for version in registry.live())]
+    needed = {part.id for card in cards if card for part in (card, card.validation) if part}
     for path in settings.datasets.glob("*.npz"):
         with suppress(FileNotFoundError):
             if path.stem not in needed and time.time() - path.stat().st_mtime > UNUSED_S:

@@ -19,6 +19,7 @@ from serving.publishing import Probe, file_lock, publish, seal, withdraw
 from serving.registry import BASE, Registry, Version
 from store.engine import reason, retrying
 from store.errors import DeviceUnavailable, UnknownModel
+from store.records import DatasetCard, Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.export import digest, export, load_params
@@ -107,7 +108,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             data = _Data.load(job.dataset, settings, spec)
             source = _named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
-            known = list(data.classes) == source.manifest["classes"]
+            known = data.classes == source.manifest.classes
             start = begin(spec, base, classes=len(data.classes), same_classes=known)
         with tf.device(device):
             with run.stage("training"):
@@ -116,29 +117,33 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 fitted = _fit(spec, start, train, validation, data, run)
             with run.stage("evaluating"):
                 before = None if start.new else start.params
-                card = report.quick(fitted, train, validation, data.classes, spec, base=before)
+                found = report.quick(fitted, train, validation, data.classes, spec, base=before)
                 probe = Probe(data.as_sent(validation), fitted.network.logits(validation.images[:PROBE_IMAGES]))
         with run.stage("exporting"):
-            manifest = {
-                "classes": list(data.classes), "polarity": data.polarity, "base": job.base,
-                "base_sha256": digest(base), "sha256": digest(fitted.params), "spec": described(spec),
-                "dataset": job.dataset, "job": job.id, "adapter_bottleneck": bottleneck_of(fitted.params),
-            }  # fmt: skip
-            export(staged, fitted.params, invert=data.invert, manifest=manifest)
-            delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest)
-            card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
+            manifest = Manifest(
+                classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(base),
+                sha256=digest(fitted.params), spec=described(spec), dataset=job.dataset, job=job.id,
+                adapter_bottleneck=bottleneck_of(fitted.params),
+            )  # fmt: skip
+            export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
+            delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
+            found["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
             probe.save(staged)
             seal(staged)
-        card |= {"device": device.removeprefix("/"), "cost": report.cost(run.seconds, fitted)}
         if across:
-            card["cross_validation"] = across
+            found["cross_validation"] = across
+        found["device"] = device.removeprefix("/")
+
+        def card() -> ReportCard:
+            return ReportCard.model_validate({**found, "cost": report.cost(run.seconds, fitted)})
+
         with run.stage("publishing"):
             version = publish(
                 settings, registry, servers,
-                staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
+                staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card(), label=job.label,
                 step=run.publishing, fence=functools.partial(jobs.check_lease, job),
             )  # fmt: skip
-        registry.set_report(job.model, version, card)
+        registry.set_report(job.model, version, card())
         run.succeeded(version)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -174,8 +179,9 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
             found = next(steps)
     with tf.device(device):
         lost = _forgetting(params, job.base, data.classes, settings, registry)
-    robustness = {**version.report["robustness"], **found}
-    registry.set_report(job.model, job.version, {**version.report, "robustness": robustness, "forgetting": lost})
+    card = version.report.dump()
+    card |= {"robustness": {**card["robustness"], **found}, "forgetting": lost}
+    registry.set_report(job.model, job.version, ReportCard.model_validate(card))
     jobs.reported(job, "complete")
 
 
@@ -191,15 +197,17 @@ def _forgetting(
         source, (images, labels) = "synthetic digits", synthetic_digits(FORGETTING_IMAGES, seed=0)
         sample = Split(tf.constant(images), labels)
     else:
-        spec = Spec.model_validate_json(json.dumps(version.manifest["spec"]))
+        spec = Spec.model_validate_json(json.dumps(version.manifest.spec))
+        if version.manifest.dataset is None:
+            return None
         try:
-            data = _Data.load(version.manifest["dataset"], settings, spec)
+            data = _Data.load(version.manifest.dataset, settings, spec)
         except FileNotFoundError:
             return None
         source, (_, sample) = f"validation images of {base}", data.split(spec)
         sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
     before = load_params(settings.version(version.model, version.version))
-    same = version.manifest["classes"] == list(classes)
+    same = version.manifest.classes == classes
     return {"sample": source, **report.forgetting(params, before, sample, same_classes=same)}
 
 
@@ -212,12 +220,11 @@ class _Data:
     polarity: str
 
     @classmethod
-    def load(cls, record: dict[str, Any], settings: Settings, spec: Spec) -> "_Data":
+    def load(cls, card: DatasetCard, settings: Settings, spec: Spec) -> "_Data":
         """What an upload has left."""
-        dataset = Dataset.load(settings.datasets / f"{record['id']}.npz")
-        apart = record.get("validation")
-        validation = Dataset.load(settings.datasets / f"{apart['id']}.npz") if apart else None
-        return cls(dataset, validation, record["polarity"] if spec.polarity == "auto" else spec.polarity)
+        dataset = Dataset.load(settings.datasets / f"{card.id}.npz")
+        validation = Dataset.load(settings.datasets / f"{card.validation.id}.npz") if card.validation else None
+        return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -320,15 +327,19 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
             withdraw(settings, registry, servers, BASE, version.version)
         params, card = pretrained()
         classes = [str(digit) for digit in range(10)]
-        manifest = {"classes": classes, "polarity": "light_on_dark", "base": None, "sha256": digest(params), **card}
+        manifest = Manifest.model_validate({"classes": classes, "base": None, "sha256": digest(params), **card})
         pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, 784), np.uint8)
         logits = serve(params).logits((pixels / np.float32(255)).reshape(-1, 28, 28, 1))
         staged = settings.staging / BASE
         shutil.rmtree(staged, ignore_errors=True)
-        export(staged, params, invert=False, manifest=manifest)
+        export(staged, params, invert=False, manifest=manifest.dump())
         Probe(pixels, logits).save(staged)
         seal(staged)
-        publish(settings, registry, servers, staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=card)
+        report_card = ReportCard.model_validate(card)
+        publish(
+            settings, registry, servers,
+            staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=report_card,
+        )  # fmt: skip
 
 
 def pretrained() -> tuple[Arrays, dict[str, Any]]:
