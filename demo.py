@@ -1,13 +1,14 @@
 """`make demo`: what Temper does, from start to finish, on real images.
 
 Starts a service in a temporary home, with the embedded model server. Fine-tunes the pretrained LeNet-5, which knows
-MNIST, on 300 of scikit-learn's handwritten digits (8x8 scans by 43 other people) with LoRA, L2, dropout and adversarial
+MNIST, on 300 of scikit-learn's handwritten digits (8x8 scans by 43 other people) with L2, dropout and free adversarial
 training. Predicts the other 1,497 digits over HTTP before and after; neither training nor any choice of settings has
 seen them. Exits with 0 only if every step worked and the held-out accuracy is at least 93%.
 """
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -30,6 +31,11 @@ from store.processes import free_port
 
 TRAINING_IMAGES = 300
 GOAL = 0.93
+# FGSM with LoRA would leave nothing standing under PGD, and PGD takes as long for less; measured with APGD.
+SPEC = {
+    "method": "full", "learning_rate": 3e-3, "epochs": 12, "l2": 1e-4, "dropout": 0.2,
+    "adversarial": {"attack": "free", "epsilon": 0.1},
+}  # fmt: skip
 KEPT = Path("var/demo")  # the upload and an image, for the reader to try next
 
 
@@ -49,7 +55,7 @@ def main() -> None:
     with service() as api:
         say(1, f"fine-tune on {TRAINING_IMAGES} of scikit-learn's digits; {len(held_out):,} are held out")
         before = accuracy(api, "lenet5", images[held_out], digits.target[held_out])
-        spec = '{"method": "lora", "l2": 1e-4, "dropout": 0.2, "adversarial": {"attack": "fgsm", "epsilon": 0.1}}'
+        spec = json.dumps(SPEC)
         job = answer(api.post("/finetune", files={"data": upload.open("rb")}, data={"model": "digits", "spec": spec}))
         job = follow(lambda: answer(api.get(f"/finetune/{job['id']}")))
         if job["status"] != "succeeded":

@@ -1,1 +1,1 @@
-"""How good the recipes are, measured on public data: `make quality`."""
+"""Accuracy and robustness of the recipes on public data: `make quality`."""

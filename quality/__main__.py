@@ -1,6 +1,6 @@
-"""`make quality`: measure every row and seed that has no result yet, and write the table.
+"""`make quality`: measure the rows and seeds without a result, and write the table.
 
-A result is a file, so that a run can be stopped and gone on with: `quality/results/<row>-<seed>.json`.
+Every result is a file, `quality/results/<row>-<seed>.json`, so an interrupted run resumes where it stopped.
 """
 
 import json
@@ -26,16 +26,16 @@ Fashion-MNIST is Debian's package `dataset-fashion-mnist`. MNIST comes from kera
 
 @click.command()
 @click.argument("rows", nargs=-1)
-@click.option("--seed", type=int, help="This seed only.")
-@click.option("--again", is_flag=True, help="Measure what has a result, too.")
+@click.option("--seed", type=int, help="Only this seed.")
+@click.option("--again", is_flag=True, help="Also measure what has a result.")
 def main(rows: tuple[str, ...], seed: int | None, again: bool) -> None:
-    """Measure ROWS, or all of them."""
+    """Measure ROWS, by default all."""
     import_tensorflow()
     from quality.rows import ROWS
 
     unknown = sorted(set(rows) - set(ROWS))
     if unknown:
-        raise click.UsageError(f"no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+        raise click.UsageError(f"unknown rows: {', '.join(unknown)}; choose from {', '.join(ROWS)}")
     RESULTS.mkdir(exist_ok=True)
     for name in rows or ROWS:
         for number in range(ROWS[name].seeds) if seed is None else (seed,):
@@ -54,7 +54,7 @@ def main(rows: tuple[str, ...], seed: int | None, again: bool) -> None:
 
 
 def table() -> str:
-    """The page of all results."""
+    """The page of results, as Markdown."""
     from quality.rows import ROWS
 
     lines = [

@@ -1,4 +1,4 @@
-"""The data sets of the measurements, light on dark, as (n, 28, 28, 1) float32 in [0, 1] with labels int32."""
+"""Data sets, light on dark, as (n, 28, 28, 1) float32 in [0, 1] with labels (n,) int32."""
 
 import functools
 import gzip
@@ -17,7 +17,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian: apt-get install d
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test images. Settings are chosen on parts of the training images only."""
+    """Training and test images. Settings are chosen on training images only."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -25,14 +25,14 @@ class Data:
     test_labels: np.ndarray
 
     def test(self, count: int | None = None, *, drawn: bool = False) -> Split:
-        """The first `count` test images, or all; or so many drawn at random, for some copies are sorted by class."""
+        """The first `count` test images (default: all), or `count` random ones: some copies are sorted by class."""
         order = (
             np.random.default_rng(0).permutation(len(self.test_labels)) if drawn else np.arange(len(self.test_labels))
         )
         return split(self.test_images[order[:count]], self.test_labels[order[:count]])
 
     def sample(self, count: int, seed: int) -> tuple[Split, Split]:
-        """So many training images, of every class the same number, and at most 1,000 others to look at."""
+        """`count` training images, balanced over the classes, and up to 1,000 others for validation."""
         rng = np.random.default_rng([seed, 17])
         classes = np.unique(self.labels)
         each = [rng.permutation(np.flatnonzero(self.labels == label)) for label in classes]
@@ -52,7 +52,7 @@ def _float(images: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mnist() -> Data:
-    """MNIST, of `TEMPER_MNIST` (an .npz as Keras stores it) or else through keras.datasets."""
+    """MNIST, from `TEMPER_MNIST` (an .npz in Keras's layout) or through keras.datasets."""
     path = os.environ.get("TEMPER_MNIST")
     if path:
         with np.load(path) as arrays:
@@ -65,7 +65,7 @@ def mnist() -> Data:
 
 @functools.cache
 def fashion() -> Data:
-    """Fashion-MNIST (Xiao et al. 2017) of Debian's package."""
+    """Fashion-MNIST (Xiao et al. 2017) from Debian's package."""
 
     def read(part: str) -> tuple[np.ndarray, np.ndarray]:
         with gzip.open(FASHION / f"{part}-images-idx3-ubyte.gz") as file:
@@ -78,7 +78,7 @@ def fashion() -> Data:
 
 
 def digits(count: int, seed: int) -> Data:
-    """`count` of them to train on, of every class the same number; the others are the test."""
+    """scikit-learn's digits: `count` to train on, balanced over the classes, and the others to test on."""
     found, targets = all_digits()
     images, labels = _float(found), targets.astype(np.int32)
     rng = np.random.default_rng([seed, 17])

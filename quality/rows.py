@@ -1,4 +1,4 @@
-"""The rows of the table: what is trained, on what, and what is measured. A function of the seed each."""
+"""The rows of the table. Each is a function of the seed that trains and measures."""
 
 import functools
 import json
@@ -68,7 +68,7 @@ def of_all(
 
 
 def of_digits(count: int, spec: dict[str, Any]) -> Callable[[int], Figures]:
-    """scikit-learn's digits, whose classes the base knows; all that are not trained on are the test."""
+    """scikit-learn's digits, which have the base's classes. All digits that are not trained on are the test set."""
 
     def measure(seed: int) -> Figures:
         data = digits(count, seed)
@@ -79,9 +79,9 @@ def of_digits(count: int, spec: dict[str, Any]) -> Callable[[int], Figures]:
 
 
 def paired(count: int, spec: dict[str, Any], *, wrong_labels: float = 0.0) -> Callable[[int], Figures]:
-    """Fashion-MNIST with a recipe and with all its regularizers off, on the same images for as many epochs.
+    """Fashion-MNIST with a recipe, and without any regularizer, on the same images and for as many epochs.
 
-    The gap is train minus test accuracy, on the labels that were trained on.
+    The gap is train minus test accuracy, where train accuracy is on the (possibly wrong) training labels.
     """
 
     def measure(seed: int) -> Figures:
@@ -105,9 +105,9 @@ def paired(count: int, spec: dict[str, Any], *, wrong_labels: float = 0.0) -> Ca
 
 
 def attacked(params: Arrays, epsilon: float) -> Figures:
-    """Accuracy on the first 1,000 test images, and on 1,000 drawn at random.
+    """Accuracy on the first 1,000 test images, and on 1,000 random ones.
 
-    Clean, under PGD-40 with 5 restarts, under Square with 5,000 queries, and what withstands both.
+    Clean, under APGD (100 steps each of CE and DLR), under Square with 5,000 queries, and under the worse of the two.
     """
     model, figures = functools.partial(network_of, params), Figures()
     for name, split in (("first", mnist().test(1000)), ("drawn", mnist().test(1000, drawn=True))):
@@ -120,7 +120,7 @@ def attacked(params: Arrays, epsilon: float) -> Figures:
 
 
 def robust(spec: dict[str, Any], epsilon: float, *, scratch: bool = False) -> Callable[[int], Figures]:
-    """MNIST against an attack, from the pretrained base or from scratch."""
+    """Adversarial training on MNIST, from the pretrained base or from scratch."""
 
     def measure(seed: int) -> Figures:
         train, others = mnist().sample(59_000, seed)
@@ -131,7 +131,7 @@ def robust(spec: dict[str, Any], epsilon: float, *, scratch: bool = False) -> Ca
 
 
 def undefended(seed: int) -> Figures:
-    """The pretrained base, which has seen no attack."""
+    """The pretrained base, without adversarial training."""
     return attacked(pretrained()[0], 0.3)
 
 

@@ -1,7 +1,7 @@
 """Adversarial examples: |x' - x| <= epsilon in the norm of the attack and x' in [0, 1], in units of [0, 1] pixels.
 
-An attack climbs an objective, a function from images to one number for each. Images are (n, 28, 28, 1) float32;
-epsilon is a scalar or (n, 1, 1, 1). No attack is part of a gradient: what it returns is constant.
+An attack maximizes an objective: images to one number each. Images are (n, 28, 28, 1) float32; epsilon is a scalar or
+(n, 1, 1, 1). Results are constants to gradients.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def divergence(logits: Tensor, others: Tensor) -> Tensor:
 
 
 def margin(labels: Tensor, logits: Tensor) -> Tensor:
-    """Best other score minus the label's (n,): above zero the image is misclassified (Carlini & Wagner 2017)."""
+    """Highest other logit minus that of the label (n,): positive if misclassified (Carlini & Wagner 2017)."""
     own = tf.one_hot(labels, tf.shape(logits)[1])
     other = tf.reduce_max(logits - 1e9 * own, axis=1)
     return other - tf.reduce_sum(logits * own, axis=1)
@@ -53,12 +53,12 @@ def logits_ratio(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def project(perturbed: Tensor, images: Tensor, epsilon: Tensor) -> Tensor:
-    """The nearest point of the L-infinity ball around `images` that is an image."""
+    """Project onto the L-infinity ball around `images`, and onto [0, 1]."""
     return tf.clip_by_value(tf.clip_by_value(perturbed, images - epsilon, images + epsilon), 0.0, 1.0)
 
 
 def input_gradient(objective: Function, at: Tensor) -> Tensor:
-    """Gradient of the summed objective."""
+    """Gradient of the objective with respect to each image."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(at)
         height = objective(at)
@@ -66,18 +66,18 @@ def input_gradient(objective: Function, at: Tensor) -> Tensor:
 
 
 def in_ball(images: Tensor, epsilon: Tensor, seed: Tensor) -> Tensor:
-    """A random point of the L-infinity ball."""
+    """A uniformly random point of the L-infinity ball around each image."""
     noise = tf.random.stateless_uniform(tf.shape(images), seed, -1.0, 1.0)
     return project(images + epsilon * noise, images, epsilon)
 
 
 def fgsm(objective: Function, images: Tensor, epsilon: Tensor) -> Tensor:
-    """X + epsilon * sign(gradient) (Goodfellow et al. 2015): the attack that reports use."""
+    """The fast gradient sign method, x + epsilon * sign(gradient), clipped to [0, 1] (Goodfellow et al. 2015)."""
     return project(images + epsilon * tf.sign(input_gradient(objective, images)), images, epsilon)
 
 
 def pgd(objective: Function, images: Tensor, start: Tensor, epsilon: Tensor, steps: Tensor, size: Tensor) -> Tensor:
-    """`steps` ascents of `size` from `start`, each projected (Madry et al. 2018).
+    """Projected gradient ascent: `steps` signed steps of `size` from `start` (Madry et al. 2018).
 
     One step of 1.25 epsilon from a random start is the fast FGSM of Wong et al. (2020).
     """
@@ -184,7 +184,10 @@ def _pick(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 
 def vat(network: Function, images: Tensor, epsilon: Tensor, steps: Tensor, seed: Tensor, norm: str) -> Tensor:
-    """The direction that changes the prediction most, by power iteration, of length epsilon (Miyato et al. 2019)."""
+    """Images moved by epsilon in the direction that changes the prediction most (Miyato et al. 2019).
+
+    The direction is found by `steps` power iterations on KL(p(x) || p(x + d)); `norm` is `l2` or `linf`.
+    """
     clean = tf.stop_gradient(network(images))
     direction = _unit(tf.random.stateless_normal(tf.shape(images), seed))
     short = 1e-2 * tf.sqrt(tf.cast(tf.size(images[0]), tf.float32))
@@ -208,11 +211,11 @@ def square(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Queries `first` to `last` of Square (Andriushchenko et al. 2020): random search without gradients.
 
-    In each query a random square of every image is set to plus or minus epsilon, and kept where the objective
-    rises. The side of the square shrinks with the share of the `budget` that is spent, by the paper's schedule.
+    Each query sets a random square of every image to plus or minus epsilon, and keeps it where the objective rises.
+    Squares shrink as the `budget` is spent, on the schedule of the paper.
 
     Returns:
-        The images as they are now, and their objective (n,).
+        The current images, and their objective (n,).
     """
     n = tf.shape(images)[0]
     side = tf.shape(images)[1]
@@ -244,7 +247,7 @@ HALVINGS = (10.0, 50.0, 200.0, 1000.0, 2000.0, 4000.0, 6000.0, 8000.0)  # of 10,
 
 
 def stripes(images: Tensor, epsilon: Tensor, seed: Tensor) -> Tensor:
-    """Square's start: every column plus or minus epsilon."""
+    """The initial point of Square: every column moved by plus or minus epsilon."""
     shape = tf.shape(images)
     random = tf.random.stateless_uniform((shape[0], 1, shape[2], 1), seed)
     return tf.clip_by_value(images + epsilon * tf.where(random < 0.5, -1.0, 1.0), 0.0, 1.0)

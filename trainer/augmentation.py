@@ -1,4 +1,4 @@
-"""Random distortions of training images."""
+"""Data augmentation."""
 
 import tensorflow as tf
 
@@ -6,12 +6,12 @@ from trainer.lenet import Tensor
 
 
 def affine(images: Tensor, shift: Tensor, rotate: Tensor, scale: Tensor, seed: Tensor) -> Tensor:
-    """Random shift, turn and scaling of each (28, 28, 1) image, bilinear, black outside.
+    """Shift, rotate and scale each (28, 28, 1) image at random; bilinear, with zeros outside.
 
     Args:
         shift: largest shift along each axis, pixels.
-        rotate: largest turn, radians.
-        scale: largest relative change of size along each axis.
+        rotate: largest rotation, radians.
+        scale: largest relative change of scale along each axis.
         seed: (2,) int32.
     """
     u = tf.random.stateless_uniform((tf.shape(images)[0], 5), seed, -1.0, 1.0)
@@ -30,5 +30,5 @@ def affine(images: Tensor, shift: Tensor, rotate: Tensor, scale: Tensor, seed: T
 
 
 def mixed(images: Tensor, targets: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018): each image and target with `1 - share` of its neighbour's in a shuffled batch."""
+    """Mixup, share * a_i + (1 - share) * a_{i-1} of images and targets in a shuffled batch (Zhang et al. 2018)."""
     return tuple(share * array + (1.0 - share) * tf.roll(array, 1, axis=0) for array in (images, targets))

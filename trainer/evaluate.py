@@ -1,4 +1,4 @@
-"""The numbers of the report card, from logits (n, classes) and labels (n,)."""
+"""Metrics of the report card, from logits (n, classes) and labels (n,)."""
 
 import warnings
 from typing import Any
@@ -11,7 +11,7 @@ BINS = 10
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities, float64."""
+    """Log-probabilities (n, classes), float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     normalized: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return normalized
@@ -23,18 +23,18 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which images have their label's logit highest, (n,) bool."""
+    """Whether each image is classified correctly, (n,) bool."""
     found: np.ndarray = logits.argmax(axis=1) == labels
     return found
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the images whose label has the highest logit."""
+    """Share of images that are classified correctly."""
     return float(right(logits, labels).mean())
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy with its 95% interval (Wilson 1927), and plain cross-entropy."""
+    """Accuracy with its 95% confidence interval (Wilson 1927), and cross-entropy without penalties."""
     hits = right(logits, labels)
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
     return {
@@ -50,7 +50,7 @@ def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, .
     every = list(range(len(classes)))
     predicted = logits.argmax(axis=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes that are never predicted, whose precision is given as 0
+        warnings.simplefilter("ignore")  # on classes that are never predicted; their precision is reported as 0
         report = classification_report(labels, predicted, labels=every, output_dict=True, zero_division=0)
     by_class = {name: report.pop(str(position)) for position, name in enumerate(classes)}
     return {
@@ -62,8 +62,8 @@ def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, .
 def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Expected calibration error and reliability bins of equal width (Guo et al. 2017).
 
-    A bin holds the images whose highest probability lies in (lower, upper]; the error is the mean distance of
-    accuracy and confidence over all images.
+    A bin holds the images whose highest probability is in (lower, upper]. The error is the mean of
+    |accuracy - confidence| over the bins, weighted by their images.
     """
     confidence = np.exp(log_softmax(logits).max(axis=1))
     hits = right(logits, labels)
@@ -80,7 +80,7 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def sparsity(params: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Share of exact zeros in the served kernels."""
+    """Share of exact zeros in the served kernels, in all and by layer."""
     kernels = {name.removesuffix("/kernel"): value for name, value in params.items() if name.endswith("/kernel")}
     zeros = {layer: int((kernel == 0).sum()) for layer, kernel in kernels.items()}
     return {

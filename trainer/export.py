@@ -1,7 +1,7 @@
-"""From effective parameters to a SavedModel that any TensorFlow Serving can serve, and back.
+"""Export effective parameters as a SavedModel for TensorFlow Serving, and load them again.
 
-Versions with the same parameter shapes have the same graph: it is traced and written once in a process, and an
-export is that graph and a bundle of variables.
+Versions with the same parameter shapes share a graph. A process traces it once; an export writes that graph beside a
+bundle of variables.
 """
 
 import functools
@@ -27,7 +27,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class _Served(tf.Module):  # type: ignore[misc]
-    """LeNet-5 with its preparation, as it is served."""
+    """LeNet-5 with its input processing, as it is served."""
 
     def __init__(self, shapes: Shapes, invert: bool) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Served(tf.Module):  # type: ignore[misc]
         self.layers = layers
         self._sign, self._offset = (-1.0, 1.0) if invert else (1.0, 0.0)
 
-    # The placeholders have no shape, so that no optimizer can take the checks for proven and drop them.
+    # The placeholders have no shape: otherwise graph optimizers would consider the checks proven and remove them.
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.float32, name="image")])
     def serve(self, image: Tensor) -> dict[str, Tensor]:
         return self._answer(tf.ensure_shape(image, (None, 28, 28, 1)))
@@ -58,7 +58,7 @@ class _Served(tf.Module):  # type: ignore[misc]
 
 @functools.cache
 def _template(shapes: Shapes, invert: bool) -> tuple[bytes, bytes]:
-    """`saved_model.pb` and the object graph of a checkpoint of these parameters."""
+    """`saved_model.pb`, and the object graph of the checkpoint, for parameters of these shapes."""
     module = _Served(shapes, invert)
     with tempfile.TemporaryDirectory() as folder:
         signatures = {"serving_default": module.serve, "serving_bytes": module.serve_bytes}
@@ -77,14 +77,14 @@ def export(directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, m
     """Write a SavedModel.
 
     `serving_default(image float32 [n, 28, 28, 1] in [0, 1])` and `serving_bytes(image uint8 [n, 784])`, both with
-    `-> logits, probabilities`, float32 [n, classes]. An image of another shape is refused inside the graph, before
-    the first convolution: a tensor of the wrong rank that reaches one ends a TensorFlow Serving process.
+    `-> logits, probabilities`, float32 [n, classes]. The graph itself refuses other shapes before the first
+    convolution, because a tensor of the wrong rank that reaches one aborts the TensorFlow Serving process.
 
     Args:
-        directory: made by this call.
+        directory: created by this call; must not exist.
         params: effective parameters of the served network.
-        invert: the domain is dark on light; the graph turns it over.
-        manifest: what the version is, written beside it as JSON.
+        invert: whether images are dark on light, so that the graph must invert them.
+        manifest: description of the version, written beside it as JSON.
     """
     names = sorted(params)
     graph, objects = _template(tuple((name, params[name].shape) for name in names), invert)
@@ -102,14 +102,18 @@ def export(directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, m
 
 
 def load_params(directory: Path) -> Arrays:
-    """Parameters of an exported version, float32 by name."""
+    """Parameters of an exported version, float32, by name.
+
+    Raises:
+        tf.errors.OpError: the directory holds no readable checkpoint.
+    """
     reader = tf.train.load_checkpoint(str(directory / "variables" / "variables"))
     stored = [name for name in reader.get_variable_to_shape_map() if name.startswith(PREFIX)]
     return {name.removeprefix(PREFIX).removesuffix(SUFFIX): reader.get_tensor(name) for name in sorted(stored)}
 
 
 def digest(params: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of parameters, by name."""
+    """SHA-256 of the parameters and their names, in the order of the names."""
     result = sha256()
     for name in sorted(params):
         result.update(name.encode())

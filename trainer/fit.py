@@ -1,4 +1,4 @@
-"""Training by a spec: from the base's parameters to the served ones. Knows nothing of jobs, files or servers."""
+"""Train a spec: from the base's parameters to those that are served. Independent of jobs, files and servers."""
 
 import time
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from trainer.spec import Adversarial, Fgsm, Free, Pgd, Spec, Trades, Vat, refuse
 from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep, train_step
 
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
-SHARE_IMAGES = 64
-EXPLODED = 100.0  # nats of cross-entropy, as a mean over an epoch: from there no run has come back
+SHARE_IMAGES = 64  # that gradient shares are measured on
+EXPLODED = 100.0  # nats, mean cross-entropy over an epoch; no run has recovered from more
 ROBUST = 0.2  # accuracy under PGD that counts as robust, and by which FGSM's must exceed it to be overfitted
 ADVICE = "lower the learning rate"
 NEGLIGIBLE, DOMINANT = 1e-3, 0.9  # shares of the update below and above which a regularizer is warned of
@@ -29,7 +29,7 @@ FITTED = 0.1  # nats of data loss below which the images are fitted
 
 @dataclass(frozen=True)
 class Split:
-    """Images, light on dark, on the device, with their labels."""
+    """Light-on-dark images, on the device, and their labels."""
 
     images: Any  # (n, 28, 28, 1) float32
     labels: np.ndarray  # (n,) int32
@@ -40,49 +40,49 @@ class Start:
     """What training starts from."""
 
     params: Arrays  # of the network that will be served
-    new: frozenset[str]  # names of those that the base did not have
+    new: frozenset[str]  # names of parameters that the base does not have
     method: Method
     lora_scale: float
 
 
 @dataclass
 class Fitted:
-    """What came of a run."""
+    """The result of a run."""
 
-    params: Arrays  # effective, to serve
-    trained: Arrays  # what the method has changed
+    params: Arrays  # effective parameters, to serve
+    trained: Arrays  # values that the method trained
     method: Method
     lora_scale: float
-    history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
-    gradient_shares: list[dict[str, Any]] = field(default_factory=list)  # of each term, by epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record per epoch
+    gradient_shares: list[dict[str, Any]] = field(default_factory=list)  # value and share of every term, per epoch
     kept_epoch: int = 0
     ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting
-    overfitted_epoch: int | None = None  # in which the attack was found to be overfitted
+    overfitted_epoch: int | None = None  # epoch in which FGSM was withstood but PGD was not; see `Selection`
     images_per_second: float = 0.0
 
     @property
     def network(self) -> Network:
-        """The served network, on the device that is current."""
+        """The served network, on the current device."""
         return serve(self.params)
 
 
 def serve(params: Arrays) -> Network:
-    """The compiled network with these parameters, on the device that is current."""
+    """The compiled network with these parameters, on the current device."""
     device = tf.constant(0.0).device
     return network(params[f"{HEAD}/bias"].shape[0], bottleneck_of(params), device).use(params)
 
 
 def bottleneck_of(params: Arrays) -> int:
-    """Units of the network's adapters; 0 without."""
+    """Units of the network's adapters; 0 if it has none."""
     down = params.get("dense1/down/kernel")
     return 0 if down is None else int(down.shape[1])
 
 
 def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Start:
-    """The network to train: the base's, with a new head unless the classes are the base's, and with the adapters.
+    """The network to train: the base, with a new head if the classes differ and adapters if the spec has them.
 
     Raises:
-        InvalidSpec: the base has adapters of another size.
+        InvalidSpec: the base already has adapters of another size.
     """
     params, new = dict(base), set[str]()
     if not same_classes:
@@ -92,7 +92,10 @@ def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Star
     bottleneck = bottleneck_of(base)
     if spec.adapter:
         if bottleneck not in (0, spec.adapter.bottleneck):
-            raise refused("adapter.bottleneck", f"the base has adapters of {bottleneck} units already")
+            raise refused(
+                "adapter.bottleneck",
+                f"is {spec.adapter.bottleneck}, but the base already has adapters of {bottleneck} units",
+            )
         if not bottleneck:
             bottleneck = spec.adapter.bottleneck
             params |= adapters(bottleneck, spec.seed)
@@ -108,12 +111,12 @@ def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Star
 
 
 def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
-    """What has to be compiled for a spec."""
+    """The structure to compile for a spec."""
     attack = spec.adversarial
     untouched = spec.augmentation is None and spec.mixup == 0 and attack is None
     entry = first_trained(start.method.start(start.params, 0)) if untouched else FIRST
     if untouched and spec.dropout and entry == HEAD:
-        entry = "dense2"  # which takes in what dropout has left of dense1
+        entry = "dense2"  # its input passes through the dropout of dense1
     return Structure(
         method=start.method,
         classes=classes,
@@ -131,12 +134,12 @@ def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
 
 
 def coefficients(spec: Spec, images: int) -> Coefficients:
-    """The inputs of every step of a run on so many images."""
+    """The scalar inputs of every step of a run on `images` images."""
     attack, augmentation = spec.adversarial, spec.augmentation
     steps = 1 if attack is None or isinstance(attack, Fgsm | Free) else attack.steps
     return Coefficients(
         seed=spec.seed,
-        # A small set still takes twenty steps an epoch: with fewer, a default job ends before it has learned anything.
+        # At least twenty steps an epoch: with fewer, a default job on a small set ends before it has learned anything.
         batch_size=min(spec.batch_size, max(8, images // 20)),
         replays=attack.replays if isinstance(attack, Free) else 1,
         attack_steps=steps,
@@ -160,12 +163,12 @@ def _weight(attack: Adversarial | None) -> float:
 
 
 def schedule(spec: Spec, updates: int) -> np.ndarray:
-    """What changes from update to update, (updates, 4) float32, see `train_step.SCHEDULE`."""
+    """Values that change with every update, (updates, 4) float32, in the order of `train_step.SCHEDULE`."""
     rng = np.random.default_rng([spec.seed, 1])
     number = np.arange(updates)
     columns = {
         "rate": spec.learning_rate * learning_rates(spec.schedule, updates),
-        # From the start, an attack at full strength can drive a net this small into one class.
+        # At full strength from the start, an attack can collapse a network this small into predicting one class.
         "reach": np.minimum(1.0, number / updates / RISE),
         "mix": rng.beta(spec.mixup, spec.mixup, updates) if spec.mixup else np.ones(updates),
         "t": number + 1,
@@ -174,7 +177,7 @@ def schedule(spec: Spec, updates: int) -> np.ndarray:
 
 
 def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Inverse frequency, of mean one over the images: n / (classes * n_k) (King & Zeng 2001)."""
+    """Weight of each class, n / (classes * n_k), with mean one over the images (King & Zeng 2001)."""
     counts = np.bincount(labels, minlength=classes)
     return (len(labels) / (classes * np.maximum(counts, 1))).astype(np.float32)
 
@@ -183,55 +186,55 @@ def fit(
     spec: Spec, start: Start, train: Split, validation: Split, *, classes: int,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Fitted:  # fmt: skip
-    """Train, on the device that is current.
+    """Train on the current device.
 
-    The last epoch's weights are kept; with early stopping those of the least validation cross-entropy; with an
-    attack those of the best validation accuracy, clean and under the attack in the shares of the loss.
+    The weights of the last epoch are kept. With early stopping it is the epoch of the lowest validation cross-entropy;
+    with an attack, that of the best validation accuracy, clean and under PGD, weighted as in the loss.
 
     Args:
-        on_epoch: told every epoch's record.
+        on_epoch: called with the record of every epoch.
 
     Raises:
-        Diverged: the loss is no finite number any more.
+        Diverged: the loss or the weights are not finite, or the loss has exploded.
     """
-    fitted = train_step(structure(spec, start, classes, tf.constant(0.0).device))
-    entry = fitted.structure.entry
+    model = train_step(structure(spec, start, classes, tf.constant(0.0).device))
+    entry = model.structure.entry
     n = len(train.labels)
     c = coefficients(spec, n)
     weights = class_weights(train.labels, classes) if spec.class_weights else None
-    fitted.load(start.params, spec.seed, lora_scale=start.lora_scale, new=start.new, class_weights=weights)
-    seen = serve(start.params)
-    features, held_out = (tf.constant(seen.part(split.images, until=entry)) for split in (train, validation))
+    model.load(start.params, spec.seed, lora_scale=start.lora_scale, new=start.new, class_weights=weights)
+    served = serve(start.params)
+    features, held_out = (tf.constant(served.part(split.images, until=entry)) for split in (train, validation))
     labels = tf.constant(train.labels)
     updates = -(-n // c.batch_size) * c.replays
     plan = schedule(spec, spec.epochs * updates)
     result = Fitted({}, {}, start.method, start.lora_scale)
-    choice = Choice(spec, fitted, validation)
+    selection = Selection(spec, model, validation)
     rng = np.random.default_rng(spec.seed)
     seconds = 0.0
     for epoch in range(1, spec.epochs + 1):
         order = tf.constant(rng.permutation(n).astype(np.int32))
         done = (epoch - 1) * updates
         began = time.perf_counter()
-        terms, wrong = fitted.epoch(features, labels, order, plan[done : done + updates], done, c)
+        terms, wrong = model.epoch(features, labels, order, plan[done : done + updates], done, c)
         seconds += time.perf_counter() - began
         if wrong is not None:
-            raise Diverged(f"the loss is no finite number in step {done + wrong + 1}, epoch {epoch}; {ADVICE}")
+            raise Diverged(f"the loss is not finite in step {done + wrong + 1}, epoch {epoch}; {ADVICE}")
         # `free`, and `pgd` of weight 1, have no clean part.
         cross_entropy = terms.get("data_loss", terms.get("adversarial_loss", 0.0))
         if cross_entropy > EXPLODED:
             raise Diverged(f"the loss is {cross_entropy:.3g} after step {done + updates}, epoch {epoch}; {ADVICE}")
-        logits = seen.use(fitted.params()).part(held_out, entry)
+        logits = served.use(model.params()).part(held_out, entry)
         record = {
             "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, validation.labels),
             "validation_cross_entropy": evaluate.cross_entropy(logits, validation.labels),
         }  # fmt: skip
         if not np.isfinite(logits).all():
-            raise Diverged(f"the weights are no finite numbers after step {done + updates}, epoch {epoch}; {ADVICE}")
-        verdict = choice.judge(record, seen, warm=plan[done + updates - 1, 1] >= 1)
-        if len(fitted.terms()) > 1:
+            raise Diverged(f"the weights are not finite after step {done + updates}, epoch {epoch}; {ADVICE}")
+        verdict = selection.judge(record, served, warm=plan[done + updates - 1, 1] >= 1)
+        if len(model.terms()) > 1:
             some = order[:SHARE_IMAGES]
-            shares = fitted.shares(tf.gather(features, some), tf.gather(labels, some), c)
+            shares = model.shares(tf.gather(features, some), tf.gather(labels, some), c)
             values = {name: {"value": terms[name], "share": shares[name]} for name in terms}
             result.gradient_shares.append({"epoch": epoch, **values})
         result.history.append(record)
@@ -239,20 +242,20 @@ def fit(
         if verdict:
             result.ended_by = verdict
             break
-    result.overfitted_epoch = epoch if result.ended_by == "catastrophic_overfitting" else choice.never_robust
-    result.kept_epoch = choice.restore(epoch)
-    result.params = {name: np.asarray(value) for name, value in fitted.params().items()}
-    result.trained = fitted.snapshot()
+    result.overfitted_epoch = epoch if result.ended_by == "catastrophic_overfitting" else selection.never_robust
+    result.kept_epoch = selection.restore(epoch)
+    result.params = {name: np.asarray(value) for name, value in model.params().items()}
+    result.trained = model.snapshot()
     result.images_per_second = len(result.history) * n * c.replays / seconds
     return result
 
 
-class Choice:
-    """Which epoch's weights are kept, and when training ends before its time."""
+class Selection:
+    """Selects the epoch whose weights are kept, and decides when to stop early."""
 
-    def __init__(self, spec: Spec, fitted: TrainStep, validation: Split) -> None:
+    def __init__(self, spec: Spec, model: TrainStep, validation: Split) -> None:
         self._spec = spec
-        self._fitted = fitted
+        self._model = model
         self._attack = None if isinstance(spec.adversarial, Vat) else spec.adversarial
         some = np.unique(np.linspace(0, len(validation.labels) - 1, PROBE_IMAGES).astype(int))
         self._images, self._labels = tf.gather(validation.images, some), validation.labels[some]
@@ -263,14 +266,15 @@ class Choice:
 
     @property
     def never_robust(self) -> int | None:
-        """First epoch, after the warm-up, that withstood FGSM and not PGD, in a run that never withstood PGD."""
+        """In a run that never withstood PGD: the first epoch after the warm-up that withstood FGSM all the same."""
         return self._first_fall if self._first_fall and self._most_robust < ROBUST else None
 
-    def judge(self, record: dict[str, Any], seen: Network, *, warm: bool) -> str:
-        """Why training shall end now, or nothing. Adds the accuracy under attack to the record.
+    def judge(self, record: dict[str, Any], served: Network, *, warm: bool) -> str:
+        """The reason to stop now, or an empty string. Adds the accuracy under attack to the record.
 
-        FGSM can be overfitted: the network learns to mask the one step, and falls to any attack of several (Wong et
-        al. 2020; Andriushchenko & Flammarion 2020). A PGD probe shows it.
+        One-step attacks can be overfitted: the network learns to mask that step and falls to any attack of several
+        (Wong et al. 2020; Andriushchenko & Flammarion 2020). A short APGD on validation images shows it. A run that
+        was robust before is stopped, because its earlier weights are better; one that never was is only flagged.
         """
         spec, score, patient = self._spec, -record["validation_cross_entropy"], _patience(self._spec)
         overfitted = False
@@ -278,9 +282,9 @@ class Choice:
             epsilon = tf.constant(self._attack.epsilon, tf.float32)
             probe = tf.constant(PROBE_STEPS), tf.constant([spec.seed, 0]), tf.constant(False)
             labels = tf.constant(self._labels)
-            _, margins = seen.apgd(self._images, labels, epsilon, *probe)
+            _, margins = served.apgd(self._images, labels, epsilon, *probe)
             robust = float(np.mean(margins.numpy() <= 0))
-            fast = evaluate.accuracy(seen.fgsm(self._images, labels, epsilon).numpy(), self._labels)
+            fast = evaluate.accuracy(served.fgsm(self._images, labels, epsilon).numpy(), self._labels)
             record |= {"validation_accuracy_under_pgd": robust, "validation_accuracy_under_fgsm": fast}
             falls = warm and fast > robust + ROBUST
             overfitted = falls and self._most_robust >= ROBUST and robust < self._most_robust / 2
@@ -295,21 +299,21 @@ class Choice:
         if score > self._mark + (spec.early_stopping.min_delta if spec.early_stopping else 0.0):
             self._improved, self._mark = record["epoch"], score
         if score >= self._best[0]:  # the later of equals
-            self._best = (score, record["epoch"], self._fitted.snapshot())
+            self._best = (score, record["epoch"], self._model.snapshot())
         if overfitted:
             return "catastrophic_overfitting"
         return "early_stopping" if record["epoch"] - self._improved >= patient else ""
 
     def restore(self, last: int) -> int:
-        """Put the best weights back; their epoch."""
+        """Restore the best weights and return their epoch; `last` if none were kept."""
         _, epoch, trained = self._best
         if trained:
-            self._fitted.restore(trained)
+            self._model.restore(trained)
         return epoch or last
 
 
 def _patience(spec: Spec) -> float:
-    """Epochs without improvement before stopping."""
+    """Epochs without improvement after which training stops."""
     return spec.early_stopping.patience if spec.early_stopping else np.inf
 
 

@@ -2,8 +2,8 @@
 
 conv1 6@5x5 - pool - conv2 16@5x5 - pool - dense1 120 - dense2 84 - head, 107,786 parameters for ten classes. Either
 dense layer may be followed by an adapter (Houlsby et al. 2019): x + up(relu(down(x))).
-Parameters are a flat mapping `"<layer>/kernel" | "<layer>/bias"` to tensors, variables or arrays; an adapter's are
-`"dense1/down/kernel"` and so on.
+Parameters are a flat mapping from `"<layer>/kernel"` and `"<layer>/bias"` to tensors, variables or arrays; those of an
+adapter are named `"dense1/down/kernel"` and so on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ CONVOLUTIONS, DENSE = ("conv1", "conv2"), ("dense1", "dense2")
 DENSE_UNITS = (120, 84)
 LAYERS = (*CONVOLUTIONS, *DENSE, HEAD)
 FIRST = LAYERS[0]
-INPUTS = {  # shape of what goes into each layer, for one image
+INPUTS = {  # shape of the input of each layer, for one image
     "conv1": (28, 28, 1), "conv2": (14, 14, 6), "dense1": (7, 7, 16), "dense2": (120,), HEAD: (84,)
 }  # fmt: skip
 
 
 def kernel_shapes(classes: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every layer's kernel; the bias has the last of its dimensions."""
+    """Shape of every layer's kernel. Biases have the last dimension of it."""
     return {
         "conv1": (5, 5, 1, 6),
         "conv2": (5, 5, 6, 16),
@@ -38,7 +38,7 @@ def kernel_shapes(classes: int) -> dict[str, tuple[int, ...]]:
 
 
 def initial(classes: int, seed: int) -> Arrays:
-    """He-normal kernels (He et al. 2015) and zero biases, float32, the same for the same seed."""
+    """He-normal kernels (He et al. 2015) and zero biases, float32, determined by the seed."""
     rng = np.random.default_rng(seed)
     params: Arrays = {}
     for layer, shape in kernel_shapes(classes).items():
@@ -50,7 +50,7 @@ def initial(classes: int, seed: int) -> Arrays:
 
 
 def adapters(bottleneck: int, seed: int) -> Arrays:
-    """Adapters that change nothing yet: `up` is zero."""
+    """New adapters, which are the identity because `up` is zero."""
     rng = np.random.default_rng(seed)
     params: Arrays = {}
     for layer, units in zip(DENSE, DENSE_UNITS, strict=True):
@@ -63,9 +63,9 @@ def adapters(bottleneck: int, seed: int) -> Arrays:
 
 
 def dropout_masks(n: Tensor, rate: Tensor, seed: Tensor) -> list[Tensor]:
-    """Factors for the units of dense1 and dense2, (n, 120) and (n, 84): zero for a share of `rate`, else 1/(1 - rate).
+    """Dropout masks of dense1 and dense2, (n, 120) and (n, 84): 0 with probability `rate`, else 1 / (1 - rate).
 
-    Srivastava et al. (2014). All are drawn at once, for the call costs more than the numbers.
+    Srivastava et al. (2014). Both are drawn in one call, which costs more than the numbers.
     """
     chance = tf.random.stateless_uniform((n, sum(DENSE_UNITS)), seed)
     masks: list[Tensor] = tf.split(tf.cast(chance >= rate, tf.float32) / (1.0 - rate), DENSE_UNITS, axis=1)
@@ -73,18 +73,18 @@ def dropout_masks(n: Tensor, rate: Tensor, seed: Tensor) -> list[Tensor]:
 
 
 def logits(params: Params, x: Tensor, masks: Sequence[Tensor] = (), *, entry: str = FIRST, until: str = "") -> Tensor:
-    """Class scores before the softmax, or what goes into the layer `until`.
+    """Logits, or the input of the layer `until`.
 
     Args:
         params: parameters by name.
-        x: what goes into the layer `entry`; for the first one (n, 28, 28, 1) float32 in [0, 1], light on dark.
-        masks: of `dropout_masks`; none at inference.
+        x: input of the layer `entry`; for the first one (n, 28, 28, 1) float32 in [0, 1], light on dark.
+        masks: from `dropout_masks`; none at inference.
 
     Returns:
         (n, classes) float32.
     """
     end = LAYERS.index(until) if until else len(LAYERS)
-    dropped = dict(zip((*DENSE[1:], HEAD), masks, strict=False))  # by the layer that takes the units in
+    dropped = dict(zip((*DENSE[1:], HEAD), masks, strict=False))  # by the layer whose input they mask
     for layer in LAYERS[LAYERS.index(entry) : end]:
         kernel, bias = params[f"{layer}/kernel"], params[f"{layer}/bias"]
         if layer in CONVOLUTIONS:

@@ -1,4 +1,4 @@
-"""The served network, compiled for inference and for attacks on it. Reports see training through this alone."""
+"""The served network, compiled for inference and for attacks. Reports measure this and nothing else."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ SEED = tf.TensorSpec((2,), tf.int32)
 
 
 def inputs(layer: str) -> tf.TensorSpec:
-    """What goes into a layer."""
+    """Signature of the input of a layer."""
     return tf.TensorSpec((None, *INPUTS[layer]), tf.float32)
 
 
@@ -25,7 +25,7 @@ IMAGES = inputs(FIRST)
 
 
 def in_batches(function: Callable[..., Any], *arrays: Any) -> np.ndarray:
-    """`function` over slices of the arrays, its results joined."""
+    """Apply `function` to slices of the arrays, and concatenate the results."""
     n = len(arrays[0])
     parts = [np.asarray(function(*(array[at : at + BATCH] for array in arrays))) for at in range(0, n, BATCH)]
     return np.concatenate(parts)
@@ -33,13 +33,13 @@ def in_batches(function: Callable[..., Any], *arrays: Any) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def network(classes: int, bottleneck: int, device: str) -> "Network":
-    """The process's network of this form on this device; one job at a time may use it."""
+    """The compiled network of this form, shared by the process; one job at a time may use it."""
     with tf.device(device):
         return Network(classes, bottleneck)
 
 
 class Network:
-    """LeNet-5 with parameters that can be exchanged. All functions take light-on-dark images, and labels int32."""
+    """LeNet-5 with replaceable parameters. Images are light on dark, (n, 28, 28, 1) float32; labels (n,) int32."""
 
     def __init__(self, classes: int, bottleneck: int = 0) -> None:
         shapes = initial(classes, seed=0) | (adapters(bottleneck, seed=0) if bottleneck else {})
@@ -47,7 +47,7 @@ class Network:
         self._tails: dict[tuple[str, str], Any] = {}
 
     def use(self, params: Mapping[str, Tensor]) -> "Network":
-        """Take these parameters."""
+        """Load parameters, and return the network."""
         for name, variable in self._params.items():
             variable.assign(params[name])
         return self
@@ -57,7 +57,7 @@ class Network:
         return {name: variable.numpy() for name, variable in self._params.items()}
 
     def part(self, x: Tensor, entry: str = FIRST, until: str = "") -> np.ndarray:
-        """What goes into the layer `until`, or the logits, of what goes into `entry`; in batches."""
+        """Inputs of the layer `until` (by default the logits), computed in batches from inputs of the layer `entry`."""
         if entry == until:
             return np.asarray(x)
         if (entry, until) not in self._tails:
@@ -72,16 +72,16 @@ class Network:
 
     @tf.function(autograph=False, input_signature=[IMAGES, LABELS, SCALAR])
     def fgsm(self, images: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
-        """The logits under FGSM."""
+        """Logits (n, classes) under FGSM."""
         return self._scores(attacks.fgsm(lambda x: attacks.cross_entropy(labels, self._scores(x)), images, epsilon))
 
     @tf.function(autograph=False, input_signature=[IMAGES, LABELS, SCALAR, COUNT, SEED, tf.TensorSpec((), tf.bool)])
     def apgd(
         self, images: Tensor, labels: Tensor, epsilon: Tensor, steps: Tensor, seed: Tensor, by_ratio: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One run of APGD from a random start: the worst images met and their margins, above zero where it has won.
+        """One run of APGD from a random start: the worst images met, and their margins (n,), positive if misclassified.
 
-        It climbs the cross-entropy (APGD-CE) or, with `by_ratio`, the difference of logits ratio (APGD-DLR).
+        It maximizes the cross-entropy (APGD-CE) or, with `by_ratio`, the difference of logits ratio (APGD-DLR).
         """
 
         def loss(labels: Tensor, scores: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Network:
         self, images: Tensor, labels: Tensor, start: Tensor, epsilon: Tensor, first: Tensor, last: Tensor,
         budget: Tensor, seed: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Queries `first` to `last` of Square: the images and their margins, above zero where it has won."""
+        """Queries `first` to `last` of Square: the images, and their margins (n,), positive if misclassified."""
 
         def objective(x: Tensor) -> Tensor:
             return attacks.margin(labels, self._scores(x))

@@ -1,4 +1,4 @@
-"""One update of the trained values, and how the learning rate goes over a run."""
+"""Optimizers and learning rate schedules."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -14,10 +14,10 @@ RISE = 0.3  # share of the steps in which one-cycle's rate rises, and in which e
 
 
 def learning_rates(schedule: str, total: int) -> np.ndarray:
-    """Rate of every step relative to the peak, (total,) float32.
+    """Learning rate of every step relative to the peak, (total,) float32.
 
-    `cosine` (Loshchilov & Hutter 2017) falls from one to zero; `one_cycle` (Smith & Topin 2018) rises from 1/25 to
-    one over the first 30% and falls to 1/10,000 of its start, both along a cosine.
+    `cosine` (Loshchilov & Hutter 2017) falls from 1 to 0; `one_cycle` (Smith & Topin 2018) rises from 1/25 to 1 over
+    the first 30% of the steps and then falls to 1/250,000, both along a cosine. `constant` is 1.
     """
     share = np.arange(total) / total
     if schedule == "constant":
@@ -36,7 +36,7 @@ def _cosine(start: float, end: float, share: np.ndarray) -> np.ndarray:
 
 
 class Optimizer:
-    """The trained values in one flat variable, so that a step is one fused update however many there are.
+    """Keeps the trained values in one flat variable, so that a step is a single fused update.
 
     `adam`: Kingma & Ba (2015). `adamw`: with decoupled decay (Loshchilov & Hutter 2019). `sgd`: with Nesterov momentum
     (Sutskever et al. 2013).
@@ -64,7 +64,7 @@ class Optimizer:
         self._moments = [tf.Variable(tf.zeros_like(self.flat), trainable=False) for _ in range(moments)]
 
     def _constant(self, by_name: Mapping[str, float]) -> np.ndarray:
-        """One number for each trained value."""
+        """One number for every element of `flat`."""
         return np.repeat([float(by_name[key]) for key in self._shapes], self._sizes).astype(np.float32)
 
     def values(self, flat: Tensor) -> dict[str, Tensor]:
@@ -73,20 +73,20 @@ class Optimizer:
         return {key: tf.reshape(part, shape) for (key, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def begin(self, values: Mapping[str, Tensor]) -> None:
-        """Take these values, and forget the moments."""
+        """Set the values, and reset the moments."""
         self.take(values)
         for moment in self._moments:
             moment.assign(tf.zeros_like(moment))
 
     def take(self, values: Mapping[str, Tensor]) -> None:
-        """Take these values."""
+        """Set the values; the moments stay."""
         self.flat.assign(tf.concat([tf.reshape(values[key], (-1,)) for key in self._shapes], 0) / self.units)
 
     def step(
         self, gradient: Tensor, rate: Tensor, t: Tensor, momentum: Tensor, decay: Tensor, l1: Tensor,
         proximal: Collection[str],
     ) -> None:  # fmt: skip
-        """Step number `t` (float, from 1). The kernels in `proximal` then take the proximal step of `l1`."""
+        """Take step number `t` (float, from 1), then the proximal step of `l1` on the kernels named in `proximal`."""
         flat, units = self.flat, self.units
         if self._name == "adamw":
             flat.assign_sub(rate * decay * self._decays * units * flat)
@@ -103,12 +103,12 @@ class Optimizer:
             )  # fmt: skip
         if not proximal:
             return
-        slope = l1 * units  # of the penalty, by a value in its units
+        slope = l1 * units  # derivative of the penalty in the units of `flat`
         if self._name == "sgd":
-            threshold = slope / (1.0 - momentum)  # a steady gradient adds up to so much of itself
+            threshold = slope / (1.0 - momentum)  # to which momentum amplifies a constant gradient
         else:
-            # Adam measures every gradient in units of its own size, and so does the proximal step (Yun et al. 2021).
-            # A weight without a gradient shrinks no faster than Adam moves others.
+            # Adam divides a gradient by its own scale, and so must the proximal step (Yun et al. 2021). The minimum
+            # keeps a weight without a gradient from shrinking faster than Adam moves the others.
             size = tf.sqrt(v / (1.0 - BETA_2**t)) + TINY
             threshold = tf.minimum(slope, size + tf.abs(m) / (1.0 - BETA_1**t)) / size
         shrinks = self._constant({key: key in proximal for key in self._shapes})

@@ -1,7 +1,7 @@
 """`python -m trainer.pretrain`: train the base model on MNIST's 60,000 training images.
 
-Shifts, turns and scalings make it a base that knows digits of other origins too. The 10,000 test images are looked
-at once, after the last epoch; nothing is chosen by them.
+Augmentation makes the base recognize digits from other sources too. The 10,000 test images are used once, after the
+last epoch, and for no choice.
 """
 
 import json
@@ -22,13 +22,17 @@ SETTINGS = {
 
 
 @click.command()
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="mnist.npz; else through keras.datasets.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    help="mnist.npz. Without it, keras.datasets downloads MNIST.",
+)
 @click.option("--epochs", default=60, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default=FOLDER, type=click.Path(path_type=Path), help="Folder for lenet5.npz and lenet5.json.")
 def main(data: Path | None, epochs: int, batch_size: int, seed: int, out: Path) -> None:
-    """Train LeNet-5 on MNIST and write its weights and their card."""
+    """Train LeNet-5 on MNIST, and write its weights and model card."""
     import_tensorflow()
     import tensorflow as tf
 

@@ -1,6 +1,6 @@
-"""The report card. The quick part is made before a version is published, the costly part when no job waits.
+"""The report card. The quick part is computed before publishing, the costly part when no job is waiting.
 
-Every number follows from the exported parameters, the data set and the spec.
+Every number can be recomputed from the exported parameters, the data set and the spec.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ Model = Callable[[], Network]
 def quick(
     fitted: Fitted, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec, base: Arrays | None = None
 ) -> dict[str, Any]:
-    """What is known before publishing; all but `train` on images that the job has held out.
+    """The part that is computed before publishing; all but `train` is measured on held-out images.
 
     Args:
-        base: what training began with, where it knew the same classes.
+        base: parameters that training started from, if they had the same classes.
     """
     before = None if base is None else evaluate.accuracy(serve(base).logits(validation.images), validation.labels)
     network = fitted.network
@@ -78,24 +78,24 @@ def quick(
 
 
 def _warnings(accuracy: float, before: float | None, validation: Split, classes: tuple[str, ...]) -> list[str]:
-    """What a person should know before this version is relied on."""
+    """Reasons not to rely on this version."""
     counts = np.bincount(validation.labels, minlength=len(classes))
     found = []
     if accuracy <= counts.max() / counts.sum():
-        found.append("it is no better than always naming the most frequent class")
+        found.append("accuracy is no better than always predicting the most frequent class")
     elif before is not None and accuracy < before:
-        found.append(f"the base was right on {before:.1%} of the validation images, this version on {accuracy:.1%}")
+        found.append(
+            f"the base classified {before:.1%} of the validation images correctly, this version {accuracy:.1%}"
+        )
     missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        found.append(
-            f"no validation image is of class {', '.join(map(repr, missing[:5]))}{more}: nothing is known there"
-        )
+        found.append(f"no validation images of {', '.join(map(repr, missing[:5]))}{more}: their accuracy is unknown")
     return found
 
 
 def _attack_warnings(spec: Spec, attacked: dict[str, Any], fitted: Fitted) -> list[str]:
-    """What adversarial training did not achieve; without any, nothing was promised."""
+    """Where adversarial training missed its aim. Without any, nobody expects robustness."""
     if spec.adversarial is None:
         return []
     found = []
@@ -122,7 +122,7 @@ def reset_peak_memory() -> None:
 
 
 def cost(seconds: dict[str, float], fitted: Fitted) -> dict[str, Any]:
-    """What the job took, its peak memory since `reset_peak_memory`."""
+    """What the job cost. `peak_memory_bytes` is the peak of the worker since `reset_peak_memory`."""
     status = Path("/proc/self/status").read_text()
     found = {
         "seconds": seconds,
@@ -135,13 +135,13 @@ def cost(seconds: dict[str, float], fitted: Fitted) -> dict[str, Any]:
 
 
 def epsilon_of(spec: Spec) -> float:
-    """Size of the report's attacks."""
+    """Epsilon of the report's attacks."""
     attack = spec.adversarial
     return EPSILON if attack is None or isinstance(attack, Vat) else attack.epsilon
 
 
 def _promise(spec: Spec, fitted: Fitted) -> dict[str, Any]:
-    """Which kernels L1 can give exact zeros."""
+    """The kernels in which L1 can make exact zeros, and those that it only shrinks."""
     if spec.l1 == 0:
         return {}
     direct = direct_kernels(fitted.trained)
@@ -166,7 +166,7 @@ def _sample(validation: Split) -> Split:
 
 
 def fgsm(network: Network, split: Split, epsilon: float) -> np.ndarray:
-    """Logits under FGSM."""
+    """Logits (n, classes) under FGSM."""
     return _batched(lambda x, y: network.fgsm(x, y, tf.constant(epsilon, tf.float32)), split)
 
 
@@ -200,7 +200,7 @@ def withstood_pgd(
 def withstood_square(
     model: Model, split: Split, epsilon: float, queries: int = SQUARE_QUERIES, seed: int = 0
 ) -> Iterator[np.ndarray]:
-    """Which images are still right, (n,) bool, after each part of the queries."""
+    """Images that are still classified correctly, (n,) bool, after each part of the queries."""
     standing = evaluate.right(model().logits(split.images), split.labels)
     left = np.flatnonzero(standing)
     part, chance, size = _chosen(split, left), tf.constant([seed, 2]), tf.constant(epsilon, tf.float32)
@@ -225,10 +225,10 @@ def robustness(model: Model, validation: Split, epsilon: float) -> Iterator[dict
     """Accuracy under attacks over a grid of epsilons.
 
     Args:
-        model: gives the network with its parameters; asked before each piece of work.
+        model: returns the network with its parameters loaded; called before each piece of work.
 
     Yields:
-        None after each piece of work, where somebody else may be let in, and at the end the figures.
+        None after each piece of work, when other work may run, and finally the figures.
     """
     split = _sample(validation)
     clean = evaluate.right(model().logits(split.images), split.labels)
@@ -260,7 +260,7 @@ def robustness(model: Model, validation: Split, epsilon: float) -> Iterator[dict
 
 
 def _last(attack: Iterator[np.ndarray]) -> Generator[None, None, np.ndarray]:
-    """The last result of an attack; yields None after each of its pieces."""
+    """The last result of an attack; yields None after each part."""
     standing = np.empty(0, bool)
     for standing in attack:  # noqa: B007
         yield None
@@ -292,7 +292,7 @@ def gradient_masking(curve: list[dict[str, float]], at_epsilon_1: float, images:
 def forgetting(params: Arrays, base: Arrays, sample: Split, *, same_classes: bool) -> dict[str, Any]:
     """Accuracy on the base's own task, before and after.
 
-    With other classes than the base's it is the base's classifier that is asked, on what the layers before it say.
+    If the classes differ, the base's classifier is put on top of the fine-tuned layers.
     """
     if not same_classes:
         params = params | {name: value for name, value in base.items() if name.startswith(f"{HEAD}/")}

@@ -1,7 +1,7 @@
-"""The training program: whole epochs in one compiled function.
+"""The training step: whole epochs in one compiled function.
 
-A program is compiled for a `Structure`. Everything else (data, weights and coefficients) is an input, so that a
-worker traces once a structure and not once a job.
+It is compiled per `Structure`. Everything else (data, weights, coefficients) is an input, so a worker traces once per
+structure, not once per job.
 """
 
 import functools
@@ -27,16 +27,16 @@ class Structure:
 
     method: Method
     classes: int
-    entry: str = FIRST  # the first layer that is computed in every step
+    entry: str = FIRST  # first layer that is computed in every step
     penalties: frozenset[str] = frozenset()  # of l1, l2 and l2_sp
-    attack: str | None = None  # pgd (which is fgsm, too), trades, free, vat
+    attack: str | None = None  # pgd (one step of which is fgsm), trades, free, vat
     norm: str = "linf"  # of vat
-    clean: bool = True  # the loss has a clean part beside the adversarial one
+    clean: bool = True  # whether the loss has a clean part
     dropout: bool = True
     augment: bool = False
     mixup: bool = False
     optimizer: str = "adam"
-    device: str = ""  # where its variables lie
+    device: str = ""  # that holds the variables
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ SCHEDULE = ("rate", "reach", "mix", "t")  # of every update: learning rate, shar
 
 @functools.lru_cache(maxsize=16)
 def train_step(structure: Structure) -> "TrainStep":
-    """The process's program of this structure; one job at a time may use it."""
+    """The compiled step of this structure, shared by the process; one job at a time may use it."""
     with tf.device(structure.device):
         return TrainStep(structure)
 
 
 class TrainStep:
-    """Variables and compiled functions of one structure. `load` begins a job."""
+    """Variables and compiled functions of one structure. Call `load` at the start of a job."""
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
@@ -109,11 +109,11 @@ class TrainStep:
         self, base: Mapping[str, np.ndarray], seed: int, *, lora_scale: float = 0.0, new: frozenset[str] = frozenset(),
         class_weights: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """Begin a job: the base's weights, untouched trained values, an optimizer without memory.
+        """Start a job: load the base, and reset the trained values and the optimizer.
 
         Args:
-            new: names of parameters that the base did not have, which l2_sp draws to zero.
-            class_weights: (classes,) weight of an image of each class, of mean one over the data.
+            new: names of parameters that the base does not have; l2_sp pulls them to zero.
+            class_weights: (classes,) weight of the images of each class, with mean one over the data.
         """
         for name, variable in self._base.items():
             variable.assign(base[name])
@@ -133,7 +133,7 @@ class TrainStep:
         self._optimizer.take(trained)
 
     def params(self) -> dict[str, Tensor]:
-        """Effective parameters of the served network: the merge."""
+        """Effective parameters of the served network, with the update merged in."""
         return effective(self._base, self._optimizer.values(self._optimizer.flat), self._lora_scale)
 
     def traces(self) -> int:
@@ -146,15 +146,14 @@ class TrainStep:
         """One pass over the data.
 
         Args:
-            features: what goes into the structure's entry; float32, on the device.
+            features: inputs of the layer `entry`, float32, on the device.
             labels: (n,) int32.
-            order: (n,) int32, the shuffled indices.
+            order: (n,) int32, shuffled indices.
             schedule: (updates, 4) float32, see `SCHEDULE`.
-            done: updates before this epoch.
+            done: number of updates before this epoch.
 
         Returns:
-            The mean of every term of the loss that the structure has, and the index of the first update whose loss
-            was no finite number.
+            The mean of every term of the loss, and the index of the first update whose loss was not finite (or None).
         """
         done = tf.constant(done, tf.int32)
         sums = self._epoch(features, labels, order, tf.constant(schedule), done, self._inputs(c)).numpy()
@@ -163,7 +162,7 @@ class TrainStep:
         return {name: means[name] for name in self.terms()}, wrong
 
     def terms(self) -> tuple[str, ...]:
-        """The terms that the loss has."""
+        """Names of the terms of the loss."""
         structure = self.structure
         present = set(structure.penalties)
         if structure.clean:
@@ -185,8 +184,8 @@ class TrainStep:
     def _run_epoch(
         self, features: Tensor, labels: Tensor, order: Tensor, schedule: Tensor, done: Tensor, c: dict[str, Tensor]
     ) -> Tensor:
-        # Shuffled first and cut into batches then, so that every epoch has other batches; and all at once, so that no
-        # step has to fetch an index.
+        # Shuffle before cutting into batches, so that batches differ between epochs. One gather for all is cheaper than
+        # one in every step.
         features = tf.gather(features, order)
         targets = tf.one_hot(tf.gather(labels, order), self.structure.classes)
         size, replays = c["batch_size"], c["replays"]
@@ -211,7 +210,7 @@ class TrainStep:
     def _disturbed(
         self, x: Tensor, y: Tensor, mix: Tensor, chance: Tensor, c: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """A batch with its augmentation and mixup."""
+        """A batch after augmentation and mixup."""
         if self.structure.augment:
             x = affine(x, c["shift"], c["rotate"], c["scale"], chance + [0, 2])
         return mixed(x, y, mix) if self.structure.mixup else (x, y)
@@ -219,7 +218,7 @@ class TrainStep:
     def _update(
         self, x: Tensor, y: Tensor, delta: Tensor, chance: Tensor, rate: Tensor, t: Tensor, c: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """One update; the value of every term of the loss before it, and the perturbation that `free` keeps."""
+        """One update. Returns the terms of the loss before it, and the perturbation that `free` carries over."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(self._optimizer.flat)
             if self.structure.attack == "free":
@@ -230,8 +229,8 @@ class TrainStep:
             loss = tf.add_n([factors.get(name, 1.0) * value for name, value in values.items()])
         flat = self._optimizer.flat
         if self.structure.attack == "free":
-            gradient, slope = tape.gradient(loss, (flat, x))
-            moved = delta[:n] + c["epsilon"] * tf.sign(slope)
+            gradient, input_gradient = tape.gradient(loss, (flat, x))
+            moved = delta[:n] + c["epsilon"] * tf.sign(input_gradient)
             delta = tf.concat([tf.clip_by_value(moved, -c["epsilon"], c["epsilon"]), delta[n:]], 0)
         else:
             gradient = tape.gradient(loss, flat)
@@ -242,9 +241,9 @@ class TrainStep:
     def _terms(
         self, x: Tensor, y: Tensor, chance: Tensor, c: dict[str, Tensor], tape: tf.GradientTape, *, prox: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Every term of the loss on a batch, and the factors of those whose factor is not one.
+        """Every term of the loss on a batch, and its factor in the loss where that is not one.
 
-        With `prox`, L1 has no gradient where the optimizer takes the proximal step in its place.
+        With `prox`, L1 has no gradient on kernels for which the optimizer takes the proximal step instead.
         """
         params = self.params()
         inference = functools.partial(logits, params, entry=self.structure.entry)
@@ -269,7 +268,7 @@ class TrainStep:
         self, x: Tensor, y: Tensor, inference: attacks.Function, training: attacks.Function, chance: Tensor,
         c: dict[str, Tensor], tape: tf.GradientTape,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-        """The clean and the adversarial loss, as far as the structure has them."""
+        """The clean and the adversarial loss, if the structure has them."""
         attack, weight = self.structure.attack, c["adversarial_weight"]
 
         def mean(losses: Tensor) -> Tensor:
@@ -293,7 +292,7 @@ class TrainStep:
         return values, {"adversarial_loss": weight}
 
     def _worst(self, x: Tensor, y: Tensor, inference: attacks.Function, chance: Tensor, c: dict[str, Tensor]) -> Tensor:
-        """Adversarial examples against the network at inference."""
+        """Adversarial examples against the network in inference mode."""
         epsilon, steps = c["epsilon"], c["attack_steps"]
         if self.structure.attack == "vat":
             return attacks.vat(inference, x, epsilon, steps, chance + [0, 3], self.structure.norm)
@@ -310,11 +309,11 @@ class TrainStep:
         )
 
     def _gradient_norms(self, features: Tensor, labels: Tensor, c: dict[str, Tensor]) -> Tensor:
-        """Norm of the gradient of each term, with its factor."""
+        """Norm of the gradient of each term times its factor, (terms,)."""
         y = tf.one_hot(labels, self.structure.classes)
         with tf.GradientTape(watch_accessed_variables=False, persistent=True) as tape:
             tape.watch(self._optimizer.flat)
             values, factors = self._terms(features, y, tf.stack([c["seed"], 0]), c, tape, prox=False)
             weighted = {name: factors.get(name, 1.0) * value for name, value in values.items()}
-        slopes = [tape.gradient(weighted[name], self._optimizer.flat) for name in self.terms()]
-        return tf.stack([tf.norm(slope / self._optimizer.units) for slope in slopes])
+        gradients = [tape.gradient(weighted[name], self._optimizer.flat) for name in self.terms()]
+        return tf.stack([tf.norm(gradient / self._optimizer.units) for gradient in gradients])

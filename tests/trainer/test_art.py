@@ -73,7 +73,7 @@ def withstood_art(params: dict[str, np.ndarray], split: Split, epsilon: float, l
 @pytest.mark.parametrize(
     ("spec", "epsilon"),
     [
-        ({"adversarial": {"attack": "fgsm", "epsilon": 0.1}}, 0.05),
+        ({"adversarial": {"attack": "fgsm", "epsilon": 0.1}}, 0.03),
         ({"method": "full", "learning_rate": 3e-3, "adversarial": {"attack": "free", "epsilon": 0.1}}, 0.1),
     ],
     ids=["fgsm", "free"],

@@ -162,24 +162,24 @@ def test_early_stopping_compares_with_the_last_improvement_that_counted(base: Ar
     spec = parse_spec('{"early_stopping": {"patience": 2, "min_delta": 0.1}}')
     start = begin(spec, base, classes=10, same_classes=True)
     model = train_step(structure(spec, start, 10, "/CPU:0"))
-    choice = fitting.Choice(spec, model, part(digits, 1000, 1100))
+    selection = fitting.Selection(spec, model, part(digits, 1000, 1100))
 
-    class Model:  # what the callback needs of a Keras model
+    class KerasModel:  # what the callback needs of a Keras model
         stop_training = False
 
         def get_weights(self) -> list[Any]:
             return []
 
     keras = tf.keras.callbacks.EarlyStopping("loss", patience=2, min_delta=0.1, mode="min")
-    keras.set_model(model := Model())
+    keras.set_model(keras_model := KerasModel())
     keras.on_train_begin()
     ended: list[int] = []
     for epoch, loss in enumerate(losses, start=1):
         record = {"epoch": epoch, "validation_cross_entropy": loss}
-        if choice.judge(record, serve(start.params), warm=True) == "early_stopping":
+        if selection.judge(record, serve(start.params), warm=True) == "early_stopping":
             ended.append(epoch)
         keras.on_epoch_end(epoch, {"loss": loss})
-        if model.stop_training:
+        if keras_model.stop_training:
             break
     assert ended == [epoch] == [7]
 
@@ -259,7 +259,7 @@ def test_a_penalty_is_not_warned_of_when_all_images_are_fitted() -> None:
     assert len(fitting.warnings(shares_of_l2(0.98, data_loss=1.0), spec, zeros=False)) == 1
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_the_step(base: Arrays, digits: Digits) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(base: Arrays, digits: Digits) -> None:
     hot = {name: value * np.float32(1e12) for name, value in base.items()}
     with pytest.raises(Diverged, match=r"in step 1, epoch 1"):
         run({"method": "full", "epochs": 50}, hot, digits)
@@ -282,7 +282,7 @@ def test_adapters_of_another_size_than_the_bases_are_refused(base: Arrays) -> No
     assert grown.method.bottleneck == 16
     again = begin(spec, grown.params, classes=10, same_classes=True)
     assert not again.new
-    with pytest.raises(InvalidSpec, match="adapters of 16"):
+    with pytest.raises(InvalidSpec, match="already has adapters of 16 units"):
         begin(
             parse_spec('{"method": "adapter", "adapter": {"bottleneck": 4}}'),
             again.params,

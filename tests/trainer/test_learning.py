@@ -416,8 +416,8 @@ def steps_of(name: str, rates: list[float], values: Arrays, relative: float = 1.
     momentum, decay = options.get("momentum", 0.0), options.get("weight_decay", 0.0)
     for number, rate in enumerate(rates):
         flat = np.concatenate([gradient.reshape(-1) for gradient in gradients(number, values).values()])
-        inputs = (tf.constant(value, tf.float32) for value in (rate, number + 1, momentum, decay, 0.0))
-        optimizer.step(tf.constant(flat * optimizer.units), *inputs, ())
+        size, t, m, d = (tf.constant(value, tf.float32) for value in (rate, number + 1, momentum, decay))
+        optimizer.step(tf.constant(flat * optimizer.units), size, t, m, d, tf.constant(0.0), ())
     return {key: value.numpy() for key, value in optimizer.values(optimizer.flat).items()}
 
 

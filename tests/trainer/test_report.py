@@ -139,6 +139,8 @@ def test_a_version_that_is_worse_than_its_base_or_than_guessing_says_so() -> Non
     assert "most frequent" in guessing
     (missing,) = report._warnings(0.8, 0.8, split, ("a", "b", "c"))
     assert "'c'" in missing
+    (missing,) = report._warnings(0.8, 0.8, split, tuple("abcdefgh"))
+    assert "'g' and 1 more" in missing
 
 
 def test_a_network_that_withstands_fgsm_and_not_pgd_says_so() -> None:
