@@ -253,7 +253,7 @@ class Service:
         def look() -> bool:
             return bool(self.api.get(f"/finetune/{job_id}").json()["report_status"] == "complete")
 
-        eventually(look, f"the report of {job_id} is complete")
+        eventually(look, f"the report of {job_id} is complete", 300.0)  # minutes of computing on a busy machine
 
 
 @contextlib.contextmanager

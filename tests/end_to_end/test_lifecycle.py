@@ -94,6 +94,7 @@ def test_a_report_yields_to_queued_jobs_and_survives_its_worker(own: Service, di
     second = own.finished(own.finetune(upload, "long-report", QUICK).json()["id"])
     assert own.api.get(f"/finetune/{first['id']}").json()["report_status"] == "quick"
     assert second["status"] == "succeeded"
+    eventually(lambda: "reporting" in own.api.get("/readyz").json()["workers"].values(), "the worker says what it does")
     own.kill("trainer")
     own.completed(first["id"])
     own.completed(second["id"])
