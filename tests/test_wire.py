@@ -122,6 +122,18 @@ def test_each_room_imports_only_the_rooms_below_it() -> None:
     assert wrong == []
 
 
+def test_the_predict_core_knows_no_request() -> None:
+    above = ("fastapi", "starlette", "api.gateway", "api.routes")
+    wrong = [
+        f"{module} imports {imported}"
+        for module in SOURCES
+        if within(module, "api.inference")
+        for imported in imports(module)
+        if any(within(imported, package) for package in above)
+    ]
+    assert wrong == []
+
+
 def test_imports_form_no_cycle() -> None:
     order = graphlib.TopologicalSorter({module: imports(module) & SOURCES.keys() - {module} for module in SOURCES})
     order.prepare()  # raises CycleError, which names the cycle
