@@ -2,8 +2,8 @@
 
 A service is started in a temporary home, with the embedded model server. The pretrained LeNet-5, which knows MNIST,
 is fine-tuned on 300 of scikit-learn's handwritten digits (8x8 scans by 43 other people) with L2, dropout and free
-adversarial training. The other 1,497 digits are never seen by training or by any choice of settings; they are asked of the service
-before and after. The script exits 0 only if every step worked and the held-out accuracy is at least 93%.
+adversarial training. The other 1,497 digits are not used for training or for any choice of settings; the service
+classifies them before and after. The script exits 0 only if every step worked and held-out accuracy is at least 93%.
 """
 
 import contextlib
