@@ -1,6 +1,5 @@
 """The worker's main loop: it leases queued jobs and runs them one at a time, and works on reports in between."""
 
-import argparse
 import os
 import secrets
 import signal
@@ -10,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 
+import click
 import structlog
 
 from serving.client import ModelServer
@@ -37,11 +37,9 @@ class Stopped(BaseException):
     """The process was asked to end. Raised in the main thread, wherever it is."""
 
 
+@click.command()
 def main() -> None:
-    """Run a worker with the settings of the environment, until SIGTERM or SIGINT."""
-    argparse.ArgumentParser(
-        prog="python -m trainer", description="Run a worker. TEMPER_* environment variables configure it."
-    ).parse_args()
+    """Claim queued jobs and run them. Settings are read from TEMPER_* environment variables."""
     logging.configure("worker")
     warn_of_unknown_variables(os.environ)
     settings = Settings()
