@@ -32,7 +32,7 @@ from store.errors import (
     TemperError,
     UnknownModel,
 )
-from store.records import Manifest, ReportCard
+from store.records import GREY_28, Manifest, ReportCard
 from store.settings import Settings
 
 log = logging.getLogger("temper.publishing")
@@ -66,7 +66,7 @@ class Probe:
     def forms(self) -> Iterator[np.ndarray]:
         """Yield the images as requests send them: (n, 784) uint8, then (n, 28, 28, 1) float32 in [0, 1]."""
         yield self.pixels
-        yield (self.pixels / np.float32(255)).reshape(-1, 28, 28, 1)
+        yield (self.pixels / np.float32(255)).reshape(-1, *GREY_28.shape)
 
 
 def seal(version: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
+from store.records import GREY_28
 from trainer.lenet import Arrays, Tensor, logits
 
 EXTRA = "assets.extra"  # which TensorFlow Serving ignores
@@ -43,12 +44,12 @@ class _Served(tf.Module):  # type: ignore[misc]
     # The placeholders have no shape: otherwise graph optimizers would consider the checks proven and remove them.
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.float32, name="image")])
     def serve(self, image: Tensor) -> dict[str, Tensor]:
-        return self._answer(tf.ensure_shape(image, (None, 28, 28, 1)))
+        return self._answer(tf.ensure_shape(image, (None, *GREY_28.shape)))
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.uint8, name="image")])
     def serve_bytes(self, image: Tensor) -> dict[str, Tensor]:
-        image = tf.ensure_shape(image, (None, 784))
-        return self._answer(tf.reshape(tf.cast(image, tf.float32) / 255.0, (-1, 28, 28, 1)))
+        image = tf.ensure_shape(image, (None, GREY_28.pixels))
+        return self._answer(tf.reshape(tf.cast(image, tf.float32) / 255.0, (-1, *GREY_28.shape)))
 
     def _answer(self, image: Tensor) -> dict[str, Tensor]:
         params = {name: functools.reduce(operator.getitem, name.split("/"), self.layers) for name in self._names}
@@ -65,7 +66,7 @@ def _template(shapes: Shapes, invert: bool) -> tuple[bytes, bytes]:
         tf.saved_model.save(module, folder, signatures=signatures)
         saved = saved_model_pb2.SavedModel.FromString((Path(folder) / "saved_model.pb").read_bytes())
         objects: bytes = tf.train.load_checkpoint(f"{folder}/variables/variables").get_tensor(OBJECT_GRAPH)
-    for signature, sizes in (("serving_default", (-1, 28, 28, 1)), ("serving_bytes", (-1, 784))):
+    for signature, sizes in (("serving_default", (-1, *GREY_28.shape)), ("serving_bytes", (-1, GREY_28.pixels))):
         shape = saved.meta_graphs[0].signature_def[signature].inputs["image"].tensor_shape
         shape.Clear()
         for size in sizes:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from store.records import GREY_28
+
 Tensor = Any  # TensorFlow has no types that mypy can use.
 Params = Mapping[str, Tensor]
 Arrays = dict[str, np.ndarray]
@@ -22,7 +24,7 @@ DENSE_UNITS = (120, 84)
 LAYERS = (*CONVOLUTIONS, *DENSE, HEAD)
 FIRST = LAYERS[0]
 INPUTS = {  # shape of the input of each layer, for one image
-    "conv1": (28, 28, 1), "conv2": (14, 14, 6), "dense1": (7, 7, 16), "dense2": (120,), HEAD: (84,)
+    "conv1": GREY_28.shape, "conv2": (14, 14, 6), "dense1": (7, 7, 16), "dense2": (120,), HEAD: (84,)
 }  # fmt: skip
 
 

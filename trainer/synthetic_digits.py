@@ -7,6 +7,8 @@ and centred by its mass in 28x28 pixels, as MNIST's digits are.
 import numpy as np
 from PIL import Image, ImageDraw
 
+from store.records import GREY_28
+
 Points = list[tuple[float, float]]
 
 
@@ -32,7 +34,7 @@ STROKES: dict[int, list[list[Points]]] = {
     8: [[_arc(0.5, 0.29, 0.2, 0.2, 90, 450, 20), _arc(0.5, 0.7, 0.24, 0.22, -90, 270, 20)]],
     9: [[[*_arc(0.47, 0.32, 0.22, 0.22, 0, -360, 20), (0.68, 0.4), (0.6, 0.92)]]],
 }
-SIZE, WIDE = 28, 112  # pixels of the result, and of the canvas
+SIZE, WIDE = GREY_28.height, 112  # pixels of the result, and of the canvas
 
 
 def synthetic_digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

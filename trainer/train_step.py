@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import tensorflow as tf
 
+from store.records import GREY_28
 from trainer import attacks, penalties
 from trainer.augmentation import affine, mixed
 from trainer.lenet import FIRST, Arrays, Tensor, adapters, dropout_masks, initial, logits
@@ -203,7 +204,7 @@ class TrainStep:
             wrong = tf.where(tf.math.is_finite(tf.reduce_sum(terms)), np.inf, position)
             return index + 1, delta, tf.concat([sums[:-1] + terms, [tf.minimum(sums[-1], wrong)]], 0)
 
-        delta = tf.zeros((size if self.structure.attack == "free" else 0, 28, 28, 1))
+        delta = tf.zeros((size if self.structure.attack == "free" else 0, *GREY_28.shape))
         state = (0, delta, tf.constant([0.0] * len(TERMS) + [np.inf]))
         return tf.while_loop(lambda index, *_: index < updates, step, state)[-1]
 

@@ -6,6 +6,7 @@ from fastapi import Path, Query
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from api.inference.options import ModelName
+from store.records import GREY_28
 
 After = Annotated[str | None, Query(max_length=100, description="The last item of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")]
@@ -19,7 +20,11 @@ def _array(items: dict[str, Any], length: int) -> dict[str, Any]:
 
 _NUMBER = {"type": "number", "minimum": 0, "maximum": 255}
 Instance = Annotated[Any, WithJsonSchema({
-    "anyOf": [_array(_NUMBER, 784), _array(_array(_NUMBER, 28), 28), _array(_array(_array(_NUMBER, 1), 28), 28)],
+    "anyOf": [
+        _array(_NUMBER, GREY_28.pixels),
+        _array(_array(_NUMBER, GREY_28.width), GREY_28.height),
+        _array(_array(_array(_NUMBER, 1), GREY_28.width), GREY_28.height),
+    ],
     "description": "An image: 28x28, 28x28x1 or 784 numbers, row by row.",
 })]  # fmt: skip
 

@@ -11,9 +11,10 @@ import simdjson
 
 from api.inference.options import PredictOptions, options_in
 from store.errors import InvalidInstances, InvalidRequest, MalformedRequest, TooLarge
+from store.records import GREY_28
 
-PIXELS = 28 * 28
-SHAPES = ((28, 28), (28, 28, 1), (PIXELS,))  # of an image, as clients write it
+SIDE, PIXELS = GREY_28.height, GREY_28.pixels
+SHAPES = ((SIDE, SIDE), GREY_28.shape, (PIXELS,))  # of an image, as clients write it
 NUMBER = b"0123456789+-.eE \t\r\n"  # what numbers and the space around them are made of
 
 
@@ -90,7 +91,7 @@ def as_images(pixels: np.ndarray, top: float) -> np.ndarray:
     """(n, 784) numbers from 0 to `top` in one of the two forms that model servers accept."""
     if top == 255 and pixels.dtype.kind == "u":
         return pixels.astype(np.uint8)
-    return (pixels / top if top != 1 else pixels).astype(np.float32).reshape(-1, 28, 28, 1)
+    return (pixels / top if top != 1 else pixels).astype(np.float32).reshape(-1, *GREY_28.shape)
 
 
 def numbers(array: Any, top: float) -> np.ndarray | None:
@@ -122,8 +123,8 @@ def _is_regular(body: bytes, field: str, count: int) -> bool:
 def _skeletons(count: int) -> tuple[bytes, ...]:
     """What remains of `count` images without their numbers, for 784, 28x28 and 28x28x1."""
     flat = b"[" + b"," * (PIXELS - 1) + b"]"
-    rows = b"[" + b",".join([b"[" + b"," * 27 + b"]"] * 28) + b"]"
-    pixels = b"[" + b",".join([b"[" + b",".join([b"[]"] * 28) + b"]"] * 28) + b"]"
+    rows = b"[" + b",".join([b"[" + b"," * (SIDE - 1) + b"]"] * SIDE) + b"]"
+    pixels = b"[" + b",".join([b"[" + b",".join([b"[]"] * SIDE) + b"]"] * SIDE) + b"]"
     return tuple(b":[" + b",".join([image] * count) + b"]" for image in (flat, rows, pixels))
 
 
@@ -174,13 +175,13 @@ def _wrong_shape(instance: Any) -> str | None:
     # Counting is far cheaper than looking at every pixel. Brackets in strings are found out later.
     arrays = instance.mini.count(b"[")
     if len(instance) == PIXELS:
-        return None if arrays == 1 else "has 784 elements that are not all numbers"
-    if len(instance) != 28:
-        return f"has {len(instance)} elements; expected 28 rows or 784 numbers"
+        return None if arrays == 1 else f"has {PIXELS} elements that are not all numbers"
+    if len(instance) != SIDE:
+        return f"has {len(instance)} elements; expected {SIDE} rows or {PIXELS} numbers"
     for number, row in enumerate(instance):
-        if not is_array(row) or len(row) != 28:
-            return f"has a row {number} that is not 28 pixels long"
-        if arrays != 1 + 28 and not all(is_array(pixel) and _is_one(pixel) for pixel in row):
+        if not is_array(row) or len(row) != SIDE:
+            return f"has a row {number} that is not {SIDE} pixels long"
+        if arrays != 1 + SIDE and not all(is_array(pixel) and _is_one(pixel) for pixel in row):
             return f"has a row {number} with pixels that are neither numbers nor arrays of one number"
     return None
 

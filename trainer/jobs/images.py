@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from store.errors import InvalidImage
+from store.records import GREY_28
 
-SIDE = 28
+SIDE = GREY_28.height  # and width
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # what Pillow may decode, for uploads and predictions alike
 OVERSAMPLING = 8  # a JPEG is decoded at the smallest scale that leaves so many pixels for each of the 28
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own bound, which refuses instead of warning

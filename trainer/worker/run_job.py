@@ -19,7 +19,7 @@ from serving.publishing import Probe, file_lock, publish, seal, withdraw
 from serving.registry import BASE, Registry, Version
 from store.engine import reason, retrying
 from store.errors import DeviceUnavailable, UnknownModel
-from store.records import DatasetCard, Manifest, ReportCard
+from store.records import GREY_28, DatasetCard, Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.export import digest, export, load_params
@@ -249,7 +249,7 @@ class _Data:
 
     def as_sent(self, validation: Split) -> np.ndarray:
         """The first validation images as a client would send them, (n, 784) uint8."""
-        images = np.asarray(validation.images[:PROBE_IMAGES]).reshape(-1, 784)
+        images = np.asarray(validation.images[:PROBE_IMAGES]).reshape(-1, GREY_28.pixels)
         return np.rint(255 * (1.0 - images if self.invert else images)).astype(np.uint8)
 
     def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:
@@ -328,8 +328,8 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
         params, card = pretrained()
         classes = [str(digit) for digit in range(10)]
         manifest = Manifest.model_validate({"classes": classes, "base": None, "sha256": digest(params), **card})
-        pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, 784), np.uint8)
-        logits = serve(params).logits((pixels / np.float32(255)).reshape(-1, 28, 28, 1))
+        pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, GREY_28.pixels), np.uint8)
+        logits = serve(params).logits((pixels / np.float32(255)).reshape(-1, *GREY_28.shape))
         staged = settings.staging / BASE
         shutil.rmtree(staged, ignore_errors=True)
         export(staged, params, invert=False, manifest=manifest.dump())
