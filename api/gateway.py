@@ -13,10 +13,10 @@ from api.inference.server_pool import PooledServer, ServerPool
 from api.inference.service import InferenceService
 from api.metrics import SERVER_UP
 from api.uploads import Uploads
-from serving.publishing import Probe, has_files, prove, reconcile
+from serving.publishing import PATIENCE_S, Probe, has_files, prove, reconcile
 from serving.registry import BASE, Registry
 from store.disk import Reserve
-from store.errors import TemperError
+from store.errors import ModelServerError, TemperError
 from store.health import Health, Notice
 from store.settings import Settings
 from trainer.jobs.records import Jobs
@@ -25,7 +25,7 @@ log = logging.getLogger("temper.gateway")
 
 LOOK_S, LOOK_FOR_LOST_S = 0.5, 0.1  # between looks at a model server that answers, and at one that does not
 LOOK_TIMEOUT_S = 3.0  # after which a server that says nothing is taken for lost
-PUBLISHING_S = 60.0  # how long before the loss of a server a version may have been numbered that it was to prove
+PUBLISHING_S = PATIENCE_S + 60.0  # age of the oldest version that a server may have missed proving when it is lost
 
 
 @dataclass
@@ -72,14 +72,14 @@ class Gateway:
                 if target.up:
                     log.warning("model server %s: %s", target.address, exc.message)
                 target.give_up()
+            except Exception as exc:
+                target.behind = True
+                looking.failed(exc)
             else:
                 try:
                     await asyncio.to_thread(self._update, target, behind or not loaded)
                     target.up, target.lost_at = True, None
                     looking.worked()
-                except TemperError as exc:
-                    target.behind = True
-                    log.warning("model server %s is out of date: %s", target.address, exc.message)
                 except Exception as exc:
                     target.behind = True
                     looking.failed(exc)
@@ -99,16 +99,22 @@ class Gateway:
         for version in self.registry.live():
             model, number = version.model, version.version
             if version.created_at > target.lost_at - PUBLISHING_S and has_files(self.settings, model, number):
-                target.control.wait_until_available(model, number)
-                prove(target.control, model, number, Probe.load(self.settings.version(model, number)))
+                try:
+                    target.control.wait_until_available(model, number)
+                    prove(target.control, model, number, Probe.load(self.settings.version(model, number)))
+                except ModelServerError:
+                    raise  # the server itself is away again
+                except Exception as exc:  # one bad version must not keep the server from serving the others
+                    log.error("%s:%d is not proven at %s: %s", model, number, target.address, exc)
 
     async def align(self) -> None:
         """Have all model servers serve what the registry says now; one that is away will when it comes back."""
-        await self.router.refresh()
         servers = [target.control for target in self.pool.all if not target.silent]
         try:
+            await self.router.refresh()
             await asyncio.to_thread(reconcile, self.settings, self.registry, servers)
-        except TemperError:
+        except Exception as exc:  # the registry has changed; each server is told at its next look
+            log.warning("model servers are not up to date yet: %s", exc)
             for target in self.pool.all:
                 target.fell_behind()
 

@@ -26,11 +26,12 @@ from serving.registry import BASE
 from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
 from store.errors import ModelServerTimeout, ModelServerUnavailable, TemperError
 from store.memory import allocator_environment
-from store.processes import end_with_parent, free_port
+from store.processes import end_with_parent, free_port, pulse_file
 from store.settings import AUTO, EMBEDDED, Settings, unknown_variables, warn_of_unknown_variables
 
 GRACE_S = 10.0
 PROBE_S, PROBE_TIMEOUT_S = 1.0, 2.0  # between probes of a sibling, and after which one has failed
+PULSE_S = 5.0  # a worker touches its pulse file every second
 MAX_MISSES = 5  # probes in a row without an answer, after which a sibling counts as frozen
 CONNECT_S = 5  # to PostgreSQL
 GATEWAY = httpx.Client(timeout=PROBE_TIMEOUT_S, trust_env=False)  # shared by threads; a client costs a TLS context
@@ -61,7 +62,7 @@ class Sibling:
         now = time.monotonic()
         if self.process is not None and self.process.poll() is not None:
             self.delay_s = min(10.0, max(0.5, 2 * self.delay_s)) if now - self.started_at < 10 else 0.0
-            click.echo(f"{self.name} ended ({_reason(self.process.returncode)}); starts again in {self.delay_s:g} s")
+            click.echo(f"{self.name} exited ({_reason(self.process.returncode)}); restarting in {self.delay_s:g} s")
             self.process, self.start_at = None, now + self.delay_s
         if self.process is None and now >= self.start_at:
             self.process = subprocess.Popen(
@@ -82,12 +83,16 @@ class Sibling:
                 continue
             if process.pid != pid:
                 pid, misses, answered = process.pid, 0, False
-            answer = self.answers(pid)
+            try:
+                answer = self.answers(pid)
+            except Exception as exc:  # another server at the gateway's port, for example
+                click.echo(f"cannot tell whether the {self.name} responds: {exc}", err=True)
+                answer = None
             if answer is not None:
                 answered |= answer
                 misses = 0 if answer else misses + 1
             if answered and misses >= MAX_MISSES:
-                click.echo(f"{self.name} does not answer and is killed")
+                click.echo(f"{self.name} is not responding; killing it")
                 process.kill()
 
     def ask_to_end(self) -> None:
@@ -169,6 +174,8 @@ def _run(siblings: list[Sibling], url: str) -> None:
 def _only_one_in(settings: Settings) -> Iterator[None]:
     try:
         settings.make_home()
+        for stale in settings.home.glob("worker-*.pulse"):
+            stale.unlink(missing_ok=True)
         lock = (settings.home / "serve.lock").open("w")
     except OSError as exc:
         raise click.ClickException(f"TEMPER_HOME cannot be used: {exc}") from exc
@@ -186,7 +193,7 @@ def _check_store(settings: Settings) -> None:
         timeout = {"connect_timeout": CONNECT_S} if url.get_backend_name() == "postgresql" else {}
         engine = sa.create_engine(url, connect_args=timeout)
     except (sa.exc.ArgumentError, ImportError) as exc:
-        raise click.ClickException(f"TEMPER_STORE is no store: {exc}") from exc
+        raise click.ClickException(f"TEMPER_STORE is not a valid database URL: {exc}") from exc
     try:
         engine.connect().close()
     except sa.exc.DBAPIError as exc:
@@ -245,7 +252,7 @@ def _siblings(settings: Settings, address: str, model_server: list[str] | None) 
         siblings.append(Sibling("model server", model_server, logging, lambda _: _model_server_answers(address), quiet))
     for number in range(settings.workers):
         command = [python, "-m", "trainer"]
-        siblings.append(Sibling(f"worker {number + 1}", command, environment, lambda pid: _worker_answers(url, pid)))
+        siblings.append(Sibling(f"worker {number + 1}", command, environment, WorkerPulse(settings)))
     return siblings
 
 
@@ -270,19 +277,29 @@ def _model_server_answers(address: str) -> bool:
     return True
 
 
-def _worker_answers(url: str, pid: int) -> bool | None:
-    """Tell whether the store knows a recent heartbeat of the worker; None where neither it nor the gateway answers."""
-    ready = _get(f"{url}/readyz", also=503)
-    if ready is None or ready["store"] != "ok":
-        return None
-    return any(worker.startswith(f"{os.uname().nodename}-{pid}-") for worker in ready["workers"])
+class WorkerPulse:
+    """Tells whether a worker touches its pulse file, which it does whether or not it can reach the store."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._last: tuple[int, float, float] = (0, 0.0, 0.0)  # pid, time of the file, our time when it was first seen
+
+    def __call__(self, pid: int) -> bool | None:
+        """Answer for the worker with this id; None while it is warming up."""
+        try:
+            touched_at = pulse_file(self._settings, pid).stat().st_mtime
+        except FileNotFoundError:
+            return None
+        if self._last[:2] != (pid, touched_at):
+            self._last = (pid, touched_at, time.monotonic())
+        return time.monotonic() - self._last[2] < PULSE_S
 
 
-def _get(url: str, also: int = 200) -> Any:
-    """The JSON that a URL answers; None without an answer or with another status."""
+def _get(url: str) -> Any:
+    """The JSON that a URL answers; None without an answer or with another status than 200."""
     with suppress(httpx.HTTPError, ValueError):
         answer = GATEWAY.get(url)
-        if answer.status_code in (200, also):
+        if answer.status_code == 200:
             return answer.json()
     return None
 
@@ -298,5 +315,5 @@ def _tensorflow_serving(wanted: str) -> str | None:
         return None
     binary = shutil.which("tensorflow_model_server" if wanted == AUTO else wanted)
     if binary is None and wanted != AUTO:
-        raise click.ClickException(f"TEMPER_MODEL_SERVER: {wanted} is no program")
+        raise click.ClickException(f"TEMPER_MODEL_SERVER: {wanted} was not found or is not executable")
     return binary

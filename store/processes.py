@@ -4,6 +4,9 @@ import ctypes
 import os
 import signal
 import socket
+from pathlib import Path
+
+from store.settings import Settings
 
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # loaded here and not in the child, where another thread's lock may be held for ever
@@ -26,3 +29,8 @@ def choose_grpc_event_loop() -> None:
     """Set gRPC to its older event loop, which takes a tenth less processor time. Call before importing it."""
     loops = ("event_engine_client", "event_engine_listener", "event_engine_callback_cq")
     os.environ.setdefault("GRPC_EXPERIMENTS", ",".join(f"-{name}" for name in loops))
+
+
+def pulse_file(settings: Settings, pid: int) -> Path:
+    """The file that a worker touches every second, for the supervisor on its machine."""
+    return settings.home / f"worker-{pid}.pulse"

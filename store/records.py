@@ -4,8 +4,9 @@ They are frozen, and read leniently: a record of another release keeps its unkno
 does not fit any more. `dump` gives back what was set and nothing else, so a record survives the round trip unchanged.
 """
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,17 +22,33 @@ class Record(BaseModel):
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Self:
         """The record in stored JSON, without the fields that this release cannot read."""
-        fields = dict(stored)
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate(stored)
         except ValidationError as exc:
-            unreadable = {str(error["loc"][0]) for error in exc.errors()}
-        log.warning("%s: cannot read %s", cls.__name__, ", ".join(sorted(unreadable)))
-        return cls.model_validate({name: value for name, value in fields.items() if name not in unreadable})
+            log.warning(
+                "%s: cannot read %s", cls.__name__, ", ".join(".".join(map(str, e["loc"])) for e in exc.errors())
+            )
+        fields = copy.deepcopy(dict(stored))
+        while True:
+            try:
+                return cls.model_validate(fields)
+            except ValidationError as exc:
+                _remove(fields, exc.errors()[0]["loc"])
 
     def dump(self) -> dict[str, Any]:
         """As JSON: the fields that were set, and the unknown ones."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def _remove(fields: dict[str, Any], location: Sequence[int | str]) -> None:
+    """Remove the value at a location, or the whole field if the location is not a path in the JSON."""
+    inner: Any = fields
+    try:
+        for step in location[:-1]:
+            inner = inner[step]
+        del inner[location[-1]]
+    except (KeyError, IndexError, TypeError):
+        del fields[str(location[0])]
 
 
 class InputForm(Record):

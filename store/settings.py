@@ -82,7 +82,7 @@ class Settings(BaseSettings):
             return value
         for target in value.split(","):
             if not re.fullmatch(r"\s*((\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}|unix:/[^,]+)\s*", target):
-                raise ValueError(f"{target!r} is neither auto, embedded, a path, host:port nor unix:/path")
+                raise ValueError(f"{target!r} must be auto, embedded, a path, host:port or unix:/path")
         return value
 
     @property

@@ -65,7 +65,7 @@ def reason(error: Mapping[str, Any], root: Any = None) -> str:
 
 
 def _known(names: Sequence[str]) -> str:
-    return f"; known are {', '.join(names)}" if 0 < len(names) <= 12 else ""
+    return f"; known fields: {', '.join(names)}" if 0 < len(names) <= 12 else ""
 
 
 def _shown(value: Any) -> str:

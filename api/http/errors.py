@@ -75,7 +75,9 @@ def answer_to(request: Request, failure: Exception) -> Response:
             return response(failure, path)
         case RequestValidationError():
             field = getattr(request.scope.get("route"), "body_field", None)
-            return response(invalid_request(failure.errors(), field and field.field_info.annotation), path)
+            # The first part of a location says where the field was: body, query or path.
+            found = [{**error, "loc": error["loc"][1:]} for error in failure.errors()]
+            return response(invalid_request(found, field and field.field_info.annotation), path)
         case HTTPException():
             kinds: dict[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
             code = kinds.get(failure.status_code, "malformed_request")
@@ -116,7 +118,5 @@ def invalid_request(found: Any, model: Any = None) -> errors.TemperError:
         return errors.MalformedRequest(f"the body is not valid JSON: {cause}")
     details = []
     for error in found:
-        location = tuple(part for part in error["loc"] if part not in ("body", "query", "path"))
-        why = reason({**error, "loc": location}, model)
-        details.append({"field": ".".join(map(str, location)) or "body", "reason": why})
+        details.append({"field": ".".join(map(str, error["loc"])) or "body", "reason": reason(error, model)})
     return errors.InvalidRequest(errors.listed("", details), param=details[0]["field"], details=details)

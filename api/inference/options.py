@@ -47,8 +47,9 @@ def options_of(given: Iterable[tuple[str, str]]) -> ImageOptions:
     """
     fields: dict[str, str] = {}
     for name, value in given:
-        if fields.setdefault(name, value) != value:
-            raise InvalidRequest(f"{name}: given twice", param=name)
+        if name in fields:
+            raise InvalidRequest(f"{name}: is given more than once", param=name)
+        fields[name] = value
     try:
         return ImageOptions.model_validate(fields)
     except ValidationError as exc:
@@ -64,7 +65,7 @@ def options_in(document: simdjson.Object) -> PredictOptions:
     names = [name for name in document if name != "instances"]  # look-ups cost far less than items()
     if len(set(names)) + 1 < len(document):
         twice = next(name for name in document if list(document).count(name) > 1)
-        raise InvalidRequest(f"{twice}: given twice", param=twice)
+        raise InvalidRequest(f"{twice}: is given more than once", param=twice)
     try:
         fields = tuple((name, (value := document[name]).__class__, value) for name in names)
     except KeyError:  # a name that holds a NUL is not found

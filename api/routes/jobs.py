@@ -94,7 +94,9 @@ class JobView(BaseModel):
         description="The spec with every default filled in; as it was stored if this release cannot read it."
     )
     dataset: dict[str, Any] = Field(description="What was uploaded: number of images, of each class, polarity, hash.")
-    error: JobError | None = Field(description="Why it failed.")
+    error: Annotated[JobError | dict[str, Any] | None, Field(union_mode="left_to_right")] = Field(
+        description="Why it failed."
+    )
     report_status: Annotated[str, _one_of(Literal["none", "quick", "complete"])] = Field(
         description="How much of the report card is there."
     )

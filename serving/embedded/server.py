@@ -28,6 +28,7 @@ from serving.embedded.servable import DEFAULT_SIGNATURE, Refused, invalid, statu
 from serving.embedded.tensors import decoded, encode
 
 THREADS = 8
+RELOAD_WAIT_S = 20  # less than clients wait for a reload, or calls that queue for one would take every thread
 KINDS = {"classify": "classification", "regress": "regression"}
 SERVICES = ("", "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService")
 
@@ -133,8 +134,12 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):  # type: ignore
     @_guarded
     def HandleReloadConfigRequest(self, request: Any) -> Any:  # noqa: N802
         """Replace the whole configuration of the server."""
-        with self._one_reload:
+        if not self._one_reload.acquire(timeout=RELOAD_WAIT_S):
+            raise Refused(grpc.StatusCode.UNAVAILABLE, "another reload is under way")
+        try:
             self._models.reload(checked(request))
+        finally:
+            self._one_reload.release()
         response = model_management_pb2.ReloadConfigResponse()
         response.status.SetInParent()
         for name in request.metric_names:

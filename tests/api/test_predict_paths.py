@@ -299,7 +299,7 @@ def test_its_health_and_metadata(service: Service) -> None:
         (b"x" * 785, RAW, "model=lenet5", 422, "invalid_instances", "785 bytes"),
         (b"x" * 784, RAW, "", 422, "invalid_request", "model"),
         (b"x" * 784, RAW, "model=lenet5&x=1", 422, "invalid_request", "x"),
-        (b"x" * 784, RAW, "model=lenet5&model=a", 422, "invalid_request", "given twice"),
+        (b"x" * 784, RAW, "model=lenet5&model=a", 422, "invalid_request", "given more than once"),
         (b"x" * 784, RAW, "model=lenet5&version=1&label=stable", 422, "invalid_request", "not both"),
         (b"x" * 784, RAW, "model=lenet5&top_k=0", 422, "invalid_request", "top_k"),
         (b"x" * 784 * 1025, RAW, "model=lenet5", 413, "too_large", "1025 images"),

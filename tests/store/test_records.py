@@ -28,5 +28,13 @@ def test_a_record_of_another_release_loses_only_what_cannot_be_read() -> None:
     assert found.dump() == {"classes": ["a"], "colour": "grey"}
 
 
+def test_one_unreadable_value_leaves_its_neighbours() -> None:
+    found = Manifest.read({"dataset": {"id": "d", "images": 4, "validation": {"id": "v", "images": "many"}}})
+    assert found.dataset is not None
+    assert found.dataset.dump() == {"id": "d", "images": 4, "validation": {"id": "v"}}
+    card = ReportCard.read({"history": [{"epoch": 1}, {"epoch": "two"}], "robustness": {"curve": [{"pgd": None}]}})
+    assert card.dump() == {"history": [{"epoch": 1}, {}], "robustness": {"curve": [{}]}}
+
+
 def test_the_input_form_is_28_by_28_grey() -> None:
     assert (GREY_28.shape, GREY_28.pixels) == ((28, 28, 1), 784)

@@ -1,7 +1,9 @@
 """Preparation of images: one function for what is uploaded and what is predicted."""
 
+import contextlib
 import io
 import math
+import threading
 import warnings
 
 import numpy as np
@@ -11,6 +13,9 @@ from store.errors import InvalidImage
 from store.records import GREY_28
 
 SIDE = GREY_28.height  # and width
+STRIP = 64  # rows
+LARGE = 1 << 22  # pixels; images beyond are decoded one at a time
+_one_large = threading.Lock()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # what Pillow may decode, for uploads and predictions alike
 OVERSAMPLING = 8  # a JPEG is decoded at the smallest scale that leaves so many pixels for each of the 28
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own bound, which refuses instead of warning
@@ -33,8 +38,9 @@ def decode(body: bytes, max_pixels: int) -> np.ndarray:
                     raise InvalidImage(f"{width}x{height} pixels, more than the limit of {max_pixels}")
                 scale = min(1.0, OVERSAMPLING * SIDE / max(width, height))
                 image.draft("L", (math.ceil(width * scale), math.ceil(height * scale)))  # concerns JPEG alone
-                ImageOps.exif_transpose(image, in_place=True)
-                return prepare(_grey(image))
+                with _one_large if image.width * image.height > LARGE else contextlib.nullcontext():
+                    ImageOps.exif_transpose(image, in_place=True)
+                    return prepare(_grey(image))
     except (InvalidImage, MemoryError):
         raise
     except UnidentifiedImageError as exc:
@@ -48,8 +54,11 @@ def _grey(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise InvalidImage("an image of 32 bits a pixel, whose range is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        values = np.asarray(image)
+        grey = np.empty(values.shape, np.uint8)
+        for at in range(0, len(values), STRIP):  # the wider numbers of a whole photo would take 400 MB
+            grey[at : at + STRIP] = (values[at : at + STRIP].astype(np.uint32) + 128) // 257
+        return Image.fromarray(grey)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if image.mode not in ("RGBA", "LA"):
             image = image.convert("RGBA")

@@ -232,7 +232,8 @@ class Jobs:
         last = _status(status, **ending)
         with self._engine.begin() as connection:
             _write(
-                connection, _leased(job), [*happened, last], status=status, stage=None, finished_at=now(), **values
+                connection, _leased(job), [*happened, last],
+                status=status, stage=None, finished_at=now(), worker=None, **values,
             )  # fmt: skip
 
     def requeue(self, job: Job) -> None:

@@ -18,6 +18,7 @@ from serving.registry import Registry
 from store import logging
 from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StoreUnavailable, TemperError
+from store.processes import pulse_file
 from store.settings import Settings, warn_of_unknown_variables
 from trainer.jobs import records
 from trainer.jobs.records import Job, Jobs, LeaseLost, WorkerState
@@ -78,12 +79,16 @@ class Worker:
     def run(self) -> None:
         """Work until `Stopped` is raised."""
         heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        pulse = threading.Thread(target=self._touch, name="pulse", daemon=True)
         heartbeat.start()
+        pulse.start()
         try:
             self._run()
         finally:
             self._stopped.set()
             heartbeat.join()
+            pulse.join()
+            pulse_file(self.settings, os.getpid()).unlink(missing_ok=True)
             with suppress(*PASSING_FAILURES):
                 self.jobs.forget_worker(self.id)
 
@@ -103,6 +108,13 @@ class Worker:
                 self._pulse.beat()
             if self._stopped.wait(HEARTBEAT_S):
                 return
+
+    def _touch(self) -> None:
+        """Show the supervisor that this process runs. Importing TensorFlow may hold the interpreter for long."""
+        while not self._stopped.wait(HEARTBEAT_S):
+            if self.state != "warming":
+                with suppress(OSError):  # a full disk
+                    pulse_file(self.settings, os.getpid()).touch()
 
     def _run(self) -> None:
         import_tensorflow()

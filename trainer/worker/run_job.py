@@ -1,5 +1,6 @@
 """One job from data to a live version: adapt, fit, evaluate, export, publish. And what is added to its report later."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -18,7 +19,7 @@ from serving.client import ModelServer
 from serving.publishing import Probe, file_lock, publish, seal, withdraw
 from serving.registry import BASE, Registry, Version
 from store.engine import reason, retrying
-from store.errors import DeviceUnavailable, UnknownModel
+from store.errors import DeviceUnavailable, ModelServerError, UnknownModel
 from store.records import GREY_28, DatasetCard, Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, evaluate, report
@@ -49,21 +50,21 @@ class Run:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Note an epoch."""
-        self._patiently(lambda: self.jobs.append_event(self.job, "epoch", record))
+        self.patiently(lambda: self.jobs.append_event(self.job, "epoch", record))
 
     def publishing(self, done: str) -> None:
         """Note a publishing step. Called again while the next step waits, to end a cancelled job."""
         if done in self.published:
-            self._patiently(lambda: self.jobs.check_lease(self.job))
+            self.patiently(lambda: self.jobs.check_lease(self.job))
             return
         stage = {"proven": "warming", "warmed": "publishing"}.get(done)
-        self._patiently(lambda: self.jobs.append_event(self.job, "publishing", {"step": done}, stage=stage))
+        self.patiently(lambda: self.jobs.append_event(self.job, "publishing", {"step": done}, stage=stage))
         self.published.add(done)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Everything inside belongs to this stage."""
-        self._patiently(lambda: self.jobs.set_stage(self.job, name))
+        self.patiently(lambda: self.jobs.set_stage(self.job, name))
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
@@ -71,13 +72,13 @@ class Run:
     def succeeded(self, version: int) -> None:
         """End the job."""
         labelled: Happened = ("publishing", {"step": "labelled"})
-        self._patiently(
+        self.patiently(
             lambda: self.jobs.finish(
                 self.job, "succeeded", happened=[labelled], version=version, report_status="quick"
             )
         )  # fmt: skip
 
-    def _patiently(self, write: Callable[[], None]) -> None:
+    def patiently(self, write: Callable[[], None]) -> None:
         """Wait for a store that is away: what has been trained is worth more than the wait."""
 
         def tell(exc: Exception) -> None:
@@ -93,11 +94,12 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
         TemperError: why it failed; nothing of it is served or left on disk.
         LeaseLost: it was cancelled or given to another worker.
     """
-    staged = settings.staging / job.id
+    staged = settings.staging / job.id / str(job.attempts)  # an earlier attempt may wake up and clean up after itself
     clear_leftovers(job, settings=settings, registry=registry, servers=servers)
     live = [version for version in registry.of_job(job.id) if version.live]
     if live:  # a worker died between making it live and saying so
-        jobs.finish(job, "succeeded", version=live[0].version, report_status="quick")
+        labelled: Happened = ("publishing", {"step": "labelled"})
+        jobs.finish(job, "succeeded", happened=[labelled], version=live[0].version, report_status="quick")
         return
     run = Run(job, jobs)
     report.reset_peak_memory()
@@ -143,10 +145,12 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card(), label=job.label,
                 step=run.publishing, fence=functools.partial(jobs.check_lease, job),
             )  # fmt: skip
-        registry.set_report(job.model, version, card())
+        run.patiently(lambda: registry.set_report(job.model, version, card()))
         run.succeeded(version)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            staged.parent.rmdir()
 
 
 def clear_leftovers(job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
@@ -321,8 +325,7 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
     with file_lock(settings, "base"):
         if registry.has_live(BASE):
             return
-        for server in servers:
-            server.states(BASE)  # is it there at all? A number that is given is not given again
+        _check_any_answers(servers)  # first, because a number that is given is not given again
         for version in registry.of_job(BASE):
             withdraw(settings, registry, servers, BASE, version.version)
         params, card = pretrained()
@@ -340,6 +343,18 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
             settings, registry, servers,
             staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=report_card,
         )  # fmt: skip
+
+
+def _check_any_answers(servers: Sequence[ModelServer]) -> None:
+    absent: ModelServerError | None = None
+    for server in servers:
+        try:
+            server.states(BASE)
+            return
+        except ModelServerError as exc:
+            absent = exc
+    if absent:
+        raise absent
 
 
 def pretrained() -> tuple[Arrays, dict[str, Any]]:

@@ -22,14 +22,16 @@ def upgrade() -> None:
     for statement in (
         "INSERT INTO models (name, last_version, created_at) SELECT name, last_version, created_at FROM old_models",
         "INSERT INTO versions (model, version, live, removed, job_id, created_at, manifest)"
-        " SELECT model, version, live, removed, job_id, created_at, manifest FROM old_versions"
+        " SELECT model, version, live AND NOT removed, removed, job_id, created_at, manifest FROM old_versions"
         " WHERE model IN (SELECT name FROM models)",
         "INSERT INTO reports (model, version, report) SELECT model, version, report FROM old_versions"
         " WHERE model IN (SELECT name FROM models)",
-        # A label could be left without its version, and was then passed over.
+        # A label could be left at a version that was withdrawn; requests for it found nothing.
         "INSERT INTO labels (model, label, version, weight) SELECT model, label, version, weight FROM old_labels"
         " WHERE EXISTS (SELECT 1 FROM versions WHERE versions.model = old_labels.model"
-        " AND versions.version = old_labels.version)",
+        " AND versions.version = old_labels.version AND versions.live)",
+        "INSERT INTO labels (model, label, version, weight) SELECT model, 'stable', max(version), 0 FROM versions"
+        " WHERE live AND model NOT IN (SELECT model FROM labels WHERE label = 'stable') GROUP BY model",
         "INSERT INTO revisions (id, revision) SELECT id, revision FROM old_revisions",
         "INSERT INTO workers (id, state, seen_at) SELECT id, state, seen_at FROM old_workers",
         "INSERT INTO jobs (id, model, version, label, base, status, stage, created_at, started_at, finished_at, spec,"
