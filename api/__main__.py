@@ -10,16 +10,20 @@ from store import logging
 from store.engine import prepare
 from store.errors import StoreUnavailable
 from store.processes import choose_grpc_event_loop
-from store.settings import Settings, warn_of_unknown_variables
+from store.settings import from_environment, warn_of_unknown_variables
 
 
 @click.command()
 def main() -> None:
     """Serve the HTTP API. Settings come from TEMPER_* variables; `temper serve` starts this and everything else."""
-    settings = Settings()
+    logging.configure("gateway")
+    warn_of_unknown_variables(os.environ)
     try:
+        settings = from_environment()
         settings.make_home()
         prepare(settings.store_url)
+    except ValueError as exc:
+        sys.exit(f"python -m api: {exc}")
     except OSError as exc:
         sys.exit(f"python -m api: cannot use TEMPER_HOME: {exc}")
     except StoreUnavailable as exc:
@@ -31,7 +35,6 @@ def main() -> None:
     from api.http.tracing import add_request_id
 
     logging.configure("gateway", add_request_id)
-    warn_of_unknown_variables(os.environ)
     uvicorn.run(
         create_app(settings), host=settings.host, port=settings.port,
         access_log=False, log_config=None, log_level="warning", timeout_graceful_shutdown=5,

@@ -13,14 +13,13 @@ from typing import IO, Any, get_args
 import click
 import httpx
 from PIL import Image, UnidentifiedImageError
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from api import __version__
-from store.settings import Settings
+from store.settings import Settings, from_environment
 from trainer.spec import ATTACK_NAMES, Fgsm, Spec
 
 console = Console(highlight=False)
@@ -100,11 +99,9 @@ def main(context: click.Context, url: str | None) -> None:
 
 def _settings() -> Settings:
     try:
-        return Settings()
-    except ValidationError as exc:
-        found = ((str(error["loc"][0]).upper(), error["msg"].removeprefix("Value error, ")) for error in exc.errors())
-        wrong = "; ".join(f"TEMPER_{name}: {reason}" for name, reason in found)
-        raise click.ClickException(wrong) from exc
+        return from_environment()
+    except ValueError as exc:
+        raise click.ClickException(str(exc)) from exc
 
 
 @main.command()

@@ -1,6 +1,7 @@
 """Whether the store and the disk work, found out by using them."""
 
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -22,14 +23,14 @@ class Notice:
         self.failure: str | None = None
 
     def failed(self, failure: BaseException) -> None:
-        """It does not work."""
+        """Note a failure."""
         text = f"{type(failure).__name__}: {failure}".partition("\n")[0]
         if text != self.failure:
             log.error("%s: %s", self._what, text)
         self.failure = text
 
     def worked(self) -> None:
-        """It works."""
+        """Note that it works."""
         if self.failure is not None:
             log.info("%s: works again", self._what)
         self.failure = None
@@ -43,11 +44,23 @@ class Health:
         self._store, self._disk = Notice("the store"), Notice("the disk")
         self._checked_at = -RECHECK_S
         self._write_failed = False
+        self._one_check = threading.Lock()
+
+    def store_failed(self, failure: BaseException) -> None:
+        """Note that a request could not use the store."""
+        self._store.failed(failure)
 
     def check(self) -> None:
-        """Find out anew, unless that was done just now; blocks."""
-        if time.monotonic() < self._checked_at + RECHECK_S:
+        """Check again, unless that was done in the last seconds or is being done; blocks."""
+        if time.monotonic() < self._checked_at + RECHECK_S or not self._one_check.acquire(blocking=False):
             return
+        try:
+            self._checked_at = time.monotonic()
+            self._check()
+        finally:
+            self._one_check.release()
+
+    def _check(self) -> None:
         try:
             self._use_store()
             self._store.worked()
@@ -63,7 +76,6 @@ class Health:
             else:
                 self._disk.worked()
             self._write_failed = self._write_failed and low  # a quota, or a burst that is over
-        self._checked_at = time.monotonic()
 
     def note(self, failure: BaseException) -> None:
         """Take into account how a request has failed."""
@@ -81,7 +93,7 @@ class Health:
         return self._disk.failure is None
 
     def _use_store(self) -> None:
-        """Raise what speaks against the store."""
+        """Read from every table, and have SQLite check its file; raises what goes wrong."""
         with self._engine.connect() as connection:
             for table in metadata.sorted_tables:
                 connection.execute(sa.select(table).limit(1)).all()

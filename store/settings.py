@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 log = logging.getLogger("temper.settings")
@@ -105,6 +105,19 @@ class Settings(BaseSettings):
         """
         for directory in (self.models, self.staging, self.datasets):
             directory.mkdir(parents=True, exist_ok=True)
+
+
+def from_environment() -> Settings:
+    """The settings in the `TEMPER_*` variables.
+
+    Raises:
+        ValueError: in one line, every variable with a wrong value and what is wrong with it.
+    """
+    try:
+        return Settings()
+    except ValidationError as exc:
+        found = ((str(error["loc"][0]).upper(), error["msg"].removeprefix("Value error, ")) for error in exc.errors())
+        raise ValueError("; ".join(f"TEMPER_{name}: {why}" for name, why in found)) from exc
 
 
 def _is_binary(model_server: str) -> bool:

@@ -50,7 +50,8 @@ async def ready(request: Request) -> Response:
     if store:
         try:
             workers = await asyncio.to_thread(gateway.jobs.worker_states)
-        except sa.exc.SQLAlchemyError:
+        except sa.exc.SQLAlchemyError as exc:
+            gateway.health.store_failed(exc)
             store = False
     up = bool(gateway.pool.up)
     words: dict[bool, Literal["ok", "unavailable"]] = {True: "ok", False: "unavailable"}

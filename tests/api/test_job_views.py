@@ -26,7 +26,7 @@ JOB = Job(
         {"spec": {}},
         {"stage": "searching", "status": "paused", "report_status": "partial"},
         {"error": {"message": "worker lost"}, "status": "failed"},
-        {"progress": None, "dataset": None, "spec": None},
+        {"spec": None},
     ],
 )
 def test_a_job_of_another_release_is_shown_as_it_was_stored(stored: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def predicted(service: Service, model: str, images: np.ndarray, **more: Any) -> 
 @pytest.fixture(scope="module")
 def job(service: Service, digits_zip: bytes) -> Any:
     """A fine-tune that has succeeded: LoRA, L2, dropout and FGSM on 200 digits."""
-    answer = service.finetune(digits_zip, "digits", ROBUST)
+    answer = service.finetune(digits_zip, "numerals", ROBUST)
     assert answer.status_code == 202, answer.text
     assert answer.headers["location"] == f"/finetune/{answer.json()['id']}"
     return service.finished(answer.json()["id"])
@@ -51,8 +51,8 @@ def test_a_fine_tune_ends_in_a_live_version_that_knows_its_digits(service: Servi
     assert job["progress"]["epoch"] == job["progress"]["epochs"] == 8
     assert {"data_loss", "adversarial_loss", "l2", "validation_accuracy"} <= set(job["progress"])
     images, labels = digits[0][200:600], digits[1][200:600]
-    answer = predicted(service, "digits", images)
-    assert (answer["model"], answer["version"], answer["classes"]) == ("digits", 1, list("0123456789"))
+    answer = predicted(service, "numerals", images)
+    assert (answer["model"], answer["version"], answer["classes"]) == ("numerals", 1, list("0123456789"))
     right = np.mean([p["label"] == str(label) for p, label in zip(answer["predictions"], labels, strict=True)])
     base = predicted(service, "lenet5", images)
     before = np.mean([p["label"] == str(label) for p, label in zip(base["predictions"], labels, strict=True)])
@@ -62,7 +62,7 @@ def test_a_fine_tune_ends_in_a_live_version_that_knows_its_digits(service: Servi
 
 
 def test_the_report_can_be_recomputed_from_the_exported_model(service: Service, job: Any, digits: Digits) -> None:
-    (version,) = service.api.get("/models/digits").json()["versions"]
+    (version,) = service.api.get("/models/numerals").json()["versions"]
     report = version["report"]
     assert report["parameters"] == {
         "trained": 5946,
@@ -74,7 +74,7 @@ def test_the_report_can_be_recomputed_from_the_exported_model(service: Service, 
     assert np.sum(validation["confusion_matrix"]) == validation["images"]
     assert np.trace(validation["confusion_matrix"]) == round(validation["accuracy"] * validation["images"])
     assert report["train"]["images"] + validation["images"] == 200
-    params = load_params(service.home / "models/digits/1")
+    params = load_params(service.home / "models/numerals/1")
     images, labels = digits[0][:200] / np.float32(255), digits[1][:200]
     scores = logits(params, tf.constant(images[..., None])).numpy()
     right = report["train"]["accuracy"] * report["train"]["images"] + validation["accuracy"] * validation["images"]
@@ -94,7 +94,7 @@ def test_predictions_go_on_while_a_new_version_goes_live(service: Service, job: 
     def ask() -> None:
         with httpx.Client(base_url=service.url, timeout=30) as api:
             while not stop.is_set():
-                body = {"model": "digits", "range": "byte", "instances": [digits[0][0].tolist()]}
+                body = {"model": "numerals", "range": "byte", "instances": [digits[0][0].tolist()]}
                 answer = api.post("/predict", json=body)
                 (seen if answer.status_code == 200 else bad).append(answer.json())
 
@@ -103,15 +103,15 @@ def test_predictions_go_on_while_a_new_version_goes_live(service: Service, job: 
             pool.submit(ask)
         images, labels = digits
         upload = npz(images=images[:120], labels=labels[:120])
-        done = service.finished(service.finetune(upload, "digits", QUICK).json()["id"])
+        done = service.finished(service.finetune(upload, "numerals", QUICK).json()["id"])
         eventually(lambda: seen[-1]["version"] == done["version"], "the new version answers")
         stop.set()
     assert done["status"] == "succeeded"
     assert bad == []
     versions = [answer["version"] for answer in seen]
     assert versions[0] < done["version"] == max(versions)
-    assert predicted(service, "digits", digits[0][:1], version=1)["version"] == 1
-    assert predicted(service, "digits", digits[0][:1], label="stable")["version"] == done["version"]
+    assert predicted(service, "numerals", digits[0][:1], version=1)["version"] == 1
+    assert predicted(service, "numerals", digits[0][:1], label="stable")["version"] == done["version"]
 
 
 def test_a_version_answers_as_soon_as_its_job_says_so(service: Service, digits: Digits) -> None:
@@ -132,9 +132,9 @@ def test_dark_on_light_uploads_and_predictions_agree(service: Service, digits: D
 
 
 def test_a_fine_tune_can_go_on_from_any_published_version(service: Service, job: Any, digits_zip: bytes) -> None:
-    spec = json.dumps({"base": "digits:1", "epochs": 1, "method": "head"})
+    spec = json.dumps({"base": "numerals:1", "epochs": 1, "method": "head"})
     done = service.finished(service.finetune(digits_zip, "digits-next", spec).json()["id"])
-    assert (done["status"], done["base"]) == ("succeeded", "digits:1")
+    assert (done["status"], done["base"]) == ("succeeded", "numerals:1")
     before, after = (load_params(service.home / "models" / name) for name in ("digits/1", "digits-next/1"))
     assert {name for name in before if not np.array_equal(before[name], after[name])} == {"head/kernel", "head/bias"}
 
@@ -148,10 +148,10 @@ def test_an_image_body_is_prepared_like_an_upload(service: Service, job: Any, di
 
     body = encoded(Image.fromarray(image), kind.upper(), **({"quality": 100} if kind == "jpeg" else {}))
     answer = service.api.post(
-        "/predict?model=digits&version=1", content=body, headers={"Content-Type": f"image/{kind}"}
+        "/predict?model=numerals&version=1", content=body, headers={"Content-Type": f"image/{kind}"}
     )
     assert answer.status_code == 200, answer.text
-    exact = predicted(service, "digits", image[None], version=1)
+    exact = predicted(service, "numerals", image[None], version=1)
     tolerance = 1e-5 if kind == "png" else 0.1
     np.testing.assert_allclose(
         answer.json()["predictions"][0]["probabilities"], exact["predictions"][0]["probabilities"], atol=tolerance

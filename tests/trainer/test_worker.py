@@ -109,7 +109,7 @@ def test_a_restart_of_postgresql_costs_no_job(tmp_path: Path, place: Place) -> N
             jobs = Jobs(engine)
             spec = described(parse_spec('{"epochs": 1000, "method": "full"}'))
             job_id = jobs.create(model="m", base="lenet5:1", spec=spec, dataset=place.dataset).id
-            eventually(lambda: jobs.get(job_id).progress, "the job trains", 200)
+            eventually(lambda: jobs.get(job_id).progress.epoch, "the job trains", 200)
             server.stop()
             eventually(lambda: "the job waits for it" in said.read_text(), "the worker notices", 200)
             server.start()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 import click
+import sqlalchemy as sa
 import structlog
 
 from serving.client import ModelServer
@@ -19,7 +20,7 @@ from store import logging
 from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StoreUnavailable, TemperError
 from store.processes import pulse_file
-from store.settings import Settings, warn_of_unknown_variables
+from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
 from trainer.jobs.records import Job, Jobs, LeaseLost, WorkerState
 
@@ -43,7 +44,10 @@ def main() -> None:
     """Claim queued jobs and run them. Settings are read from TEMPER_* environment variables."""
     logging.configure("worker")
     warn_of_unknown_variables(os.environ)
-    settings = Settings()
+    try:
+        settings = from_environment()
+    except ValueError as exc:
+        sys.exit(f"python -m trainer: {exc}")
     os.nice(5)  # predictions come first
 
     def stop(*_: object) -> None:
@@ -59,7 +63,10 @@ def main() -> None:
             sys.exit(f"python -m trainer: cannot use TEMPER_HOME: {exc}")
         except StoreUnavailable as exc:
             sys.exit(f"python -m trainer: {exc.message}")
-        worker.run()
+        try:
+            worker.run()
+        except sa.exc.DatabaseError as exc:  # damaged, for example: nothing that waiting would mend
+            sys.exit(f"python -m trainer: the store failed: {reason(exc)}")
 
 
 class Worker:
@@ -89,7 +96,7 @@ class Worker:
             heartbeat.join()
             pulse.join()
             pulse_file(self.settings, os.getpid()).unlink(missing_ok=True)
-            with suppress(*PASSING_FAILURES):
+            with suppress(sa.exc.DatabaseError, sa.exc.InterfaceError):
                 self.jobs.forget_worker(self.id)
 
     def _beat(self) -> None:
