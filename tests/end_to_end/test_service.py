@@ -135,7 +135,7 @@ def test_a_fine_tune_can_go_on_from_any_published_version(service: Service, job:
     spec = json.dumps({"base": "numerals:1", "epochs": 1, "method": "head"})
     done = service.finished(service.finetune(digits_zip, "digits-next", spec).json()["id"])
     assert (done["status"], done["base"]) == ("succeeded", "numerals:1")
-    before, after = (load_params(service.home / "models" / name) for name in ("digits/1", "digits-next/1"))
+    before, after = (load_params(service.home / "models" / name) for name in ("numerals/1", "digits-next/1"))
     assert {name for name in before if not np.array_equal(before[name], after[name])} == {"head/kernel", "head/bias"}
 
 

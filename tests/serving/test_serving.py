@@ -72,7 +72,7 @@ def test_a_model_server_is_a_word_a_path_or_addresses(given: str, supervised: bo
 
 @pytest.mark.parametrize("given", ["", "nowhere", "a:b", "a:1,,b:2", "a:123456", "unix:relative/path"])
 def test_what_is_none_of_these_is_refused(given: str) -> None:
-    with pytest.raises(ValidationError, match="neither auto, embedded, a path, host:port nor unix:/path"):
+    with pytest.raises(ValidationError, match="must be auto, embedded, a path, host:port or unix:/path"):
         Settings(model_server=given)
 
 
