@@ -289,6 +289,10 @@ def test_its_health_and_metadata(service: Service) -> None:
     assert found["outputs"][0]["parameters"]["classes"] == [str(digit) for digit in range(10)]
 
 
+def npy_header(text: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 # --- what is wrong with a body, and what comes with every answer --------------------------------------------------
 
 
@@ -299,11 +303,15 @@ def test_its_health_and_metadata(service: Service) -> None:
         (b"x" * 785, RAW, "model=lenet5", 422, "invalid_instances", "785 bytes"),
         (b"x" * 784, RAW, "", 422, "invalid_request", "model"),
         (b"x" * 784, RAW, "model=lenet5&x=1", 422, "invalid_request", "x"),
+        (b"x" * 784, RAW, "model=lenet5&path=x", 422, "invalid_request", "path: unknown field"),
+        (b'{"model": "lenet5", "body": 1, "instances": []}', "application/json", "", 422, "invalid_request", "body: "),
         (b"x" * 784, RAW, "model=lenet5&model=a", 422, "invalid_request", "given more than once"),
         (b"x" * 784, RAW, "model=lenet5&version=1&label=stable", 422, "invalid_request", "not both"),
         (b"x" * 784, RAW, "model=lenet5&top_k=0", 422, "invalid_request", "top_k"),
         (b"x" * 784 * 1025, RAW, "model=lenet5", 413, "too_large", "1025 images"),
         (b"x", NPY, "model=lenet5", 422, "invalid_instances", "not an .npy file"),
+        (npy_header(b"(((("), NPY, "model=lenet5", 422, "invalid_instances", "not an .npy file"),
+        (npy_header(b"{[]: 1}"), NPY, "model=lenet5", 422, "invalid_instances", "not an .npy file"),
         (npy(BYTES)[:-1], NPY, "model=lenet5", 422, "invalid_instances", "783 bytes"),
         (npy(BYTES.astype(np.int64)), NPY, "model=lenet5", 422, "invalid_instances", "int64"),
         (npy(np.array([None])), NPY, "model=lenet5", 422, "invalid_instances", "object"),

@@ -108,6 +108,17 @@ def test_a_store_from_before_migrations_is_adopted_with_all_it_holds(engine: sa.
         assert registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()) == 3
 
 
+def test_a_label_of_a_withdrawn_version_moves_to_the_newest_live_one(engine: sa.Engine) -> None:
+    url = emptied(engine)
+    run(engine, BEFORE_MIGRATIONS + "UPDATE versions SET removed = true WHERE version = 2;\n")
+    with opened(url) as adopted:
+        registry = Registry(adopted)
+        assert registry.labels("m") == {"stable": Label(1)}
+        assert registry.removed() == [("m", 2)]
+        registry.forget("m", 2)
+        assert [version.version for version in registry.of_model("m")] == [1]
+
+
 def test_migrations_end_in_the_tables_of_the_code(engine: sa.Engine) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
