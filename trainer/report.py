@@ -26,6 +26,7 @@ QUICK_STEPS = 20  # before publishing
 MASKING_IMAGES, MASKING_SHARE = 2, 0.01  # a weaker attack must win by more than both to be a sign of masking
 BEHIND = 0.2  # how far PGD may fall short of FGSM before the report warns
 SQUARE_QUERIES, SQUARE_PART = 1000, 250
+PGD_PART = 128  # images of one piece, about a second's work
 
 Model = Callable[[], Network]
 
@@ -181,7 +182,7 @@ def _batched(attack: Any, split: Split) -> np.ndarray:
 def withstood_pgd(
     model: Model, split: Split, epsilon: float, steps: int = PGD_STEPS, restarts: int = PGD_RESTARTS
 ) -> Iterator[np.ndarray]:
-    """Images that are still classified correctly, (n,) bool, after each restart of APGD.
+    """Images that are still classified correctly, (n,) bool, after each piece of APGD; a job waits for one piece.
 
     Restarts take turns with the two losses, APGD-CE first, and run on the images that are left. An image counts as
     lost when any point on the way was misclassified, not only the last.
@@ -189,11 +190,12 @@ def withstood_pgd(
     standing = evaluate.right(model().logits(split.images), split.labels)
     size, count = tf.constant(epsilon, tf.float32), tf.constant(steps)
     for restart in range(restarts):
-        left = np.flatnonzero(standing)
-        if len(left):
-            network, options = model(), (size, count, tf.constant([restart, 1]), tf.constant(restart % 2 == 1))
-            margins = _batched(lambda x, y: network.apgd(x, y, *options)[1], _chosen(split, left))  # noqa: B023
-            standing[left] = margins <= 0
+        left, options = np.flatnonzero(standing), (tf.constant([restart, 1]), tf.constant(restart % 2 == 1))
+        for at in range(0, len(left), PGD_PART):
+            part = _chosen(split, left[at : at + PGD_PART])
+            margins = model().apgd(part.images, tf.constant(part.labels), size, count, *options)[1].numpy()
+            standing[left[at : at + PGD_PART]] = margins <= 0
+            yield standing
         yield standing
 
 
