@@ -139,7 +139,7 @@ def test_a_home_with_a_long_path_gets_a_socket_elsewhere(tmp_path: Path) -> None
 
 def test_a_model_server_that_is_no_program_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path, TEMPER_MODEL_SERVER="/no/such/program") == (
-        "Error: TEMPER_MODEL_SERVER: /no/such/program is no program"
+        "Error: TEMPER_MODEL_SERVER: /no/such/program was not found or is not executable"
     )
 
 
