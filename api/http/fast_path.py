@@ -16,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http import errors
 
+Handler = Callable[[Request], Awaitable[Response]]
+
 
 class FastRoute(APIRoute):
     """A route for the fast path: its endpoint reads the request itself and returns a response."""
@@ -60,7 +62,7 @@ class _Post(Route):
 class _Endpoint:
     """A request handler as an ASGI application."""
 
-    def __init__(self, handle: Callable[[Request], Awaitable[Response]]) -> None:
+    def __init__(self, handle: Handler) -> None:
         self._handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

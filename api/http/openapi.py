@@ -1,10 +1,12 @@
 """Parts of the API's documentation that several routes share."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import Path, Query
+from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field, WithJsonSchema
 
+from api.http.fast_path import FastRoute, Handler
 from api.inference.options import ModelName
 from store.records import GREY_28
 
@@ -99,3 +101,24 @@ def whole(model: type[BaseModel]) -> dict[str, Any]:
 
     found: dict[str, Any] = filled(schema)
     return found
+
+
+def add_fast_routes(
+    router: APIRouter, endpoint: Handler, paths: Mapping[str, list[dict[str, Any]]], *,
+    verb: str, request: type[BaseModel], response: type[BaseModel],
+) -> None:  # fmt: skip
+    """Add the POST routes of one endpoint that reads its JSON body itself.
+
+    Args:
+        paths: each with the documentation of its parameters, the last of which tells it from the others.
+        verb: what the endpoint does, for the operations' ids.
+    """
+    for path, parameters in paths.items():
+        router.add_api_route(
+            path, endpoint, methods=["POST"], route_class_override=FastRoute, response_model=response,
+            operation_id=f"{verb} by {parameters[-1]['name']}",
+            openapi_extra={
+                "requestBody": {"required": True, "content": {"application/json": {"schema": whole(request)}}},
+                "parameters": parameters,
+            },
+        )  # fmt: skip

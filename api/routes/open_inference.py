@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from api import __version__
 from api.gateway import gateway_of
 from api.http.errors import invalid_request
-from api.http.fast_path import FastRoute, Json
-from api.http.openapi import NAME, PLAIN_ERRORS, VERSION, Name, Number, whole
+from api.http.fast_path import Json
+from api.http.openapi import NAME, PLAIN_ERRORS, VERSION, Name, Number, add_fast_routes
 from api.inference.json_body import PIXELS, SHAPES, as_images, check_range, is_array, is_object, numbers, parse, plain
 from api.inference.router import parse_version
 from api.routes.predict import ask
@@ -105,18 +105,17 @@ async def infer(request: Request) -> Response:
     return Json(body)
 
 
-for _path, _parameters in (
-    ("/v2/models/{name}/infer", [NAME]),
-    ("/v2/models/{name}/versions/{version}/infer", [NAME, VERSION]),
-):
-    router.add_api_route(
-        _path, infer, methods=["POST"], route_class_override=FastRoute, response_model=InferResponse,
-        operation_id=f"infer by {_parameters[-1]['name']}",
-        openapi_extra={
-            "requestBody": {"required": True, "content": {"application/json": {"schema": whole(InferRequest)}}},
-            "parameters": _parameters,
-        },
-    )  # fmt: skip
+add_fast_routes(
+    router,
+    infer,
+    {
+        "/v2/models/{name}/infer": [NAME],
+        "/v2/models/{name}/versions/{version}/infer": [NAME, VERSION],
+    },
+    verb="infer",
+    request=InferRequest,
+    response=InferResponse,
+)
 
 
 @router.get("/v2")

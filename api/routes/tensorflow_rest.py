@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from api.gateway import gateway_of
-from api.http.fast_path import FastRoute, Json
-from api.http.openapi import LABEL, NAME, PLAIN_ERRORS, VERSION, Instance, Name, Number, whole
+from api.http.fast_path import Json
+from api.http.openapi import LABEL, NAME, PLAIN_ERRORS, VERSION, Instance, Name, Number, add_fast_routes
 from api.inference.json_body import as_images, images_of, is_array, is_object, one_by_one, parse, plain
 from api.inference.router import parse_version
 from api.routes.predict import ask
@@ -61,19 +61,18 @@ async def predict(request: Request) -> Response:
     return Json(body)
 
 
-for _path, _parameters in (
-    ("/v1/models/{name}:predict", [NAME]),
-    ("/v1/models/{name}/versions/{version}:predict", [NAME, VERSION]),
-    ("/v1/models/{name}/labels/{label}:predict", [NAME, LABEL]),
-):
-    router.add_api_route(
-        _path, predict, methods=["POST"], route_class_override=FastRoute, response_model=TensorFlowPredictions,
-        operation_id=f"predict by {_parameters[-1]['name']}",
-        openapi_extra={
-            "requestBody": {"required": True, "content": {"application/json": {"schema": whole(TensorFlowPredict)}}},
-            "parameters": _parameters,
-        },
-    )  # fmt: skip
+add_fast_routes(
+    router,
+    predict,
+    {
+        "/v1/models/{name}:predict": [NAME],
+        "/v1/models/{name}/versions/{version}:predict": [NAME, VERSION],
+        "/v1/models/{name}/labels/{label}:predict": [NAME, LABEL],
+    },
+    verb="predict",
+    request=TensorFlowPredict,
+    response=TensorFlowPredictions,
+)
 
 
 @router.get("/v1/models/{name}")
