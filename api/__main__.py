@@ -6,6 +6,7 @@ import sys
 import click
 import uvicorn
 
+from api.http.tracing import add_request_id
 from store import logging
 from store.engine import prepare
 from store.errors import StoreUnavailable
@@ -16,7 +17,7 @@ from store.settings import from_environment, warn_of_unknown_variables
 @click.command()
 def main() -> None:
     """Serve the HTTP API. Settings come from TEMPER_* variables; `temper serve` starts this and everything else."""
-    logging.configure("gateway")
+    logging.configure("gateway", add_request_id)
     warn_of_unknown_variables(os.environ)
     try:
         settings = from_environment()
@@ -32,9 +33,7 @@ def main() -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children exec at once; read when gRPC is imported
     from api.app import create_app
     from api.http.protocol import Connection
-    from api.http.tracing import add_request_id
 
-    logging.configure("gateway", add_request_id)
     uvicorn.run(
         create_app(settings), host=settings.host, port=settings.port,
         access_log=False, log_config=None, log_level="warning", timeout_graceful_shutdown=5,

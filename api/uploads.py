@@ -87,10 +87,10 @@ class Uploads:
             self._lock.close()
 
     def _take_place(self) -> None:
-        """Make this gateway's directory, once."""
-        if self._lock is not None:
-            return
+        """Make this gateway's directory, unless another upload has just done so."""
         with translated(), file_lock(self._settings, "staging"):
+            if self._lock is not None:
+                return
             remove_leftovers(self._settings, self._jobs)
             self._staging.mkdir(exist_ok=True)
             self._lock = (self._staging / LOCK).open("wb")
@@ -128,7 +128,8 @@ class Uploads:
         with self.admitted(), contextlib.ExitStack() as stack:
             receiver = _Receiver(request.headers.get("content-type", ""), self._staging, texts, files)
             stack.callback(receiver.discard)
-            await asyncio.to_thread(self._take_place)
+            if self._lock is None:  # the disk was full when the gateway started
+                await asyncio.to_thread(self._take_place)
             stream = request.stream()
             while True:
                 try:

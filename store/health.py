@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from store.disk import is_full, is_low
+from store.disk import is_low
 from store.engine import metadata
 
 log = logging.getLogger("temper.store")
@@ -77,10 +77,9 @@ class Health:
                 self._disk.worked()
             self._write_failed = self._write_failed and low  # a quota, or a burst that is over
 
-    def note(self, failure: BaseException) -> None:
-        """Take into account how a request has failed."""
-        if is_full(failure):
-            self._write_failed, self._checked_at = True, -RECHECK_S
+    def note_full_disk(self) -> None:
+        """Note that a request failed because no space is left."""
+        self._write_failed, self._checked_at = True, -RECHECK_S
 
     @property
     def store_works(self) -> bool:

@@ -68,8 +68,9 @@ def response(error: errors.TemperError, path: str) -> ErrorResponse:
 def answer_to(request: Request, failure: Exception) -> Response:
     """The response for whatever a route has raised."""
     path = request.url.path
-    if is_full(failure):
-        request.scope["state"]["gateway"].health.note(failure)
+    full = is_full(failure)
+    if full:
+        request.scope["state"]["gateway"].health.note_full_disk()
     match failure:
         case errors.TemperError():
             return response(failure, path)
@@ -83,7 +84,7 @@ def answer_to(request: Request, failure: Exception) -> Response:
             code = kinds.get(failure.status_code, "malformed_request")
             body: dict[str, Any] = {"code": code, "message": str(failure.detail), "param": None, "details": []}
             return answer(path, failure.status_code, body, dict(failure.headers or {}))
-        case _ if is_full(failure):
+        case _ if full:
             log.error("no space left: %s", failure)
             return response(errors.StorageFull("no space is left on the disk; delete models or free space"), path)
         case sa.exc.SQLAlchemyError():
@@ -116,7 +117,5 @@ def invalid_request(found: Any, model: Any = None) -> errors.TemperError:
     if any(error["type"] == "json_invalid" for error in found):
         cause = found[0].get("ctx", {}).get("error", found[0]["msg"])
         return errors.MalformedRequest(f"the body is not valid JSON: {cause}")
-    details = []
-    for error in found:
-        details.append({"field": ".".join(map(str, error["loc"])) or "body", "reason": reason(error, model)})
+    details = [{"field": ".".join(map(str, error["loc"])) or "body", "reason": reason(error, model)} for error in found]
     return errors.InvalidRequest(errors.listed("", details), param=details[0]["field"], details=details)

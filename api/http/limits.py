@@ -13,6 +13,13 @@ def _predicts(path: str) -> bool:
     return path == "/predict" or path.endswith((":predict", "/infer"))
 
 
+async def _refuse(refusal: TemperError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error and close the connection, since the rest of the body is not read."""
+    response = http_errors.response(refusal, scope["path"])
+    response.headers["connection"] = "close"
+    await response(scope, receive, send)
+
+
 class BodyLimit:
     """Refuses bodies that are larger than their path allows, or that do not fit in memory beside the others."""
 
@@ -38,9 +45,7 @@ class BodyLimit:
         elif size > SMALL and _predicts(path) and self._held and self._held + size > MAX_HELD:
             refusal = Overloaded("too many large bodies are being read; try again")
         if refusal:
-            response = http_errors.response(refusal, path)
-            response.headers["connection"] = "close"
-            return await response(scope, receive, send)
+            return await _refuse(refusal, scope, receive, send)
         if declared is None:
             receive, send = self._counted(limit, scope, receive, send)
         if size <= SMALL or not _predicts(path):
@@ -67,8 +72,6 @@ class BodyLimit:
             if received <= limit:
                 await send(message)
             elif message["type"] == "http.response.start":
-                refusal = http_errors.response(TooLarge(text), scope["path"])
-                refusal.headers["connection"] = "close"
-                await refusal(scope, receive, send)
+                await _refuse(TooLarge(text), scope, receive, send)
 
         return counted, refused
