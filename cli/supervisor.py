@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 import click
 import httpx
@@ -24,6 +24,7 @@ import sqlalchemy as sa
 
 from serving.registry import BASE
 from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
+from store.engine import reason
 from store.errors import ModelServerTimeout, ModelServerUnavailable, TemperError
 from store.memory import allocator_environment
 from store.processes import end_with_parent, free_port, pulse_file
@@ -85,7 +86,7 @@ class Sibling:
                 pid, misses, answered = process.pid, 0, False
             try:
                 answer = self.answers(pid)
-            except Exception as exc:  # another server at the gateway's port, for example
+            except Exception as exc:  # a home that cannot be read, for example; the watch must go on
                 click.echo(f"cannot tell whether the {self.name} responds: {exc}", err=True)
                 answer = None
             if answer is not None:
@@ -160,7 +161,7 @@ def _run(siblings: list[Sibling], url: str) -> None:
     while not stopped:
         for sibling in siblings:
             sibling.keep_running()
-        if not announced and _get(f"{url}/readyz") is not None:
+        if not announced and _answers(f"{url}/readyz"):
             announced = True
             click.echo(f"ready at {url} (documentation at {url}/docs)")
         time.sleep(0.1)
@@ -174,8 +175,6 @@ def _run(siblings: list[Sibling], url: str) -> None:
 def _only_one_in(settings: Settings) -> Iterator[None]:
     try:
         settings.make_home()
-        for stale in settings.home.glob("worker-*.pulse"):
-            stale.unlink(missing_ok=True)
         lock = (settings.home / "serve.lock").open("w")
     except OSError as exc:
         raise click.ClickException(f"TEMPER_HOME cannot be used: {exc}") from exc
@@ -184,6 +183,8 @@ def _only_one_in(settings: Settings) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise click.ClickException(f"another `temper serve` runs in {settings.home.resolve()}") from exc
+        for stale in settings.home.glob("worker-*.pulse"):
+            stale.unlink(missing_ok=True)
         yield
 
 
@@ -197,8 +198,7 @@ def _check_store(settings: Settings) -> None:
     try:
         engine.connect().close()
     except sa.exc.DBAPIError as exc:
-        reason = " ".join(str(exc.orig).split())
-        raise click.ClickException(f"the store {url.render_as_string()} cannot be reached: {reason}") from exc
+        raise click.ClickException(f"the store {url.render_as_string()} cannot be reached: {reason(exc)}") from exc
     finally:
         engine.dispose()
 
@@ -245,7 +245,7 @@ def _siblings(settings: Settings, address: str, model_server: list[str] | None) 
     python, url = sys.executable, _url(settings)
     environment = _environment(settings, address)
     gateway = {**environment, **allocator_environment()}
-    siblings = [Sibling("gateway", [python, "-m", "api"], gateway, lambda _: _get(f"{url}/healthz") is not None)]
+    siblings = [Sibling("gateway", [python, "-m", "api"], gateway, lambda _: _answers(f"{url}/healthz"))]
     if model_server:
         quiet = model_server[0] != python
         logging = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
@@ -258,7 +258,8 @@ def _siblings(settings: Settings, address: str, model_server: list[str] | None) 
 
 def _environment(settings: Settings, address: str) -> dict[str, str]:
     """What the siblings read: these settings, and where the model server listens."""
-    inherited = {name: value for name, value in os.environ.items() if name not in unknown_variables(os.environ)}
+    unknown = unknown_variables(os.environ)
+    inherited = {name: value for name, value in os.environ.items() if name not in unknown}
     given = {f"TEMPER_{name.upper()}": str(value) for name, value in settings if value is not None}
     decided = {"TEMPER_MODEL_SERVER": address, "TEMPER_HOME": str(settings.home.resolve()), "PYTHONUNBUFFERED": "1"}
     return {**inherited, **given, **decided}
@@ -295,13 +296,12 @@ class WorkerPulse:
         return time.monotonic() - self._last[2] < PULSE_S
 
 
-def _get(url: str) -> Any:
-    """The JSON that a URL answers; None without an answer or with another status than 200."""
+def _answers(url: str) -> bool:
+    """Tell whether a URL answers as the gateway does where all is well: status 200, and JSON."""
     with suppress(httpx.HTTPError, ValueError):
         answer = GATEWAY.get(url)
-        if answer.status_code == 200:
-            return answer.json()
-    return None
+        return answer.status_code == 200 and answer.json() is not None
+    return False
 
 
 def _url(settings: Settings) -> str:
