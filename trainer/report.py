@@ -15,7 +15,7 @@ from trainer import attacks, evaluate, fit
 from trainer.fit import Fitted, Split, serve
 from trainer.lenet import HEAD, Arrays
 from trainer.methods import direct_kernels, trained_kernels
-from trainer.network import BATCH, Network
+from trainer.network import Network, in_batches
 from trainer.spec import Spec, Vat
 
 EPSILON = 0.1  # of the report's attacks where the spec trains against none
@@ -168,15 +168,8 @@ def _sample(validation: Split) -> Split:
 
 def fgsm(network: Network, split: Split, epsilon: float) -> np.ndarray:
     """Logits (n, classes) under FGSM."""
-    return _batched(lambda x, y: network.fgsm(x, y, tf.constant(epsilon, tf.float32)), split)
-
-
-def _batched(attack: Any, split: Split) -> np.ndarray:
-    parts = [
-        attack(split.images[at : at + BATCH], tf.constant(split.labels[at : at + BATCH])).numpy()
-        for at in range(0, len(split.labels), BATCH)
-    ]
-    return np.concatenate(parts)
+    size = tf.constant(epsilon, tf.float32)
+    return in_batches(lambda x, y: network.fgsm(x, tf.constant(y), size), split.images, split.labels)
 
 
 def withstood_pgd(

@@ -129,17 +129,17 @@ def test_a_restart_of_postgresql_costs_no_job(tmp_path: Path, place: Place) -> N
 def test_after_an_outage_a_worker_waits_before_it_takes_others_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     at = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: at)
-    pulse = loop._Pulse()
-    pulse.beat()
-    assert pulse.is_steady()
+    contact = loop._StoreContact()
+    contact.beat()
+    assert contact.is_steady()
     at += 12
-    assert not pulse.is_steady()  # no heartbeat has come through
-    pulse.beat()
-    assert not pulse.is_steady()  # those of the others may be on their way
+    assert not contact.is_steady()  # no heartbeat has come through
+    contact.beat()
+    assert not contact.is_steady()  # those of the others may be on their way
     for _ in range(11):
         at += 1
-        pulse.beat()
-    assert pulse.is_steady()
+        contact.beat()
+    assert contact.is_steady()
 
 
 class Raced(Registry):

@@ -79,7 +79,7 @@ class Worker:
         self.jobs, self.registry = Jobs(engine), Registry(engine)
         self.state: WorkerState = "warming"
         self._stopped = threading.Event()
-        self._pulse = _Pulse()
+        self._contact = _StoreContact()
         self._report: tuple[Job, Iterator[None]] | None = None  # under way
         self._failed_reports: dict[str, tuple[int, float]] = {}  # how often, and when to try again
 
@@ -112,7 +112,7 @@ class Worker:
                 if not reachable:
                     log.info("the store answers again", worker=self.id)
                 reachable = True
-                self._pulse.beat()
+                self._contact.beat()
             if self._stopped.wait(HEARTBEAT_S):
                 return
 
@@ -180,7 +180,7 @@ class Worker:
         """Requeue or end the jobs that nobody works on. This worker runs none now, so also those that are its own."""
         from trainer.worker.run_job import clear_leftovers
 
-        for job in self.jobs.recover(self.id, others=self._pulse.is_steady()):
+        for job in self.jobs.recover(self.id, others=self._contact.is_steady()):
             log.warning("job ended: its worker died", job=job.id, status=job.status)
             with suppress(TemperError):  # whoever reconciles next does so
                 clear_leftovers(job, settings=self.settings, registry=self.registry, servers=servers)
@@ -245,7 +245,7 @@ class Worker:
         return True
 
 
-class _Pulse:
+class _StoreContact:
     """Whether this worker's heartbeats have reached the store without a gap.
 
     When the store has been away, the heartbeats of all workers are old, and none of them need be dead.

@@ -95,13 +95,12 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
         LeaseLost: it was cancelled or given to another worker.
     """
     staged = settings.staging / job.id / str(job.attempts)  # an earlier attempt may wake up and clean up after itself
+    run = Run(job, jobs)
     clear_leftovers(job, settings=settings, registry=registry, servers=servers)
     live = [version for version in registry.of_job(job.id) if version.live]
     if live:  # a worker died between making it live and saying so
-        labelled: Happened = ("publishing", {"step": "labelled"})
-        jobs.finish(job, "succeeded", happened=[labelled], version=live[0].version, report_status="quick")
+        run.succeeded(live[0].version)
         return
-    run = Run(job, jobs)
     report.reset_peak_memory()
     try:
         with run.stage("validating"):
