@@ -381,7 +381,7 @@ def test_with_ten_thousand_models_metrics_stay_small_and_the_event_loop_free() -
     async def main() -> None:
         traced, operators = Tracing(app), FastAPI()
         operators.include_router(health.router)
-        scrape = httpx.AsyncClient(transport=httpx.ASGITransport(operators), base_url="http://gateway")
+        scrape = httpx.AsyncClient(transport=httpx.ASGITransport(operators), base_url="http://127.0.0.1")
         await asked.refresh()
         tracemalloc.start()
         try:

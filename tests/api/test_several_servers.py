@@ -3,9 +3,11 @@
 import contextlib
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -47,13 +49,22 @@ class Crowd:
         eventually(lambda: self.statuses.total() >= goal, f"{more} answers")
 
 
-def test_one_of_two_servers_dies_under_load_and_nobody_notices(tmp_path: Path, digits_zip: bytes) -> None:
+@contextlib.contextmanager
+def two_servers(home: Path) -> Iterator[tuple[Service, list[str], subprocess.Popen[bytes]]]:
+    """A service in front of two model servers: the service, their addresses, and the second of them."""
     ports = [free_port(), free_port()]
     addresses = [f"127.0.0.1:{port}" for port in ports]
+    with (
+        running_model_server(ports[0]),
+        running_model_server(ports[1]) as second,
+        running_service(home, TEMPER_MODEL_SERVER=",".join(addresses)) as service,
+    ):
+        yield service, addresses, second
+
+
+def test_one_of_two_servers_dies_under_load_and_nobody_notices(tmp_path: Path, digits_zip: bytes) -> None:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(running_model_server(ports[0]))
-        dying = stack.enter_context(running_model_server(ports[1]))
-        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=",".join(addresses)))
+        service, addresses, dying = stack.enter_context(two_servers(tmp_path))
         for version in (1, 2):
             job = service.finetune(digits_zip, "shared", '{"epochs": 1, "method": "head"}').json()["id"]
             assert service.finished(job)["version"] == version
@@ -69,7 +80,7 @@ def test_one_of_two_servers_dies_under_load_and_nobody_notices(tmp_path: Path, d
         crowd.asked(200)
         eventually(lambda: states() == dict(zip(addresses, ("ok", "unavailable"), strict=True)), "the loss is noticed")
         assert service.api.get("/readyz").status_code == 200
-        stack.enter_context(running_model_server(ports[1]))
+        stack.enter_context(running_model_server(int(addresses[1].rpartition(":")[2])))
         eventually(lambda: set(states().values()) == {"ok"}, "both are up")
         with ModelServer(addresses[1]) as second:
             assert second.available("shared") == {1, 2}
@@ -78,12 +89,8 @@ def test_one_of_two_servers_dies_under_load_and_nobody_notices(tmp_path: Path, d
 
 
 def test_a_server_that_freezes_is_given_up_and_its_requests_go_to_the_other(tmp_path: Path) -> None:
-    ports = [free_port(), free_port()]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(running_model_server(ports[0]))
-        frozen = stack.enter_context(running_model_server(ports[1]))
-        addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
-        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=addresses))
+        service, _, frozen = stack.enter_context(two_servers(tmp_path))
         crowd = stack.enter_context(Crowd(service, "lenet5"))
         crowd.asked(100)
         began = time.monotonic()
@@ -110,19 +117,15 @@ def test_predictions_come_back_with_their_server(tmp_path: Path) -> None:
 
 
 def test_a_version_published_without_a_server_is_there_when_it_returns(tmp_path: Path, digits_zip: bytes) -> None:
-    ports = [free_port(), free_port()]
-    addresses = [f"127.0.0.1:{port}" for port in ports]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(running_model_server(ports[0]))
-        absent = stack.enter_context(running_model_server(ports[1]))
-        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=",".join(addresses)))
+        service, addresses, absent = stack.enter_context(two_servers(tmp_path))
         absent.kill()
         absent.wait()
         job = service.finetune(digits_zip, "shared", '{"epochs": 1, "method": "head"}').json()["id"]
         assert service.finished(job, timeout_s=50)["status"] == "succeeded"
         crowd = stack.enter_context(Crowd(service, "shared"))
         crowd.asked(50)
-        stack.enter_context(running_model_server(ports[1]))
+        stack.enter_context(running_model_server(int(addresses[1].rpartition(":")[2])))
         eventually(lambda: "unavailable" not in service.api.get("/readyz").text, "both are up")
         with ModelServer(addresses[1]) as second:
             assert second.available("shared") == {1}

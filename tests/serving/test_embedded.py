@@ -111,7 +111,7 @@ def test_json_errors_are_those_of_rapidjson(body: bytes, message: str, offset: i
 def test_json_that_is_nested_too_deeply_is_refused(opening: bytes) -> None:
     async def asked() -> httpx.Response:
         transport = httpx.ASGITransport(create_app(Models()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             return await client.post("/v1/models/m:predict", content=opening * 100_000)
 
     response = asyncio.run(asked())
