@@ -61,7 +61,7 @@ GOALS: list[tuple[str, str, str, tuple[int, ...], str]] = [  # ours, theirs, fig
     ("temper-tfs-v1", "tfs", "p99", (16, 64), "<= 1x"),
     ("temper-tfs", "tfs", "p50", (1,), "<= 2x"),
 ]
-MEMORY = {"api": ("gateway", "< 100 MB"), "serving": ("model server", "< 700 MB")}
+MEMORY = {"api": ("gateway", "< 80 MB"), "serving": ("model server", "< 700 MB")}
 LUA = """
 -- Cycles through the bodies args[2]/0, args[2]/1, ...; args[1] is their Content-Type.
 local requests, at = {}, 0
@@ -146,14 +146,14 @@ def beside_others(stack: contextlib.ExitStack, folder: Path, names: Sequence[str
     rows = []
     for name, server in servers.items():
         share = f"{awake[name]:.1%}" if name in awake else "paused"
-        rows.append([name, f"{server.rss_mb():,.0f} MB", "", share])
+        rows.append([name, f"{server.private_mb():,.0f} MB", "", share])
         if name == "temper":
             rows += [
-                [f"  {part}", f"{server.rss_mb(which):,.0f} MB", goal, ""] for which, (part, goal) in MEMORY.items()
+                [f"  {part}", f"{server.private_mb(which):,.0f} MB", goal, ""] for which, (part, goal) in MEMORY.items()
             ]
     show(
-        "afterwards: resident memory, and the largest share of a core used while idle",
-        ["", "RSS", "goal", "idle"],
+        "afterwards: private memory, and the largest share of a core used while idle",
+        ["", "memory", "goal", "idle"],
         rows,
     )
     return total(chain(*found.values()), "failed")
@@ -307,10 +307,10 @@ def with_many(stack: contextlib.ExitStack, folder: Path, count: int, rounds: int
     rows = [["one model", f"{least:.2f} ms", "", ""]]
     rows += [[name, f"{p50[name]:.2f} ms", f"{p50[name] / least:.2f}x", "<= 1.2x"] for name in list(sides)[1:]]
     show(f"1 connection; medians of {rounds} x {seconds} s", ["", "p50", "ratio", "goal"], rows)
-    memory = {server.name: server.rss_mb("serving") for server in (one, many)}
+    memory = {server.name: server.private_mb("serving") for server in (one, many)}
     rows = [["with one", f"{memory['one']:,.0f} MB", ""], [f"with {count} more", f"{memory['many']:,.0f} MB", ""]]
     rows.append(["a further model", f"{(memory['many'] - memory['one']) / count:.2f} MB", "<= 4 MB"])
-    show("resident memory of the embedded model server", ["", "RSS", "goal"], rows)
+    show("private memory of the embedded model server", ["", "memory", "goal"], rows)
     return total(chain(*found.values()), "failed")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,13 @@ from store.processes import end_with_parent, free_port
 
 PATIENCE_S = 180.0
 GRACE_S = 20.0
+
+
+def private_mb(pid: int) -> float:
+    """Memory that a process has for itself: pages that it has written to or that no file backs, which overlap."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    sizes = {name: int(kilobytes) for name, kilobytes in re.findall(r"(\w+): +(\d+) kB", rollup)}
+    return max(sizes["Private_Dirty"], sizes["Anonymous"]) * 1024 / 1e6
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,10 @@ class Server:
                 seconds += times.user + times.system
         return seconds
 
-    def rss_mb(self, module: str | None = None) -> float:
-        """Resident memory of all of them, or of those that run `python -m module`."""
+    def private_mb(self, module: str | None = None) -> float:
+        """Private memory of all of them, or of those that run `python -m module`."""
         chosen = [process for process in self.processes() if module is None or process.cmdline()[1:3] == ["-m", module]]
-        return float(sum(process.memory_info().rss for process in chosen)) / 1e6
+        return sum(private_mb(process.pid) for process in chosen)
 
     def pause(self) -> None:
         """SIGSTOP."""

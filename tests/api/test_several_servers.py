@@ -1,4 +1,4 @@
-"""A service in front of two model servers."""
+"""A service in front of one or two model servers of its own."""
 
 import contextlib
 import shutil
@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pytest
 
 from serving.client import ModelServer
 from store.processes import free_port
 from tests.conftest import Service, eventually, running_model_server, running_service
 
 RAW = {"Content-Type": "application/octet-stream"}
+HEAD = '{"epochs": 1, "method": "head"}'
 
 
 class Crowd:
@@ -49,128 +51,132 @@ class Crowd:
         eventually(lambda: self.statuses.total() >= goal, f"{more} answers")
 
 
-@contextlib.contextmanager
-def two_servers(home: Path) -> Iterator[tuple[Service, list[str], subprocess.Popen[bytes]]]:
-    """A service in front of two model servers: the service, their addresses, and the second of them."""
-    ports = [free_port(), free_port()]
-    addresses = [f"127.0.0.1:{port}" for port in ports]
-    with (
-        running_model_server(ports[0]),
-        running_model_server(ports[1]) as second,
-        running_service(home, TEMPER_MODEL_SERVER=",".join(addresses)) as service,
-    ):
-        yield service, addresses, second
+class Behind:
+    """A service, and the model servers that it asks; every test leaves them running."""
+
+    def __init__(self, stack: contextlib.ExitStack, home: Path, servers: int) -> None:
+        self._stack = stack
+        self.home = home
+        self.ports = [free_port() for _ in range(servers)]
+        self.addresses = [f"127.0.0.1:{port}" for port in self.ports]
+        self.processes = [self._run(port) for port in self.ports]
+        self.service = stack.enter_context(running_service(home, TEMPER_MODEL_SERVER=",".join(self.addresses)))
+
+    def _run(self, port: int) -> subprocess.Popen[bytes]:
+        return self._stack.enter_context(running_model_server(port))
+
+    def kill(self) -> None:
+        """Kill the last server."""
+        self.processes[-1].kill()
+        self.processes[-1].wait()
+
+    def revive(self) -> None:
+        """Start the last server again."""
+        self.processes[-1] = self._run(self.ports[-1])
+
+    def raw(self) -> httpx.Response:
+        """The answer to one image for the base."""
+        return self.service.api.post("/predict?model=lenet5", content=bytes(784), headers=RAW)
+
+    def states(self) -> list[str]:
+        """What the gateway says of each server."""
+        found: dict[str, str] = self.service.api.get("/readyz").json()["model_servers"]
+        return [found[address] for address in self.addresses]
 
 
-def test_one_of_two_servers_dies_under_load_and_nobody_notices(tmp_path: Path, digits_zip: bytes) -> None:
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Behind]:
+    """A service in front of one model server."""
     with contextlib.ExitStack() as stack:
-        service, addresses, dying = stack.enter_context(two_servers(tmp_path))
-        for version in (1, 2):
-            job = service.finetune(digits_zip, "shared", '{"epochs": 1, "method": "head"}').json()["id"]
-            assert service.finished(job)["version"] == version
-        crowd = stack.enter_context(Crowd(service, "shared"))
+        yield Behind(stack, tmp_path_factory.mktemp("one"), servers=1)
 
-        def states() -> dict[str, str]:
-            found: dict[str, str] = service.api.get("/readyz").json()["model_servers"]
-            return found
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Behind]:
+    """A service in front of two model servers."""
+    with contextlib.ExitStack() as stack:
+        yield Behind(stack, tmp_path_factory.mktemp("two"), servers=2)
+
+
+def test_one_of_two_servers_dies_under_load_and_nobody_notices(two: Behind, digits_zip: bytes) -> None:
+    for version in (1, 2):
+        job = two.service.finetune(digits_zip, "shared", HEAD).json()["id"]
+        assert two.service.finished(job)["version"] == version
+    with Crowd(two.service, "shared") as crowd:
         crowd.asked(200)
-        dying.kill()
-        dying.wait()
+        two.kill()
         crowd.asked(200)
-        eventually(lambda: states() == dict(zip(addresses, ("ok", "unavailable"), strict=True)), "the loss is noticed")
-        assert service.api.get("/readyz").status_code == 200
-        stack.enter_context(running_model_server(int(addresses[1].rpartition(":")[2])))
-        eventually(lambda: set(states().values()) == {"ok"}, "both are up")
-        with ModelServer(addresses[1]) as second:
+        eventually(lambda: two.states() == ["ok", "unavailable"], "the loss is noticed")
+        assert two.service.api.get("/readyz").status_code == 200
+        two.revive()
+        eventually(lambda: two.states() == ["ok", "ok"], "both are up")
+        with ModelServer(two.addresses[1]) as second:
             assert second.available("shared") == {1, 2}
         crowd.asked(200)
-        assert set(crowd.statuses) == {200}
+    assert set(crowd.statuses) == {200}
 
 
-def test_a_server_that_freezes_is_given_up_and_its_requests_go_to_the_other(tmp_path: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        service, _, frozen = stack.enter_context(two_servers(tmp_path))
-        crowd = stack.enter_context(Crowd(service, "lenet5"))
+def test_a_version_published_without_a_server_is_there_when_it_returns(two: Behind, digits_zip: bytes) -> None:
+    two.kill()
+    job = two.service.finetune(digits_zip, "late", HEAD).json()["id"]
+    assert two.service.finished(job, timeout_s=50)["status"] == "succeeded"
+    with Crowd(two.service, "late") as crowd:
+        crowd.asked(50)
+        two.revive()
+        eventually(lambda: two.states() == ["ok", "ok"], "both are up")
+        with ModelServer(two.addresses[1]) as second:
+            assert second.available("late") == {1}
+        crowd.asked(50)
+    assert set(crowd.statuses) == {200}
+
+
+def test_a_server_that_freezes_is_given_up_and_its_requests_go_to_the_other(two: Behind) -> None:
+    with Crowd(two.service, "lenet5") as crowd:
         crowd.asked(100)
         began = time.monotonic()
-        frozen.send_signal(signal.SIGSTOP)
-        eventually(lambda: "unavailable" in service.api.get("/readyz").text, "it is given up")
+        two.processes[-1].send_signal(signal.SIGSTOP)
+        eventually(lambda: "unavailable" in two.states(), "it is given up")
         crowd.asked(100)
         assert time.monotonic() - began < 9  # before the requests' own time is up
-        assert set(crowd.statuses) == {200}
+    assert set(crowd.statuses) == {200}
+    two.processes[-1].send_signal(signal.SIGCONT)
 
 
-def test_predictions_come_back_with_their_server(tmp_path: Path) -> None:
-    port, path = free_port(), "/predict?model=lenet5"
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(running_model_server(port))
-        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=f"127.0.0.1:{port}"))
-        server.kill()
-        server.wait()
-        answer = service.api.post(path, content=bytes(784), headers=RAW)
-        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-        stack.enter_context(running_model_server(port))
+def test_predictions_come_back_with_their_server(one: Behind) -> None:
+    one.kill()
+    answer = one.raw()
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    one.revive()
+    began = time.monotonic()
+    eventually(lambda: one.raw().status_code == 200, "it answers")
+    print(f"answered {time.monotonic() - began:.2f} s after the server listened again")
+
+
+def test_nobody_waits_for_a_server_that_is_known_to_be_frozen(one: Behind, digits_zip: bytes) -> None:
+    job = one.service.finetune(digits_zip, "unwanted", HEAD).json()["id"]
+    assert one.service.finished(job)["status"] == "succeeded"
+    one.processes[-1].send_signal(signal.SIGSTOP)
+    eventually(lambda: one.service.api.get("/readyz").status_code == 503, "it is given up")
+    for _ in range(10):
         began = time.monotonic()
-        eventually(lambda: service.api.post(path, content=bytes(784), headers=RAW).status_code == 200, "it answers")
-        print(f"answered {time.monotonic() - began:.2f} s after the server listened again")
+        answer = one.raw()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_server_unavailable")
+        assert time.monotonic() - began < 0.5
+    began = time.monotonic()
+    assert one.service.api.delete("/models/unwanted").status_code == 200
+    assert time.monotonic() - began < 3
+    one.processes[-1].send_signal(signal.SIGCONT)
+    eventually(lambda: one.raw().status_code == 200, "it answers")
+    with ModelServer(one.addresses[0]) as server:
+        eventually(lambda: not server.available("unwanted"), "the deleted model is unloaded")
 
 
-def test_a_version_published_without_a_server_is_there_when_it_returns(tmp_path: Path, digits_zip: bytes) -> None:
-    with contextlib.ExitStack() as stack:
-        service, addresses, absent = stack.enter_context(two_servers(tmp_path))
-        absent.kill()
-        absent.wait()
-        job = service.finetune(digits_zip, "shared", '{"epochs": 1, "method": "head"}').json()["id"]
-        assert service.finished(job, timeout_s=50)["status"] == "succeeded"
-        crowd = stack.enter_context(Crowd(service, "shared"))
-        crowd.asked(50)
-        stack.enter_context(running_model_server(int(addresses[1].rpartition(":")[2])))
-        eventually(lambda: "unavailable" not in service.api.get("/readyz").text, "both are up")
-        with ModelServer(addresses[1]) as second:
-            assert second.available("shared") == {1}
-        crowd.asked(50)
-        assert set(crowd.statuses) == {200}
-
-
-def test_nobody_waits_for_a_server_that_is_known_to_be_frozen(tmp_path: Path, digits_zip: bytes) -> None:
-    port, path = free_port(), "/predict?model=lenet5"
-    with contextlib.ExitStack() as stack:
-        frozen = stack.enter_context(running_model_server(port))
-        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=f"127.0.0.1:{port}"))
-        job = service.finetune(digits_zip, "unwanted", '{"epochs": 1, "method": "head"}').json()["id"]
-        assert service.finished(job)["status"] == "succeeded"
-        frozen.send_signal(signal.SIGSTOP)
-        eventually(lambda: service.api.get("/readyz").status_code == 503, "it is given up")
-        for _ in range(10):
-            began = time.monotonic()
-            answer = service.api.post(path, content=bytes(784), headers=RAW)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_server_unavailable")
-            assert time.monotonic() - began < 0.5
-        began = time.monotonic()
-        assert service.api.delete("/models/unwanted").status_code == 200
-        assert time.monotonic() - began < 3
-        frozen.send_signal(signal.SIGCONT)
-        eventually(lambda: service.api.post(path, content=bytes(784), headers=RAW).status_code == 200, "it answers")
-        with ModelServer(f"127.0.0.1:{port}") as server:
-            eventually(lambda: not server.available("unwanted"), "the deleted model is unloaded")
-
-
-def test_a_version_whose_files_are_gone_is_reported_as_such(tmp_path: Path) -> None:
-    port, path = free_port(), "/predict?model=lenet5"
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(running_model_server(port))
-        service = stack.enter_context(running_service(tmp_path, TEMPER_MODEL_SERVER=f"127.0.0.1:{port}"))
-        shutil.move(tmp_path / "models/lenet5/1", tmp_path / "elsewhere")
-        server.kill()
-        server.wait()
-        stack.enter_context(running_model_server(port))
-
-        def error() -> dict[str, str]:
-            found: dict[str, str] = service.api.post(path, content=bytes(784), headers=RAW).json()["error"]
-            return found
-
-        eventually(lambda: error()["code"] == "model_server_error", "the loss is reported")
-        assert "the files of lenet5:1 are missing" in error()["message"]
-        shutil.move(tmp_path / "elsewhere", tmp_path / "models/lenet5/1")
-        eventually(lambda: service.api.post(path, content=bytes(784), headers=RAW).status_code == 200, "it is back")
+def test_a_version_whose_files_are_gone_is_reported_as_such(one: Behind, tmp_path: Path) -> None:
+    files = one.home / "models/lenet5/1"
+    shutil.move(files, tmp_path / "elsewhere")
+    one.kill()
+    one.revive()
+    eventually(lambda: one.raw().json()["error"]["code"] == "model_server_error", "the loss is reported")
+    assert "the files of lenet5:1 are missing" in one.raw().json()["error"]["message"]
+    shutil.move(tmp_path / "elsewhere", files)
+    eventually(lambda: one.raw().status_code == 200, "it is back")

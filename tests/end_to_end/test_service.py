@@ -5,8 +5,8 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -194,18 +194,17 @@ def test_the_documented_examples_work(service: Service) -> None:
     assert service.finetune(b"", "m", json.dumps(example)).json()["error"]["code"] == "invalid_dataset"  # not the spec
 
 
-@pytest.mark.parametrize("module", ["api", "serving", "trainer"])
-def test_a_frozen_process_is_replaced(frozen: Service, module: str) -> None:
-    (pid,) = frozen.children(module)
-    os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: pid not in frozen.children(module), f"{module} is killed", timeout_s=90)
-    eventually(frozen.ready, "the service is ready again")
-    assert len(frozen.children(module)) == 1
-    assert predicted(frozen, "lenet5", np.zeros((1, 28, 28), np.uint8))["version"] == 1
+def test_frozen_processes_are_replaced(tmp_path: Path) -> None:
+    with running_service(tmp_path) as service:
+        before = {module: service.children(module) for module in ("api", "serving", "trainer")}
+        for (pid,) in before.values():
+            os.kill(pid, signal.SIGSTOP)
 
+        def replaced(module: str) -> bool:
+            now = service.children(module)
+            return len(now) == 1 and now != before[module]
 
-@pytest.fixture(scope="module")
-def frozen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service whose processes are stopped by SIGSTOP."""
-    with running_service(tmp_path_factory.mktemp("frozen")) as service:
-        yield service
+        for module in before:
+            eventually(lambda module=module: replaced(module), f"{module} is replaced", timeout_s=90)  # type: ignore[misc]
+        eventually(service.ready, "the service is ready again")
+        assert predicted(service, "lenet5", np.zeros((1, 28, 28), np.uint8))["version"] == 1
