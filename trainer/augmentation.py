@@ -2,7 +2,10 @@
 
 import tensorflow as tf
 
+from store.records import GREY_28
 from trainer.lenet import Tensor
+
+SIDE = GREY_28.width
 
 
 def affine(images: Tensor, shift: Tensor, rotate: Tensor, scale: Tensor, seed: Tensor) -> Tensor:
@@ -27,6 +30,26 @@ def affine(images: Tensor, shift: Tensor, rotate: Tensor, scale: Tensor, seed: T
         images=images, transforms=tf.stack([a, b, tx, d, e, ty, nought, nought], axis=1),
         output_shape=tf.shape(images)[1:3], interpolation="BILINEAR", fill_mode="CONSTANT", fill_value=0.0,
     )  # fmt: skip
+
+
+def flipped(images: Tensor, seed: Tensor) -> Tensor:
+    """Mirror each image with probability one half, left to right."""
+    heads = tf.random.stateless_uniform((tf.shape(images)[0], 1, 1, 1), seed) < 0.5
+    return tf.where(heads, tf.reverse(images, [2]), images)
+
+
+def contrasted(images: Tensor, size: Tensor, seed: Tensor) -> Tensor:
+    """Change contrast around the middle grey by a factor in 1 +- `size`, and brightness by up to `size` / 2."""
+    u = tf.random.stateless_uniform((2, tf.shape(images)[0], 1, 1, 1), seed, -size, size)
+    return tf.clip_by_value((images - 0.5) * (1.0 + u[0]) + 0.5 + 0.5 * u[1], 0.0, 1.0)
+
+
+def cut_out(images: Tensor, side: Tensor, seed: Tensor) -> Tensor:
+    """Blank a square of `side` pixels around a random pixel of each image (DeVries & Taylor 2017)."""
+    at = tf.floor(tf.random.stateless_uniform((2, tf.shape(images)[0], 1), seed, maxval=float(SIDE)))
+    near = tf.abs(tf.range(float(SIDE)) - at) * 2.0 < side  # (2, n, 28): rows and columns
+    blank = tf.logical_and(near[0][:, :, None], near[1][:, None, :])[..., None]
+    return tf.where(blank, tf.zeros_like(images), images)
 
 
 def mixed(images: Tensor, targets: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

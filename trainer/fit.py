@@ -15,7 +15,7 @@ from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
 from trainer.methods import Method, first_trained
 from trainer.network import Network, network
 from trainer.optimizers import RISE, learning_rates
-from trainer.spec import Adversarial, Fgsm, Free, Pgd, Spec, Trades, Vat, refused
+from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat, refused
 from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep, train_step
 
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
@@ -85,7 +85,7 @@ def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Star
         InvalidSpec: the base already has adapters of another size.
     """
     params, new = dict(base), set[str]()
-    if not same_classes:
+    if not same_classes or spec.head == "new":
         fresh = {name: value for name, value in initial(classes, spec.seed).items() if name.startswith(f"{HEAD}/")}
         params |= fresh
         new |= set(fresh)
@@ -126,11 +126,20 @@ def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
         norm=attack.norm if isinstance(attack, Vat) else "linf",
         clean=not (isinstance(attack, Free) or (isinstance(attack, Fgsm | Pgd) and attack.weight == 1)),
         dropout=spec.dropout > 0,
-        augment=spec.augmentation is not None,
+        augment=moved(spec.augmentation),
+        flip=spec.augmentation is not None and spec.augmentation.flip,
+        contrast=spec.augmentation is not None and spec.augmentation.contrast > 0,
+        cutout=spec.augmentation is not None and spec.augmentation.cutout > 0,
         mixup=spec.mixup > 0,
+        ema=spec.ema > 0,
         optimizer=spec.optimizer,
         device=device,
     )
+
+
+def moved(augmentation: Augmentation | None) -> bool:
+    """Whether images are shifted, rotated or scaled."""
+    return augmentation is not None and bool(augmentation.shift or augmentation.rotate or augmentation.scale)
 
 
 def coefficients(spec: Spec, images: int) -> Coefficients:
@@ -151,6 +160,9 @@ def coefficients(spec: Spec, images: int) -> Coefficients:
         shift=augmentation.shift if augmentation else 0.0,
         rotate=float(np.radians(augmentation.rotate)) if augmentation else 0.0,
         scale=augmentation.scale if augmentation else 0.0,
+        contrast=augmentation.contrast if augmentation else 0.0,
+        cutout=float(augmentation.cutout) if augmentation else 0.0,
+        ema=spec.ema,
         momentum=spec.momentum or 0.0,
         weight_decay=spec.weight_decay or 0.0,
     )  # fmt: skip

@@ -162,6 +162,11 @@ class Augmentation(Strict):
     shift: float = Field(0.0, ge=0, le=8, description="Largest shift along each axis, in pixels.")
     rotate: float = Field(0.0, ge=0, le=180, description="Largest turn, in degrees.")
     scale: float = Field(0.0, ge=0, le=0.5, description="Largest relative change of size along each axis.")
+    flip: bool = Field(False, description="Mirror every other image, left to right.")
+    contrast: float = Field(
+        0.0, ge=0, le=0.9, description="Largest relative change of contrast; brightness changes by up to half of it."
+    )
+    cutout: int = Field(0, ge=0, le=20, description="Side of a square that is blanked at a random place, in pixels.")
 
 
 class EarlyStopping(Strict):
@@ -183,6 +188,10 @@ class Spec(Strict):
     bias: Bias | None = Field(None, description="Options of `bias`; only with that method.")
     ia3: Ia3 | None = Field(None, description="Options of `ia3`; only with that method.")
     adapter: Adapter | None = Field(None, description="Options of `adapter`; only with that method.")
+    head: Literal["keep", "new"] = Field(
+        "keep",
+        description="`keep` starts from the base's classifier if the data has the base's classes; `new` never does.",
+    )
     base: str = Field(
         "lenet5",
         pattern=_BASE,
@@ -218,6 +227,10 @@ class Spec(Strict):
         "cosine",
         description="Learning rate: `cosine` decays it to zero, `one_cycle` warms up over 30% first.",
     )
+    ema: Strength = Field(
+        0.0, ge=0, lt=1,
+        description="Serve the exponential moving average of the weights; the share of the old average in each update.",
+    )  # fmt: skip
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="`sgd` has Nesterov momentum.")
     momentum: float | None = Field(None, ge=0, lt=1, description="Of `sgd`, by default 0.9.")
     weight_decay: float | None = Field(

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from store.records import GREY_28
 from trainer import attacks, penalties
-from trainer.augmentation import affine, mixed
+from trainer.augmentation import affine, contrasted, cut_out, flipped, mixed
 from trainer.lenet import FIRST, Arrays, Tensor, adapters, dropout_masks, initial, logits
 from trainer.methods import Method, direct_kernels, effective, relative_rate, trained_kernels
 from trainer.network import COUNT, LABELS, SCALAR, inputs
@@ -35,7 +35,11 @@ class Structure:
     clean: bool = True  # whether the loss has a clean part
     dropout: bool = True
     augment: bool = False
+    flip: bool = False
+    contrast: bool = False
+    cutout: bool = False
     mixup: bool = False
+    ema: bool = False
     optimizer: str = "adam"
     device: str = ""  # that holds the variables
 
@@ -60,6 +64,9 @@ class Coefficients:
     shift: float = 0.0
     rotate: float = 0.0
     scale: float = 0.0
+    contrast: float = 0.0
+    cutout: float = 0.0
+    ema: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 0.0
 
@@ -97,6 +104,8 @@ class TrainStep:
             {name: value.shape for name, value in trained.items()},
             {name: relative_rate(method.name, name) for name in trained},
         )
+        flat = self._optimizer.flat
+        self._served = tf.Variable(tf.zeros_like(flat), trainable=False) if structure.ema else flat
         features = inputs(structure.entry)
         coefficients = dict.fromkeys(FLOATS, SCALAR) | dict.fromkeys(COUNTS, COUNT)
         schedule = tf.TensorSpec((None, len(SCHEDULE)), tf.float32)
@@ -121,21 +130,26 @@ class TrainStep:
         for name, anchor in self._anchors.items():
             anchor.assign(tf.zeros_like(anchor) if name in new else base[name])
         self._optimizer.begin(self.structure.method.start(base, seed))
+        self._served.assign(self._optimizer.flat)
         self._lora_scale.assign(lora_scale)
         ones = np.ones(self.structure.classes, np.float32)
         self._class_weights.assign(ones if class_weights is None else class_weights)
 
     def snapshot(self) -> Arrays:
         """A copy of the trained values, for `restore`."""
-        return {name: value.numpy() for name, value in self._optimizer.values(self._optimizer.flat).items()}
+        return {name: value.numpy() for name, value in self._optimizer.values(self._served).items()}
 
     def restore(self, trained: Mapping[str, np.ndarray]) -> None:
         """Put trained values back."""
         self._optimizer.take(trained)
+        self._served.assign(self._optimizer.flat)
 
     def params(self) -> dict[str, Tensor]:
         """Effective parameters of the served network, with the update merged in."""
-        return effective(self._base, self._optimizer.values(self._optimizer.flat), self._lora_scale)
+        return self._effective(self._served)
+
+    def _effective(self, flat: Tensor) -> dict[str, Tensor]:
+        return effective(self._base, self._optimizer.values(flat), self._lora_scale)
 
     def traces(self) -> int:
         """How often the epoch has been traced."""
@@ -214,6 +228,12 @@ class TrainStep:
         """A batch after augmentation and mixup."""
         if self.structure.augment:
             x = affine(x, c["shift"], c["rotate"], c["scale"], chance + [0, 2])
+        if self.structure.flip:
+            x = flipped(x, chance + [0, 5])
+        if self.structure.contrast:
+            x = contrasted(x, c["contrast"], chance + [0, 6])
+        if self.structure.cutout:
+            x = cut_out(x, c["cutout"], chance + [0, 7])
         return mixed(x, y, mix) if self.structure.mixup else (x, y)
 
     def _update(
@@ -236,6 +256,9 @@ class TrainStep:
         else:
             gradient = tape.gradient(loss, flat)
         self._optimizer.step(gradient, rate, t, c["momentum"], c["weight_decay"], c["l1"], self._proximal)
+        if self.structure.ema:
+            decay = tf.minimum(c["ema"], (1.0 + t) / (10.0 + t))  # the first weights are soon forgotten
+            self._served.assign(decay * self._served + (1.0 - decay) * flat)
         nothing = tf.constant(0.0)
         return tf.stack([values.get(name, nothing) for name in TERMS]), delta
 
@@ -246,7 +269,7 @@ class TrainStep:
 
         With `prox`, L1 has no gradient on kernels for which the optimizer takes the proximal step instead.
         """
-        params = self.params()
+        params = self._effective(self._optimizer.flat)
         inference = functools.partial(logits, params, entry=self.structure.entry)
 
         def training(x: Tensor) -> Tensor:
