@@ -20,9 +20,8 @@ import_tensorflow()
 
 import tensorflow as tf  # noqa: E402
 
-from trainer.fit import begin, coefficients, schedule, serve, structure  # noqa: E402
+from trainer.fit import Split, Training, begin, coefficients  # noqa: E402
 from trainer.spec import Spec  # noqa: E402
-from trainer.train_step import train_step  # noqa: E402
 from trainer.worker.run_job import pretrained  # noqa: E402
 
 ROUNDS = 5
@@ -102,20 +101,15 @@ def ours(x: np.ndarray, y: np.ndarray, epochs: int, **fields: Any) -> Side:
     spec = Spec.model_validate({"epochs": epochs, "batch_size": BATCH, "dropout": DROPOUT, **fields}, strict=False)
     params, _ = pretrained()
     start = begin(spec, params, classes=10, same_classes=True)
-    n, c = len(y), coefficients(spec, len(y))
-    fitted = train_step(structure(spec, start, 10, tf.constant(0.0).device))
-    images, labels = tf.constant(x), tf.constant(y)
-    updates = -(-n // c.batch_size) * c.replays
-    plan, rng = schedule(spec, epochs * updates), np.random.default_rng(0)
+    images = Split(tf.constant(x), y)
+    trained_on = epochs * len(y) * coefficients(spec, len(y)).replays
 
     def train() -> float:
         began = time.perf_counter()
-        fitted.load(start.params, spec.seed, lora_scale=start.lora_scale)
-        features = tf.constant(serve(start.params).part(images, until=fitted.structure.entry))
-        for done in range(0, epochs * updates, updates):
-            order = tf.constant(rng.permutation(n).astype(np.int32))
-            fitted.epoch(features, labels, order, plan[done : done + updates], done, c)
-        return epochs * n * c.replays / (time.perf_counter() - began)
+        run = Training(spec, start, images, classes=10)
+        for _ in range(epochs):
+            run.epoch()
+        return trained_on / (time.perf_counter() - began)
 
     return train
 

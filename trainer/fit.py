@@ -209,44 +209,24 @@ def fit(
     Raises:
         Diverged: the loss or the weights are not finite, or the loss has exploded.
     """
-    model = train_step(structure(spec, start, classes, tf.constant(0.0).device))
-    entry = model.structure.entry
-    n = len(train.labels)
-    c = coefficients(spec, n)
-    weights = class_weights(train.labels, classes) if spec.class_weights else None
-    model.load(start.params, spec.seed, lora_scale=start.lora_scale, new=start.new, class_weights=weights)
+    run = Training(spec, start, train, classes)
+    model, entry = run.model, run.entry
     served = serve(start.params)
-    features, held_out = (tf.constant(served.part(split.images, until=entry)) for split in (train, validation))
-    labels = tf.constant(train.labels)
-    updates = -(-n // c.batch_size) * c.replays
-    plan = schedule(spec, spec.epochs * updates)
+    held_out = tf.constant(served.part(validation.images, until=entry))
     result = Fitted({}, {}, start.method, start.lora_scale)
     selection = Selection(spec, model, validation)
-    rng = np.random.default_rng(spec.seed)
-    seconds = 0.0
     for epoch in range(1, spec.epochs + 1):
-        order = tf.constant(rng.permutation(n).astype(np.int32))
-        done = (epoch - 1) * updates
-        began = time.perf_counter()
-        terms, wrong = model.epoch(features, labels, order, plan[done : done + updates], done, c)
-        seconds += time.perf_counter() - began
-        if wrong is not None:
-            raise Diverged(f"the loss is not finite in step {done + wrong + 1}, epoch {epoch}; {ADVICE}")
-        # `free`, and `pgd` of weight 1, have no clean part.
-        cross_entropy = terms.get("data_loss", terms.get("adversarial_loss", 0.0))
-        if cross_entropy > EXPLODED:
-            raise Diverged(f"the loss is {cross_entropy:.3g} after step {done + updates}, epoch {epoch}; {ADVICE}")
+        terms = run.epoch()
         logits = served.use(model.params()).part(held_out, entry)
         record = {
             "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, validation.labels),
             "validation_cross_entropy": evaluate.cross_entropy(logits, validation.labels),
         }  # fmt: skip
         if not np.isfinite(logits).all():
-            raise Diverged(f"the weights are not finite after step {done + updates}, epoch {epoch}; {ADVICE}")
-        verdict = selection.judge(record, served, warm=plan[done + updates - 1, 1] >= 1)
+            raise Diverged(f"the weights are not finite after step {run.done}, epoch {epoch}; {ADVICE}")
+        verdict = selection.judge(record, served, warm=run.warm)
         if len(model.terms()) > 1:
-            some = order[:SHARE_IMAGES]
-            shares = model.shares(tf.gather(features, some), tf.gather(labels, some), c)
+            shares = run.shares()
             values = {name: {"value": terms[name], "share": shares[name]} for name in terms}
             result.gradient_shares.append({"epoch": epoch, **values})
         result.history.append(record)
@@ -258,8 +238,63 @@ def fit(
     result.kept_epoch = selection.restore(epoch)
     result.params = {name: np.asarray(value) for name, value in model.params().items()}
     result.trained = model.snapshot()
-    result.images_per_second = len(result.history) * n * c.replays / seconds
+    result.images_per_second = run.images_per_second
     return result
+
+
+class Training:
+    """A run on the current device, one epoch at a time."""
+
+    def __init__(self, spec: Spec, start: Start, train: Split, classes: int) -> None:
+        self.model = train_step(structure(spec, start, classes, tf.constant(0.0).device))
+        self.entry = self.model.structure.entry  # the layers before it do not change, and are computed here
+        self._c = coefficients(spec, len(train.labels))
+        weights = class_weights(train.labels, classes) if spec.class_weights else None
+        self.model.load(start.params, spec.seed, lora_scale=start.lora_scale, new=start.new, class_weights=weights)
+        self._features = tf.constant(serve(start.params).part(train.images, until=self.entry))
+        self._labels = tf.constant(train.labels)
+        self._order = tf.zeros(0, tf.int32)  # of the last epoch
+        self._updates = -(-len(train.labels) // self._c.batch_size) * self._c.replays  # an epoch
+        self._plan = schedule(spec, spec.epochs * self._updates)
+        self._rng = np.random.default_rng(spec.seed)
+        self._seconds = 0.0
+        self.done = 0  # updates
+
+    def epoch(self) -> dict[str, float]:
+        """Train for an epoch. Returns the means of the terms of the loss.
+
+        Raises:
+            Diverged: the loss is not finite, or has exploded.
+        """
+        number = self.done // self._updates + 1
+        self._order = tf.constant(self._rng.permutation(self._labels.shape[0]).astype(np.int32))
+        plan = self._plan[self.done : self.done + self._updates]
+        began = time.perf_counter()
+        terms, wrong = self.model.epoch(self._features, self._labels, self._order, plan, self.done, self._c)
+        self._seconds += time.perf_counter() - began
+        if wrong is not None:
+            raise Diverged(f"the loss is not finite in step {self.done + wrong + 1}, epoch {number}; {ADVICE}")
+        self.done += self._updates
+        # `free`, and `pgd` of weight 1, have no clean part.
+        cross_entropy = terms.get("data_loss", terms.get("adversarial_loss", 0.0))
+        if cross_entropy > EXPLODED:
+            raise Diverged(f"the loss is {cross_entropy:.3g} after step {self.done}, epoch {number}; {ADVICE}")
+        return terms
+
+    def shares(self) -> dict[str, float]:
+        """Share of each term in the update, on some images of the last epoch."""
+        some = self._order[:SHARE_IMAGES]
+        return self.model.shares(tf.gather(self._features, some), tf.gather(self._labels, some), self._c)
+
+    @property
+    def warm(self) -> bool:
+        """Whether epsilon has reached its full size."""
+        return bool(self._plan[self.done - 1, 1] >= 1)
+
+    @property
+    def images_per_second(self) -> float:
+        """Images that updates were made from, a second."""
+        return float(self.done / self._updates * self._labels.shape[0] * self._c.replays / self._seconds)
 
 
 class Selection:

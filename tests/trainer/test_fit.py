@@ -276,6 +276,15 @@ def test_an_exploded_loss_is_seen_where_there_is_only_an_adversarial_one(
         run({"method": "full", "epochs": 1, "l2": 0, "adversarial": {"attack": attack}}, hot, digits)
 
 
+def test_a_new_head_is_drawn_even_for_the_classes_of_the_base(base: Arrays) -> None:
+    kept, new = (
+        begin(parse_spec(json.dumps({"head": head})), base, classes=10, same_classes=True) for head in ("keep", "new")
+    )
+    assert (kept.new, new.new) == (frozenset(), frozenset({"head/kernel", "head/bias"}))
+    np.testing.assert_array_equal(kept.params["head/kernel"], base["head/kernel"])
+    assert not np.array_equal(new.params["head/kernel"], base["head/kernel"])
+
+
 def test_adapters_of_another_size_than_the_bases_are_refused(base: Arrays) -> None:
     spec = parse_spec('{"method": "adapter"}')
     grown = begin(spec, base, classes=10, same_classes=True)

@@ -479,6 +479,58 @@ def test_mixup_mixes_images_and_labels_in_the_same_share() -> None:
     np.testing.assert_allclose(targets.numpy()[0], [0.75, 0, 0.25])
 
 
+def test_a_flip_mirrors_about_half_of_the_images_and_changes_no_other() -> None:
+    from trainer.augmentation import flipped
+
+    x = np.random.default_rng(0).random((200, 28, 28, 1), np.float32)
+    found = flipped(tf.constant(x), tf.constant([0, 1])).numpy()
+    mirrored = (found == x[:, :, ::-1]).all((1, 2, 3))
+    assert 70 < mirrored.sum() < 130
+    np.testing.assert_array_equal(found[~mirrored], x[~mirrored])
+
+
+def test_contrast_moves_all_pixels_of_an_image_alike_and_stays_in_range() -> None:
+    from trainer.augmentation import contrasted
+
+    x = np.random.default_rng(0).uniform(0.4, 0.6, (50, 28, 28, 1)).astype(np.float32)
+    found = contrasted(tf.constant(x), tf.constant(0.4), tf.constant([0, 1])).numpy()
+    factors = found.std((1, 2, 3)) / x.std((1, 2, 3))
+    assert 0.6 <= factors.min() < 0.75
+    assert 1.25 < factors.max() <= 1.4
+    assert 0.1 < np.abs(found.mean((1, 2, 3)) - 0.5).max() <= 0.21
+    assert contrasted(tf.constant(x), tf.constant(0.9), tf.constant([0, 1])).numpy().max() <= 1
+
+
+def test_a_cutout_blanks_one_square_of_its_size_at_most() -> None:
+    from trainer.augmentation import cut_out
+
+    found = cut_out(tf.ones((200, 28, 28, 1)), tf.constant(8.0), tf.constant([0, 1])).numpy()[..., 0] == 0
+    assert found.sum((1, 2)).max() in (49, 64)  # a pixel's middle may be the square's middle
+    for blank in found:
+        rows, columns = np.flatnonzero(blank.any(1)), np.flatnonzero(blank.any(0))
+        assert blank.sum() == len(rows) * len(columns)
+        assert np.ptp(rows) == len(rows) - 1
+        assert np.ptp(columns) == len(columns) - 1
+
+
+def test_the_served_weights_are_the_moving_average_of_the_trained_ones() -> None:
+    base, (x, y) = initial(10, seed=0), images_and_labels(40)
+    averaged, plain = (train_step(Structure(Method("full"), 10, dropout=False, ema=ema)) for ema in (True, False))
+    for model in (averaged, plain):
+        model.load(base, seed=0)
+    data = tf.constant(x), tf.constant(y), tf.range(40)
+    expected = base["dense2/kernel"]
+    for done in range(4):
+        for model in (averaged, plain):
+            model.epoch(
+                *data, np.array([[1e-2, 1, 1, done + 1]], np.float32), done, coefficients(batch_size=40, ema=0.3)
+            )
+        decay = min(0.3, (2 + done) / (11 + done))
+        expected = decay * expected + (1 - decay) * merged(plain)["dense2/kernel"]
+        np.testing.assert_allclose(merged(averaged)["dense2/kernel"], expected, atol=1e-6)
+    np.testing.assert_array_equal(averaged.snapshot()["dense2/kernel"], merged(averaged)["dense2/kernel"])
+
+
 def test_a_shift_moves_and_an_idle_distortion_changes_nothing() -> None:
     from trainer.augmentation import affine
 
