@@ -14,7 +14,8 @@ def test_no_spec_is_the_regularized_recipe() -> None:
     assert {name: value for name, value in spec.items() if value not in (None, 0)} == {
         "method": "lora", "lora": {"rank": 4, "alpha": 8.0, "targets": ["conv2", "dense1", "dense2"]},
         "base": "lenet5", "head": "keep", "l2": 1e-4, "dropout": 0.2, "epochs": 20, "batch_size": 64,
-        "learning_rate": 1e-3, "schedule": "cosine", "optimizer": "adam", "validation_split": 0.2, "polarity": "auto", "device": "auto",
+        "learning_rate": 1e-3, "schedule": "cosine", "optimizer": "adam", "validation_split": 0.2,
+        "polarity": "auto", "device": "auto",
     }  # fmt: skip
 
 
