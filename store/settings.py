@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     keep_versions: int = Field(
         20, ge=0, description="Newest versions that are kept of a model, besides the labelled ones; 0 keeps all."
     )
+    attack_images: int = Field(
+        500, ge=1, description="Most validation images that a report's attacks run on; fewer take less of the worker."
+    )
     workers: int = Field(1, ge=0, le=64, description="Workers that `temper serve` starts here.")
     max_upload_bytes: int = Field(256 << 20, ge=1, description="Largest body of POST /finetune.")
     max_predict_bytes: int = Field(8 << 20, ge=1, description="Largest body of POST /predict.")

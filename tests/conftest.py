@@ -262,7 +262,7 @@ def running_service(home: Path, **environment: str) -> Iterator[Service]:
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", "serve", "--port", str(port)],
-        env={**os.environ, "TEMPER_HOME": str(home), **environment},
+        env={**os.environ, "TEMPER_HOME": str(home), "TEMPER_ATTACK_IMAGES": "16", **environment},
     )
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=60) as api:

@@ -19,7 +19,6 @@ from trainer.network import Network, in_batches
 from trainer.spec import Spec, Vat
 
 EPSILON = 0.1  # of the report's attacks where the spec trains against none
-ROBUST_IMAGES = 500  # most images that the costly attacks are run on
 PGD = "APGD-CE and APGD-DLR in turn"  # Croce & Hein (2020)
 PGD_STEPS, PGD_RESTARTS = 100, 2  # 100 steps twice find more than 40 steps five times
 QUICK_STEPS = 20  # before publishing
@@ -33,19 +32,21 @@ Model = Callable[[], Network]
 
 
 def quick(
-    fitted: Fitted, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec, base: Arrays | None = None
-) -> dict[str, Any]:
+    fitted: Fitted, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec, base: Arrays | None = None,
+    *, attack_images: int = 500,
+) -> dict[str, Any]:  # fmt: skip
     """The part that is computed before publishing; all but `train` is measured on held-out images.
 
     Args:
         base: parameters that training started from, if they had the same classes.
+        attack_images: most images that attacks are run on.
     """
     before = None if base is None else evaluate.accuracy(serve(base).logits(validation.images), validation.labels)
     network = fitted.network
     logits = network.logits(validation.images)
     on_train = evaluate.score(network.logits(train.images), train.labels)
     on_validation = evaluate.score(logits, validation.labels)
-    attacked = _quick_robustness(network, validation, spec)
+    attacked = _quick_robustness(network, validation, spec, attack_images)
     params, delta = fitted.params, fitted.trained
     sparse = evaluate.sparsity(params)
     return {
@@ -152,10 +153,10 @@ def _promise(spec: Spec, fitted: Fitted) -> dict[str, Any]:
     return {"exact_zeros_in": names[0], "shrunk_without_zeros": names[1]}
 
 
-def _quick_robustness(network: Network, validation: Split, spec: Spec) -> dict[str, Any]:
+def _quick_robustness(network: Network, validation: Split, spec: Spec, images: int) -> dict[str, Any]:
     """Accuracy under a short APGD, and under FGSM. Without adversarial training fewer images and steps will do."""
     trained = spec.adversarial is not None
-    split = _sample(validation, ROBUST_IMAGES if trained else GLANCE_IMAGES)
+    split = _sample(validation, images if trained else min(images, GLANCE_IMAGES))
     epsilon, steps = epsilon_of(spec), QUICK_STEPS if trained else GLANCE_STEPS
     *_, standing = withstood_pgd(lambda: network, split, epsilon, steps=steps)
     weak = evaluate.accuracy(fgsm(network, split, epsilon), split.labels)
@@ -163,7 +164,7 @@ def _quick_robustness(network: Network, validation: Split, spec: Spec) -> dict[s
     return {"attack": "pgd", "epsilon": epsilon, "accuracy": accuracy, "accuracy_under_fgsm": weak}
 
 
-def _sample(validation: Split, most: int = ROBUST_IMAGES) -> Split:
+def _sample(validation: Split, most: int) -> Split:
     """The images that attacks are run on: all, or `most` of them."""
     some = np.random.default_rng(0).permutation(len(validation.labels))[:most]
     return _chosen(validation, np.sort(some))
@@ -219,16 +220,17 @@ def _chosen(split: Split, some: np.ndarray) -> Split:
     return Split(tf.gather(split.images, some), split.labels[some])
 
 
-def robustness(model: Model, validation: Split, epsilon: float) -> Iterator[dict[str, Any] | None]:
+def robustness(model: Model, validation: Split, epsilon: float, images: int = 500) -> Iterator[dict[str, Any] | None]:
     """Accuracy under attacks over a grid of epsilons.
 
     Args:
         model: returns the network with its parameters loaded; called before each piece of work.
+        images: most images to attack.
 
     Yields:
         None after each piece of work, when other work may run, and finally the figures.
     """
-    split = _sample(validation)
+    split = _sample(validation, images)
     clean = evaluate.right(model().logits(split.images), split.labels)
     curve = [{"epsilon": 0.0, **dict.fromkeys(("fgsm", "pgd", "square", "worst"), float(clean.mean()))}]
     for size in sorted({epsilon / 2, epsilon, min(1.0, 2 * epsilon)}):

@@ -32,7 +32,7 @@ BYTES = {"Content-Type": "application/octet-stream"}
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service for the tests that kill its parts."""
-    with running_service(tmp_path_factory.mktemp("own")) as service:
+    with running_service(tmp_path_factory.mktemp("own"), TEMPER_ATTACK_IMAGES="120") as service:
         yield service
 
 

@@ -118,7 +118,9 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 fitted = _fit(spec, start, train, validation, data, run)
             with run.stage("evaluating"):
                 before = None if start.new else start.params
-                found = report.quick(fitted, train, validation, data.classes, spec, base=before)
+                found = report.quick(
+                    fitted, train, validation, data.classes, spec, base=before, attack_images=settings.attack_images
+                )
                 probe = Probe(data.as_sent(validation), fitted.network.logits(validation.images[:PROBE_IMAGES]))
         with run.stage("exporting"):
             manifest = Manifest(
@@ -174,7 +176,9 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
     params = load_params(settings.version(job.model, job.version))
     with tf.device(device):
         _, validation = data.split(spec)
-    steps = report.robustness(functools.partial(serve, params), validation, report.epsilon_of(spec))
+    steps = report.robustness(
+        functools.partial(serve, params), validation, report.epsilon_of(spec), settings.attack_images
+    )
     found = None
     while found is None:
         yield
