@@ -81,7 +81,7 @@ def main() -> None:
         f"\ndone in {time.monotonic() - began:.0f} s. To go on, run [bold]make serve[/], and in a second terminal"
     )
     for command in (
-        f"finetune {upload} --model digits --attack pgd --epsilon 0.1 --wait",
+        f"finetune {upload} --model digits --method full --attack free --epsilon 0.1 --wait",
         f"predict {sample} --model digits",
         "models",
     ):

@@ -203,7 +203,8 @@ def finetune(
         if job["status"] != "succeeded":
             raise click.ClickException(f"{job['status']}: {(job['error'] or {}).get('message', '')}")
         print_report(api.call("GET", f"/models/{model}/versions/{job['version']}")["report"])
-        console.print(f"[bold green]{model}:{job['version']}[/] is live")
+        where = "live" if job["label"] == "stable" else f"live as {job['label']}"
+        console.print(f"[bold green]{model}:{job['version']}[/] is {where}")
 
 
 def _opened(path: Path) -> IO[bytes]:

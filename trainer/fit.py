@@ -24,6 +24,7 @@ EXPLODED = 100.0  # nats, mean cross-entropy over an epoch; no run has recovered
 ROBUST = 0.2  # accuracy under PGD that counts as robust, and by which FGSM's must exceed it to be overfitted
 ADVICE = "lower the learning rate"
 NEGLIGIBLE, DOMINANT = 1e-3, 0.9  # shares of the update below and above which a regularizer is warned of
+PENALTIES = ("l1", "l2", "l2_sp")
 FITTED = 0.1  # nats of data loss below which the images are fitted
 
 
@@ -375,6 +376,8 @@ def warnings(gradient_shares: list[dict[str, Any]], spec: Spec, *, zeros: bool) 
         zeros: L1 has made exact zeros, so it is not negligible however small its share.
     """
     found = []
+    learning = [record for record in gradient_shares if _data_loss(record) > FITTED]
+    fits_late = len(learning) > len(gradient_shares) / 2
     for name in gradient_shares[0] if gradient_shares else ():
         if name in ("epoch", "data_loss") or _is_default(spec, name):
             continue
@@ -383,10 +386,17 @@ def warnings(gradient_shares: list[dict[str, Any]], spec: Spec, *, zeros: bool) 
         if share < NEGLIGIBLE and not (name == "l1" and zeros):
             text = f"{name} makes up {share:.1g} of the update, which is negligible; raise it or leave it out"
             found.append({"term": name, "kind": "negligible", "message": text})
-        learning = [share for share, record in zip(shares, gradient_shares, strict=True) if _data_loss(record) > FITTED]
-        if name != "adversarial_loss" and len(learning) > len(shares) / 2 and float(np.median(learning)) > DOMINANT:
-            text = f"{name} makes up {np.median(learning):.0%} of the update and dominates the data loss; lower it"
+        share = float(np.median([record[name]["share"] for record in learning])) if fits_late else 0.0
+        if name != "adversarial_loss" and share > DOMINANT:
+            text = f"{name} makes up {share:.0%} of the update and dominates the data loss; lower it"
             found.append({"term": name, "kind": "dominant", "message": text})
+    asked = [
+        name for name in PENALTIES if gradient_shares and name in gradient_shares[0] and not _is_default(spec, name)
+    ]
+    together = [sum(record[name]["share"] for name in asked) for record in learning]
+    if fits_late and float(np.median(together)) > DOMINANT and all(one["kind"] != "dominant" for one in found):
+        text = f"the penalties together make up {np.median(together):.0%} of the update and dominate the data loss"
+        found.append({"term": "penalties", "kind": "dominant", "message": f"{text}; lower them"})
     return found
 
 

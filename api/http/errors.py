@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.tracing import REQUEST_ID
 from store import errors
@@ -103,8 +104,31 @@ def install(app: FastAPI) -> None:
         return answer_to(request, failure)
 
     kinds = (errors.TemperError, RequestValidationError, HTTPException, sa.exc.SQLAlchemyError, ClientDisconnect)
-    for kind in (*kinds, Exception):
+    for kind in kinds:
         app.add_exception_handler(kind, handle)
+    app.add_middleware(_Unforeseen)
+
+
+class _Unforeseen:
+    """Answers what no handler expects. Starlette's own way raises it again, and uvicorn then closes the connection."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as failure:
+            if started or scope["type"] != "http":
+                raise
+            await answer_to(Request(scope), failure)(scope, receive, send)
 
 
 def invalid_request(found: Any, model: Any = None) -> errors.TemperError:

@@ -150,7 +150,7 @@ def one_by_one(instances: Any, field: str, top: float) -> np.ndarray:
 
 
 def _out_of(top: float, field: str) -> str:
-    hint = '; for 0 to 255 set "range": "byte"' if top == 1 and field == "instances" else ""
+    hint = '; POST /predict takes 0 to 255 with "range": "byte"' if top == 1 and field == "instances" else ""
     return f"has values that are not between 0 and {top:g}{hint}"
 
 

@@ -103,7 +103,8 @@ def report_page(name: str, version: int, card: ReportCard, about: Manifest) -> s
 def _subtitle(manifest: Json) -> str:
     spec, dataset = manifest.get("spec") or {}, manifest.get("dataset") or {}
     method = spec.get("method", "fine-tuned")
-    options = ", ".join(f"{key} {value}" for key, value in _flat(spec.get(method) or {}))
+    given = spec.get(method) if method != "head" else None  # a method without options, and a field of its own
+    options = ", ".join(f"{key} {value}" for key, value in _flat(given or {}))
     parts = [f"from {manifest['base']} by {method}" + (f" ({options})" if options else "")]
     if dataset:
         images = f"{dataset['images']:,} images of {len(manifest['classes'])} classes"

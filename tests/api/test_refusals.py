@@ -1,12 +1,16 @@
 """Bad input over HTTP: each gets its answer, and leaves nothing."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tensorflow as tf
+from fastapi import FastAPI
 
+from api.http import errors
 from tests.conftest import Service, png, zipped
 from tests.trainer.test_datasets import BAD, DOT
 
@@ -139,3 +143,19 @@ def test_a_device_that_is_not_there_fails_the_job_clearly(service: Service, digi
     assert (done["error"]["code"], done["error"]["param"]) == ("device_unavailable", "spec.device")
     assert {path for path in files(service.home) - kept if "datasets" not in path.parts} == set()
     assert service.api.get("/models/gpu").status_code == 404
+
+
+def test_an_unforeseen_failure_is_answered_and_not_raised_again() -> None:
+    app = FastAPI()
+    errors.install(app)
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise RuntimeError("unforeseen")
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as api:
+            return await api.get("/broken")
+
+    found = asyncio.run(ask())  # uvicorn closes the connection of an application that raises
+    assert (found.status_code, found.json()["error"]["code"]) == (500, "internal_error")

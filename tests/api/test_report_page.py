@@ -12,6 +12,7 @@ import pytest
 from api.report.charts import BOTTOM, LEFT, RIGHT, TOP
 from api.report.page import report_page
 from store.records import Manifest, ReportCard
+from trainer.spec import described, parse_spec
 
 Json = dict[str, Any]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -155,6 +156,13 @@ def test_a_full_report_has_every_figure_plot_and_table() -> None:
     for heading in ("Classes", "Calibration", "Sparsity", "Forgetting", "Cost", "Spec"):
         assert heading in page.text
     assert "not measured yet" not in page.text.lower()
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bias", "lora", "adapter", "ia3"])
+def test_every_method_has_a_page(method: str) -> None:
+    spec = described(parse_spec(json.dumps({"method": method})))
+    page = Page(html("digits", 3, full_report(DIGITS), manifest(DIGITS) | {"spec": spec}))
+    assert f"by {method}" in page.text
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:

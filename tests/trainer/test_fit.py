@@ -238,6 +238,7 @@ def test_a_term_that_is_negligible_or_dominates_the_data_is_warned_of(base: Arra
     spec = {"method": "full", "epochs": 3}
     assert warned(base, digits, **spec, l2=1e-8) == {("l2", "negligible")}
     assert warned(base, digits, **spec, l2=10.0) == {("l2", "dominant")}
+    assert ("penalties", "dominant") in warned(base, digits, **spec, l1=1.0, l2=10.0, l2_sp=10.0)
     assert warned(base, digits, **spec, l2=1e-3) == set()
 
 

@@ -116,7 +116,7 @@ class Jobs:
             insert(connection, job.id, 1, [_status("queued")])
         return job
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str, param: str = "id") -> Job:
         """Return a job.
 
         Raises:
@@ -125,14 +125,18 @@ class Jobs:
         with self._engine.connect() as connection:
             found = _read(connection, sa.select(*_COLUMNS).where(jobs.c.id == job_id))
         if not found:
-            raise UnknownJob(f"there is no job {job_id!r}", param="id")
+            raise UnknownJob(f"there is no job {job_id!r}", param=param)
         return found[0]
 
     def page(self, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
-        """Return up to `limit` jobs, newest first, that come after the job `after`; and whether there are more."""
+        """Return up to `limit` jobs, newest first, that come after the job `after`; and whether there are more.
+
+        Raises:
+            UnknownJob: no job has the id `after`.
+        """
         query = sa.select(*_COLUMNS).order_by(jobs.c.id.desc()).limit(limit + 1)
         if after is not None:
-            query = query.where(jobs.c.id < self.get(after).id)
+            query = query.where(jobs.c.id < self.get(after, "after").id)
         with self._engine.connect() as connection:
             found = _read(connection, query)
         return found[:limit], len(found) > limit

@@ -187,7 +187,10 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
     with tf.device(device):
         lost = _forgetting(params, job.base, data.classes, settings, registry)
     card = version.report.dump()
-    card |= {"robustness": {**card["robustness"], **found}, "forgetting": lost}
+    quick, attacked = card["robustness"], {**card["robustness"], **found}
+    outdated = report.fgsm_flatters(spec, quick)
+    warnings = [text for text in card["warnings"] if text not in outdated] + report.fgsm_flatters(spec, attacked)
+    card |= {"robustness": attacked, "warnings": warnings, "forgetting": lost}
     registry.set_report(job.model, job.version, ReportCard.model_validate(card))
     jobs.reported(job, "complete")
 
