@@ -196,6 +196,7 @@ def test_the_documented_examples_work(service: Service) -> None:
 
 def test_frozen_processes_are_replaced(tmp_path: Path) -> None:
     with running_service(tmp_path) as service:
+        eventually(lambda: "idle" in service.api.get("/readyz").json()["workers"].values(), "the worker is ready")
         before = {module: service.children(module) for module in ("api", "serving", "trainer")}
         for (pid,) in before.values():
             os.kill(pid, signal.SIGSTOP)
