@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 log = logging.getLogger("temper.settings")
 
+ATTACK_IMAGES = 500
 AUTO, EMBEDDED = "auto", "embedded"
 LOCAL_TARGET = "127.0.0.1:8500"  # where `python -m serving` listens, and a gateway or worker looks without a setting
 LOCAL_REST = "127.0.0.1:8501"  # likewise, for TensorFlow Serving's REST API
@@ -37,7 +38,9 @@ class Settings(BaseSettings):
         20, ge=0, description="Newest versions that are kept of a model, besides the labelled ones; 0 keeps all."
     )
     attack_images: int = Field(
-        500, ge=1, description="Most validation images that a report's attacks run on; fewer take less of the worker."
+        ATTACK_IMAGES,
+        ge=1,
+        description="Most validation images that a report's attacks run on; fewer take less of the worker.",
     )
     workers: int = Field(1, ge=0, le=64, description="Workers that `temper serve` starts here.")
     max_upload_bytes: int = Field(256 << 20, ge=1, description="Largest body of POST /finetune.")

@@ -1,7 +1,7 @@
 """Train a spec: from the base's parameters to those that are served. Independent of jobs, files and servers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Star
 
 def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
     """The structure to compile for a spec."""
-    attack = spec.adversarial
+    attack, augmentation = spec.adversarial, spec.augmentation or Augmentation()
     untouched = spec.augmentation is None and spec.mixup == 0 and attack is None
     entry = first_trained(start.method.start(start.params, 0)) if untouched else FIRST
     if untouched and spec.dropout and entry == HEAD:
@@ -122,15 +122,15 @@ def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
         method=start.method,
         classes=classes,
         entry=entry,
-        penalties=frozenset(name for name in ("l1", "l2", "l2_sp") if getattr(spec, name) > 0),
+        penalties=frozenset(name for name in PENALTIES if getattr(spec, name) > 0),
         attack={Fgsm: "pgd", Pgd: "pgd", Trades: "trades", Free: "free", Vat: "vat", type(None): None}[type(attack)],
         norm=attack.norm if isinstance(attack, Vat) else "linf",
         clean=not (isinstance(attack, Free) or (isinstance(attack, Fgsm | Pgd) and attack.weight == 1)),
         dropout=spec.dropout > 0,
-        augment=moved(spec.augmentation),
-        flip=spec.augmentation is not None and spec.augmentation.flip,
-        contrast=spec.augmentation is not None and spec.augmentation.contrast > 0,
-        cutout=spec.augmentation is not None and spec.augmentation.cutout > 0,
+        augment=any((augmentation.shift, augmentation.rotate, augmentation.scale)),
+        flip=augmentation.flip,
+        contrast=augmentation.contrast > 0,
+        cutout=augmentation.cutout > 0,
         mixup=spec.mixup > 0,
         ema=spec.ema > 0,
         optimizer=spec.optimizer,
@@ -138,14 +138,9 @@ def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
     )
 
 
-def moved(augmentation: Augmentation | None) -> bool:
-    """Whether images are shifted, rotated or scaled."""
-    return augmentation is not None and bool(augmentation.shift or augmentation.rotate or augmentation.scale)
-
-
 def coefficients(spec: Spec, images: int) -> Coefficients:
     """The scalar inputs of every step of a run on `images` images."""
-    attack, augmentation = spec.adversarial, spec.augmentation
+    attack, augmentation = spec.adversarial, spec.augmentation or Augmentation()
     steps = 1 if attack is None or isinstance(attack, Fgsm | Free) else attack.steps
     return Coefficients(
         seed=spec.seed,
@@ -158,11 +153,8 @@ def coefficients(spec: Spec, images: int) -> Coefficients:
         spread=attack.spread if isinstance(attack, Fgsm | Pgd) else 0.0,
         adversarial_weight=_weight(attack),
         l1=spec.l1, l2=spec.l2, l2_sp=spec.l2_sp, dropout=spec.dropout, label_smoothing=spec.label_smoothing,
-        shift=augmentation.shift if augmentation else 0.0,
-        rotate=float(np.radians(augmentation.rotate)) if augmentation else 0.0,
-        scale=augmentation.scale if augmentation else 0.0,
-        contrast=augmentation.contrast if augmentation else 0.0,
-        cutout=float(augmentation.cutout) if augmentation else 0.0,
+        shift=augmentation.shift, rotate=float(np.radians(augmentation.rotate)), scale=augmentation.scale,
+        contrast=augmentation.contrast, cutout=float(augmentation.cutout),
         ema=spec.ema,
         momentum=spec.momentum or 0.0,
         weight_decay=spec.weight_decay or 0.0,
@@ -377,26 +369,25 @@ def warnings(gradient_shares: list[dict[str, Any]], spec: Spec, *, zeros: bool) 
     """
     found = []
     learning = [record for record in gradient_shares if _data_loss(record) > FITTED]
-    fits_late = len(learning) > len(gradient_shares) / 2
-    for name in gradient_shares[0] if gradient_shares else ():
-        if name in ("epoch", "data_loss") or _is_default(spec, name):
-            continue
-        shares = [record[name]["share"] for record in gradient_shares]
-        share = float(np.median(shares))
-        if share < NEGLIGIBLE and not (name == "l1" and zeros):
-            text = f"{name} makes up {share:.1g} of the update, which is negligible; raise it or leave it out"
+    if len(learning) <= len(gradient_shares) / 2:
+        learning = []  # most of the time the images were fitted
+
+    def share(names: Sequence[str], records: Sequence[dict[str, Any]]) -> float:
+        return float(np.median([sum(record[name]["share"] for name in names) for record in records] or [0.0]))
+
+    terms = [name for name in (gradient_shares or [{}])[0] if name not in ("epoch", "data_loss")]
+    asked = [name for name in terms if not _is_default(spec, name)]
+    for name in asked:
+        if (part := share([name], gradient_shares)) < NEGLIGIBLE and not (name == "l1" and zeros):
+            text = f"{name} makes up {part:.1g} of the update, which is negligible; raise it or leave it out"
             found.append({"term": name, "kind": "negligible", "message": text})
-        share = float(np.median([record[name]["share"] for record in learning])) if fits_late else 0.0
-        if name != "adversarial_loss" and share > DOMINANT:
-            text = f"{name} makes up {share:.0%} of the update and dominates the data loss; lower it"
+        if name in PENALTIES and (part := share([name], learning)) > DOMINANT:
+            text = f"{name} makes up {part:.0%} of the update and dominates the data loss; lower it"
             found.append({"term": name, "kind": "dominant", "message": text})
-    asked = [
-        name for name in PENALTIES if gradient_shares and name in gradient_shares[0] and not _is_default(spec, name)
-    ]
-    together = [sum(record[name]["share"] for name in asked) for record in learning]
-    if fits_late and float(np.median(together)) > DOMINANT and all(one["kind"] != "dominant" for one in found):
-        text = f"the penalties together make up {np.median(together):.0%} of the update and dominate the data loss"
-        found.append({"term": "penalties", "kind": "dominant", "message": f"{text}; lower them"})
+    together = share([name for name in asked if name in PENALTIES], learning)
+    if together > DOMINANT and all(one["kind"] != "dominant" for one in found):
+        text = f"the penalties together make up {together:.0%} of the update and dominate the data loss; lower them"
+        found.append({"term": "penalties", "kind": "dominant", "message": text})
     return found
 
 

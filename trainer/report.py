@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from store.settings import ATTACK_IMAGES
 from trainer import attacks, evaluate, fit
 from trainer.fit import Fitted, Split, serve
 from trainer.lenet import HEAD, Arrays
@@ -33,7 +34,7 @@ Model = Callable[[], Network]
 
 def quick(
     fitted: Fitted, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec, base: Arrays | None = None,
-    *, attack_images: int = 500,
+    *, attack_images: int = ATTACK_IMAGES,
 ) -> dict[str, Any]:  # fmt: skip
     """The part that is computed before publishing; all but `train` is measured on held-out images.
 
@@ -225,7 +226,9 @@ def _chosen(split: Split, some: np.ndarray) -> Split:
     return Split(tf.gather(split.images, some), split.labels[some])
 
 
-def robustness(model: Model, validation: Split, epsilon: float, images: int = 500) -> Iterator[dict[str, Any] | None]:
+def robustness(
+    model: Model, validation: Split, epsilon: float, images: int = ATTACK_IMAGES
+) -> Iterator[dict[str, Any] | None]:
     """Accuracy under attacks over a grid of epsilons.
 
     Args:

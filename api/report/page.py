@@ -28,6 +28,7 @@ from api.report.charts import (
     series,
 )
 from store.records import Manifest, ReportCard
+from trainer.spec import OPTIONS
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -103,7 +104,7 @@ def report_page(name: str, version: int, card: ReportCard, about: Manifest) -> s
 def _subtitle(manifest: Json) -> str:
     spec, dataset = manifest.get("spec") or {}, manifest.get("dataset") or {}
     method = spec.get("method", "fine-tuned")
-    given = spec.get(method) if method != "head" else None  # a method without options, and a field of its own
+    given = spec.get(method) if method in OPTIONS else None
     options = ", ".join(f"{key} {value}" for key, value in _flat(given or {}))
     parts = [f"from {manifest['base']} by {method}" + (f" ({options})" if options else "")]
     if dataset:

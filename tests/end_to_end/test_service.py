@@ -1,5 +1,6 @@
 """The whole service: real processes, HTTP, jobs that train, predictions that name their version."""
 
+import functools
 import json
 import os
 import re
@@ -206,6 +207,6 @@ def test_frozen_processes_are_replaced(tmp_path: Path) -> None:
             return len(now) == 1 and now != before[module]
 
         for module in before:
-            eventually(lambda module=module: replaced(module), f"{module} is replaced", timeout_s=90)  # type: ignore[misc]
+            eventually(functools.partial(replaced, module), f"{module} is replaced", timeout_s=90)
         eventually(service.ready, "the service is ready again")
         assert predicted(service, "lenet5", np.zeros((1, 28, 28), np.uint8))["version"] == 1

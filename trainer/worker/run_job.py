@@ -24,14 +24,13 @@ from store.records import GREY_28, DatasetCard, Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.export import digest, export, load_params
-from trainer.fit import Fitted, Split, Start, begin, bottleneck_of, fit, serve
+from trainer.fit import PENALTIES, Fitted, Split, Start, begin, bottleneck_of, fit, serve
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
 from trainer.spec import Spec, described
 from trainer.synthetic_digits import synthetic_digits
 
-PENALTIES = {"l1": 0.0, "l2": 0.0, "l2_sp": 0.0}  # in the progress of every job
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 PROBE_IMAGES = 16
 FORGETTING_IMAGES = 500
@@ -306,7 +305,7 @@ def _fit(spec: Spec, start: Start, train: Split, validation: Split, data: _Data,
     """Fit with the job's progress written down."""
 
     def write_down(record: dict[str, Any]) -> None:
-        run.epoch({**PENALTIES, **record, "epochs": spec.epochs, **more})
+        run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **more})
 
     return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down)
 
