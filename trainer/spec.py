@@ -176,6 +176,17 @@ class EarlyStopping(Strict):
     min_delta: float = Field(0.0, ge=0, description="Smallest improvement that counts.")
 
 
+class Search(Strict):
+    """Bounds of the automatic search."""
+
+    trials: int = Field(32, ge=1, le=1000, description="Most recipes to try.")
+    folds: int = Field(5, ge=2, le=10, description="Parts of the images, each of which is held out once.")
+    seconds: float | None = Field(
+        None, gt=0, le=86400, description="Time for the search and the training of its choice; null for 5 and 40 ms an image."
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the recipes that are drawn, and of the folds.")
+
+
 class Spec(Strict):
     """How to fine-tune. Every field has a default; zero or null switches an effect off."""
 
@@ -248,6 +259,9 @@ class Spec(Strict):
         description="Under 200 images: cross-validate on five folds first, so that every image is scored.",
     )
     early_stopping: EarlyStopping | None = Field(None, description="Stop early and keep the best weights, or null.")
+    search: Search | None = Field(
+        None, description="Bounds of the automatic search for the fields that are `auto`; null where nothing is."
+    )
     polarity: Literal["auto", "light_on_dark", "dark_on_light"] = Field(
         "auto", description="Whether foreground is lighter or darker than background. `auto` decides from the borders."
     )
@@ -288,22 +302,66 @@ OWNERS = {method: ("method", method) for method in OPTIONS} | {
 }  # fmt: skip
 
 
-def parse_spec(text: str | None) -> Spec:
-    """The spec in a JSON text; all defaults for None.
+SEARCHED = (
+    "method", "head", "learning_rate", "epochs", "schedule", "l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup",
+    "augmentation", "ema",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A spec as a client gives it: the fields in `auto` are searched, and have their defaults in `spec`."""
+
+    spec: Spec
+    auto: frozenset[str]
+
+    def described(self) -> dict[str, Any]:
+        """As JSON values, with "auto" for what is searched."""
+        return described(self.spec) | dict.fromkeys(sorted(self.auto), "auto")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Asked":
+        """What JSON values ask for.
+
+        Raises:
+            ValidationError: of the fields that are not searched.
+            InvalidSpec: a search without anything to search, or the reverse.
+        """
+        auto = {name for name in SEARCHED if given.get(name) == "auto"}
+        if given.get("search") and not auto:
+            auto = set(SEARCHED) - set(given)
+            if not auto:
+                raise refused("search", "every field that can be searched is given; leave one out or make it 'auto'")
+        if auto and "search" in given and given["search"] is None:
+            raise refused("search", f"is null, but {min(auto)} is 'auto'")
+        fixed = {name: value for name, value in given.items() if name not in auto}
+        if auto:
+            fixed.setdefault("search", {})
+        owned = sorted(name for name in OPTIONS if fixed.get(name) is not None)
+        if "method" in auto and owned:
+            raise refused(owned[0], f"is an option of method {owned[0]!r}, but the method is 'auto'; leave it out")
+        return cls(Spec.model_validate_json(json.dumps(fixed)), frozenset(auto))
+
+
+def parse_spec(text: str | None) -> Asked:
+    """The spec in a JSON text; everything is searched for None.
 
     Raises:
         InvalidSpec: with the path of every offending field.
     """
     if text is None:
-        return Spec()
+        return Asked.of({"search": {}})
     try:
-        spec = Spec.model_validate_json(text)
+        given = json.loads(text)
+        asked = Asked.of(given) if isinstance(given, dict) else Asked(Spec.model_validate_json(text), frozenset())
+    except json.JSONDecodeError:
+        raise _not_json(text) from None
     except ValidationError as exc:
         raise invalid_spec(exc) from exc
     repeated = _repeated(json.loads(text, object_pairs_hook=tuple), "spec")
     if repeated:
         raise _refused("the spec is invalid", dict.fromkeys(repeated, "given twice"))
-    return spec
+    return asked
 
 
 def _repeated(value: Any, path: str) -> list[str]:
