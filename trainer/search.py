@@ -20,6 +20,7 @@ from trainer.fit import Split, Training, begin, serve
 from trainer.lenet import Arrays
 from trainer.spec import Spec
 
+
 @dataclass(frozen=True)
 class Rung:
     """Part of the work that a candidate gets before the next cut."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -182,7 +183,10 @@ class Search(Strict):
     trials: int = Field(32, ge=1, le=1000, description="Most recipes to try.")
     folds: int = Field(5, ge=2, le=10, description="Parts of the images, each of which is held out once.")
     seconds: float | None = Field(
-        None, gt=0, le=86400, description="Time for the search and the training of its choice; null for 5 and 40 ms an image."
+        None,
+        gt=0,
+        le=86400,
+        description="Time for the search and the training of its choice; null for 5 and 40 ms an image.",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the recipes that are drawn, and of the folds.")
 
