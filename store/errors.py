@@ -165,6 +165,12 @@ class Diverged(JobFailed):
     code = "diverged"
 
 
+class SearchFailed(JobFailed):
+    """None of the recipes of a search could be trained."""
+
+    code = "search_failed"
+
+
 class PublishFailed(JobFailed):
     """The model server did not serve the new version as the trainer computed it."""
 

@@ -91,7 +91,8 @@ class Manifest(Record):
     base: str | None = None  # name:version, None for a pretrained model
     base_sha256: str | None = None
     sha256: str = ""  # of the effective parameters
-    spec: dict[str, Any] = Field(default_factory=dict)
+    spec: dict[str, Any] = Field(default_factory=dict)  # as asked for, with "auto" where it was searched
+    resolved_spec: dict[str, Any] | None = None  # that it was trained with; None in those of earlier releases
     dataset: DatasetCard | None = None
     job: str | None = None
     adapter_bottleneck: int = 0  # units; 0 without adapters
@@ -113,9 +114,23 @@ class Epoch(Record):
     validation_accuracy_under_fgsm: float | None = None
 
 
-class Progress(Epoch):
-    """How far a job is: its last epoch, and when each step of the publication was done (Unix seconds)."""
+class Best(Record):
+    """The best trial so far. The interval is that of the accuracy (95%, Wilson 1927), the cross-entropy in nats."""
 
+    trial: int = 0
+    accuracy: float = 0.0
+    accuracy_interval: tuple[float, float] = (0.0, 1.0)
+    cross_entropy: float = 0.0
+
+
+class Progress(Epoch):
+    """How far a job is: its last trial or epoch, and when each step of the publication was done (Unix seconds)."""
+
+    round: int | None = None  # of the search: more epochs and folds for fewer trials
+    trial: int | None = None  # its number; it was trained for `epochs` on each of `folds`
+    tried: int | None = None  # of `trials` in this round
+    trials: int | None = None
+    best: Best | None = None
     epochs: int | None = None
     fold: int | None = None
     folds: int | None = None
@@ -252,6 +267,34 @@ class Forgetting(Record):
     lost: float = 0.0
 
 
+class TrialScore(Score):
+    """What a trial reached in a round, at the best temperature; the standard error is that of the cross-entropy."""
+
+    epochs: int = 0
+    folds: int = 0
+    standard_error: float = 0.0
+
+
+class TrialCard(Record):
+    """A recipe that was tried: where it comes from, what it reached, and why it went no further."""
+
+    trial: int = 0
+    origin: str = ""  # recipe, earlier or sampled
+    settings: dict[str, Any] = Field(default_factory=dict)
+    scores: list[TrialScore] = Field(default_factory=list)
+    seconds: float = 0.0
+    ended_s: float = 0.0  # after the search began
+    dropped: str | None = None
+
+
+class SearchCard(Record):
+    """How the recipe was chosen."""
+
+    chosen: int | None = None
+    sentence: str = ""
+    trials: list[TrialCard] = Field(default_factory=list)
+
+
 class ReportCard(Record):
     """How good a version is. A pretrained model has a card of other fields, which are kept as they are."""
 
@@ -268,6 +311,7 @@ class ReportCard(Record):
     training: Training | None = None
     history: list[Epoch] = Field(default_factory=list)
     cross_validation: CrossValidation | None = None
+    search: SearchCard | None = None
     forgetting: Forgetting | None = None
     device: str | None = None
     cost: Cost | None = None

@@ -32,7 +32,7 @@ from store.processes import free_port
 from store.settings import Settings
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job, Jobs
-from trainer.spec import described, parse_spec
+from trainer.spec import parse_asked
 
 T = TypeVar("T")
 
@@ -299,8 +299,8 @@ class Place:
 
     def claimed(self, spec: dict[str, Any], base: str = "lenet5:1") -> Job:
         """A job that this process runs."""
-        spec = described(parse_spec(json.dumps(spec)))
-        self.jobs.create(model="m", base=base, spec=spec, dataset=self.dataset)
+        asked = parse_asked(json.dumps(spec))
+        self.jobs.create(model="m", base=base, spec=asked.described(), dataset=self.dataset)
         job = self.jobs.claim("w")
         assert job is not None
         return job

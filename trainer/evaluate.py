@@ -35,14 +35,16 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Accuracy with its 95% confidence interval (Wilson 1927), and cross-entropy without penalties."""
-    hits = right(logits, labels)
+    return {**proportion(right(logits, labels)), "cross_entropy": cross_entropy(logits, labels)}
+
+
+def proportion(hits: np.ndarray) -> dict[str, Any]:
+    """Accuracy with its 95% confidence interval (Wilson 1927), from whether each image is right, (n,) bool."""
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
     return {
-        "images": len(labels),
-        "accuracy": float(hits.mean()),
+        "images": len(hits), "accuracy": float(hits.mean()),
         "accuracy_interval": [float(interval.low), float(interval.high)],
-        "cross_entropy": cross_entropy(logits, labels),
-    }
+    }  # fmt: skip
 
 
 def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:

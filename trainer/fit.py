@@ -36,6 +36,12 @@ class Split:
     labels: np.ndarray  # (n,) int32
 
 
+def sample(split: Split, most: int) -> Split:
+    """At most `most` images, evenly spaced."""
+    some = np.unique(np.linspace(0, len(split.labels) - 1, most).astype(int))
+    return Split(tf.gather(split.images, some), split.labels[some])
+
+
 @dataclass(frozen=True)
 class Start:
     """What training starts from."""
@@ -188,7 +194,7 @@ def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def fit(
-    spec: Spec, start: Start, train: Split, validation: Split, *, classes: int,
+    spec: Spec, start: Start, train: Split, validation: Split | None, *, classes: int,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Fitted:  # fmt: skip
     """Train on the current device.
@@ -197,6 +203,7 @@ def fit(
     with an attack, that of the best validation accuracy, clean and under PGD, weighted as in the loss.
 
     Args:
+        validation: None if all images are trained on; some of them stand in for it, and their figures are not recorded.
         on_epoch: called with the record of every epoch.
 
     Raises:
@@ -205,19 +212,22 @@ def fit(
     run = Training(spec, start, train, classes)
     model, entry = run.model, run.entry
     served = serve(start.params)
-    held_out = tf.constant(served.part(validation.images, until=entry))
+    measured = validation or sample(train, PROBE_IMAGES)
+    judged = tf.constant(served.part(measured.images, until=entry))
     result = Fitted({}, {}, start.method, start.lora_scale)
-    selection = Selection(spec, model, validation)
+    selection = Selection(spec, model, measured)
     for epoch in range(1, spec.epochs + 1):
         terms = run.epoch()
-        logits = served.use(model.params()).part(held_out, entry)
+        logits = served.use(model.params()).part(judged, entry)
         record = {
-            "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, validation.labels),
-            "validation_cross_entropy": evaluate.cross_entropy(logits, validation.labels),
+            "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, measured.labels),
+            "validation_cross_entropy": evaluate.cross_entropy(logits, measured.labels),
         }  # fmt: skip
         if not np.isfinite(logits).all():
             raise Diverged(f"the weights are not finite after step {run.done}, epoch {epoch}; {ADVICE}")
         verdict = selection.judge(record, served, warm=run.warm)
+        if validation is None:
+            record = {name: value for name, value in record.items() if not name.startswith("validation_")}
         if len(model.terms()) > 1:
             shares = run.shares()
             values = {name: {"value": terms[name], "share": shares[name]} for name in terms}
@@ -297,8 +307,7 @@ class Selection:
         self._spec = spec
         self._model = model
         self._attack = None if isinstance(spec.adversarial, Vat) else spec.adversarial
-        some = np.unique(np.linspace(0, len(validation.labels) - 1, PROBE_IMAGES).astype(int))
-        self._images, self._labels = tf.gather(validation.images, some), validation.labels[some]
+        self._probe = sample(validation, PROBE_IMAGES)
         self._best: tuple[float, int, Arrays] = (-np.inf, 0, {})
         self._improved, self._mark = 0, -np.inf  # last epoch better by `min_delta`, and its score
         self._most_robust = 0.0
@@ -321,10 +330,10 @@ class Selection:
         if self._attack:
             epsilon = tf.constant(self._attack.epsilon, tf.float32)
             probe = tf.constant(PROBE_STEPS), tf.constant([spec.seed, 0]), tf.constant(False)
-            labels = tf.constant(self._labels)
-            _, margins = served.apgd(self._images, labels, epsilon, *probe)
+            images, labels = self._probe.images, tf.constant(self._probe.labels)
+            _, margins = served.apgd(images, labels, epsilon, *probe)
             robust = float(np.mean(margins.numpy() <= 0))
-            fast = evaluate.accuracy(served.fgsm(self._images, labels, epsilon).numpy(), self._labels)
+            fast = evaluate.accuracy(served.fgsm(images, labels, epsilon).numpy(), self._probe.labels)
             record |= {"validation_accuracy_under_pgd": robust, "validation_accuracy_under_fgsm": fast}
             falls = warm and fast > robust + ROBUST
             overfitted = falls and self._most_robust >= ROBUST and robust < self._most_robust / 2

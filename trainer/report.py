@@ -5,6 +5,7 @@ Every number can be recomputed from the exported parameters, the data set and th
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,23 @@ PGD_PART = 64  # images of one piece, half a second's work that a queued job wai
 Model = Callable[[], Network]
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What a report rests on: images that the network which classifies them was not trained on."""
+
+    split: Split
+    logits: np.ndarray  # (n, classes)
+    attacked: Split  # images that attacks are run on
+    params: Arrays  # of a network that was trained without these
+
+    @classmethod
+    def apart(cls, fitted: Fitted, validation: Split) -> "HeldOut":
+        """Validation images, classified by the network that will be served."""
+        return cls(validation, fitted.network.logits(validation.images), validation, fitted.params)
+
+
 def quick(
-    fitted: Fitted, train: Split, validation: Split, classes: tuple[str, ...], spec: Spec, base: Arrays | None = None,
+    fitted: Fitted, train: Split, held_out: HeldOut, classes: tuple[str, ...], spec: Spec, base: Arrays | None = None,
     *, attack_images: int = ATTACK_IMAGES,
 ) -> dict[str, Any]:  # fmt: skip
     """The part that is computed before publishing; all but `train` is measured on held-out images.
@@ -42,12 +58,11 @@ def quick(
         base: parameters that training started from, if they had the same classes.
         attack_images: most images that attacks are run on.
     """
+    validation, logits = held_out.split, held_out.logits
     before = None if base is None else evaluate.accuracy(serve(base).logits(validation.images), validation.labels)
-    network = fitted.network
-    logits = network.logits(validation.images)
-    on_train = evaluate.score(network.logits(train.images), train.labels)
+    on_train = evaluate.score(fitted.network.logits(train.images), train.labels)
     on_validation = evaluate.score(logits, validation.labels)
-    attacked = _quick_robustness(network, validation, spec, attack_images)
+    attacked = _quick_robustness(serve(held_out.params), held_out.attacked, spec, attack_images)
     params, delta = fitted.params, fitted.trained
     sparse = evaluate.sparsity(params)
     return {

@@ -1,33 +1,98 @@
 """Automatic regularization: choose a recipe by its out-of-fold predictions.
 
 Successive halving (Jamieson & Talwalkar 2016): every candidate gets a short run on some folds, the better ones longer
-runs on more. A run is short in epochs, with its whole schedule, so that its end can be compared with that of a long
-one. Candidates that stand at the end are compared image by image, and among those within one standard error of the
-best the most regularized is chosen (the one-standard-error rule of Breiman et al. 1984, on paired differences).
+runs on more. A short run has few epochs and its whole schedule, so that its end can be compared with that of a long
+one. The candidates that are left at the end are compared image by image, and of those within one standard error of the
+best the cheapest and most regularized is chosen (Breiman et al. 1984, here on paired differences).
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from store.errors import Diverged
+from store.errors import Diverged, SearchFailed
 from trainer import evaluate
 from trainer.fit import Split, Training, begin, serve
+from trainer.folds import stratified_folds
 from trainer.lenet import Arrays
-from trainer.spec import Spec
+from trainer.spec import FEWEST_OF_A_CLASS, SEARCHED, Asked, Spec, described
+
+Recipe = Mapping[str, Any]  # values of searched fields, as in a spec
+
+SMALL = {"shift": 1.0, "rotate": 3.0, "scale": 0.05}
+LARGE = {"shift": 2.0, "rotate": 10.0, "scale": 0.15}
+OFF: Recipe = {
+    "l1": 0.0, "l2_sp": 0.0, "label_smoothing": 0.0, "mixup": 0.0, "augmentation": None, "ema": 0.0,
+}  # fmt: skip
+LORA: Recipe = {
+    **OFF, "method": "lora", "head": "keep", "learning_rate": 1e-3, "epochs": 20, "schedule": "cosine", "l2": 1e-4,
+    "dropout": 0.2,
+}  # fmt: skip
+FULL: Recipe = {
+    **OFF, "method": "full", "head": "new", "learning_rate": 1e-2, "epochs": 60, "schedule": "one_cycle", "l2": 5e-3,
+    "dropout": 0.2,
+}  # fmt: skip
+TUNED: Recipe = {**FULL, "head": "keep", "learning_rate": 3e-3}  # for data that look like the base's
+RECIPES: tuple[Recipe, ...] = (
+    {**FULL, "augmentation": SMALL},  # the first is the fallback
+    {**FULL, "augmentation": LARGE},
+    FULL,
+    {**FULL, "augmentation": {**SMALL, "flip": True}},
+    {**FULL, "augmentation": {**LARGE, "cutout": 8}},
+    {**LORA, "epochs": 60, "augmentation": LARGE},
+)
+SAME_CLASSES: tuple[Recipe, ...] = (LORA, {**TUNED, "augmentation": LARGE})  # tried first where the base's are kept
+PRIOR: Mapping[str, Sequence[Any]] = {
+    "learning_rate": (0.5, 0.7, 1.4),  # times that of the recipe
+    "epochs": (0.5, 2.0, 2.0),  # likewise
+    "l1": (1e-6, 1e-5),
+    "l2": (1e-3, 1e-2, 2e-2),
+    "l2_sp": (1e-3,),
+    "dropout": (0.1, 0.3, 0.4),
+    "label_smoothing": (0.05, 0.1),
+    "mixup": (0.2,),
+    "augmentation": (None, SMALL, LARGE, {**SMALL, "flip": True}, {**SMALL, "cutout": 8}, {**SMALL, "contrast": 0.3}),
+    "ema": (0.98,),
+}
+OFTEN = ("learning_rate", "epochs", "l2", "dropout", "label_smoothing", "augmentation")  # three times as often varied
 
 
 @dataclass(frozen=True)
 class Rung:
-    """Part of the work that a candidate gets before the next cut."""
+    """The work that a candidate gets before the next cut."""
 
     share: float  # of its epochs
     folds: int  # of all, the first ones
     keep: int  # candidates that go on
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a trial reached on a rung."""
+
+    rung: Rung
+    epochs: int
+    losses: np.ndarray  # (n,) of the held-out images, in nats
+    right: np.ndarray  # (n,) bool
+
+    @property
+    def cross_entropy(self) -> float:
+        """Mean over the images, in nats."""
+        return float(self.losses.mean())
+
+    def headline(self) -> dict[str, Any]:
+        """Accuracy with its interval, and cross-entropy."""
+        return {**evaluate.proportion(self.right), "cross_entropy": self.cross_entropy}
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON."""
+        error = float(self.losses.std(ddof=1) / math.sqrt(len(self.losses)))
+        return {"epochs": self.epochs, "folds": self.rung.folds, **self.headline(), "standard_error": error}
 
 
 @dataclass
@@ -37,35 +102,195 @@ class Trial:
     number: int
     spec: Spec
     origin: str  # recipe, sampled, earlier
-    scores: dict[float, dict[int, np.ndarray]] = field(default_factory=dict)  # share of epochs -> fold -> logits
+    scores: list[Score] = field(default_factory=list)  # by rung
     seconds: float = 0.0
+    ended_s: float = 0.0  # after the search began
     dropped: str = ""  # why it went no further
 
-    def logits(self, share: float) -> np.ndarray:
-        """Out-of-fold logits (images of the folds done, classes), by fold."""
-        return np.concatenate([self.scores[share][fold] for fold in sorted(self.scores[share])])
+    def settings(self) -> dict[str, Any]:
+        """The searched fields and the method's options."""
+        values = described(self.spec)
+        return {name: values[name] for name in (*SEARCHED, self.spec.method) if name in values}
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "trial": self.number, "origin": self.origin, "settings": self.settings(),
+            "scores": [score.dump() for score in self.scores], "seconds": round(self.seconds, 3),
+            "ended_s": round(self.ended_s, 3), "dropped": self.dropped or None,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Problem:
     """Images to learn from, and what to start from."""
 
-    images: Any  # (n, 28, 28, 1) float32, on the device, light on dark
-    labels: np.ndarray  # (n,) int32
+    data: Split
     base: Arrays
     classes: int
     same_classes: bool  # as the base's
-    folds: Sequence[np.ndarray]  # which images are held out, (n,) bool
 
     def part(self, some: np.ndarray) -> Split:
-        return Split(tf.gather(self.images, np.flatnonzero(some)), self.labels[some])
+        """Some of the images, (n,) bool."""
+        return Split(tf.gather(self.data.images, np.flatnonzero(some)), self.data.labels[some])
 
-    def held_out(self, folds: int) -> np.ndarray:
-        """Labels in the order of `Trial.logits`."""
-        return np.concatenate([self.labels[chosen] for chosen in self.folds[:folds]])
+    @property
+    def fewest(self) -> int:
+        """Images of the smallest class."""
+        return int(np.bincount(self.data.labels, minlength=self.classes).min())
 
 
-def trained(problem: Problem, spec: Spec, split: Split) -> Arrays:
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search."""
+
+    spec: Spec
+    trials: Sequence[Trial] = ()
+    chosen: int | None = None
+    sentence: str = ""
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "chosen": self.chosen, "sentence": self.sentence, "trials": [trial.dump() for trial in self.trials],
+        }  # fmt: skip
+
+
+def search(
+    asked: Asked, problem: Problem, *, uploaded: bool = False, earlier: Sequence[Recipe] = (),
+    on_trial: Callable[[dict[str, Any]], None] = lambda record: None, check: Callable[[], None] = lambda: None,
+) -> Found:  # fmt: skip
+    """Choose the searched fields of a spec.
+
+    Args:
+        uploaded: validation images were uploaded; the report will rest on these, and the search does not see them.
+        earlier: recipes that were chosen for earlier versions of the model.
+        on_trial: called with a record after each trial of a rung.
+        check: called before each run; raises to end the search.
+
+    Raises:
+        SearchFailed: no trial came to an end.
+    """
+    bounds = asked.fixed.search
+    assert bounds is not None
+    if problem.fewest < FEWEST_OF_A_CLASS:
+        return Found(asked.resolve(fallback(problem)), sentence=_TOO_FEW)
+    folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
+    held_out = list(stratified_folds(problem.data.labels, asked.fixed.seed, folds))
+    trials = list(candidates(asked, problem, earlier))
+    clock = Clock(bounds.seconds, runs=1.0 if uploaded else float(folds))
+    standing = trials
+    for number, rung in enumerate(rungs(len(trials), folds), start=1):
+        done: list[Trial] = []
+        for trial in standing:
+            if done and clock.is_up(min(done, key=_loss).spec):
+                trial.dropped = "no time was left"
+                continue
+            began = time.perf_counter()
+            try:
+                trial.scores.append(_scored(trial.spec, rung, problem, held_out, check))
+            except Diverged as exc:
+                trial.dropped = str(exc)
+                continue
+            finally:
+                trial.seconds += time.perf_counter() - began
+                trial.ended_s = clock.elapsed_s
+            clock.note(trial.spec, trial.scores[-1].epochs * rung.folds * (1 - 1 / folds), time.perf_counter() - began)
+            done.append(trial)
+            best = min(done, key=_loss)
+            on_trial(
+                {"round": number, "trial": trial.number, "trials": len(standing), "tried": len(done),
+                 "epochs": trial.scores[-1].epochs, "folds": rung.folds,
+                 "best": {"trial": best.number, **best.scores[-1].headline()}}
+            )  # fmt: skip
+        if not done:
+            raise SearchFailed(f"no recipe could be trained: {standing[0].dropped}", param="spec")
+        done.sort(key=_loss)
+        standing = done[: rung.keep]
+        for trial in done[rung.keep :]:
+            trial.dropped = f"{trial.scores[-1].cross_entropy - done[0].scores[-1].cross_entropy:.3f} nats behind"
+    chosen = by_one_standard_error(standing)
+    for trial in standing:
+        if trial is not chosen:
+            trial.dropped = trial.dropped or "a cheaper or more regularized recipe is as good within a standard error"
+    more: dict[str, Any] = {} if uploaded else {"folds": folds, "validation_split": 0.0}
+    if bounds.seconds and "epochs" in asked.auto:
+        more["epochs"] = clock.affordable(chosen.spec)
+    spec = asked.resolve(described(chosen.spec), **more)
+    return Found(spec, trials, chosen.number, sentence(chosen, trials))
+
+
+_TOO_FEW = f"nothing was searched, because a class has fewer than {FEWEST_OF_A_CLASS} images; a fixed recipe was used"
+
+
+def default_folds(images: int) -> int:
+    """Folds for this many images: the more there are, the less it matters to train on fewer of them."""
+    return 5 if images < 200 else 3
+
+
+def fallback(problem: Problem) -> Recipe:
+    """The recipe for data that are too few to compare any."""
+    return LORA if problem.same_classes else RECIPES[0]
+
+
+def rungs(trials: int, folds: int) -> tuple[Rung, ...]:
+    """How many candidates get how much work."""
+    return (
+        Rung(1 / 6, max(1, round(0.6 * folds)), max(1, math.ceil(trials / 3))),
+        Rung(1 / 4, folds, max(1, math.ceil(trials / 3))),
+    )
+
+
+def candidates(asked: Asked, problem: Problem, earlier: Iterable[Recipe] = ()) -> Iterator[Trial]:
+    """The recipes to try: those chosen for earlier versions, the known good ones, and samples around these."""
+    bounds = asked.fixed.search
+    assert bounds is not None
+    known = [*(SAME_CLASSES if problem.same_classes else ()), *RECIPES]
+    rng = np.random.default_rng(bounds.seed)
+    seen: list[Spec] = []
+
+    def recipes() -> Iterator[tuple[str, Recipe]]:
+        yield from (("recipe", recipe) for recipe in known)
+        yield from (("earlier", recipe) for recipe in earlier)
+        for _ in range(20 * bounds.trials):
+            yield "sampled", sampled(known[int(rng.integers(len(known)))], rng)
+
+    for origin, recipe in recipes():
+        spec = asked.resolve(recipe)
+        if spec not in seen:
+            seen.append(spec)
+            yield Trial(len(seen), spec, origin)
+        if len(seen) == bounds.trials:
+            return
+
+
+def sampled(recipe: Recipe, rng: np.random.Generator) -> Recipe:
+    """A recipe in which two fields, or one, have other values."""
+    weights = np.array([3.0 if name in OFTEN else 1.0 for name in PRIOR])
+    varied = rng.choice(list(PRIOR), 2, replace=False, p=weights / weights.sum())
+    values: dict[str, Any] = {}
+    for name in varied:
+        value = PRIOR[name][int(rng.integers(len(PRIOR[name])))]
+        if name in ("learning_rate", "epochs"):
+            value = type(recipe[name])(value * recipe[name])
+        values[str(name)] = value
+    return {**recipe, **values}
+
+
+def _scored(spec: Spec, rung: Rung, problem: Problem, folds: Sequence[np.ndarray], check: Callable[[], None]) -> Score:
+    """Out-of-fold predictions of a spec on the folds of a rung."""
+    short = spec.model_copy(update={"epochs": max(1, round(rung.share * spec.epochs))})
+    logits, labels = [], []
+    for chosen in folds[: rung.folds]:
+        check()
+        params = trained(short, problem, problem.part(~chosen))
+        logits.append(serve(params).logits(problem.part(chosen).images))
+        labels.append(problem.data.labels[chosen])
+    scores, truth = np.concatenate(logits), np.concatenate(labels)
+    return Score(rung, short.epochs, losses(scores, truth), evaluate.right(scores, truth))
+
+
+def trained(spec: Spec, problem: Problem, split: Split) -> Arrays:
     """Parameters after all epochs of a spec.
 
     Raises:
@@ -84,7 +309,7 @@ def trained(problem: Problem, spec: Spec, split: Split) -> Arrays:
 def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Cross-entropy of every image at the temperature that suits all of them best (Guo et al. 2017), (n,) float64.
 
-    What training length and label smoothing do to confidence alone is one number that can be put right afterwards; it
+    How confident short training and label smoothing leave a network can be corrected by one number afterwards, so it
     must not decide between recipes.
     """
     rows = np.arange(len(labels))
@@ -92,36 +317,111 @@ def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return min(scaled, key=lambda one: float(one.mean()))
 
 
-def search(
-    problem: Problem, candidates: Sequence[Trial], rungs: Sequence[Rung], *, until: float = np.inf,
-    on_trial: Callable[[Trial, float, int], None] = lambda *_: None,
-) -> list[Trial]:  # fmt: skip
-    """Run the candidates rung by rung. Returns those that finished the last rung that was begun, best first."""
-    standing = list(candidates)
-    for rung in rungs:
-        done = []
-        for trial in standing:
-            if time.monotonic() > until and done:
-                trial.dropped = trial.dropped or "no time was left"
-                continue
-            began = time.perf_counter()
-            spec = trial.spec.model_copy(update={"epochs": max(1, round(rung.share * trial.spec.epochs))})
-            scores = trial.scores.setdefault(rung.share, {})
-            try:
-                for fold in range(rung.folds):
-                    if fold not in scores:
-                        params = trained(problem, spec, problem.part(~problem.folds[fold]))
-                        scores[fold] = serve(params).logits(problem.part(problem.folds[fold]).images)
-            except Diverged as exc:
-                trial.dropped = str(exc)
-                continue
-            finally:
-                trial.seconds += time.perf_counter() - began
-            done.append(trial)
-            on_trial(trial, rung.share, rung.folds)
-        labels = problem.held_out(rung.folds)
-        done.sort(key=lambda trial: float(losses(trial.logits(rung.share), labels).mean()))
-        standing, cut = done[: rung.keep], done[rung.keep :]
-        for trial in cut:
-            trial.dropped = f"behind {rung.keep} others after {rung.share:.0%} of the epochs on {rung.folds} folds"
-    return standing
+def _loss(trial: Trial) -> float:
+    return trial.scores[-1].cross_entropy
+
+
+def by_one_standard_error(standing: Sequence[Trial]) -> Trial:
+    """The cheapest and most regularized trial that is as good as the best within one standard error of the difference.
+
+    Args:
+        standing: trials scored on the same images, the best first.
+    """
+    best = standing[0]
+
+    def as_good(trial: Trial) -> bool:
+        behind = trial.scores[-1].losses - best.scores[-1].losses
+        return bool(behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)))
+
+    return min(filter(as_good, standing), key=lambda trial: preference(trial.spec)) if len(standing) > 1 else best
+
+
+def preference(spec: Spec) -> tuple[float, float]:
+    """Smaller is better between trials of equal score: the cheaper first, then the more regularized."""
+    augmentation = spec.augmentation
+    moved = augmentation.shift + augmentation.cutout / 4 + augmentation.flip if augmentation else 0.0
+    strength = spec.l2 * 100 + spec.dropout + spec.label_smoothing * 2 + spec.mixup + moved
+    return spec.epochs * COSTS.get(spec.method, 1.0), -strength
+
+
+COSTS = {"lora": 0.6, "bias": 0.5, "head": 0.1}  # of an epoch, in epochs of `full`
+
+
+class Clock:
+    """Keeps a search within its time. Without a bound nothing depends on the time, so the choice can be repeated."""
+
+    def __init__(self, seconds: float | None, *, runs: float) -> None:
+        """Start.
+
+        Args:
+            runs: training that follows the search, in runs on all images; folds - 1 of these are cross-validation.
+        """
+        self._bound = math.inf if seconds is None else 0.95 * seconds
+        self._began = time.perf_counter()
+        self._runs = runs
+        self._rates: dict[str, float] = {}  # method -> seconds for an epoch on all images
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the search began."""
+        return time.perf_counter() - self._began
+
+    def note(self, spec: Spec, epochs: float, seconds: float) -> None:
+        """Learn from a trial, of so many epochs on all images, how long an epoch takes."""
+        self._rates[spec.method] = min(seconds / epochs, self._rates.get(spec.method, math.inf))  # the first compiles
+
+    def _epoch_s(self, spec: Spec) -> float:
+        """Seconds for an epoch in all of the runs that follow."""
+        return self._runs * self._rates.get(spec.method, max(self._rates.values(), default=0.0))
+
+    def is_up(self, best: Spec) -> bool:
+        """Tell whether the rest of the time is needed to train the best spec so far."""
+        return self.elapsed_s + best.epochs * self._epoch_s(best) > self._bound
+
+    def affordable(self, spec: Spec) -> int:
+        """Epochs that can be trained in the rest of the time; at most those of the spec."""
+        epoch_s, left = self._epoch_s(spec), self._bound - self.elapsed_s
+        return spec.epochs if epoch_s * spec.epochs <= left else max(1, int(left / epoch_s))
+
+
+def sentence(chosen: Trial, trials: Sequence[Trial]) -> str:
+    """What was chosen and why, in plain words."""
+    score = chosen.scores[-1]
+    found = (
+        f"Chose {in_words(chosen.spec)}. In trials of {score.epochs} epochs it classified {score.right.mean():.1%} of "
+        f"{len(score.right)} held-out images correctly."
+    )
+    reasons = []
+    for question, without in ((_is_augmented, "without augmentation"), (_is_full, "training only a part")):
+        rivals = [trial for trial in trials if trial.scores and question(trial.spec) != question(chosen.spec)]
+        if rivals:
+            rival = min(rivals, key=lambda trial: trial.scores[0].cross_entropy)
+            points = 100 * float(chosen.scores[0].right.mean() - rival.scores[0].right.mean())
+            what = without if question(chosen.spec) else _OTHERWISE[without]
+            reasons.append(f"{what} it was {abs(points):.1f} points {'less' if points >= 0 else 'more'}")
+    return found + (f" In the first round, {' and '.join(reasons)}." if reasons else "")
+
+
+_OTHERWISE = {"without augmentation": "with augmentation", "training only a part": "training everything"}
+
+
+def _is_augmented(spec: Spec) -> bool:
+    return spec.augmentation is not None
+
+
+def _is_full(spec: Spec) -> bool:
+    return spec.method == "full"
+
+
+def in_words(spec: Spec) -> str:
+    """The searched fields of a spec that are not off, as a phrase."""
+    options = getattr(spec, spec.method, None)
+    rank = f" of rank {options.rank}" if spec.lora and options else ""
+    head = "the base's classifier" if spec.head == "keep" else "a new classifier"
+    parts = [f"`{spec.method}`{rank} from {head}, {spec.epochs} epochs, learning rate {spec.learning_rate:g}"]
+    for name in ("l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup", "ema"):
+        if value := getattr(spec, name):
+            parts.append(f"{name} {value:g}")
+    moves = spec.augmentation.model_dump(exclude_defaults=True) if spec.augmentation else {}
+    said = [name if value is True else f"{name} {value:g}" for name, value in moves.items()]
+    return ", ".join(parts) + (f", augmentation ({', '.join(said)})" if said else ", no augmentation")

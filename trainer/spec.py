@@ -25,7 +25,7 @@ from store.validation import in_words, reason
 _NAME = "1 to 64 of the characters a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 MODEL_NAME = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}$", _NAME)
 _BASE = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$", "a model's name, or name:version")
-MAX_FOLD_IMAGES = 200  # with this many images, one validation split is precise enough
+FEWEST_OF_A_CLASS = 3  # images without which nothing can be chosen by predictions on held-out ones
 Layer = Literal["conv1", "conv2", "dense1", "dense2"]
 Method = Literal["full", "head", "bias", "lora", "adapter", "ia3"]
 
@@ -36,16 +36,14 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
-def _not_yet(value: Any) -> Any:
-    if value == "auto":
-        raise ValueError("'auto' is reserved for automatic search, which does not work yet; give a number")
+def _not_null(value: Any) -> Any:
     if value is None:
         raise ValueError("must be a number, not null; 0 switches it off")
     return value
 
 
 Layers = Annotated[tuple[Layer, ...], AfterValidator(_distinct), Field(min_length=1, strict=False)]
-Strength = Annotated[float, BeforeValidator(_not_yet)]
+Strength = Annotated[float, BeforeValidator(_not_null)]
 
 
 class Strict(BaseModel):
@@ -180,15 +178,16 @@ class EarlyStopping(Strict):
 class Search(Strict):
     """Bounds of the automatic search."""
 
-    trials: int = Field(32, ge=1, le=1000, description="Most recipes to try.")
-    folds: int = Field(5, ge=2, le=10, description="Parts of the images, each of which is held out once.")
+    trials: int = Field(16, ge=1, le=1000, description="Recipes to try.")
+    folds: int | None = Field(
+        None, ge=2, le=10,
+        description="Parts of the images, each of which is held out once; null for 5, or for 3 from 200 images on.",
+    )  # fmt: skip
     seconds: float | None = Field(
-        None,
-        gt=0,
-        le=86400,
-        description="Time for the search and the training of its choice; null for 5 and 40 ms an image.",
-    )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the recipes that are drawn, and of the folds.")
+        None, gt=0, le=86400,
+        description="Time for the search and the training of its choice; null for as long as the trials take.",
+    )  # fmt: skip
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the recipes that are sampled.")
 
 
 class Spec(Strict):
@@ -255,16 +254,18 @@ class Spec(Strict):
         None, description="`auto` weights images inversely to the frequency of their class."
     )
     validation_split: float = Field(
-        0.2, ge=0.05, le=0.5,
-        description="Share of every class held out for the report; the default takes at least one image of each.",
+        0.2, ge=0, le=0.5,
+        description="Share of every class held out for the report; the default takes at least one image of each. With "
+        "`folds` it may be 0: then all images are trained on, and the report rests on the out-of-fold predictions.",
     )  # fmt: skip
-    folds: Literal[5] | None = Field(
-        None,
-        description="Under 200 images: cross-validate on five folds first, so that every image is scored.",
+    folds: int | None = Field(
+        None, ge=2, le=10, description="Cross-validate on this many folds first, so that every image is scored."
     )
     early_stopping: EarlyStopping | None = Field(None, description="Stop early and keep the best weights, or null.")
     search: Search | None = Field(
-        None, description="Bounds of the automatic search for the fields that are `auto`; null where nothing is."
+        None,
+        description="Bounds of the search for the fields that are `auto`, which with `search` alone are all that are not "
+        "given; null if nothing is searched.",
     )
     polarity: Literal["auto", "light_on_dark", "dark_on_light"] = Field(
         "auto", description="Whether foreground is lighter or darker than background. `auto` decides from the borders."
@@ -314,17 +315,13 @@ SEARCHED = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A spec as a client gives it: the fields in `auto` are searched, and have their defaults in `spec`."""
+    """A spec as a client gives it: the fields in `auto` are searched, and have their defaults in `fixed`."""
 
-    spec: Spec
-    auto: frozenset[str]
-
-    def described(self) -> dict[str, Any]:
-        """As JSON values, with "auto" for what is searched."""
-        return described(self.spec) | dict.fromkeys(sorted(self.auto), "auto")
+    fixed: Spec
+    auto: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Asked":
+    def of(cls, given: Mapping[str, Any]) -> Self:
         """What JSON values ask for.
 
         Raises:
@@ -332,7 +329,7 @@ class Asked:
             InvalidSpec: a search without anything to search, or the reverse.
         """
         auto = {name for name in SEARCHED if given.get(name) == "auto"}
-        if given.get("search") and not auto:
+        if given.get("search") is not None and not auto:
             auto = set(SEARCHED) - set(given)
             if not auto:
                 raise refused("search", "every field that can be searched is given; leave one out or make it 'auto'")
@@ -341,14 +338,37 @@ class Asked:
         fixed = {name: value for name, value in given.items() if name not in auto}
         if auto:
             fixed.setdefault("search", {})
-        owned = sorted(name for name in OPTIONS if fixed.get(name) is not None)
-        if "method" in auto and owned:
-            raise refused(owned[0], f"is an option of method {owned[0]!r}, but the method is 'auto'; leave it out")
-        return cls(Spec.model_validate_json(json.dumps(fixed)), frozenset(auto))
+        for name in OPTIONS:
+            if "method" in auto and fixed.get(name) is not None:
+                raise refused(name, f"is an option of method {name!r}, but the method is 'auto'; leave it out")
+        asked = cls(Spec.model_validate_json(json.dumps(fixed)), frozenset(auto))
+        asked._check_held_out()
+        return asked
+
+    def _check_held_out(self) -> None:
+        """Refuse what needs held-out images in training where all images are trained on."""
+        if self.auto:
+            for name in ("folds", "validation_split"):
+                if getattr(self.fixed, name) != Spec.model_fields[name].default:
+                    raise refused(name, "leave it out: the search holds out every image once; `search.folds` says how")
+        if (self.auto or not self.fixed.validation_split) and self.fixed.early_stopping:
+            raise refused("early_stopping", "leave it out: all images are trained on, so there are none to stop by")
+
+    def described(self) -> dict[str, Any]:
+        """As JSON values, with "auto" for what is searched."""
+        return described(self.fixed) | dict.fromkeys(sorted(self.auto), "auto")
+
+    def resolve(self, recipe: Mapping[str, Any], **more: Any) -> Spec:
+        """The spec with the searched fields taken from a recipe, JSON values; the rest of the recipe is ignored."""
+        chosen = {name: value for name, value in recipe.items() if name in self.auto}
+        if "method" in self.auto:
+            chosen |= {name: recipe.get(name) for name in OPTIONS}
+        values = described(self.fixed) | chosen | {"search": None} | more
+        return Spec.model_validate_json(json.dumps(values))
 
 
-def parse_spec(text: str | None) -> Asked:
-    """The spec in a JSON text; everything is searched for None.
+def parse_asked(text: str | None) -> Asked:
+    """What the spec in a JSON text asks for; without a text everything is searched.
 
     Raises:
         InvalidSpec: with the path of every offending field.
@@ -357,15 +377,28 @@ def parse_spec(text: str | None) -> Asked:
         return Asked.of({"search": {}})
     try:
         given = json.loads(text)
-        asked = Asked.of(given) if isinstance(given, dict) else Asked(Spec.model_validate_json(text), frozenset())
-    except json.JSONDecodeError:
-        raise _not_json(text) from None
+    except (ValueError, RecursionError):
+        given = None  # pydantic says why
+    try:
+        asked = Asked.of(given) if isinstance(given, dict) else Asked(Spec.model_validate_json(text))
     except ValidationError as exc:
         raise invalid_spec(exc) from exc
     repeated = _repeated(json.loads(text, object_pairs_hook=tuple), "spec")
     if repeated:
         raise _refused("the spec is invalid", dict.fromkeys(repeated, "given twice"))
     return asked
+
+
+def parse_spec(text: str) -> Spec:
+    """A spec in a JSON text that leaves nothing to be searched.
+
+    Raises:
+        InvalidSpec: as above.
+    """
+    asked = parse_asked(text)
+    if asked.auto:
+        raise refused(min(asked.auto), "must be given: nothing is searched here")
+    return asked.fixed
 
 
 def _repeated(value: Any, path: str) -> list[str]:
@@ -399,7 +432,7 @@ def invalid_spec(exc: ValidationError) -> InvalidSpec:
     return _refused("the spec is invalid", reasons)
 
 
-def check_dataset(spec: Spec, classes: Mapping[str, int], *, held_out: bool) -> None:
+def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -> None:
     """Refuse a spec that the data set does not allow.
 
     Args:
@@ -409,20 +442,21 @@ def check_dataset(spec: Spec, classes: Mapping[str, int], *, held_out: bool) -> 
     Raises:
         InvalidSpec: with the field's path, and every class in question.
     """
-    wrong: dict[str, str] = {}
-    asked = "validation_split" in spec.model_fields_set  # the default holds out at least one image of each class
+    spec, wrong = asked.fixed, dict[str, str]()
+    given = "validation_split" in spec.model_fields_set  # the default holds out at least one image of each class
     empty = [name for name, count in classes.items() if round(spec.validation_split * count) == 0]
-    if held_out and asked:
+    if held_out and given and spec.validation_split:
         wrong["validation_split"] = "leave it out: with a `validation` upload nothing is split off"
-    elif empty and asked and not spec.folds:
+    elif not spec.validation_split and not (held_out or spec.folds):
+        wrong["validation_split"] = "is 0, so nothing is measured; add `folds` or upload `validation` images"
+    elif empty and given and not (held_out or spec.folds):
         wrong["validation_split"] = f"leaves no image of class {_some(empty)} to validate on; raise it or add images"
-    few = [name for name, count in classes.items() if count < (spec.folds or 0)]
+    folds = ("search.folds", spec.search.folds) if spec.search else ("folds", spec.folds)
+    few = [name for name, count in classes.items() if count < (folds[1] or 0)]
     if spec.folds and held_out:
         wrong["folds"] = "leave it out: with a `validation` upload there is nothing to cross-validate"
-    elif spec.folds and sum(classes.values()) >= MAX_FOLD_IMAGES:
-        wrong["folds"] = f"is for fewer than {MAX_FOLD_IMAGES} images, and there are {sum(classes.values())}"
     elif few:
-        wrong["folds"] = f"needs {spec.folds} images of every class; too few are of {_some(few)}"
+        wrong[folds[0]] = f"needs {folds[1]} images of every class; too few are of {_some(few)}"
     if wrong:
         raise _refused("the spec does not fit the data", {f"spec.{field}": why for field, why in wrong.items()})
 

@@ -15,7 +15,7 @@ from serving.registry import BASE, LABEL, STABLE
 from store.errors import InvalidRequest, UnknownModel
 from store.records import DatasetCard
 from trainer.jobs.records import Job, Status
-from trainer.spec import MODEL_NAME, Spec, check_dataset, described, parse_spec, refused
+from trainer.spec import MODEL_NAME, Spec, check_dataset, described, parse_asked, refused
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])
@@ -68,7 +68,7 @@ def _one_of(names: Any, *, null: bool = False) -> Any:
     return WithJsonSchema({"anyOf": [enum, {"type": "null"}]} if null else enum)
 
 
-Stage = Literal["validating", "training", "evaluating", "exporting", "publishing", "warming"]
+Stage = Literal["validating", "searching", "training", "evaluating", "exporting", "publishing", "warming"]
 
 
 class JobView(BaseModel):
@@ -78,20 +78,26 @@ class JobView(BaseModel):
     object: Literal["fine_tuning.job"] = Field("fine_tuning.job", description="Kind of this object.")
     model: str = Field(description="The model that gets a new version.")
     version: int | None = Field(description="That version, once it is live.")
+    preview_version: int | None = Field(description="A version from a quick recipe, live while the job searches.")
     label: str = Field(description="The label that moves to it.")
     base: str = Field(description="What training starts from, `name:version`.")
     status: Annotated[str, _one_of(Status)] = Field(description="Where the job stands.")
     stage: Annotated[str | None, _one_of(Stage, null=True)] = Field(description="What a running job is doing.")
     progress: dict[str, Any] = Field(
-        description="Of the last epoch: `epoch` of `epochs`, the data loss and each penalty apart, validation "
-        "accuracy. `publishing` has the time of every step: staged, verified, renamed, available, proven, warmed, "
+        description="Of the search: the last `trial` and the `best` so far. Of the last epoch: `epoch` of `epochs`, "
+        "the data loss and each penalty apart, validation accuracy. `publishing` has the time of every step: staged, verified, renamed, available, proven, warmed, "
         "labelled."
     )
     created_at: float = Field(description="Unix seconds.")
     started_at: float | None = Field(description="Unix seconds.")
     finished_at: float | None = Field(description="Unix seconds.")
     spec: Annotated[Spec | dict[str, Any], Field(union_mode="left_to_right")] = Field(
-        description="The spec with every default filled in; as it was stored if this release cannot read it."
+        description="The spec with every default filled in, and `auto` where it is searched; as it was stored if this "
+        "release cannot read it."
+    )
+    resolved_spec: dict[str, Any] | None = Field(
+        description="The spec with what the search has chosen. Sent as the spec with the same data, it gives the same "
+        "weights."
     )
     dataset: dict[str, Any] = Field(description="What was uploaded: number of images, of each class, polarity, hash.")
     error: Annotated[JobError | dict[str, Any] | None, Field(union_mode="left_to_right")] = Field(
@@ -135,16 +141,17 @@ async def finetune(request: Request, response: Response) -> JobView:
             raise InvalidRequest("data: is required", param="data")
         if fields.model == BASE:
             raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
-        spec = parse_spec(fields.spec)
-        base = await asyncio.to_thread(_resolve_base, gateway, spec)
+        asked = parse_asked(fields.spec)
+        base = await asyncio.to_thread(_resolve_base, gateway, asked.fixed)
 
         def check(dataset: DatasetCard) -> None:
-            check_dataset(spec, dataset.classes, held_out="validation" in form.files)
+            check_dataset(asked, dataset.classes, held_out="validation" in form.files)
 
         dataset = await gateway.uploads.store(form, check)
     job = await asyncio.to_thread(
         gateway.jobs.create,
-        model=fields.model, base=base, spec=described(spec), dataset=dataset, label=fields.label,
+        model=fields.model, base=base, spec=asked.described(), dataset=dataset, label=fields.label,
+        resolved_spec=None if asked.auto else described(asked.fixed),
     )  # fmt: skip
     log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
     response.headers["Location"] = f"/finetune/{job.id}"

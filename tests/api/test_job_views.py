@@ -12,8 +12,8 @@ from trainer.spec import described, parse_spec
 
 JOB = Job(
     id="ftjob-1", model="m", version=None, label="stable", base="lenet5:1", status="running", stage="training",
-    progress=Progress(), created_at=0.0, started_at=0.0, finished_at=None, spec=described(parse_spec(None)),
-    dataset=DatasetCard(), error=None, report_status="none", worker="w", attempts=1, cancel_requested=False,
+    progress=Progress(), created_at=0.0, started_at=0.0, finished_at=None, spec=described(parse_spec("{}")),
+    preview_version=None, resolved_spec=None, dataset=DatasetCard(), error=None, report_status="none", worker="w", attempts=1, cancel_requested=False,
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_a_job_of_another_release_is_shown_as_it_was_stored(stored: dict[str, An
             assert shown[name]["message"] == value["message"]
         elif value is not None and value != {}:
             assert shown[name] == value
-    assert JobView.of(JOB).spec == parse_spec(None)
+    assert JobView.of(JOB).spec == parse_spec("{}")
 
 
 def test_the_documentation_lists_what_this_release_writes() -> None:

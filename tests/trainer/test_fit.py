@@ -11,11 +11,12 @@ from store.errors import Diverged, InvalidSpec
 from trainer import fit as fitting
 from trainer.evaluate import accuracy
 from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, serve, structure
+from trainer.folds import stratified, stratified_folds
 from trainer.lenet import Arrays
 from trainer.network import Network
 from trainer.spec import parse_spec
 from trainer.train_step import TrainStep, train_step
-from trainer.worker.run_job import pretrained, stratified, stratified_folds
+from trainer.worker.run_job import pretrained
 
 Digits = tuple[np.ndarray, np.ndarray]
 
@@ -95,14 +96,14 @@ def test_the_data_are_shuffled_anew_every_epoch_and_cut_into_batches_after(
 
 
 def test_epsilon_grows_over_the_first_three_tenths_of_the_steps() -> None:
-    reach = schedule(parse_spec(None), 1000)[:, 1]
+    reach = schedule(parse_spec("{}"), 1000)[:, 1]
     assert reach[0] == 0
     assert reach[150] == pytest.approx(0.5)
     assert (reach[300:] == 1).all()
 
 
 def test_mixup_draws_its_shares_from_a_beta_distribution() -> None:
-    assert (schedule(parse_spec(None), 100)[:, 2] == 1).all()
+    assert (schedule(parse_spec("{}"), 100)[:, 2] == 1).all()
     shares = schedule(parse_spec('{"mixup": 0.5}'), 20_000)[:, 2]
     assert shares.mean() == pytest.approx(0.5, abs=0.01)
     assert shares.var() == pytest.approx(1 / 8, abs=0.003)  # of Beta(a, a): 1 / (4 (2a + 1))
@@ -249,7 +250,7 @@ def shares_of_l2(share: float, data_loss: float = 1.0) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("share", [1e-6, 0.99])
 def test_a_strength_that_nobody_chose_is_not_warned_of(share: float) -> None:
-    for spec in (None, '{"method": "head"}', '{"l2": 1e-4}'):
+    for spec in ("{}", '{"method": "head"}', '{"l2": 1e-4}'):
         assert fitting.warnings(shares_of_l2(share), parse_spec(spec), zeros=False) == []
     assert len(fitting.warnings(shares_of_l2(share), parse_spec('{"l2": 2e-4}'), zeros=False)) == 1
 

@@ -15,12 +15,13 @@ from tests.conftest import Place
 from trainer import delta, evaluate, report
 from trainer.export import digest, export, load_params
 from trainer.fit import Fitted, Split, serve
+from trainer.folds import stratified
 from trainer.jobs.records import Job
 from trainer.lenet import HEAD
 from trainer.methods import Method
 from trainer.spec import Spec, parse_spec
 from trainer.synthetic_digits import synthetic_digits
-from trainer.worker.run_job import complete_report, pretrained, stratified
+from trainer.worker.run_job import complete_report, pretrained
 
 
 def test_calibration_is_the_mean_distance_of_confidence_and_accuracy() -> None:
@@ -154,7 +155,7 @@ def test_a_network_that_withstands_fgsm_and_not_pgd_says_so() -> None:
     (warning,) = said(trained, 0.03, 0.68)
     assert "68.0% under FGSM but 3.0% under PGD" in warning
     assert said(trained, 0.5, 0.68) == []
-    assert said(parse_spec(None), 0.03, 0.68) == []  # nobody asked for robustness
+    assert said(parse_spec("{}"), 0.03, 0.68) == []  # nobody asked for robustness
     fitted.overfitted_epoch = 7
     assert "from epoch 7 on" in said(trained, 0.5, 0.6)[0]
     fitted.ended_by = "catastrophic_overfitting"  # which the report shows already

@@ -16,6 +16,7 @@ from trainer import report
 from trainer.export import export, load_params
 from trainer.fit import Split, begin, fit
 from trainer.lenet import initial
+from trainer.report import HeldOut
 from trainer.spec import parse_spec
 from trainer.worker.run_job import pretrained
 
@@ -92,7 +93,7 @@ def test_a_worker_does_not_grow_over_200_jobs(place: Place) -> None:
     for number in range(250):
         spec = specs[number % 2].model_copy(update={"seed": number, "learning_rate": 1e-3 + 1e-6 * number})
         fitted = fit(spec, begin(spec, base, classes=10, same_classes=True), split, split, classes=10)
-        report.quick(fitted, split, split, tuple("0123456789"), spec)
+        report.quick(fitted, split, HeldOut.apart(fitted, split), tuple("0123456789"), spec)
         export(directory, fitted.params, invert=False, manifest={"number": number})
         shutil.rmtree(directory)
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)

@@ -1,7 +1,9 @@
-"""What has happened to a job, append-only: every change of its status or stage, every epoch, every publishing step.
+"""What has happened to a job, append-only: every change of status or stage, every trial, epoch and publishing step.
 
     type        data
     status      {"status": …, "stage": …}; with "version" or "error" at the end
+    trial       what a trial of the search has found, and the best so far
+    resolved    {"spec": …}, which the search has chosen
     epoch       the record of the epoch, with "epochs" and, in cross-validation, "fold" and "folds"
     publishing  {"step": …}: staged, verified, renamed, available, proven, warmed or labelled
     report      {"report_status": …}, after the job has finished
@@ -18,7 +20,7 @@ import sqlalchemy as sa
 from store.engine import metadata, now
 from store.records import Progress
 
-EventType = Literal["status", "epoch", "publishing", "report"]
+EventType = Literal["status", "trial", "resolved", "epoch", "publishing", "report"]
 
 events = sa.Table(
     "events",
@@ -53,10 +55,10 @@ def insert(
 
 
 def progress_of(happened: Iterable[Event]) -> Progress:
-    """How far a job is: its last epoch, and the time of each publishing step after it."""
+    """How far a job is: its last trial or epoch, and the time of each publishing step after it."""
     progress: dict[str, Any] = {}
     for event in happened:
-        if event.type == "epoch":
+        if event.type in ("trial", "epoch"):
             progress = dict(event.data)
         elif event.type == "publishing":
             progress.setdefault("publishing", {}).setdefault(event.data["step"], round(event.at, 3))

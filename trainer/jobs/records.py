@@ -36,6 +36,7 @@ jobs = sa.Table(
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("model", sa.String, nullable=False),
     sa.Column("version", sa.Integer),
+    sa.Column("preview_version", sa.Integer),
     sa.Column("label", sa.String, nullable=False, server_default="stable"),
     sa.Column("base", sa.String, nullable=False),
     sa.Column("status", sa.String, nullable=False, index=True),
@@ -44,6 +45,7 @@ jobs = sa.Table(
     sa.Column("started_at", sa.Float),
     sa.Column("finished_at", sa.Float),
     sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("resolved_spec", sa.JSON(none_as_null=True)),
     sa.Column("dataset", sa.JSON, nullable=False),
     sa.Column("error", sa.JSON(none_as_null=True)),
     sa.Column("report_status", sa.String, nullable=False),
@@ -69,15 +71,17 @@ class Job:
     id: str
     model: str
     version: int | None  # of the model, once it is live
+    preview_version: int | None  # live while the job searches
     label: str  # moves to that version
     base: str  # name:version
     status: Status
-    stage: str | None  # validating, training, evaluating, exporting, publishing or warming, while it runs
-    progress: Progress  # from its events: the last epoch, then the publishing steps
+    stage: str | None  # validating, searching, training, evaluating, exporting, publishing or warming, while it runs
+    progress: Progress  # from its events: the last trial or epoch, then the publishing steps
     created_at: float
     started_at: float | None
     finished_at: float | None
-    spec: dict[str, Any]
+    spec: dict[str, Any]  # as asked for, with "auto" where it is searched
+    resolved_spec: dict[str, Any] | None  # the same with what the search has chosen; None until then
     dataset: DatasetCard
     error: dict[str, Any] | None  # code, message, param
     report_status: str  # none, quick or complete
@@ -100,16 +104,22 @@ class Jobs:
         self._engine = engine
 
     def create(
-        self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable"
-    ) -> Job:
-        """Queue a job. Ids sort by creation time."""
+        self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable",
+        resolved_spec: Mapping[str, Any] | None = None,
+    ) -> Job:  # fmt: skip
+        """Queue a job. Ids sort by creation time.
+
+        Args:
+            resolved_spec: the spec if there is nothing to search.
+        """
         with self._engine.begin() as connection:
             created_at = connection.execute(sa.select(now())).scalar_one()
             job = Job(
                 id=f"ftjob-{int(created_at * 1000):011x}{secrets.token_hex(5)}", model=model, version=None, label=label,
                 base=base, status="queued", stage=None, progress=Progress(), created_at=created_at, started_at=None,
-                finished_at=None, spec=dict(spec), dataset=dataset, error=None, report_status="none", worker=None,
-                attempts=0, cancel_requested=False,
+                finished_at=None, spec=dict(spec), resolved_spec=dict(resolved_spec) if resolved_spec else None,
+                dataset=dataset, error=None, report_status="none", worker=None, attempts=0, cancel_requested=False,
+                preview_version=None,
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
@@ -192,7 +202,7 @@ class Jobs:
         Raises:
             LeaseLost: the job no longer belongs to the worker that claimed it, or a client has cancelled it.
         """
-        values: dict[str, Any] = {"progress_seq": jobs.c.last_seq + 1} if type == "epoch" else {}
+        values: dict[str, Any] = {"progress_seq": jobs.c.last_seq + 1} if type in ("trial", "epoch") else {}
         happened: list[Happened] = [(type, dict(data))]
         if stage is not None:
             happened.append(_status("running", stage))
@@ -206,6 +216,14 @@ class Jobs:
             LeaseLost: as above.
         """
         self._write_leased(job, [_status("running", stage)], stage=stage)
+
+    def resolve(self, job: Job, spec: Mapping[str, Any]) -> None:
+        """Note the spec that a search has chosen for a job that runs.
+
+        Raises:
+            LeaseLost: as above.
+        """
+        self._write_leased(job, [("resolved", {"spec": dict(spec)})], resolved_spec=dict(spec))
 
     def check_lease(self, job: Job, connection: sa.Connection | None = None) -> None:
         """Check that a job still belongs to the worker that claimed it.

@@ -25,14 +25,18 @@ from store.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.export import digest, export, load_params
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, bottleneck_of, fit, serve
+from trainer.folds import stratified, stratified_folds
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
-from trainer.spec import Spec, described
+from trainer.report import HeldOut
+from trainer.search import Problem, search
+from trainer.spec import Asked, Spec, described
 from trainer.synthetic_digits import synthetic_digits
 
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 PROBE_IMAGES = 16
+FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
 FORGETTING_IMAGES = 500
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
@@ -46,6 +50,14 @@ class Run:
     jobs: Jobs
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     published: set[str] = field(default_factory=set)  # publishing steps that are done
+
+    def trial(self, record: dict[str, Any]) -> None:
+        """Note a trial of the search."""
+        self.patiently(lambda: self.jobs.append_event(self.job, "trial", record))
+
+    def check(self) -> None:
+        """End a cancelled job."""
+        self.patiently(lambda: self.jobs.check_lease(self.job))
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Note an epoch."""
@@ -103,37 +115,54 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
     report.reset_peak_memory()
     try:
         with run.stage("validating"):
-            spec = Spec.model_validate_json(json.dumps(job.spec))
-            device = _device(spec.device)
-            data = _Data.load(job.dataset, settings, spec)
+            asked = Asked.of(job.spec)
+            device = _device(asked.fixed.device)
+            data = _Data.load(job.dataset, settings, asked.fixed)
             source = _named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
             known = data.classes == source.manifest.classes
-            start = begin(spec, base, classes=len(data.classes), same_classes=known)
         with tf.device(device):
+            spec, searched = asked.fixed, None
+            if asked.auto:
+                with run.stage("searching"):
+                    problem = Problem(data.all(), base, len(data.classes), same_classes=known)
+                    searched = search(
+                        asked, problem, uploaded=data.validation is not None, on_trial=run.trial, check=run.check
+                    )
+                    spec = searched.spec
+                    run.patiently(lambda: jobs.resolve(job, described(spec)))
+            start = begin(spec, base, classes=len(data.classes), same_classes=known)
             with run.stage("training"):
-                across = _fold(spec, start, data, run) if spec.folds else None
+                across = _cross_validated(spec, start, data, run) if spec.folds else None
                 train, validation = data.split(spec)
                 fitted = _fit(spec, start, train, validation, data, run)
             with run.stage("evaluating"):
                 before = None if start.new else start.params
+                held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
                 found = report.quick(
-                    fitted, train, validation, data.classes, spec, base=before, attack_images=settings.attack_images
+                    fitted, train, held_out, data.classes, spec, base=before, attack_images=settings.attack_images
                 )
-                probe = Probe(data.as_sent(validation), fitted.network.logits(validation.images[:PROBE_IMAGES]))
+                probe = Probe(data.as_sent(train), fitted.network.logits(train.images[:PROBE_IMAGES]))
         with run.stage("exporting"):
             manifest = Manifest(
                 classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(base),
-                sha256=digest(fitted.params), spec=described(spec), dataset=job.dataset, job=job.id,
-                adapter_bottleneck=bottleneck_of(fitted.params),
+                sha256=digest(fitted.params), spec=asked.described(), resolved_spec=described(spec),
+                dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params),
             )  # fmt: skip
             export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
+            if held_out is across:
+                np.savez(staged / FOLD, allow_pickle=False, **held_out.params)
             delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
             found["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
             probe.save(staged)
             seal(staged)
         if across:
-            found["cross_validation"] = across
+            each = [
+                evaluate.accuracy(across.logits[chosen], across.split.labels[chosen]) for chosen in data.folds(spec)
+            ]
+            found["cross_validation"] = {"folds": each, **evaluate.score(across.logits, across.split.labels)}
+        if searched:
+            found["search"] = searched.dump()
         found["device"] = device.removeprefix("/")
 
         def card() -> ReportCard:
@@ -169,14 +198,19 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
     except UnknownModel:  # removed since
         jobs.reported(job, "none")
         return
-    spec = Spec.model_validate_json(json.dumps(job.spec))
+    spec = _spec_of(version.manifest)
     data = _Data.load(job.dataset, settings, spec)
     device = _device("auto" if spec.device == "gpu" else spec.device)
     params = load_params(settings.version(job.model, job.version))
     with tf.device(device):
-        _, validation = data.split(spec)
+        _, unseen = data.split(spec)
+        network = params
+        if unseen is None:
+            unseen = data.part(next(data.folds(spec)))
+            with np.load(settings.version(job.model, job.version) / FOLD) as arrays:
+                network = dict(arrays)
     steps = report.robustness(
-        functools.partial(serve, params), validation, report.epsilon_of(spec), settings.attack_images
+        functools.partial(serve, network), unseen, report.epsilon_of(spec), settings.attack_images
     )
     found = None
     while found is None:
@@ -206,14 +240,16 @@ def _forgetting(
         source, (images, labels) = "synthetic digits", synthetic_digits(FORGETTING_IMAGES, seed=0)
         sample = Split(tf.constant(images), labels)
     else:
-        spec = Spec.model_validate_json(json.dumps(version.manifest.spec))
+        spec = _spec_of(version.manifest)
         if version.manifest.dataset is None:
             return None
         try:
             data = _Data.load(version.manifest.dataset, settings, spec)
         except FileNotFoundError:
             return None
-        source, (_, sample) = f"validation images of {base}", data.split(spec)
+        train, validation = data.split(spec)
+        source = f"{'validation' if validation else 'training'} images of {base}"
+        sample = validation or train
         sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
     before = load_params(settings.version(version.model, version.version))
     same = version.manifest.classes == classes
@@ -244,17 +280,26 @@ class _Data:
         """Tell whether the writing is darker than its ground."""
         return self.polarity == "dark_on_light"
 
-    def split(self, spec: Spec) -> tuple[Split, Split]:
-        """Training and validation images, with the same share of every class unless they were uploaded apart."""
+    def split(self, spec: Spec) -> tuple[Split, Split | None]:
+        """Training and validation images: uploaded apart, or the same share of every class, or none of them."""
         if self.validation is not None:
-            return self._ready(self.dataset), self._ready(self.validation)
+            return self.all(), self._ready(self.validation)
+        if not spec.validation_split:
+            return self.all(), None
         chosen = stratified(self.dataset.labels, spec.seed, lambda n: max(1, round(spec.validation_split * n)))
-        return self._ready(self.dataset, ~chosen), self._ready(self.dataset, chosen)
+        return self.part(~chosen), self.part(chosen)
 
-    def folds(self, spec: Spec, count: int) -> Iterator[tuple[Split, Split]]:
-        """Each image is in the validation part once; every class is spread evenly."""
-        for chosen in stratified_folds(self.dataset.labels, spec.seed, count):
-            yield self._ready(self.dataset, ~chosen), self._ready(self.dataset, chosen)
+    def folds(self, spec: Spec) -> Iterator[np.ndarray]:
+        """Which images each fold holds out, (n,) bool."""
+        return stratified_folds(self.dataset.labels, spec.seed, spec.folds or 0)
+
+    def all(self) -> Split:
+        """All images but those that were uploaded to validate on."""
+        return self._ready(self.dataset)
+
+    def part(self, some: np.ndarray) -> Split:
+        """Some of these, (n,) bool."""
+        return self._ready(self.dataset, some)
 
     def as_sent(self, validation: Split) -> np.ndarray:
         """The first validation images as a client would send them, (n, 784) uint8."""
@@ -265,27 +310,6 @@ class _Data:
         images = (dataset.images[some] / np.float32(255))[..., None]
         labels = np.array([self.classes.index(name) for name in dataset.classes], np.int32)[dataset.labels[some]]
         return Split(tf.constant(1.0 - images if self.invert else images), labels)
-
-
-def stratified(labels: np.ndarray, seed: int, held_out: Callable[[int], int]) -> np.ndarray:
-    """Which images are held out, (n,) bool: of each class of n images `held_out(n)`, at random."""
-    rng = np.random.default_rng(seed)
-    chosen = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        chosen[members[: held_out(len(members))]] = True
-    return chosen
-
-
-def stratified_folds(labels: np.ndarray, seed: int, count: int) -> Iterator[np.ndarray]:
-    """Which images are held out in each fold, (n,) bool; each image once, every class spread evenly."""
-    rng = np.random.default_rng(seed)
-    fold = np.zeros(len(labels), int)
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        fold[members] = np.arange(len(members)) % count
-    for index in range(count):
-        yield fold == index
 
 
 def _device(wanted: str) -> str:
@@ -301,7 +325,14 @@ def _named(name: str, registry: Registry) -> Version:
     return registry.find(model, int(number))
 
 
-def _fit(spec: Spec, start: Start, train: Split, validation: Split, data: _Data, run: Run, **more: Any) -> Fitted:
+def _spec_of(manifest: Manifest) -> Spec:
+    """The spec that a version was trained with; a version of an earlier release has only what was asked for."""
+    return Spec.model_validate_json(json.dumps(manifest.resolved_spec or manifest.spec))
+
+
+def _fit(
+    spec: Spec, start: Start, train: Split, validation: Split | None, data: _Data, run: Run, **more: Any
+) -> Fitted:
     """Fit with the job's progress written down."""
 
     def write_down(record: dict[str, Any]) -> None:
@@ -310,15 +341,23 @@ def _fit(spec: Spec, start: Start, train: Split, validation: Split, data: _Data,
     return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down)
 
 
-def _fold(spec: Spec, start: Start, data: _Data, run: Run) -> dict[str, Any]:
-    """An estimate from all images: each was held out of the training of one of five networks."""
-    scores, labels, each = [], [], []
-    for index, (train, validation) in enumerate(data.folds(spec, spec.folds or 0), start=1):
-        fitted = _fit(spec, start, train, validation, data, run, fold=index, folds=spec.folds)
-        scores.append(fitted.network.logits(validation.images))
-        labels.append(validation.labels)
-        each.append(evaluate.accuracy(scores[-1], labels[-1]))
-    return {"folds": each, **evaluate.score(np.concatenate(scores), np.concatenate(labels))}
+def _cross_validated(spec: Spec, start: Start, data: _Data, run: Run) -> HeldOut:
+    """Out-of-fold predictions: every image is classified by a network that was trained without it.
+
+    Where the served network will be trained on all images, those of the folds are trained in the same way, without a
+    look at the images held out.
+    """
+    everything = data.all()
+    logits = np.zeros((len(everything.labels), len(data.classes)), np.float32)
+    first: tuple[Split, Arrays] | None = None
+    for index, chosen in enumerate(data.folds(spec), start=1):
+        held_out = data.part(chosen)
+        seen = held_out if spec.validation_split else None
+        fitted = _fit(spec, start, data.part(~chosen), seen, data, run, fold=index, folds=spec.folds)
+        logits[chosen] = fitted.network.logits(held_out.images)
+        first = first or (held_out, fitted.params)
+    assert first is not None
+    return HeldOut(everything, logits, *first)
 
 
 def publish_base(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
