@@ -388,7 +388,7 @@ def sentence(chosen: Trial, trials: Sequence[Trial]) -> str:
     """What was chosen and why, in plain words."""
     score = chosen.scores[-1]
     found = (
-        f"Chose {in_words(chosen.spec)}. In trials of {score.epochs} epochs it classified {score.right.mean():.1%} of "
+        f"Chose {phrase(chosen.spec)}. In trials of {score.epochs} epochs it classified {score.right.mean():.1%} of "
         f"{len(score.right)} held-out images correctly."
     )
     reasons = []
@@ -413,7 +413,7 @@ def _is_full(spec: Spec) -> bool:
     return spec.method == "full"
 
 
-def in_words(spec: Spec) -> str:
+def phrase(spec: Spec) -> str:
     """The searched fields of a spec that are not off, as a phrase."""
     options = getattr(spec, spec.method, None)
     rank = f" of rank {options.rank}" if spec.lora and options else ""

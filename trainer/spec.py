@@ -264,8 +264,8 @@ class Spec(Strict):
     early_stopping: EarlyStopping | None = Field(None, description="Stop early and keep the best weights, or null.")
     search: Search | None = Field(
         None,
-        description="Bounds of the search for the fields that are `auto`, which with `search` alone are all that are not "
-        "given; null if nothing is searched.",
+        description="Bounds of the search for the fields that are `auto`, which with `search` alone are all that are "
+        "not given; null if nothing is searched.",
     )
     polarity: Literal["auto", "light_on_dark", "dark_on_light"] = Field(
         "auto", description="Whether foreground is lighter or darker than background. `auto` decides from the borders."
@@ -356,7 +356,8 @@ class Asked:
 
     def described(self) -> dict[str, Any]:
         """As JSON values, with "auto" for what is searched."""
-        return described(self.fixed) | dict.fromkeys(sorted(self.auto), "auto")
+        options = OPTIONS if "method" in self.auto else ()
+        return described(self.fixed) | dict.fromkeys(options) | dict.fromkeys(sorted(self.auto), "auto")
 
     def resolve(self, recipe: Mapping[str, Any], **more: Any) -> Spec:
         """The spec with the searched fields taken from a recipe, JSON values; the rest of the recipe is ignored."""

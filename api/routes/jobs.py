@@ -85,8 +85,8 @@ class JobView(BaseModel):
     stage: Annotated[str | None, _one_of(Stage, null=True)] = Field(description="What a running job is doing.")
     progress: dict[str, Any] = Field(
         description="Of the search: the last `trial` and the `best` so far. Of the last epoch: `epoch` of `epochs`, "
-        "the data loss and each penalty apart, validation accuracy. `publishing` has the time of every step: staged, verified, renamed, available, proven, warmed, "
-        "labelled."
+        "the data loss and each penalty apart, validation accuracy. `publishing` has the time of every step: staged, "
+        "verified, renamed, available, proven, warmed, labelled."
     )
     created_at: float = Field(description="Unix seconds.")
     started_at: float | None = Field(description="Unix seconds.")

@@ -6,11 +6,22 @@ from typing import get_args
 import pytest
 
 from store.errors import InvalidSpec
-from trainer.spec import ATTACK_NAMES, Ia3, Method, check_dataset, described, parse_spec
+from trainer.spec import (
+    ATTACK_NAMES,
+    SEARCHED,
+    Ia3,
+    Lora,
+    Method,
+    Search,
+    check_dataset,
+    described,
+    parse_asked,
+    parse_spec,
+)  # fmt: skip
 
 
-def test_no_spec_is_the_regularized_recipe() -> None:
-    spec = described(parse_spec(None))
+def test_an_empty_spec_is_the_regularized_recipe() -> None:
+    spec = described(parse_spec("{}"))
     assert {name: value for name, value in spec.items() if value not in (None, 0)} == {
         "method": "lora", "lora": {"rank": 4, "alpha": 8.0, "targets": ["conv2", "dense1", "dense2"]},
         "base": "lenet5", "head": "keep", "l2": 1e-4, "dropout": 0.2, "epochs": 20, "batch_size": 64,
@@ -75,7 +86,16 @@ def test_a_described_spec_reads_as_itself(given: dict[str, object]) -> None:
         ({"momentum": 0.5}, ["spec.momentum"]),
         ({"optimizer": "sgd", "weight_decay": 0.1}, ["spec.weight_decay"]),
         ({"label_smoothing": 1}, ["spec.label_smoothing"]),
-        ({"folds": 3}, ["spec.folds"]),
+        ({"folds": 1}, ["spec.folds"]),
+        ({"search": {"trials": 0, "fold": 3}}, ["spec.search.trials", "spec.search.fold"]),
+        ({"search": {"seconds": 0}}, ["spec.search.seconds"]),
+        ({"search": None, "l2": "auto"}, ["spec.search"]),
+        ({"method": "auto", "lora": {"rank": 2}}, ["spec.lora"]),
+        ({"l2": "auto", "folds": 5}, ["spec.folds"]),
+        ({"l2": "auto", "validation_split": 0.1}, ["spec.validation_split"]),
+        ({"l2": "auto", "early_stopping": {}}, ["spec.early_stopping"]),
+        ({"folds": 5, "validation_split": 0, "early_stopping": {}}, ["spec.early_stopping"]),
+        ({"batch_size": "auto"}, ["spec.batch_size"]),
         ({"class_weights": "balanced"}, ["spec.class_weights"]),
         ({"base": "no such/name"}, ["spec.base"]),
         ({"device": "tpu"}, ["spec.device"]),
@@ -88,11 +108,36 @@ def test_a_bad_spec_is_refused_with_the_path_of_every_field(given: object, field
     assert caught.value.param in fields
 
 
-@pytest.mark.parametrize("field", ["l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup"])
-def test_auto_is_reserved_for_every_strength(field: str) -> None:
-    with pytest.raises(InvalidSpec, match="not work yet") as caught:
-        parse_spec(json.dumps({field: "auto"}))
-    assert caught.value.param == f"spec.{field}"
+@pytest.mark.parametrize("field", SEARCHED)
+def test_auto_stands_for_any_field_that_can_be_searched_and_the_others_stay(field: str) -> None:
+    asked = parse_asked(json.dumps({field: "auto", "seed": 3}))
+    assert asked.auto == {field}
+    assert (asked.fixed.seed, asked.fixed.search) == (3, Search())
+    shown = asked.described()
+    assert shown[field] == "auto"
+    assert parse_asked(json.dumps(shown)) == asked
+
+
+def test_without_a_spec_everything_is_searched_and_with_search_alone_what_is_not_given() -> None:
+    assert parse_asked(None).auto == set(SEARCHED)
+    asked = parse_asked('{"search": {"trials": 4}, "method": "lora", "lora": {"rank": 2}}')
+    assert asked.auto == set(SEARCHED) - {"method"}
+    assert (asked.fixed.lora, asked.fixed.search) == (Lora(rank=2), Search(trials=4))
+    assert parse_asked('{"l2": 0.1}').auto == frozenset()
+
+
+def test_a_search_that_has_nothing_to_search_is_refused() -> None:
+    given = described(parse_spec("{}")) | {"search": {}}
+    with pytest.raises(InvalidSpec, match="every field that can be searched is given") as caught:
+        parse_asked(json.dumps(given))
+    assert caught.value.param == "spec.search"
+
+
+def test_what_a_recipe_resolves_to_keeps_what_was_fixed_and_is_a_spec_again() -> None:
+    asked = parse_asked('{"method": "auto", "l2": "auto", "dropout": 0.5}')
+    spec = asked.resolve({"method": "full", "l2": 0.01, "dropout": 0.1, "epochs": 7}, folds=5, validation_split=0.0)
+    assert (spec.method, spec.lora, spec.l2, spec.dropout, spec.epochs) == ("full", None, 0.01, 0.5, 20)
+    assert parse_spec(json.dumps(described(spec))) == spec
 
 
 @pytest.mark.parametrize(
@@ -101,7 +146,8 @@ def test_auto_is_reserved_for_every_strength(field: str) -> None:
         ({"validation_split": 0.1}, {"a": 9, "b": 3}, False, "spec.validation_split"),
         ({"validation_split": 0.3}, {"a": 9, "b": 9}, True, "spec.validation_split"),
         ({"folds": 5}, {"a": 9, "b": 4}, False, "spec.folds"),
-        ({"folds": 5}, {"a": 150, "b": 50}, False, "spec.folds"),
+        ({"search": {"folds": 5}}, {"a": 9, "b": 4}, False, "spec.search.folds"),
+        ({"validation_split": 0}, {"a": 9, "b": 9}, False, "spec.validation_split"),
         ({"folds": 5}, {"a": 9, "b": 9}, True, "spec.folds"),
     ],
 )
@@ -109,14 +155,17 @@ def test_a_spec_that_the_data_do_not_allow_is_refused(
     given: dict[str, object], classes: dict[str, int], held_out: bool, field: str
 ) -> None:
     with pytest.raises(InvalidSpec) as caught:
-        check_dataset(parse_spec(json.dumps(given)), classes, held_out=held_out)
+        check_dataset(parse_asked(json.dumps(given)), classes, held_out=held_out)
     assert caught.value.param == field
 
 
 def test_a_spec_that_the_data_allow_passes() -> None:
-    check_dataset(parse_spec(None), {"a": 2, "b": 2}, held_out=False)
-    check_dataset(parse_spec(None), {"a": 1, "b": 1}, held_out=True)
-    check_dataset(parse_spec('{"folds": 5}'), {"a": 5, "b": 194}, held_out=False)
+    for given in (None, "{}"):
+        check_dataset(parse_asked(given), {"a": 2, "b": 2}, held_out=False)
+        check_dataset(parse_asked(given), {"a": 1, "b": 1}, held_out=True)
+    check_dataset(parse_asked('{"folds": 5}'), {"a": 5, "b": 1000}, held_out=False)
+    check_dataset(parse_asked('{"folds": 5, "validation_split": 0}'), {"a": 5, "b": 5}, held_out=False)
+    check_dataset(parse_asked('{"validation_split": 0}'), {"a": 5, "b": 5}, held_out=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"l1": NaN}', '{"l2": 1e999}'])
