@@ -20,7 +20,7 @@ from rich.table import Column, Table
 
 from api import __version__
 from store.settings import Settings, from_environment
-from trainer.spec import ATTACK_NAMES, Fgsm, Spec
+from trainer.spec import ATTACK_NAMES, SEARCHED, Fgsm, Spec
 
 console = Console(highlight=False)
 
@@ -114,21 +114,37 @@ def serve(port: int | None) -> None:
     supervisor.serve(settings.model_copy(update={"port": port}) if port else settings)
 
 
+class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
+    """A number, or the word `auto`."""
+
+    def __init__(self, number: click.types.IntParamType | click.types.FloatParamType) -> None:
+        self.name = f"{number.name}|auto"
+        self._number = number
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number or the word."""
+        return value if value == "auto" else self._number.convert(value, param, ctx)
+
+
 def spec_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for every plain field of the spec, and for the most used fields of its parts."""
     for name, field in reversed(Spec.model_fields.items()):
-        kind = field.annotation
-        if kind in (int, float, str):
-            option = click.option(f"--{name.replace('_', '-')}", type=kind, help=field.description)
-        elif all(isinstance(choice, str) for choice in get_args(kind)):
-            option = click.option(f"--{name}", type=click.Choice(get_args(kind)), help=field.description)
-        else:
+        kind, choices = field.annotation, get_args(field.annotation)
+        accepted: Any = kind
+        if kind in (int, float) and name in SEARCHED:
+            accepted = NumberOrAuto(click.INT if kind is int else click.FLOAT)
+        elif choices and all(isinstance(choice, str) for choice in choices):
+            accepted = click.Choice((*choices, "auto") if name in SEARCHED else choices)
+        elif kind not in (int, float, str):
             continue
+        option = click.option(f"--{name.replace('_', '-')}", type=accepted, help=field.description)
         command = option(command)
     extra = (
         click.option("--rank", type=int, help="Rank of LoRA."),
         click.option("--attack", type=click.Choice(ATTACK_NAMES), help="Train against this attack."),
         click.option("--epsilon", type=float, help=f"Of the attack. {Fgsm.model_fields['epsilon'].description}"),
+        click.option("--trials", type=int, help="Search with so many recipes whatever is not given."),
+        click.option("--seconds", type=float, help="Time for that search and the training of its choice."),
         click.option("--patience", type=int, help="Stop early after this many epochs without improvement."),
         click.option("--spec", "spec_json", help="A whole spec as JSON; the other options override it."),
     )
@@ -150,6 +166,8 @@ def _spec(given: dict[str, Any]) -> str | None:
         "attack": ("adversarial", "attack"),
         "epsilon": ("adversarial", "epsilon"),
         "patience": ("early_stopping", "patience"),
+        "trials": ("search", "trials"),
+        "seconds": ("search", "seconds"),
     }
     for name, value in given.items():
         if value is None:
@@ -234,33 +252,49 @@ def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("queued", total=None, text="")
-        shown = 0
+        shown: tuple[Any, ...] = ()
         while True:
             job = read()
             progress = job["progress"]
             text = ""
-            if progress:
+            done, of = progress.get("epoch", 0), progress.get("epochs")
+            if "trial" in progress:
+                done, of, text = progress["tried"], progress["trials"], trial_line(progress)
+                if not console.is_terminal and (progress["round"], done) != shown:
+                    shown = progress["round"], done
+                    console.print(text)
+            elif progress:
                 losses = "".join(f" {name} {progress[key]:.3f}" for key, name in TERMS.items() if progress.get(key))
                 fold = f"fold {progress['fold']}/{progress['folds']} " if "fold" in progress else ""
-                text = (
-                    f"{fold}{progress['epoch']}/{progress['epochs']}{losses} val {progress['validation_accuracy']:.1%}"
-                )
+                text = f"{fold}{progress['epoch']}/{progress['epochs']}{losses}"
+                if (accuracy := progress.get("validation_accuracy")) is not None:
+                    text += f" val {accuracy:.1%}"
                 if (robust := progress.get("validation_accuracy_under_pgd")) is not None:
                     text += f" PGD {robust:.1%}"
-                if not console.is_terminal and progress["epoch"] != shown:
-                    shown = progress["epoch"]
+                if not console.is_terminal and (fold, progress["epoch"]) != shown:
+                    shown = fold, progress["epoch"]
                     console.print(text)
-            bar.update(
-                task, description=job["stage"] or job["status"], text=text, total=progress.get("epochs"),
-                completed=progress.get("epoch", 0),
-            )  # fmt: skip
+            bar.update(task, description=job["stage"] or job["status"], text=text, total=of, completed=done)
             if job["finished_at"] is not None:
                 return job
             time.sleep(0.2)
 
 
+def trial_line(progress: dict[str, Any]) -> str:
+    """How far a search is, in one line."""
+    best = progress["best"]
+    low, high = best["accuracy_interval"]
+    work = f"{progress['epochs']} epochs, {progress['folds']} folds"
+    found = f"{best['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+    return (
+        f"round {progress['round']}: {progress['tried']}/{progress['trials']} ({work}), best #{best['trial']} {found}"
+    )
+
+
 def print_report(report: dict[str, Any]) -> None:
     """The report card in a few lines."""
+    if sentence := (report.get("search") or {}).get("sentence"):
+        console.print(escape(sentence))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     validation, gap, attacked = report["validation"], report["generalization_gap"], report["robustness"]
     low, high = validation["accuracy_interval"]
@@ -325,11 +359,12 @@ def print_image(image: Image.Image, width: int = 28) -> None:
 @click.pass_obj
 def jobs(api: Api, limit: int) -> None:
     """List the newest jobs."""
-    table = Table(Column("job", no_wrap=True), "model", "version", "status", "stage", "epoch", "started", box=None)
+    table = Table(Column("job", no_wrap=True), "model", "version", "status", "stage", "progress", "started", box=None)
     for job in api.call("GET", "/finetune", params={"limit": limit})["data"]:
         progress = job["progress"]
         began = time.strftime("%T", time.localtime(job["started_at"])) if job["started_at"] else ""
-        epoch = f"{progress['epoch']}/{progress['epochs']}" if progress else ""
+        done, of = ("tried", "trials") if "trial" in progress else ("epoch", "epochs")
+        epoch = f"{progress[done]}/{progress[of]}" if done in progress else ""
         table.add_row(
             job["id"], job["model"], str(job["version"] or ""), job["status"], job["stage"] or "", epoch, began
         )

@@ -234,7 +234,7 @@ class Service:
         answer = self.api.get("/readyz")
         return answer.status_code == 200 and bool({"idle", "reporting"} & set(answer.json()["workers"].values()))
 
-    def finetune(self, data: bytes, model: str, spec: str | None = None) -> httpx.Response:
+    def finetune(self, data: bytes, model: str, spec: str | None = "{}") -> httpx.Response:
         fields = {"model": model} | ({"spec": spec} if spec else {})
         return self.api.post("/finetune", files={"data": ("data", data)}, data=fields)
 

@@ -148,6 +148,7 @@ class Found:
     trials: Sequence[Trial] = ()
     chosen: int | None = None
     sentence: str = ""
+    warnings: Sequence[str] = ()
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""
@@ -174,7 +175,7 @@ def search(
     bounds = asked.fixed.search
     assert bounds is not None
     if problem.fewest < FEWEST_OF_A_CLASS:
-        return Found(asked.resolve(fallback(problem)), sentence=_TOO_FEW)
+        return Found(asked.resolve(fallback(problem)), warnings=[_TOO_FEW])
     folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
     held_out = list(stratified_folds(problem.data.labels, asked.fixed.seed, folds))
     trials = list(candidates(asked, problem, earlier))
@@ -250,8 +251,8 @@ def candidates(asked: Asked, problem: Problem, earlier: Iterable[Recipe] = ()) -
     seen: list[Spec] = []
 
     def recipes() -> Iterator[tuple[str, Recipe]]:
-        yield from (("recipe", recipe) for recipe in known)
         yield from (("earlier", recipe) for recipe in earlier)
+        yield from (("recipe", recipe) for recipe in known)
         for _ in range(20 * bounds.trials):
             yield "sampled", sampled(known[int(rng.integers(len(known)))], rng)
 

@@ -38,6 +38,7 @@ STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 PROBE_IMAGES = 16
 FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
 FORGETTING_IMAGES = 500
+EARLIER = 3  # versions whose recipes are tried again for the next
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
@@ -127,8 +128,9 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 with run.stage("searching"):
                     problem = Problem(data.all(), base, len(data.classes), same_classes=known)
                     searched = search(
-                        asked, problem, uploaded=data.validation is not None, on_trial=run.trial, check=run.check
-                    )
+                        asked, problem, uploaded=data.validation is not None, earlier=_earlier(job.model, registry),
+                        on_trial=run.trial, check=run.check,
+                    )  # fmt: skip
                     spec = searched.spec
                     run.patiently(lambda: jobs.resolve(job, described(spec)))
             start = begin(spec, base, classes=len(data.classes), same_classes=known)
@@ -163,6 +165,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             found["cross_validation"] = {"folds": each, **evaluate.score(across.logits, across.split.labels)}
         if searched:
             found["search"] = searched.dump()
+            found["warnings"] += searched.warnings
         found["device"] = device.removeprefix("/")
 
         def card() -> ReportCard:
@@ -323,6 +326,12 @@ def _named(name: str, registry: Registry) -> Version:
     """The live version `name:version`."""
     model, _, number = name.partition(":")
     return registry.find(model, int(number))
+
+
+def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
+    """What was chosen for the newest versions of a model."""
+    specs = [version.manifest.resolved_spec for version in registry.of_model(model)[-EARLIER:]]
+    return [spec for spec in specs if spec]
 
 
 def _spec_of(manifest: Manifest) -> Spec:

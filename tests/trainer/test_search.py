@@ -1,0 +1,218 @@
+"""The automatic search: what it tries, how it chooses, and what becomes of its choice."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from store.errors import SearchFailed
+from tests.conftest import Place
+from trainer.fit import Split
+from trainer.folds import stratified_folds
+from trainer.jobs.datasets import Dataset
+from trainer.jobs.records import LeaseLost
+from trainer.search import (
+    LORA,
+    OFF,
+    RECIPES,
+    Clock,
+    Problem,
+    Rung,
+    Score,
+    Trial,
+    by_one_standard_error,
+    candidates,
+    losses,
+    rungs,
+    search,
+)  # fmt: skip
+from trainer.spec import Asked, parse_asked, parse_spec
+from trainer.worker.run_job import complete_report, pretrained
+
+QUICK = {"search": {"trials": 4, "folds": 3}, "epochs": 3}
+
+
+@pytest.fixture(scope="session")
+def problem(digits: tuple[np.ndarray, np.ndarray]) -> Callable[[int, bool], Problem]:
+    """Digits, so many of each class, as the base's classes or as others."""
+
+    def make(each: int, same_classes: bool = True) -> Problem:
+        chosen = np.concatenate([np.flatnonzero(digits[1] == label)[:each] for label in range(10)])
+        images = (digits[0][chosen] / np.float32(255))[..., None]
+        split = Split(tf.constant(images), digits[1][chosen].astype(np.int32))
+        return Problem(split, pretrained()[0], 10, same_classes)
+
+    return make
+
+
+def asked(**given: Any) -> Asked:
+    return parse_asked(json.dumps(given))
+
+
+def test_a_search_that_is_sent_back_as_a_spec_gives_the_same_weights_and_report(place: Place) -> None:
+    place.run(job := place.claimed(QUICK))
+    done = place.jobs.get(job.id)
+    first = place.registry.find("m")
+    assert done.resolved_spec is not None
+    assert (done.spec["method"], done.resolved_spec["epochs"], done.resolved_spec["search"]) == ("auto", 3, None)
+    assert first.manifest.resolved_spec == done.resolved_spec
+    again = place.claimed(done.resolved_spec)
+    place.run(again)
+    second = place.registry.find("m", 2)
+    assert second.manifest.sha256 == first.manifest.sha256
+    assert second.report.validation == first.report.validation
+    assert second.report.robustness == first.report.robustness
+
+
+def test_the_same_data_and_seed_give_the_same_choice_and_trials(place: Place) -> None:
+    for _ in range(2):
+        place.run(place.claimed(QUICK))
+    one, two = (place.registry.find("m", number) for number in (1, 2))
+    assert one.manifest.sha256 == two.manifest.sha256
+    assert one.report.search is not None
+    assert two.report.search is not None
+    assert [trial.scores for trial in one.report.search.trials] == [trial.scores for trial in two.report.search.trials]
+
+
+def test_the_report_rests_on_predictions_for_every_image_by_networks_that_had_not_seen_it(place: Place) -> None:
+    place.run(job := place.claimed(QUICK))
+    for _ in complete_report(place.jobs.get(job.id), settings=place.settings, jobs=place.jobs, registry=place.registry):
+        pass
+    card = place.registry.find("m").report
+    assert card.validation is not None
+    assert card.cross_validation is not None
+    assert card.train is not None
+    assert (card.validation.images, card.train.images) == (100, 100)
+    assert (
+        card.validation.accuracy
+        == card.cross_validation.accuracy
+        == pytest.approx(np.mean(card.cross_validation.folds), abs=0.02)
+    )
+    assert card.robustness is not None
+    assert card.robustness.curve is not None
+    labels = Dataset.load(place.settings.datasets / f"{place.dataset.id}.npz").labels
+    assert card.robustness.images == next(stratified_folds(labels, 0, 3)).sum()
+
+
+def test_progress_and_report_tell_of_every_trial_and_why_it_was_dropped(place: Place) -> None:
+    place.run(job := place.claimed(QUICK))
+    events = place.jobs.events(job.id)
+    trials = [event.data for event in events if event.type == "trial"]
+    assert [record["tried"] for record in trials if record["round"] == 1] == [1, 2, 3, 4]
+    assert all(record["best"]["cross_entropy"] > 0 for record in trials)
+    stages = [event.data["stage"] for event in events if event.type == "status"]
+    assert stages.index("searching") == stages.index("training") - 1
+    found = place.registry.find("m").report.search
+    assert found is not None
+    assert [trial.trial for trial in found.trials] == [1, 2, 3, 4]
+    assert [trial.trial for trial in found.trials if trial.dropped is None] == [found.chosen]
+    assert "Chose `" in found.sentence
+
+
+def test_uploaded_validation_images_are_what_the_report_rests_on_and_the_search_does_not_see_them(
+    place: Place, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    others = Dataset(digits[0][100:150], digits[1][100:150].astype(np.int32), tuple("0123456789"))
+    others.save(place.settings.datasets / f"{others.described().id}.npz")
+    alone = place.claimed(QUICK)
+    place.run(alone)
+    place.dataset = place.dataset.model_copy(update={"validation": others.described()})
+    place.run(beside := place.claimed(QUICK))
+    resolved = [place.jobs.get(job.id).resolved_spec or {} for job in (alone, beside)]
+    differ = {name for name in resolved[0] if resolved[0][name] != resolved[1][name]}
+    assert differ == {"folds", "validation_split"}
+    validation = place.registry.find("m", 2).report.validation
+    assert validation is not None
+    assert validation.images == 50
+
+
+def test_a_cancelled_search_ends_at_its_next_run(place: Place) -> None:
+    job = place.claimed(QUICK)
+    place.jobs.cancel(job.id)
+    with pytest.raises(LeaseLost):
+        place.run(job)
+    assert list(place.registry.wanted()) == ["lenet5"]
+
+
+def test_too_few_images_of_a_class_get_the_fixed_recipe_and_a_warning(place: Place) -> None:
+    few = place.claimed({"search": {}, "epochs": 1})
+    images = Dataset.load(place.settings.datasets / f"{place.dataset.id}.npz")
+    chosen = np.concatenate([np.flatnonzero(images.labels == label)[:2] for label in range(10)])
+    small = Dataset(images.images[chosen], images.labels[chosen], images.classes)
+    small.save(place.settings.datasets / f"{place.dataset.id}.npz")
+    done = place.run(few)
+    assert done.status == "succeeded"
+    assert (done.resolved_spec or {})["method"] == "lora"
+    assert any("nothing was searched" in text for text in place.registry.find("m").report.warnings)
+
+
+def test_a_trial_that_diverges_ends_alone(problem: Callable[..., Problem]) -> None:
+    hot = {"method": "full", **OFF, "head": "new", "learning_rate": 1.0, "schedule": "constant", "l2": 0, "dropout": 0}
+    found = search(asked(search={"trials": 5, "folds": 2}, epochs=6), problem(5), earlier=[hot])
+    ended = next(trial for trial in found.trials if trial.origin == "earlier")
+    assert "lower the learning rate" in ended.dropped
+    assert found.chosen != ended.number
+
+
+def test_a_search_whose_every_trial_diverges_fails_with_the_reason(problem: Callable[..., Problem]) -> None:
+    given = asked(method="full", learning_rate=1.0, schedule="constant", epochs=6, search={"trials": 2, "folds": 2})
+    with pytest.raises(SearchFailed, match="the loss is"):
+        search(given, problem(5))
+
+
+def test_candidates_are_distinct_and_leave_alone_what_is_fixed(problem: Callable[..., Problem]) -> None:
+    given = asked(search={"trials": 30}, l2=0.5, augmentation=None, seed=7)
+    trials = list(candidates(given, problem(3, same_classes=False), earlier=[{**LORA, "epochs": 11}]))
+    assert [trial.number for trial in trials] == list(range(1, 31))
+    assert len({str(trial.settings()) for trial in trials}) == 30
+    assert all((trial.spec.l2, trial.spec.augmentation, trial.spec.seed) == (0.5, None, 7) for trial in trials)
+    assert [trial.spec.epochs for trial in trials if trial.origin == "earlier"] == [11]
+    few = list(candidates(asked(**{**RECIPES[0], "epochs": "auto"}), problem(3)))
+    assert len(few) < 16  # there are only so many values
+
+
+@pytest.mark.parametrize(("trials", "folds"), [(1, 2), (2, 3), (16, 5), (100, 10)])
+def test_every_round_has_fewer_trials_with_more_work(trials: int, folds: int) -> None:
+    found = rungs(trials, folds)
+    assert all(rung.keep >= 1 for rung in found)
+    assert [rung.share for rung in found] == sorted(rung.share for rung in found)
+    assert found[-1].folds == folds
+
+
+def test_confidence_alone_does_not_decide_between_trials() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 200)
+    logits = rng.normal(size=(200, 4)) + 3 * np.eye(4)[labels]
+    assert losses(7 * logits, labels).mean() == pytest.approx(losses(logits, labels).mean(), rel=0.01)
+    assert losses(logits, labels).mean() < losses(rng.normal(size=(200, 4)), labels).mean()
+
+
+def test_of_equals_the_cheapest_is_chosen_and_of_others_the_best() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=300)
+
+    def trial(number: int, epochs: int, mean: float, spread: float = 0.5) -> Trial:
+        values = mean + spread * (noise if number == 1 else rng.normal(size=300))
+        score = Score(Rung(1.0, 5, 1), epochs, values, values < 1)
+        return Trial(number, parse_spec(json.dumps({"method": "full", "epochs": epochs})), "recipe", [score])
+
+    dear = trial(1, 60, 0.300)
+    assert by_one_standard_error([dear, trial(2, 30, 0.305)]).number == 2
+    assert by_one_standard_error([dear, trial(2, 30, 0.600)]).number == 1
+    assert by_one_standard_error([dear]).number == 1
+
+
+def test_the_clock_keeps_the_time_that_training_the_choice_will_take() -> None:
+    spec = parse_spec('{"method": "full", "epochs": 60}')
+    clock = Clock(100.0, runs=5.0)
+    clock.note(spec, epochs=10, seconds=3.0)
+    clock.note(spec, epochs=10, seconds=1.0)  # nothing to compile this time
+    assert not clock.is_up(spec)
+    assert clock.affordable(spec) == 60
+    long = spec.model_copy(update={"epochs": 1000})
+    assert clock.is_up(long)
+    assert clock.affordable(long) == pytest.approx(190, abs=1)  # 95 s at half a second for an epoch in five runs
+    assert not Clock(None, runs=5.0).is_up(long)
