@@ -284,11 +284,9 @@ def trial_line(progress: dict[str, Any]) -> str:
     """How far a search is, in one line."""
     best = progress["best"]
     low, high = best["accuracy_interval"]
-    work = f"{progress['epochs']} epochs, {progress['folds']} folds"
-    found = f"{best['accuracy']:.1%} ({low:.1%} to {high:.1%})"
-    return (
-        f"round {progress['round']}: {progress['tried']}/{progress['trials']} ({work}), best #{best['trial']} {found}"
-    )
+    found = f"best so far {best['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+    work = f"{progress['epochs']} epochs on {progress['folds']} folds"
+    return f"round {progress['round']}, {progress['tried']}/{progress['trials']} recipes, {work}: {found}"
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -299,7 +297,8 @@ def print_report(report: dict[str, Any]) -> None:
     validation, gap, attacked = report["validation"], report["generalization_gap"], report["robustness"]
     low, high = validation["accuracy_interval"]
     text = f"{validation['images']} images, 95% interval {low:.1%} to {high:.1%}"
-    table.add_row("validation accuracy", f"{validation['accuracy']:.1%}", text)
+    kind = "out-of-fold" if validation.get("out_of_fold") else "validation"
+    table.add_row(f"{kind} accuracy", f"{validation['accuracy']:.1%}", text)
     table.add_row("generalization gap", f"{gap['accuracy']:+.1%}", f"cross-entropy {gap['cross_entropy']:+.3f}")
     name = f"accuracy under {attacked['attack'].upper()}"
     weaker = attacked.get("accuracy_under_fgsm")

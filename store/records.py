@@ -147,7 +147,12 @@ class Score(Record):
 
 
 class Validation(Score):
-    """The score on held-out images, by class."""
+    """The score on held-out images, by class.
+
+    If all images were trained on, `out_of_fold` says that each was classified by a network of a fold.
+    """
+
+    out_of_fold: bool = False
 
     classification_report: dict[str, Any] = Field(default_factory=dict)
     confusion_matrix: list[list[int]] = Field(default_factory=list)  # rows are true classes
@@ -273,6 +278,7 @@ class TrialScore(Score):
     epochs: int = 0
     folds: int = 0
     standard_error: float = 0.0
+    ended_s: float = 0.0  # after the search began
 
 
 class TrialCard(Record):
@@ -280,11 +286,21 @@ class TrialCard(Record):
 
     trial: int = 0
     origin: str = ""  # recipe, earlier or sampled
+    recipe: str = ""  # in words
     settings: dict[str, Any] = Field(default_factory=dict)
     scores: list[TrialScore] = Field(default_factory=list)
     seconds: float = 0.0
-    ended_s: float = 0.0  # after the search began
     dropped: str | None = None
+
+
+class Worth(Record):
+    """The best trial with another value of a field, less the best with the chosen one, in the first round."""
+
+    field: str = ""
+    chosen: Any = None
+    other: Any = None
+    cross_entropy: float = 0.0
+    accuracy: float = 0.0
 
 
 class SearchCard(Record):
@@ -292,6 +308,7 @@ class SearchCard(Record):
 
     chosen: int | None = None
     sentence: str = ""
+    worth: list[Worth] = Field(default_factory=list)
     trials: list[TrialCard] = Field(default_factory=list)
 
 

@@ -41,6 +41,7 @@ class HeldOut:
     logits: np.ndarray  # (n, classes)
     attacked: Split  # images that attacks are run on
     params: Arrays  # of a network that was trained without these
+    out_of_fold: bool = False  # each image was classified by a network of its own fold
 
     @classmethod
     def apart(cls, fitted: Fitted, validation: Split) -> "HeldOut":
@@ -72,7 +73,10 @@ def quick(
         ],
         "base": None if before is None else {"accuracy": before},
         "train": on_train,
-        "validation": on_validation | evaluate.classification(logits, validation.labels, classes),
+        "validation": {
+            **on_validation, **evaluate.classification(logits, validation.labels, classes),
+            "out_of_fold": held_out.out_of_fold,
+        },
         "generalization_gap": {
             "accuracy": on_train["accuracy"] - on_validation["accuracy"],
             "cross_entropy": on_validation["cross_entropy"] - on_train["cross_entropy"],

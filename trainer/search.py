@@ -9,7 +9,7 @@ best the cheapest and most regularized is chosen (Breiman et al. 1984, here on p
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ class Score:
     epochs: int
     losses: np.ndarray  # (n,) of the held-out images, in nats
     right: np.ndarray  # (n,) bool
+    ended_s: float = 0.0  # after the search began
 
     @property
     def cross_entropy(self) -> float:
@@ -92,7 +93,10 @@ class Score:
     def dump(self) -> dict[str, Any]:
         """As JSON."""
         error = float(self.losses.std(ddof=1) / math.sqrt(len(self.losses)))
-        return {"epochs": self.epochs, "folds": self.rung.folds, **self.headline(), "standard_error": error}
+        return {
+            **self.headline(), "epochs": self.epochs, "folds": self.rung.folds, "standard_error": error,
+            "ended_s": round(self.ended_s, 3),
+        }  # fmt: skip
 
 
 @dataclass
@@ -104,7 +108,6 @@ class Trial:
     origin: str  # recipe, sampled, earlier
     scores: list[Score] = field(default_factory=list)  # by rung
     seconds: float = 0.0
-    ended_s: float = 0.0  # after the search began
     dropped: str = ""  # why it went no further
 
     def settings(self) -> dict[str, Any]:
@@ -115,9 +118,9 @@ class Trial:
     def dump(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "trial": self.number, "origin": self.origin, "settings": self.settings(),
+            "trial": self.number, "origin": self.origin, "recipe": phrase(self.spec), "settings": self.settings(),
             "scores": [score.dump() for score in self.scores], "seconds": round(self.seconds, 3),
-            "ended_s": round(self.ended_s, 3), "dropped": self.dropped or None,
+            "dropped": self.dropped or None,
         }  # fmt: skip
 
 
@@ -148,12 +151,14 @@ class Found:
     trials: Sequence[Trial] = ()
     chosen: int | None = None
     sentence: str = ""
+    worth: Sequence[Mapping[str, Any]] = ()
     warnings: Sequence[str] = ()
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "chosen": self.chosen, "sentence": self.sentence, "trials": [trial.dump() for trial in self.trials],
+            "chosen": self.chosen, "sentence": self.sentence, "worth": list(self.worth),
+            "trials": [trial.dump() for trial in self.trials],
         }  # fmt: skip
 
 
@@ -189,14 +194,15 @@ def search(
                 continue
             began = time.perf_counter()
             try:
-                trial.scores.append(_scored(trial.spec, rung, problem, held_out, check))
+                score = _scored(trial.spec, rung, problem, held_out, check)
             except Diverged as exc:
                 trial.dropped = str(exc)
                 continue
             finally:
-                trial.seconds += time.perf_counter() - began
-                trial.ended_s = clock.elapsed_s
-            clock.note(trial.spec, trial.scores[-1].epochs * rung.folds * (1 - 1 / folds), time.perf_counter() - began)
+                took = time.perf_counter() - began
+                trial.seconds += took
+            trial.scores.append(replace(score, ended_s=clock.elapsed_s))
+            clock.note(trial.spec, score.epochs * rung.folds * (1 - 1 / folds), took)
             done.append(trial)
             best = min(done, key=_loss)
             on_trial(
@@ -218,7 +224,7 @@ def search(
     if bounds.seconds and "epochs" in asked.auto:
         more["epochs"] = clock.affordable(chosen.spec)
     spec = asked.resolve(described(chosen.spec), **more)
-    return Found(spec, trials, chosen.number, sentence(chosen, trials))
+    return Found(spec, trials, chosen.number, sentence(chosen, trials), worth(chosen, trials))
 
 
 _TOO_FEW = f"nothing was searched, because a class has fewer than {FEWEST_OF_A_CLASS} images; a fixed recipe was used"
@@ -385,33 +391,48 @@ class Clock:
         return spec.epochs if epoch_s * spec.epochs <= left else max(1, int(left / epoch_s))
 
 
+def worth(chosen: Trial, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """What each searched field is worth: the best trial with another value beside the best with the chosen one.
+
+    Cross-entropy in nats and accuracy in the first round, in which all trials ran; the other less the chosen one.
+    """
+    begun = [trial for trial in trials if trial.scores]
+    found = []
+    for name in SEARCHED:
+        values = {trial.number: trial.settings()[name] for trial in begun}
+        same, others = (
+            [trial for trial in begun if (values[trial.number] == values[chosen.number]) is wanted]
+            for wanted in (True, False)
+        )
+        if others:
+            one, other = (min(group, key=lambda trial: trial.scores[0].cross_entropy) for group in (same, others))
+            found.append({
+                "field": name, "chosen": values[one.number], "other": values[other.number],
+                "cross_entropy": other.scores[0].cross_entropy - one.scores[0].cross_entropy,
+                "accuracy": float(other.scores[0].right.mean() - one.scores[0].right.mean()),
+            })  # fmt: skip
+    return sorted(found, key=lambda one: -one["cross_entropy"])
+
+
 def sentence(chosen: Trial, trials: Sequence[Trial]) -> str:
     """What was chosen and why, in plain words."""
     score = chosen.scores[-1]
-    found = (
-        f"Chose {phrase(chosen.spec)}. In trials of {score.epochs} epochs it classified {score.right.mean():.1%} of "
+    parts = [
+        f"Chose {phrase(chosen.spec)}: after {score.epochs} epochs it classified {score.right.mean():.1%} of "
         f"{len(score.right)} held-out images correctly."
-    )
-    reasons = []
-    for question, without in ((_is_augmented, "without augmentation"), (_is_full, "training only a part")):
-        rivals = [trial for trial in trials if trial.scores and question(trial.spec) != question(chosen.spec)]
-        if rivals:
-            rival = min(rivals, key=lambda trial: trial.scores[0].cross_entropy)
-            points = 100 * float(chosen.scores[0].right.mean() - rival.scores[0].right.mean())
-            what = without if question(chosen.spec) else _OTHERWISE[without]
-            reasons.append(f"{what} it was {abs(points):.1f} points {'less' if points >= 0 else 'more'}")
-    return found + (f" In the first round, {' and '.join(reasons)}." if reasons else "")
-
-
-_OTHERWISE = {"without augmentation": "with augmentation", "training only a part": "training everything"}
-
-
-def _is_augmented(spec: Spec) -> bool:
-    return spec.augmentation is not None
-
-
-def _is_full(spec: Spec) -> bool:
-    return spec.method == "full"
+    ]
+    by_field = {one["field"]: one for one in worth(chosen, trials)}
+    if one := by_field.get("augmentation"):
+        points = f"{100 * one['accuracy']:+.1f} points in the first round"
+        if one["chosen"] is None:
+            parts.append(f"Augmentation was left out: with it, {points}.")
+        elif one["other"] is None:
+            parts.append(f"Without augmentation: {points}.")
+        else:
+            parts.append(f"With another augmentation: {points}.")
+    if one := by_field.get("method"):
+        parts.append(f"With `{one['other']}`: {100 * one['accuracy']:+.1f} points.")
+    return " ".join(parts)
 
 
 def phrase(spec: Spec) -> str:

@@ -36,6 +36,9 @@ LOOKS = {  # name in the report -> name on the page, colour, dashes
     "wrong": ("wrong; darker for a larger share of the true class", "wrong", "none"),
     "accuracy": ("accuracy of the images in a range", "right", "none"),
     "calibrated": ("perfect calibration", "grey", "4 4"),
+    "dropped": ("trial that was dropped", "grey", "none"),
+    "chosen": ("trial that was chosen", "blue", "none"),
+    "best": ("best so far in the round", "ink", "4 2"),
 }
 COLOURS = tuple(sorted({colour for _, colour, _ in LOOKS.values()}))  # each a class of the style sheet
 
@@ -117,8 +120,7 @@ def line_plot(
         drawing.append(_path("M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places), name))
         if len(points) <= 60:  # more would hide the line
             drawing += [
-                f'<circle class="area {LOOKS[name][1]}" cx="{px:.1f}" cy="{py:.1f}" r="2.4">'
-                f"<title>{LOOKS[name][0]} {value:.4g} at {at:g}</title></circle>"
+                _dot(px, py, name, f"{LOOKS[name][0]} {value:.4g} at {at:g}")
                 for (px, py), (at, value) in zip(places, points, strict=True)
             ]
     legend = [(_path("M0 6H24", name), LOOKS[name][0]) for name in series]
@@ -145,6 +147,37 @@ def gradient_share_plot(gradient_shares: Sequence[Json]) -> Figure:
     return Figure(
         "Share of each term in the update", svg, legend, "The norm of each term's gradient over the sum of all."
     )
+
+
+def search_plot(trials: Sequence[Json], chosen: int | None) -> Figure:
+    """Cross-entropy of every trial in every round against time, with its standard error."""
+    rounds = max(len(trial["scores"]) for trial in trials)
+    scores = [(trial, number, score) for trial in trials for number, score in enumerate(trial["scores"])]
+    bounds = [
+        bound for _, _, score in scores
+        for bound in (score["cross_entropy"], max(score["cross_entropy"] - score["standard_error"], 1e-3))
+    ]  # fmt: skip
+    x = linear("seconds since the search began", 0, max(score["ended_s"] for _, _, score in scores))
+    y = logarithmic("held-out loss in nats, log scale", bounds)
+    drawing: list[str] = []
+    told = []
+    for number in range(rounds):
+        best: float | None = None
+        path = ""
+        for trial, _, score in sorted((one for one in scores if one[1] == number), key=lambda one: one[2]["ended_s"]):
+            at, loss, error = x.across(score["ended_s"]), score["cross_entropy"], score["standard_error"]
+            name = "chosen" if trial["trial"] == chosen else "dropped"
+            drawing.append(_path(f"M{at:.1f} {y.up(loss - error):.1f}V{y.up(loss + error):.1f}", name))
+            text = f"{trial['recipe']}: {loss:.3f} ± {error:.3f}, {percent(score['accuracy'])}"
+            drawing.append(_dot(at, y.up(loss), name, text, 5 if name == "chosen" else 3.4))
+            told.append(f"round {number + 1}, {text}")
+            lower = loss if best is None else min(best, loss)
+            path += f"M{at:.1f} {y.up(lower):.1f}" if best is None else f"H{at:.1f}V{y.up(lower):.1f}"
+            best = lower
+        drawing.append(_path(path, "best"))
+    legend = [(_path("M0 6H24", name), LOOKS[name][0]) for name in ("dropped", "chosen", "best")]
+    note = f"{len(trials)} recipes; bars are one standard error. Later rounds train longer, on more folds."
+    return Figure("Search", _plot("Search", told, x, y, "".join(drawing)), legend, note)
 
 
 def reliability_plot(bins: Sequence[Json]) -> Figure:
@@ -229,6 +262,11 @@ def _text(x: float, y: float, text: str, look: str, turn: int = 0, size: float =
 def _path(d: str, name: str) -> Markup:
     _, colour, dashes = LOOKS[name]
     return Markup(f'<path class="line {colour}" stroke-dasharray="{dashes}" d="{d}"/>')  # noqa: S704
+
+
+def _dot(x: float, y: float, name: str, told: str, r: float = 2.4) -> str:
+    at = f'cx="{x:.1f}" cy="{y:.1f}" r="{r}"'
+    return f'<circle class="area {LOOKS[name][1]}" {at}><title>{escape(told)}</title></circle>'
 
 
 def _area(d: str, name: str, told: str = "", strength: float = 1.0) -> Markup:

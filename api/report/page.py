@@ -25,6 +25,7 @@ from api.report.charts import (
     logarithmic,
     percent,
     reliability_plot,
+    search_plot,
     series,
 )
 from store.records import Manifest, ReportCard
@@ -117,7 +118,8 @@ def _subtitle(manifest: Json) -> str:
 def _tiles(report: Json) -> Iterator[Tile]:
     if found := report.get("validation"):
         note = f"95% interval {_interval(found)}, {found['images']:,} images"
-        yield Tile("Validation accuracy", percent(found["accuracy"]), note)
+        title = "Out-of-fold accuracy" if found.get("out_of_fold") else "Validation accuracy"
+        yield Tile(title, percent(found["accuracy"]), note)
     if found := report.get("generalization_gap"):
         note = f"percentage points; in cross-entropy {found['cross_entropy']:+z.2g} nats"
         yield Tile("Generalization gap", f"{100 * found['accuracy']:+z.1f} pp", note)
@@ -145,6 +147,8 @@ def _notices(report: Json) -> Iterator[Notice]:
         text = "the model resisted one-step attacks but no longer multi-step ones"
         text = f"Training ended in epoch {training.get('overfitted_attack_in_epoch')}: {text}; {kept}."
         yield Notice("bad", "Catastrophic overfitting of the attack", [text])
+    if sentence := (report.get("search") or {}).get("sentence"):
+        yield Notice("note", "How it was regularized", [sentence.replace("`", "")])
     if doubts := report.get("warnings"):
         yield Notice("bad", "Before you rely on it", doubts)
     if warnings := (report.get("regularization") or {}).get("warnings"):
@@ -165,10 +169,13 @@ def _figures(report: Json, manifest: Json) -> Iterator[Figure]:
         loss = logarithmic("loss in nats, log scale", [y for points in losses.values() for _, y in points])
         yield line_plot("Loss by epoch", epochs, loss, losses, marks, "Training terms are means over the epoch.")
         shares = series(history, "epoch", [name for name in LOOKS if name.startswith("validation_accuracy")])
-        least = min([0.9, *(y for points in shares.values() for _, y in points)])
-        right = linear("validation accuracy", math.floor(10 * least) / 10, 1, percent=True)
-        note = "The attacks in every epoch are quick ones, on a sample of the images." if len(shares) > 1 else ""
-        yield line_plot("Accuracy by epoch", epochs, right, shares, marks, note)
+        if shares:  # all images may have been trained on
+            least = min([0.9, *(y for points in shares.values() for _, y in points)])
+            right = linear("validation accuracy", math.floor(10 * least) / 10, 1, percent=True)
+            note = "The attacks in every epoch are quick ones, on a sample of the images." if len(shares) > 1 else ""
+            yield line_plot("Accuracy by epoch", epochs, right, shares, marks, note)
+    if trials := [one for one in (report.get("search") or {}).get("trials", ()) if one["scores"]]:
+        yield search_plot(trials, report["search"]["chosen"])
     if gradient_shares := (report.get("regularization") or {}).get("epochs"):
         yield gradient_share_plot(gradient_shares)
     if curve := robustness.get("curve"):
@@ -194,6 +201,8 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
         ]
         scores = ("", "precision", "recall", "F1", "support")
         yield Table("Classes", scores, rows, folded=len(found["classes"]) > MANY)
+    if found := report.get("search"):
+        yield from _search_tables(found)
     if across := report.get("cross_validation"):
         rows = [(f"fold {number}", percent(share)) for number, share in enumerate(across["folds"], start=1)]
         rows.append(("all images", f"{percent(across['accuracy'])} ({_interval(across)})"))
@@ -230,6 +239,36 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
         rows += [(key.removesuffix("_bytes").replace("_", " "), f"{size / 1e6:,.0f} MB") for key, size in sizes.items()]
         rows.append(("training images per second", f"{found['images_per_second']:,}"))
         yield Table("Cost", ("", ""), rows, f"On {report.get('device', 'an unknown device')}.")
+
+
+def _search_tables(search: Json) -> Iterator[Table]:
+    rows: list[tuple[Any, ...]] = []
+    for one in search.get("worth", ()):
+        values = _setting(one["chosen"]), _setting(one["other"])
+        gain = f"{one['cross_entropy']:+.3f}", f"{100 * one['accuracy']:+.1f}"
+        rows.append((one["field"].replace("_", " "), *values, *gain))
+    if rows:
+        note = "The best trial with another value beside the best with the chosen one: nats and percentage points."
+        yield Table("What each setting is worth", ("", "chosen", "other", "loss", "accuracy"), rows, note)
+    rows = []
+    for one in search.get("trials", ()):
+        score = ""
+        if one["scores"]:
+            last = one["scores"][-1]
+            score = f"{last['cross_entropy']:.3f} ± {last['standard_error']:.3f}, {percent(last['accuracy'])}"
+        name, outcome = f"{one['trial']} {one['origin']}", one.get("dropped") or "chosen"
+        rows.append((name, one["recipe"].replace("`", ""), score, outcome, f"{one['seconds']:.1f} s"))
+    if rows:
+        yield Table("Trials", ("", "recipe", "loss, accuracy", "outcome", "time"), rows, folded=True)
+
+
+def _setting(value: Any) -> str:
+    """A setting in a few words."""
+    if isinstance(value, dict):
+        return ", ".join(name if inner is True else f"{name} {inner:g}" for name, inner in value.items() if inner)
+    if value in (None, 0):
+        return "off"
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def _interval(score: Json) -> str:

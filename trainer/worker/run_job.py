@@ -330,7 +330,8 @@ def _named(name: str, registry: Registry) -> Version:
 
 def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
     """What was chosen for the newest versions of a model."""
-    specs = [version.manifest.resolved_spec for version in registry.of_model(model)[-EARLIER:]]
+    newest = registry.of_model(model)[:EARLIER] if registry.has_live(model) else []
+    specs = [version.manifest.resolved_spec for version in newest]
     return [spec for spec in specs if spec]
 
 
@@ -366,7 +367,7 @@ def _cross_validated(spec: Spec, start: Start, data: _Data, run: Run) -> HeldOut
         logits[chosen] = fitted.network.logits(held_out.images)
         first = first or (held_out, fitted.params)
     assert first is not None
-    return HeldOut(everything, logits, *first)
+    return HeldOut(everything, logits, *first, out_of_fold=True)
 
 
 def publish_base(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
