@@ -32,9 +32,9 @@ def affine(images: Tensor, shift: Tensor, rotate: Tensor, scale: Tensor, seed: T
     )  # fmt: skip
 
 
-def flipped(images: Tensor, seed: Tensor) -> Tensor:
-    """Mirror each image with probability one half, left to right."""
-    heads = tf.random.stateless_uniform((tf.shape(images)[0], 1, 1, 1), seed) < 0.5
+def flipped(images: Tensor, probability: Tensor, seed: Tensor) -> Tensor:
+    """Mirror each image with this probability, left to right."""
+    heads = tf.random.stateless_uniform((tf.shape(images)[0], 1, 1, 1), seed) < probability
     return tf.where(heads, tf.reverse(images, [2]), images)
 
 

@@ -81,7 +81,8 @@ def main(base: Path, delta: Path, out: Path) -> None:
         export(out, params, invert=manifest["polarity"] == "dark_on_light", manifest=manifest)
     except OSError as exc:
         raise click.ClickException(f"cannot write {out}: {exc.strerror or exc}") from exc
-    click.echo(f"{out}: {manifest['spec']['method']} on {manifest['base']}, sha256 {manifest['sha256']}")
+    method = (manifest.get("resolved_spec") or manifest["spec"])["method"]
+    click.echo(f"{out}: {method} on {manifest['base']}, sha256 {manifest['sha256']}")
 
 
 if __name__ == "__main__":

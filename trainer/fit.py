@@ -119,7 +119,7 @@ def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Star
 
 def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
     """The structure to compile for a spec."""
-    attack, augmentation = spec.adversarial, spec.augmentation or Augmentation()
+    attack = spec.adversarial
     untouched = spec.augmentation is None and spec.mixup == 0 and attack is None
     entry = first_trained(start.method.start(start.params, 0)) if untouched else FIRST
     if untouched and spec.dropout and entry == HEAD:
@@ -133,10 +133,7 @@ def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
         norm=attack.norm if isinstance(attack, Vat) else "linf",
         clean=not (isinstance(attack, Free) or (isinstance(attack, Fgsm | Pgd) and attack.weight == 1)),
         dropout=spec.dropout > 0,
-        augment=any((augmentation.shift, augmentation.rotate, augmentation.scale)),
-        flip=augmentation.flip,
-        contrast=augmentation.contrast > 0,
-        cutout=augmentation.cutout > 0,
+        augment=spec.augmentation is not None,
         mixup=spec.mixup > 0,
         ema=spec.ema > 0,
         optimizer=spec.optimizer,
@@ -160,7 +157,7 @@ def coefficients(spec: Spec, images: int) -> Coefficients:
         adversarial_weight=_weight(attack),
         l1=spec.l1, l2=spec.l2, l2_sp=spec.l2_sp, dropout=spec.dropout, label_smoothing=spec.label_smoothing,
         shift=augmentation.shift, rotate=float(np.radians(augmentation.rotate)), scale=augmentation.scale,
-        contrast=augmentation.contrast, cutout=float(augmentation.cutout),
+        contrast=augmentation.contrast, cutout=float(augmentation.cutout), flip=0.5 if augmentation.flip else 0.0,
         ema=spec.ema,
         momentum=spec.momentum or 0.0,
         weight_decay=spec.weight_decay or 0.0,
@@ -195,7 +192,7 @@ def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
 
 def fit(
     spec: Spec, start: Start, train: Split, validation: Split | None, *, classes: int,
-    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None, shares: bool = True,
 ) -> Fitted:  # fmt: skip
     """Train on the current device.
 
@@ -205,6 +202,7 @@ def fit(
     Args:
         validation: None if all images are trained on; some of them stand in for it, and their figures are not recorded.
         on_epoch: called with the record of every epoch.
+        shares: also measure the share of each term in the update.
 
     Raises:
         Diverged: the loss or the weights are not finite, or the loss has exploded.
@@ -228,9 +226,9 @@ def fit(
         verdict = selection.judge(record, served, warm=run.warm)
         if validation is None:
             record = {name: value for name, value in record.items() if not name.startswith("validation_")}
-        if len(model.terms()) > 1:
-            shares = run.shares()
-            values = {name: {"value": terms[name], "share": shares[name]} for name in terms}
+        if shares and len(model.terms()) > 1:
+            found = run.shares()
+            values = {name: {"value": terms[name], "share": found[name]} for name in terms}
             result.gradient_shares.append({"epoch": epoch, **values})
         result.history.append(record)
         on_epoch(record)

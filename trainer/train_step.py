@@ -35,9 +35,6 @@ class Structure:
     clean: bool = True  # whether the loss has a clean part
     dropout: bool = True
     augment: bool = False
-    flip: bool = False
-    contrast: bool = False
-    cutout: bool = False
     mixup: bool = False
     ema: bool = False
     optimizer: str = "adam"
@@ -66,6 +63,7 @@ class Coefficients:
     scale: float = 0.0
     contrast: float = 0.0
     cutout: float = 0.0
+    flip: float = 0.0  # probability
     ema: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -228,11 +226,8 @@ class TrainStep:
         """A batch after augmentation and mixup."""
         if self.structure.augment:
             x = affine(x, c["shift"], c["rotate"], c["scale"], chance + [0, 2])
-        if self.structure.flip:
-            x = flipped(x, chance + [0, 5])
-        if self.structure.contrast:
+            x = flipped(x, c["flip"], chance + [0, 5])
             x = contrasted(x, c["contrast"], chance + [0, 6])
-        if self.structure.cutout:
             x = cut_out(x, c["cutout"], chance + [0, 7])
         return mixed(x, y, mix) if self.structure.mixup else (x, y)
 

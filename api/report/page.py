@@ -97,13 +97,17 @@ def report_page(name: str, version: int, card: ReportCard, about: Manifest) -> s
     else:
         page = Page(
             title, _subtitle(manifest), list(_tiles(report)), list(_notices(report)), list(_figures(report, manifest)),
-            list(_tables(report, manifest)), json.dumps(manifest.get("spec"), indent=2, ensure_ascii=False),
+            list(_tables(report, manifest)), json.dumps(_spec(manifest), indent=2, ensure_ascii=False),
         )  # fmt: skip
     return _TEMPLATES.get_template("report.html").render(page=page)
 
 
+def _spec(manifest: Json) -> Json:
+    return manifest.get("resolved_spec") or manifest.get("spec") or {}
+
+
 def _subtitle(manifest: Json) -> str:
-    spec, dataset = manifest.get("spec") or {}, manifest.get("dataset") or {}
+    spec, dataset = _spec(manifest), manifest.get("dataset") or {}
     method = spec.get("method", "fine-tuned")
     given = spec.get(method) if method in OPTIONS else None
     options = ", ".join(f"{key} {value}" for key, value in _flat(given or {}))

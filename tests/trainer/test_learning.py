@@ -483,7 +483,7 @@ def test_a_flip_mirrors_about_half_of_the_images_and_changes_no_other() -> None:
     from trainer.augmentation import flipped
 
     x = np.random.default_rng(0).random((200, 28, 28, 1), np.float32)
-    found = flipped(tf.constant(x), tf.constant([0, 1])).numpy()
+    found = flipped(tf.constant(x), tf.constant(0.5), tf.constant([0, 1])).numpy()
     mirrored = (found == x[:, :, ::-1]).all((1, 2, 3))
     assert 70 < mirrored.sum() < 130
     np.testing.assert_array_equal(found[~mirrored], x[~mirrored])

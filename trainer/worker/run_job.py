@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 PROBE_IMAGES = 16
 FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
 FORGETTING_IMAGES = 500
+FOLD_PAUSE_S = 0.25  # between two records of epochs of a fold
 EARLIER = 3  # versions whose recipes are tried again for the next
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
@@ -341,14 +343,18 @@ def _spec_of(manifest: Manifest) -> Spec:
 
 
 def _fit(
-    spec: Spec, start: Start, train: Split, validation: Split | None, data: _Data, run: Run, **more: Any
+    spec: Spec, start: Start, train: Split, validation: Split | None, data: _Data, run: Run, **fold: Any
 ) -> Fitted:
-    """Fit with the job's progress written down."""
+    """Fit with the job's progress written down: every epoch, or of a fold the last and a few each second."""
+    written = -math.inf
 
     def write_down(record: dict[str, Any]) -> None:
-        run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **more})
+        nonlocal written
+        if not fold or record["epoch"] == spec.epochs or time.monotonic() > written + FOLD_PAUSE_S:
+            written = time.monotonic()
+            run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **fold})
 
-    return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down)
+    return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down, shares=not fold)
 
 
 def _cross_validated(spec: Spec, start: Start, data: _Data, run: Run) -> HeldOut:
