@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from cli.main import main as temper
 from tests.conftest import Service, png
 from tests.docs.tables import BEGIN, END, settings_table
-from trainer.spec import ATTACK_NAMES, Adversarial, Spec, parse_spec
+from trainer.spec import ATTACK_NAMES, Adversarial, Spec, parse_asked
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -243,7 +243,7 @@ def test_every_curl_example_is_a_request_of_the_api(openapi: dict[str, Any]) -> 
     for curl in found:
         assert is_route(openapi, curl.method, curl.path), curl
         if "spec" in curl.forms:
-            parse_spec(curl.forms["spec"])
+            parse_asked(curl.forms["spec"])
         if curl.body and not curl.body.startswith("@"):
             json.loads(curl.body)
 
@@ -283,6 +283,9 @@ def test_the_example_in_python_works(service: Service, tried: Path) -> None:
     (example,) = blocks("python")
     ast.parse(example)
     program = example.replace(f"http://{ADDRESS}", service.url)
+    spec = json.dumps({"search": {"trials": 2}, "epochs": 1})  # to save time
+    program = program.replace('"digits-python"}', f'"digits-python", "spec": {spec!r}}}')
+    assert "trials" in program
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tried, capture_output=True, text=True, check=False, timeout=300
     )
