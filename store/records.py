@@ -96,6 +96,7 @@ class Manifest(Record):
     dataset: DatasetCard | None = None
     job: str | None = None
     adapter_bottleneck: int = 0  # units; 0 without adapters
+    preview: bool = False  # from a quick recipe, while its job was searching for a better one
     input: InputForm = GREY_28
 
 

@@ -141,6 +141,13 @@ def fgsm_flatters(spec: Spec, attacked: dict[str, Any]) -> list[str]:
     ]
 
 
+def cross_validation(found: HeldOut, folds: Iterator[np.ndarray]) -> dict[str, Any]:
+    """The score on out-of-fold predictions, and the accuracy on each fold, given as (n,) bool."""
+    logits, labels = found.logits, found.split.labels
+    each = [evaluate.accuracy(logits[chosen], labels[chosen]) for chosen in folds]
+    return {"folds": each, **evaluate.score(logits, labels)}
+
+
 def reset_peak_memory() -> None:
     """Begin to measure the peak memory of a job: a worker runs many."""
     with contextlib.suppress(OSError):  # a kernel without it; the peak is then that of the worker since its start

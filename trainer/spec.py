@@ -188,6 +188,9 @@ class Search(Strict):
         description="Time for the search and the training of its choice; null for as long as the trials take.",
     )  # fmt: skip
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the recipes that are sampled.")
+    preview: bool = Field(
+        True, description="Publish a version from a quick recipe first, if the model has none; the choice replaces it."
+    )
 
 
 class Spec(Strict):

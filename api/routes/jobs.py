@@ -68,7 +68,7 @@ def _one_of(names: Any, *, null: bool = False) -> Any:
     return WithJsonSchema({"anyOf": [enum, {"type": "null"}]} if null else enum)
 
 
-Stage = Literal["validating", "searching", "training", "evaluating", "exporting", "publishing", "warming"]
+Stage = Literal["validating", "previewing", "searching", "training", "evaluating", "exporting", "publishing", "warming"]
 
 
 class JobView(BaseModel):

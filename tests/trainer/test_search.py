@@ -32,7 +32,7 @@ from trainer.search import (
 from trainer.spec import Asked, parse_asked, parse_spec
 from trainer.worker.run_job import complete_report, pretrained
 
-QUICK = {"search": {"trials": 4, "folds": 3}, "epochs": 3}
+QUICK = {"search": {"trials": 4, "folds": 3, "preview": False}, "epochs": 3}
 
 
 @pytest.fixture(scope="session")
@@ -141,8 +141,39 @@ def test_a_cancelled_search_ends_at_its_next_run(place: Place) -> None:
     assert list(place.registry.wanted()) == ["lenet5"]
 
 
+def test_a_model_without_a_version_gets_a_preview_that_the_choice_replaces(place: Place) -> None:
+    spec = {**QUICK, "search": {"trials": 2, "folds": 2}}
+    first = place.run(place.claimed(spec))
+    assert (first.preview_version, first.version) == (1, 2)
+    happened = [event.type for event in place.jobs.events(first.id)]
+    assert happened.index("preview") < happened.index("trial")
+    preview, final = (place.registry.find("m", number) for number in (1, 2))
+    assert (preview.manifest.preview, final.manifest.preview) == (True, False)
+    assert any("preview" in text for text in preview.report.warnings)
+    assert place.registry.find("m").version == 2
+    second = place.run(place.claimed(spec))
+    assert (second.preview_version, second.version) == (None, 3)
+
+
+def test_a_worker_that_died_after_the_preview_goes_on_without_a_second_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = place.claimed({**QUICK, "search": {"trials": 2, "folds": 2}})
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.worker.run_job.search", die)
+        with pytest.raises(KeyboardInterrupt):
+            place.run(job)
+    assert place.registry.find("m").manifest.preview
+    done = place.run(job)
+    assert (done.status, done.preview_version, done.version) == ("succeeded", 1, 2)
+
+
 def test_too_few_images_of_a_class_get_the_fixed_recipe_and_a_warning(place: Place) -> None:
-    few = place.claimed({"search": {}, "epochs": 1})
+    few = place.claimed({"search": {"preview": False}, "epochs": 1})
     images = Dataset.load(place.settings.datasets / f"{place.dataset.id}.npz")
     chosen = np.concatenate([np.flatnonzero(images.labels == label)[:2] for label in range(10)])
     small = Dataset(images.images[chosen], images.labels[chosen], images.classes)

@@ -2,6 +2,7 @@
 
     type        data
     status      {"status": …, "stage": …}; with "version" or "error" at the end
+    preview     {"version": …}, live while the job searches
     trial       what a trial of the search has found, and the best so far
     resolved    {"spec": …}, which the search has chosen
     epoch       the record of the epoch, with "epochs" and, in cross-validation, "fold" and "folds"
@@ -20,7 +21,7 @@ import sqlalchemy as sa
 from store.engine import metadata, now
 from store.records import Progress
 
-EventType = Literal["status", "trial", "resolved", "epoch", "publishing", "report"]
+EventType = Literal["status", "preview", "trial", "resolved", "epoch", "publishing", "report"]
 
 events = sa.Table(
     "events",

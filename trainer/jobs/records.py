@@ -75,7 +75,9 @@ class Job:
     label: str  # moves to that version
     base: str  # name:version
     status: Status
-    stage: str | None  # validating, searching, training, evaluating, exporting, publishing or warming, while it runs
+    stage: (
+        str | None
+    )  # validating, previewing, searching, training, evaluating, exporting, publishing or warming, while it runs
     progress: Progress  # from its events: the last trial or epoch, then the publishing steps
     created_at: float
     started_at: float | None
@@ -224,6 +226,14 @@ class Jobs:
             LeaseLost: as above.
         """
         self._write_leased(job, [("resolved", {"spec": dict(spec)})], resolved_spec=dict(spec))
+
+    def previewed(self, job: Job, version: int) -> None:
+        """Note the version that is live while a job searches.
+
+        Raises:
+            LeaseLost: as above.
+        """
+        self._write_leased(job, [("preview", {"version": version})], preview_version=version)
 
     def check_lease(self, job: Job, connection: sa.Connection | None = None) -> None:
         """Check that a job still belongs to the worker that claimed it.

@@ -23,7 +23,7 @@ from store.engine import reason, retrying
 from store.errors import DeviceUnavailable, ModelServerError, UnknownModel
 from store.records import GREY_28, DatasetCard, Manifest, ReportCard
 from store.settings import Settings
-from trainer import delta, evaluate, report
+from trainer import delta, report
 from trainer.export import digest, export, load_params
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, bottleneck_of, fit, serve
 from trainer.folds import stratified, stratified_folds
@@ -31,7 +31,7 @@ from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
 from trainer.report import HeldOut
-from trainer.search import Problem, search
+from trainer.search import Found, Problem, preview_recipe, search
 from trainer.spec import Asked, Spec, described
 from trainer.synthetic_digits import synthetic_digits
 
@@ -83,6 +83,10 @@ class Run:
         yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
+    def previewed(self, version: int) -> None:
+        """Note the version that is live while the job searches."""
+        self.patiently(lambda: self.jobs.previewed(self.job, version))
+
     def succeeded(self, version: int) -> None:
         """End the job."""
         labelled: Happened = ("publishing", {"step": "labelled"})
@@ -105,17 +109,19 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
     """Run a claimed job to its success.
 
     Raises:
-        TemperError: why it failed; nothing of it is served or left on disk.
+        TemperError: why it failed; nothing of it is served or left on disk, but for a preview.
         LeaseLost: it was cancelled or given to another worker.
     """
-    staged = settings.staging / job.id / str(job.attempts)  # an earlier attempt may wake up and clean up after itself
     run = Run(job, jobs)
     clear_leftovers(job, settings=settings, registry=registry, servers=servers)
-    live = [version for version in registry.of_job(job.id) if version.live]
-    if live:  # a worker died between making it live and saying so
-        run.succeeded(live[0].version)
-        return
+    for version in registry.of_job(job.id):  # a worker died between making it live and saying so
+        if version.live and version.manifest.preview:
+            run.previewed(version.version)
+        elif version.live:
+            run.succeeded(version.version)
+            return
     report.reset_peak_memory()
+    staged = settings.staging / job.id / str(job.attempts)  # an earlier attempt may wake up and clean up after itself
     try:
         with run.stage("validating"):
             asked = Asked.of(job.spec)
@@ -123,68 +129,119 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             data = _Data.load(job.dataset, settings, asked.fixed)
             source = _named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
-            known = data.classes == source.manifest.classes
+            problem = Problem(data.all(), base, len(data.classes), data.classes == source.manifest.classes)
+            maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged)
         with tf.device(device):
-            spec, searched = asked.fixed, None
+            bounds, found = asked.fixed.search, Found(asked.fixed)
             if asked.auto:
+                if bounds and bounds.preview and not registry.has_live(job.model):
+                    with run.stage("previewing"):
+                        run.previewed(maker.preview())
                 with run.stage("searching"):
-                    problem = Problem(data.all(), base, len(data.classes), same_classes=known)
-                    searched = search(
+                    found = search(
                         asked, problem, uploaded=data.validation is not None, earlier=_earlier(job.model, registry),
                         on_trial=run.trial, check=run.check,
                     )  # fmt: skip
-                    spec = searched.spec
-                    run.patiently(lambda: jobs.resolve(job, described(spec)))
-            start = begin(spec, base, classes=len(data.classes), same_classes=known)
-            with run.stage("training"):
-                across = _cross_validated(spec, start, data, run) if spec.folds else None
-                train, validation = data.split(spec)
-                fitted = _fit(spec, start, train, validation, data, run)
-            with run.stage("evaluating"):
-                before = None if start.new else start.params
-                held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
-                found = report.quick(
-                    fitted, train, held_out, data.classes, spec, base=before, attack_images=settings.attack_images
-                )
-                probe = Probe(data.as_sent(train), fitted.network.logits(train.images[:PROBE_IMAGES]))
-        with run.stage("exporting"):
-            manifest = Manifest(
-                classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(base),
-                sha256=digest(fitted.params), spec=asked.described(), resolved_spec=described(spec),
-                dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params),
-            )  # fmt: skip
-            export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
-            if held_out is across:
-                np.savez(staged / FOLD, allow_pickle=False, **held_out.params)
-            delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
-            found["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
-            probe.save(staged)
-            seal(staged)
-        if across:
-            each = [
-                evaluate.accuracy(across.logits[chosen], across.split.labels[chosen]) for chosen in data.folds(spec)
-            ]
-            found["cross_validation"] = {"folds": each, **evaluate.score(across.logits, across.split.labels)}
-        if searched:
-            found["search"] = searched.dump()
-            found["warnings"] += searched.warnings
-        found["device"] = device.removeprefix("/")
-
-        def card() -> ReportCard:
-            return ReportCard.model_validate({**found, "cost": report.cost(run.seconds, fitted)})
-
-        with run.stage("publishing"):
-            version = publish(
-                settings, registry, servers,
-                staged=staged, model=job.model, job_id=job.id, manifest=manifest, report=card(), label=job.label,
-                step=run.publishing, fence=functools.partial(jobs.check_lease, job),
-            )  # fmt: skip
-        run.patiently(lambda: registry.set_report(job.model, version, card()))
-        run.succeeded(version)
+                    run.patiently(lambda: jobs.resolve(job, described(found.spec)))
+            run.succeeded(maker.make(found))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         with contextlib.suppress(OSError):
             staged.parent.rmdir()
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes versions of a job's data: trains, evaluates, exports and publishes."""
+
+    run: Run
+    settings: Settings
+    registry: Registry
+    servers: Sequence[ModelServer]
+    asked: Asked
+    data: "_Data"
+    problem: Problem
+    device: str
+    staged: Path
+
+    def preview(self) -> int:
+        """Publish the first version of a model from a quick recipe; returns its number."""
+        spec = self.asked.resolve(preview_recipe(self.problem))
+        start = self._start(spec)
+        train, validation = self.data.split(spec)
+        fitted = fit(
+            spec, start, train, validation, classes=len(self.data.classes), on_epoch=lambda _: self.run.check(),
+            shares=False,
+        )  # fmt: skip
+        card = self._evaluated(spec, start, fitted, train, HeldOut.apart(fitted, validation or train))
+        card["warnings"].append("this is a preview, trained for a moment; the job is searching for a better recipe")
+        manifest = self._exported(spec, fitted, train, card, preview=True)
+        return self._published(manifest, ReportCard.model_validate(card), step=lambda _: self.run.check())
+
+    def make(self, found: Found) -> int:
+        """Train a resolved spec and publish the result; returns the number of the version."""
+        run, data, spec = self.run, self.data, found.spec
+        start = self._start(spec)
+        with run.stage("training"):
+            across = _cross_validated(spec, start, data, run) if spec.folds else None
+            train, validation = data.split(spec)
+            fitted = _fit(spec, start, train, validation, data, run)
+        with run.stage("evaluating"):
+            held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
+            card = self._evaluated(spec, start, fitted, train, held_out)
+            if across:
+                card["cross_validation"] = report.cross_validation(across, data.folds(spec))
+            if self.asked.auto:
+                card["search"] = found.dump()
+                card["warnings"] += found.warnings
+        with run.stage("exporting"):
+            manifest = self._exported(spec, fitted, train, card, fold=held_out.params if held_out is across else None)
+        with run.stage("publishing"):
+            first = ReportCard.model_validate({**card, "cost": report.cost(run.seconds, fitted)})
+            version = self._published(manifest, first, step=run.publishing)
+        last = ReportCard.model_validate({**card, "cost": report.cost(run.seconds, fitted)})
+        run.patiently(lambda: self.registry.set_report(run.job.model, version, last))
+        return version
+
+    def _start(self, spec: Spec) -> Start:
+        problem = self.problem
+        return begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
+
+    def _evaluated(
+        self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut
+    ) -> dict[str, Any]:  # fmt: skip
+        before = None if start.new else start.params
+        images = self.settings.attack_images
+        card = report.quick(fitted, train, held_out, self.data.classes, spec, base=before, attack_images=images)
+        return card | {"device": self.device.removeprefix("/")}
+
+    def _exported(
+        self, spec: Spec, fitted: Fitted, train: Split, card: dict[str, Any], *, fold: Arrays | None = None,
+        preview: bool = False,
+    ) -> Manifest:  # fmt: skip
+        """Write everything that is published to the staging directory."""
+        job, data, staged = self.run.job, self.data, self.staged
+        manifest = Manifest(
+            classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(self.problem.base),
+            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=described(spec),
+            dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params), preview=preview,
+        )  # fmt: skip
+        export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
+        if fold:
+            np.savez(staged / FOLD, allow_pickle=False, **fold)
+        delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
+        card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
+        Probe(data.as_sent(train), fitted.network.logits(train.images[:PROBE_IMAGES])).save(staged)
+        seal(staged)
+        return manifest
+
+    def _published(self, manifest: Manifest, card: ReportCard, *, step: Callable[[str], None]) -> int:
+        job = self.run.job
+        return publish(
+            self.settings, self.registry, self.servers,
+            staged=self.staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
+            step=step, fence=functools.partial(self.run.jobs.check_lease, job),
+        )  # fmt: skip
 
 
 def clear_leftovers(job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:

@@ -1,0 +1,142 @@
+"""`python -m quality domains`: the automatic search beside fixed recipes, an SVM and an oracle, on small data sets.
+
+Every result is a file, `quality/results/domains/<set>-<seed>-<approach>.json`, so an interrupted run resumes where it
+stopped. All approaches train on the same images and are measured on the same test images, which none of them sees; only
+the oracle is chosen by them, to say how much there is to gain.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+from quality.data import digits, fashion
+from store.errors import Diverged
+from trainer import evaluate
+from trainer.fit import Split, serve
+from trainer.folds import stratified
+from trainer.search import FULL, LARGE, LORA, RECIPES, SAME_CLASSES, Problem, Recipe, sampled, search, trained
+from trainer.spec import Asked, parse_asked
+from trainer.worker.run_job import pretrained
+
+FOLDER = Path(os.environ.get("TEMPER_DOMAINS", Path(__file__).parents[2] / "shared" / "data"))
+ORACLE = 60  # random configurations
+HELD_OUT = 0.2  # by a fixed recipe, for its report
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Images of one kind; `each` of every class to train on."""
+
+    each: int
+    read: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+    same_classes: bool = False
+    goal: float = 0.0
+
+
+def _file(name: str) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    def read() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        with np.load(FOLDER / f"{name}.npz") as arrays:
+            x, y, x_test, y_test = (arrays[key] for key in ("x_train", "y_train", "x_test", "y_test"))
+        borders = np.concatenate([x[:, side].ravel() for side in (0, -1)] + [x[:, :, side].ravel() for side in (0, -1)])
+        x, x_test = ((array / np.float32(255))[..., None] for array in (x, x_test))
+        if np.median(borders) > 127:  # as the service decides
+            x, x_test = 1.0 - x, 1.0 - x_test
+        return x, y.astype(np.int32), x_test, y_test.astype(np.int32)
+
+    return read
+
+
+def _fashion() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    data = fashion()
+    return data.images, data.labels, data.test_images, data.test_labels
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    data = digits(900, seed=0)  # the other half is the test set
+    return data.images, data.labels, data.test_images, data.test_labels
+
+
+DOMAINS: Mapping[str, Domain] = {
+    "semeion": Domain(10, _file("semeion"), same_classes=True, goal=97.5),
+    "olivetti": Domain(5, _file("olivetti"), goal=95.0),
+    "coil20": Domain(5, _file("coil20"), goal=91.0),
+    "fashion-100": Domain(10, _fashion, goal=72.0),
+    "fashion-1000": Domain(100, _fashion, goal=84.0),
+    "digits-300": Domain(30, _digits, same_classes=True),
+}
+FIXED: Mapping[str, Recipe] = {
+    "before": LORA,
+    "full": FULL,
+    "full, augmented": {**FULL, "augmentation": LARGE},
+    "lora, augmented": {**LORA, "epochs": 60, "augmentation": LARGE},
+}
+APPROACHES = ("auto", *FIXED, "svm", "oracle")
+
+
+def measure(name: str, approach: str, seed: int) -> dict[str, Any]:
+    """Test accuracy in percent and seconds of one approach on one drawing of a set."""
+    domain = DOMAINS[name]
+    x, y, x_test, y_test = domain.read()
+    chosen = stratified(y, seed, lambda _: domain.each)
+    x, y = x[chosen], y[chosen]
+    began = time.perf_counter()
+    found: dict[str, Any] = {}
+    if approach == "svm":
+        found["test"] = svm(x, y, x_test, y_test, seed)
+    else:
+        problem = Problem(Split(tf.constant(x), y), pretrained()[0], int(y.max()) + 1, domain.same_classes)
+        test = Split(tf.constant(x_test), y_test)
+        if approach == "oracle":
+            found |= oracle(problem, test, seed)
+        elif approach == "auto":
+            result = search(parse_asked(json.dumps({"search": {}, "seed": seed})), problem)
+            found |= {"test": _accuracy(result.spec, problem, problem.data, test), "sentence": result.sentence}
+        else:
+            learned = ~stratified(y, seed, lambda n: max(1, round(HELD_OUT * n)))
+            spec = _everything(seed).resolve(FIXED[approach])
+            found["test"] = _accuracy(spec, problem, problem.part(learned), test)
+    return found | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def oracle(problem: Problem, test: Split, seed: int) -> dict[str, Any]:
+    """The best of random configurations by test accuracy: what no honest choice can be expected to reach."""
+    rng = np.random.default_rng([seed, 31])
+    known = [*(SAME_CLASSES if problem.same_classes else ()), *RECIPES]
+    best, name = 0.0, ""
+    for _ in range(ORACLE):
+        spec = _everything(seed).resolve(sampled(known[int(rng.integers(len(known)))], rng))
+        try:
+            accuracy = _accuracy(spec, problem, problem.data, test)
+        except Diverged:
+            continue
+        if accuracy > best:
+            best, name = accuracy, str(spec.model_dump(exclude_defaults=True))
+    return {"test": best, "spec": name}
+
+
+def svm(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, seed: int) -> float:
+    """Accuracy in percent of an RBF SVM on pixels, cross-validated: ten lines of scikit-learn."""
+    folds = StratifiedKFold(min(5, int(np.bincount(y).min())), shuffle=True, random_state=seed)
+    grid = {"svc__C": [1, 10, 100], "svc__gamma": ["scale", 1e-3, 3e-3, 1e-2]}
+    model = GridSearchCV(make_pipeline(StandardScaler(with_std=False), SVC()), grid, cv=folds)
+    model.fit(x.reshape(len(x), -1), y)
+    return 100 * float(model.score(x_test.reshape(len(x_test), -1), y_test))
+
+
+def _everything(seed: int) -> Asked:
+    return parse_asked(json.dumps({"search": {}, "seed": seed}))
+
+
+def _accuracy(spec: Any, problem: Problem, train: Split, test: Split) -> float:
+    return 100 * evaluate.accuracy(serve(trained(spec, problem, train)).logits(test.images), test.labels)
