@@ -423,21 +423,34 @@ def sentence(chosen: Trial, trials: Sequence[Trial]) -> str:
     """What was chosen and why, in plain words."""
     score = chosen.scores[-1]
     parts = [
-        f"Chose {phrase(chosen.spec)}: after {score.epochs} epochs it classified {score.right.mean():.1%} of "
+        f"Chose {phrase(chosen.spec)}. After {score.epochs} epochs it classified {score.right.mean():.1%} of "
         f"{len(score.right)} held-out images correctly."
     ]
-    by_field = {one["field"]: one for one in worth(chosen, trials)}
-    if one := by_field.get("augmentation"):
-        points = f"{100 * one['accuracy']:+.1f} points in the first round"
-        if one["chosen"] is None:
-            parts.append(f"Augmentation was left out: with it, {points}.")
-        elif one["other"] is None:
-            parts.append(f"Without augmentation: {points}.")
-        else:
-            parts.append(f"With another augmentation: {points}.")
-    if one := by_field.get("method"):
-        parts.append(f"With `{one['other']}`: {100 * one['accuracy']:+.1f} points.")
+    augmented = chosen.spec.augmentation is not None
+    if rival := _best(trials, lambda spec: (spec.augmentation is not None) is not augmented):
+        start = "Without augmentation" if augmented else "Augmentation was left out: with it"
+        parts.append(f"{start}, {_beside(chosen, rival)}.")
+    if rival := _best(trials, lambda spec: spec.method != chosen.spec.method):
+        parts.append(f"With `{rival.spec.method}`, {_beside(chosen, rival)}.")
     return " ".join(parts)
+
+
+def _best(trials: Sequence[Trial], wanted: Callable[[Spec], bool]) -> Trial | None:
+    """The best of some trials in the first round, in which all ran."""
+    found = [trial for trial in trials if trial.scores and wanted(trial.spec)]
+    return min(found, key=lambda trial: trial.scores[0].cross_entropy, default=None)
+
+
+def _beside(chosen: Trial, rival: Trial) -> str:
+    """How a rival did beside the trial that was chosen, in the first round."""
+    one, other = chosen.scores[0], rival.scores[0]
+    behind = other.losses - one.losses
+    points = 100 * float(one.right.mean() - other.right.mean())
+    if behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)):
+        return "there was no clear difference in the first round"
+    if points > 0:
+        return f"accuracy was {points:.1f} points lower in the first round"
+    return f"the loss was {behind.mean():.2f} nats higher in the first round"
 
 
 def phrase(spec: Spec) -> str:

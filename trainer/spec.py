@@ -25,6 +25,7 @@ from store.validation import in_words, reason
 _NAME = "1 to 64 of the characters a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 MODEL_NAME = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}$", _NAME)
 _BASE = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$", "a model's name, or name:version")
+LEAST_S, LEAST_S_PER_IMAGE = 1.0, 2e-3  # of a search, on a fast machine
 FEWEST_OF_A_CLASS = 3  # images without which nothing can be chosen by predictions on held-out ones
 Layer = Literal["conv1", "conv2", "dense1", "dense2"]
 Method = Literal["full", "head", "bias", "lora", "adapter", "ia3"]
@@ -457,6 +458,11 @@ def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -
         wrong["validation_split"] = f"leaves no image of class {_some(empty)} to validate on; raise it or add images"
     folds = ("search.folds", spec.search.folds) if spec.search else ("folds", spec.folds)
     few = [name for name, count in classes.items() if count < (folds[1] or 0)]
+    least_s = LEAST_S + LEAST_S_PER_IMAGE * sum(classes.values())
+    if spec.search and spec.search.seconds is not None and spec.search.seconds < least_s:
+        wrong["search.seconds"] = (
+            f"{spec.search.seconds:g} s are too few for even one trial; give at least {least_s:.1f}"
+        )
     if spec.folds and held_out:
         wrong["folds"] = "leave it out: with a `validation` upload there is nothing to cross-validate"
     elif few:

@@ -28,6 +28,7 @@ from trainer.search import (
     losses,
     rungs,
     search,
+    sentence,
 )  # fmt: skip
 from trainer.spec import Asked, parse_asked, parse_spec
 from trainer.worker.run_job import complete_report, pretrained
@@ -251,3 +252,20 @@ def test_the_clock_keeps_the_time_that_training_the_choice_will_take() -> None:
     assert clock.is_up(long)
     assert clock.affordable(long) == pytest.approx(190, abs=1)  # 95 s at half a second for an epoch in five runs
     assert not Clock(None, runs=5.0).is_up(long)
+
+
+def test_the_sentence_says_what_was_left_out_and_what_it_would_have_cost() -> None:
+    rng = np.random.default_rng(0)
+
+    def trial(number: int, mean: float, **given: Any) -> Trial:
+        values = mean + 0.1 * rng.random(300)
+        spec = parse_spec(json.dumps({"method": "full", **given}))
+        right = np.arange(300) < 300 * (1 - mean / 2)
+        return Trial(number, spec, "recipe", [Score(Rung(0.2, 5, 1), 12, values, right)])
+
+    plain, moved = trial(1, 0.2), trial(2, 0.6, augmentation={"shift": 2})
+    assert "Augmentation was left out: with it, accuracy was 20.0 points lower" in sentence(plain, [plain, moved])
+    better = trial(3, 0.1, augmentation={"shift": 2})
+    assert "Without augmentation, accuracy was 5.0 points lower" in sentence(better, [plain, moved, better])
+    other = trial(4, 0.2, method="lora")
+    assert "With `lora`, there was no clear difference" in sentence(plain, [plain, other])

@@ -147,6 +147,7 @@ def test_what_a_recipe_resolves_to_keeps_what_was_fixed_and_is_a_spec_again() ->
         ({"validation_split": 0.3}, {"a": 9, "b": 9}, True, "spec.validation_split"),
         ({"folds": 5}, {"a": 9, "b": 4}, False, "spec.folds"),
         ({"search": {"folds": 5}}, {"a": 9, "b": 4}, False, "spec.search.folds"),
+        ({"search": {"seconds": 1.5}}, {"a": 900, "b": 900}, False, "spec.search.seconds"),
         ({"validation_split": 0}, {"a": 9, "b": 9}, False, "spec.validation_split"),
         ({"folds": 5}, {"a": 9, "b": 9}, True, "spec.folds"),
     ],
