@@ -58,6 +58,7 @@ PRIOR: Mapping[str, Sequence[Any]] = {
     "augmentation": (None, SMALL, LARGE, {**SMALL, "flip": True}, {**SMALL, "cutout": 8}, {**SMALL, "contrast": 0.3}),
     "ema": (0.98,),
 }
+STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.3)  # of an attack, as epsilon, where that is searched
 OFTEN = ("learning_rate", "l2", "dropout", "label_smoothing", "augmentation")  # three times as often varied
 
 
@@ -170,7 +171,7 @@ def search(
     Args:
         uploaded: validation images were uploaded; the report will rest on these, and the search does not see them.
         earlier: recipes that were chosen for earlier versions of the model.
-        on_trial: called with a record after each trial of a rung.
+        on_trial: called with a record after each trial of a round.
         check: called before each run; raises to end the search.
 
     Raises:
@@ -181,49 +182,89 @@ def search(
     if problem.fewest < FEWEST_OF_A_CLASS:
         return Found(asked.resolve(fallback(problem)), warnings=[_TOO_FEW])
     folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
-    held_out = list(stratified_folds(problem.data.labels, asked.fixed.seed, folds))
-    trials = list(candidates(asked, problem, earlier))
     clock = Clock(bounds.seconds, runs=1.0 if uploaded else float(folds))
+    rounds = _Rounds(problem, asked.fixed.seed, folds, clock, on_trial, check)
+    trials = list(candidates(asked, problem, earlier))
     standing = trials
-    for number, rung in enumerate(rungs(len(trials), folds), start=1):
+    for rung in rungs(len(trials), folds):
+        standing = rounds.run(standing, rung)
+    chosen = by_one_standard_error(standing)
+    if "epsilon" in asked.auto:
+        strengths = [
+            Trial(len(trials) + number, asked.resolve({**described(chosen.spec), "epsilon": epsilon}), "strength")
+            for number, epsilon in enumerate(STRENGTHS, start=1)
+        ]
+        trials += strengths
+        chosen = by_one_standard_error(rounds.run(strengths, Rung(LAST_SHARE, folds, len(strengths))))
+    for trial in trials:
+        if trial is not chosen:
+            trial.dropped = trial.dropped or "a cheaper or more regularized one is as good within a standard error"
+    more: dict[str, Any] = {} if uploaded else {"folds": folds, "validation_split": 0.0}
+    if bounds.seconds and "epochs" in asked.auto:
+        more["epochs"] = clock.affordable(chosen.spec)
+    spec = asked.resolve(recipe_of(chosen.spec), **more)
+    return Found(spec, trials, chosen.number, sentence(chosen, trials), worth(chosen, trials))
+
+
+class _Rounds:
+    """Runs trials, round after round."""
+
+    def __init__(
+        self, problem: Problem, seed: int, folds: int, clock: "Clock", on_trial: Callable[[dict[str, Any]], None],
+        check: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._problem, self._clock, self._on_trial, self._check = problem, clock, on_trial, check
+        self._folds = list(stratified_folds(problem.data.labels, seed, folds))
+        self._number = 0
+
+    def run(self, trials: Sequence[Trial], rung: Rung) -> list[Trial]:
+        """Give every trial the work of a rung; returns those that go on, the best first.
+
+        Raises:
+            SearchFailed: all trials diverged.
+        """
+        self._number += 1
         done: list[Trial] = []
-        for trial in standing:
-            if done and clock.is_up(min(done, key=_loss).spec):
+        for trial in trials:
+            if done and self._clock.is_up(min(done, key=_loss).spec):
                 trial.dropped = "no time was left"
                 continue
             began = time.perf_counter()
             try:
-                score = _scored(trial.spec, rung, problem, held_out, check)
+                score = self._scored(trial.spec, rung)
             except Diverged as exc:
                 trial.dropped = str(exc)
                 continue
             finally:
                 took = time.perf_counter() - began
                 trial.seconds += took
-            trial.scores.append(replace(score, ended_s=clock.elapsed_s))
-            clock.note(trial.spec, score.epochs * rung.folds * (1 - 1 / folds), took)
+            trial.scores.append(replace(score, ended_s=self._clock.elapsed_s))
+            self._clock.note(trial.spec, score.epochs * rung.folds * (1 - 1 / len(self._folds)), took)
             done.append(trial)
             best = min(done, key=_loss)
-            on_trial(
-                {"round": number, "trial": trial.number, "trials": len(standing), "tried": len(done),
-                 "epochs": trial.scores[-1].epochs, "folds": rung.folds,
+            self._on_trial(
+                {"round": self._number, "trial": trial.number, "trials": len(trials), "tried": len(done),
+                 "epochs": score.epochs, "folds": rung.folds,
                  "best": {"trial": best.number, **best.scores[-1].headline()}}
             )  # fmt: skip
         if not done:
-            raise SearchFailed(f"no recipe could be trained: {standing[0].dropped}", param="spec")
+            raise SearchFailed(f"no recipe could be trained: {trials[0].dropped}", param="spec")
         done.sort(key=_loss)
-        standing = done[: rung.keep]
         for trial in done[rung.keep :]:
-            trial.dropped = f"{trial.scores[-1].cross_entropy - done[0].scores[-1].cross_entropy:.3f} nats behind"
-    chosen = by_one_standard_error(standing)
-    for trial in standing:
-        if trial is not chosen:
-            trial.dropped = trial.dropped or "a cheaper or more regularized recipe is as good within a standard error"
-    more: dict[str, Any] = {} if uploaded else {"folds": folds, "validation_split": 0.0}
-    if bounds.seconds and "epochs" in asked.auto:
-        more["epochs"] = clock.affordable(chosen.spec)
-    spec = asked.resolve(described(chosen.spec), **more)
-    return Found(spec, trials, chosen.number, sentence(chosen, trials), worth(chosen, trials))
+            trial.dropped = f"{_loss(trial) - _loss(done[0]):.3f} nats behind"
+        return done[: rung.keep]
+
+    def _scored(self, spec: Spec, rung: Rung) -> Score:
+        """Out-of-fold predictions of a short run of a spec, on the folds of a rung."""
+        problem, short = self._problem, spec.model_copy(update={"epochs": max(1, round(rung.share * spec.epochs))})
+        logits, labels = [], []
+        for chosen in self._folds[: rung.folds]:
+            self._check()
+            params = trained(short, problem, problem.part(~chosen))
+            logits.append(serve(params).logits(problem.part(chosen).images))
+            labels.append(problem.data.labels[chosen])
+        scores, truth = np.concatenate(logits), np.concatenate(labels)
+        return Score(rung, short.epochs, losses(scores, truth), evaluate.right(scores, truth))
 
 
 _TOO_FEW = f"nothing was searched, because a class has fewer than {FEWEST_OF_A_CLASS} images; a fixed recipe was used"
@@ -237,6 +278,11 @@ def default_folds(images: int) -> int:
 def fallback(problem: Problem) -> Recipe:
     """The recipe for data that are too few to compare any."""
     return LORA if problem.same_classes else RECIPES[0]
+
+
+def recipe_of(spec: Spec) -> Recipe:
+    """The values of a spec that may be searched."""
+    return described(spec) | {"epsilon": spec.adversarial.epsilon if spec.adversarial else 0.0}
 
 
 def preview_recipe(problem: Problem) -> Recipe:
@@ -289,19 +335,6 @@ def sampled(recipe: Recipe, rng: np.random.Generator) -> Recipe:
     return {**recipe, **values}
 
 
-def _scored(spec: Spec, rung: Rung, problem: Problem, folds: Sequence[np.ndarray], check: Callable[[], None]) -> Score:
-    """Out-of-fold predictions of a spec on the folds of a rung."""
-    short = spec.model_copy(update={"epochs": max(1, round(rung.share * spec.epochs))})
-    logits, labels = [], []
-    for chosen in folds[: rung.folds]:
-        check()
-        params = trained(short, problem, problem.part(~chosen))
-        logits.append(serve(params).logits(problem.part(chosen).images))
-        labels.append(problem.data.labels[chosen])
-    scores, truth = np.concatenate(logits), np.concatenate(labels)
-    return Score(rung, short.epochs, losses(scores, truth), evaluate.right(scores, truth))
-
-
 def trained(spec: Spec, problem: Problem, split: Split) -> Arrays:
     """Parameters after all epochs of a spec.
 
@@ -348,12 +381,13 @@ def by_one_standard_error(standing: Sequence[Trial]) -> Trial:
     return min(filter(as_good, standing), key=lambda trial: preference(trial.spec)) if len(standing) > 1 else best
 
 
-def preference(spec: Spec) -> tuple[float, float]:
-    """Smaller is better between trials of equal score: the cheaper first, then the more regularized."""
+def preference(spec: Spec) -> tuple[float, float, float]:
+    """Smaller is better between trials of equal score: a stronger attack, then the cheaper, the more regularized."""
     augmentation = spec.augmentation
     moved = augmentation.shift + augmentation.cutout / 4 + augmentation.flip if augmentation else 0.0
     strength = spec.l2 * 100 + spec.dropout + spec.label_smoothing * 2 + spec.mixup + moved
-    return spec.epochs * COSTS.get(spec.method, 1.0), -strength
+    epsilon = spec.adversarial.epsilon if spec.adversarial else 0.0
+    return -epsilon, spec.epochs * COSTS.get(spec.method, 1.0), -strength
 
 
 COSTS = {"lora": 0.6, "bias": 0.5, "head": 0.1}  # of an epoch, in epochs of `full`

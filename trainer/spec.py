@@ -319,7 +319,10 @@ SEARCHED = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A spec as a client gives it: the fields in `auto` are searched, and have their defaults in `fixed`."""
+    """A spec as a client gives it: the fields in `auto` are searched, and have their defaults in `fixed`.
+
+    `epsilon` in `auto` is that of the attack.
+    """
 
     fixed: Spec
     auto: frozenset[str] = frozenset()
@@ -332,7 +335,10 @@ class Asked:
             ValidationError: of the fields that are not searched.
             InvalidSpec: a search without anything to search, or the reverse.
         """
-        auto = {name for name in SEARCHED if given.get(name) == "auto"}
+        auto, attack = {name for name in SEARCHED if given.get(name) == "auto"}, given.get("adversarial")
+        if isinstance(attack, Mapping) and attack.get("epsilon") == "auto":
+            auto.add("epsilon")
+            given = {**given, "adversarial": {name: value for name, value in attack.items() if name != "epsilon"}}
         if given.get("search") is not None and not auto:
             auto = set(SEARCHED) - set(given)
             if not auto:
@@ -360,15 +366,21 @@ class Asked:
 
     def described(self) -> dict[str, Any]:
         """As JSON values, with "auto" for what is searched."""
-        options = OPTIONS if "method" in self.auto else ()
-        return described(self.fixed) | dict.fromkeys(options) | dict.fromkeys(sorted(self.auto), "auto")
+        values = described(self.fixed) | dict.fromkeys(sorted(self.auto - {"epsilon"}), "auto")
+        if "method" in self.auto:
+            values |= dict.fromkeys(OPTIONS)
+        if "epsilon" in self.auto:
+            values["adversarial"]["epsilon"] = "auto"
+        return values
 
     def resolve(self, recipe: Mapping[str, Any], **more: Any) -> Spec:
         """The spec with the searched fields taken from a recipe, JSON values; the rest of the recipe is ignored."""
-        chosen = {name: value for name, value in recipe.items() if name in self.auto}
+        chosen = {name: value for name, value in recipe.items() if name in self.auto and name != "epsilon"}
         if "method" in self.auto:
             chosen |= {name: recipe.get(name) for name in OPTIONS}
         values = described(self.fixed) | chosen | {"search": None} | more
+        if "epsilon" in self.auto and "epsilon" in recipe:
+            values["adversarial"]["epsilon"] = recipe["epsilon"]
         return Spec.model_validate_json(json.dumps(values))
 
 

@@ -25,6 +25,7 @@ from trainer.jobs.records import Jobs
 Digits = tuple[np.ndarray, np.ndarray]
 QUICK = json.dumps({"epochs": 2})
 LONG = json.dumps({"epochs": 1000, "method": "full"})
+SEARCH = json.dumps({"epochs": 200, "search": {"preview": False}})
 IMAGE = [[0.0] * 28] * 28
 BYTES = {"Content-Type": "application/octet-stream"}
 
@@ -60,9 +61,9 @@ def test_the_gateway_is_small_and_gives_back_the_memory_of_a_burst(own: Service)
     eventually(lambda: private_mb(pid) < 90, "the gateway has given back the memory of the burst", timeout_s=10)
 
 
-def begun(service: Service, digits_zip: bytes, model: str) -> str:
-    """Id of a long job that is in training."""
-    job_id: str = service.finetune(digits_zip, model, LONG).json()["id"]
+def begun(service: Service, digits_zip: bytes, model: str, spec: str = LONG) -> str:
+    """Id of a long job that trains, or has tried a recipe."""
+    job_id: str = service.finetune(digits_zip, model, spec).json()["id"]
     eventually(lambda: service.api.get(f"/finetune/{job_id}").json()["progress"], "the job trains")
     return job_id
 
@@ -92,14 +93,16 @@ def test_a_report_yields_to_queued_jobs_and_survives_its_worker(own: Service, di
     own.completed(second["id"])
 
 
-def test_a_killed_worker_loses_no_job(own: Service, digits_zip: bytes) -> None:
-    job_id = begun(own, digits_zip, "survivor")
+@pytest.mark.parametrize("spec", [LONG, SEARCH], ids=["training", "searching"])
+def test_a_killed_worker_loses_no_job(own: Service, digits_zip: bytes, spec: str) -> None:
+    job_id = begun(own, digits_zip, "survivor", spec)
     own.kill("trainer")
     with opened(f"sqlite:///{own.home / 'temper.db'}") as engine:
         eventually(lambda: Jobs(engine).get(job_id).attempts == 2, "another worker claims it")
     eventually(lambda: own.api.get(f"/finetune/{job_id}").json()["progress"], "and trains it")
     own.api.post(f"/finetune/{job_id}/cancel")
     assert own.finished(job_id)["status"] == "cancelled"
+    assert own.api.get("/models/survivor").status_code == 404
 
 
 def test_a_killed_model_server_comes_back_with_all_it_served(own: Service, digits_zip: bytes, digits: Digits) -> None:

@@ -18,6 +18,7 @@ from trainer.search import (
     LORA,
     OFF,
     RECIPES,
+    STRENGTHS,
     Clock,
     Problem,
     Rung,
@@ -183,6 +184,20 @@ def test_too_few_images_of_a_class_get_the_fixed_recipe_and_a_warning(place: Pla
     assert done.status == "succeeded"
     assert (done.resolved_spec or {})["method"] == "lora"
     assert any("nothing was searched" in text for text in place.registry.find("m").report.warnings)
+
+
+def test_of_the_strengths_of_an_attack_the_greatest_is_chosen_that_costs_nothing(
+    problem: Callable[..., Problem],
+) -> None:
+    given = asked(method="head", epochs=20, adversarial={"attack": "fgsm", "epsilon": "auto"}, search={"folds": 3})
+    found = search(given, problem(10))
+    strengths = [trial for trial in found.trials if trial.origin == "strength"]
+    assert [trial.spec.adversarial and trial.spec.adversarial.epsilon for trial in strengths] == list(STRENGTHS)
+    chosen = next(trial for trial in strengths if trial.number == found.chosen)
+    assert found.spec.adversarial == chosen.spec.adversarial
+    best = min(trial.scores[-1].cross_entropy for trial in strengths)
+    stronger = [trial for trial in strengths if trial.number > chosen.number]
+    assert all(trial.scores[-1].cross_entropy > best for trial in stronger)
 
 
 def test_a_trial_that_diverges_ends_alone(problem: Callable[..., Problem]) -> None:

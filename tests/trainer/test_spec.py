@@ -9,6 +9,7 @@ from store.errors import InvalidSpec
 from trainer.spec import (
     ATTACK_NAMES,
     SEARCHED,
+    Free,
     Ia3,
     Lora,
     Method,
@@ -124,6 +125,14 @@ def test_without_a_spec_everything_is_searched_and_with_search_alone_what_is_not
     assert asked.auto == set(SEARCHED) - {"method"}
     assert (asked.fixed.lora, asked.fixed.search) == (Lora(rank=2), Search(trials=4))
     assert parse_asked('{"l2": 0.1}').auto == frozenset()
+
+
+def test_the_strength_of_an_attack_may_be_searched() -> None:
+    asked = parse_asked('{"adversarial": {"attack": "free", "epsilon": "auto"}}')
+    assert asked.auto == {"epsilon"}
+    assert asked.described()["adversarial"] == {"attack": "free", "epsilon": "auto", "replays": 4}
+    assert parse_asked(json.dumps(asked.described())) == asked
+    assert asked.resolve({"epsilon": 0.3}).adversarial == Free(attack="free", epsilon=0.3)
 
 
 def test_a_search_that_has_nothing_to_search_is_refused() -> None:
