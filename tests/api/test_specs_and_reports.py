@@ -80,7 +80,7 @@ def test_a_spec_that_the_data_do_not_allow_is_refused_at_upload(service: Service
     lonely = npz(images=images[:23], labels=[0] * 20 + [1] * 3)
     many = npz(images=images[:300], labels=labels[:300])
     for data, spec, field in (
-        (lonely, '{"validation_split": 0.1}', "spec.validation_split"), (many, '{"folds": 5}', "spec.folds"),
+        (lonely, '{"validation_split": 0.1}', "spec.validation_split"), (lonely, '{"folds": 5}', "spec.folds"),
         (many, '{"adversarial": {"attack": "free", "replays": 1}}', "spec.adversarial.replays"),
     ):  # fmt: skip
         answer = service.finetune(data, "refused", spec)
