@@ -99,6 +99,11 @@ class Manifest(Record):
     preview: bool = False  # from a quick recipe, while its job was searching for a better one
     input: InputForm = GREY_28
 
+    @property
+    def trained_with(self) -> dict[str, Any]:
+        """The spec of the training; a version of an earlier release has only what was asked for."""
+        return self.resolved_spec or self.spec
+
 
 class Epoch(Record):
     """One epoch of a run. Losses are means over its steps, in nats; a term that does not take part is absent."""

@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 from serving.quiet import import_tensorflow
+from store.records import Manifest
 
 DELTA = "assets.extra/delta.npz"
 CARD = "card"  # the entry with the JSON that says what the arrays are
@@ -81,7 +82,7 @@ def main(base: Path, delta: Path, out: Path) -> None:
         export(out, params, invert=manifest["polarity"] == "dark_on_light", manifest=manifest)
     except OSError as exc:
         raise click.ClickException(f"cannot write {out}: {exc.strerror or exc}") from exc
-    method = (manifest.get("resolved_spec") or manifest["spec"])["method"]
+    method = Manifest.read(manifest).trained_with["method"]
     click.echo(f"{out}: {method} on {manifest['base']}, sha256 {manifest['sha256']}")
 
 

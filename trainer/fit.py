@@ -35,11 +35,14 @@ class Split:
     images: Any  # (n, 28, 28, 1) float32
     labels: np.ndarray  # (n,) int32
 
+    def take(self, positions: np.ndarray) -> "Split":
+        """The images at these positions."""
+        return Split(tf.gather(self.images, positions), self.labels[positions])
+
 
 def sample(split: Split, most: int) -> Split:
     """At most `most` images, evenly spaced."""
-    some = np.unique(np.linspace(0, len(split.labels) - 1, most).astype(int))
-    return Split(tf.gather(split.images, some), split.labels[some])
+    return split.take(np.unique(np.linspace(0, len(split.labels) - 1, most).astype(int)))
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def _quick_robustness(network: Network, validation: Split, spec: Spec, images: i
 def _sample(validation: Split, most: int) -> Split:
     """The images that attacks are run on: all, or `most` of them."""
     some = np.random.default_rng(0).permutation(len(validation.labels))[:most]
-    return _chosen(validation, np.sort(some))
+    return validation.take(np.sort(some))
 
 
 def fgsm(network: Network, split: Split, epsilon: float) -> np.ndarray:
@@ -221,7 +221,7 @@ def withstood_pgd(
     for restart in range(restarts):
         left, options = np.flatnonzero(standing), (tf.constant([restart, 1]), tf.constant(restart % 2 == 1))
         for at in range(0, len(left), PGD_PART):
-            part = _chosen(split, left[at : at + PGD_PART])
+            part = split.take(left[at : at + PGD_PART])
             margins = model().apgd(part.images, tf.constant(part.labels), size, count, *options)[1].numpy()
             standing[left[at : at + PGD_PART]] = margins <= 0
             yield standing
@@ -234,7 +234,7 @@ def withstood_square(
     """Images that are still classified correctly, (n,) bool, after each part of the queries."""
     standing = evaluate.right(model().logits(split.images), split.labels)
     left = np.flatnonzero(standing)
-    part, chance, size = _chosen(split, left), tf.constant([seed, 2]), tf.constant(epsilon, tf.float32)
+    part, chance, size = split.take(left), tf.constant([seed, 2]), tf.constant(epsilon, tf.float32)
     at = attacks.stripes(part.images, size, chance + [7, 0])
     for first in range(0, queries, SQUARE_PART):
         if len(left):
@@ -244,12 +244,8 @@ def withstood_square(
             safe = height.numpy() <= 0
             standing[left[~safe]] = False
             keep = np.flatnonzero(safe)
-            left, part, at = left[keep], _chosen(part, keep), tf.gather(at, keep)
+            left, part, at = left[keep], part.take(keep), tf.gather(at, keep)
         yield standing
-
-
-def _chosen(split: Split, some: np.ndarray) -> Split:
-    return Split(tf.gather(split.images, some), split.labels[some])
 
 
 def robustness(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from store.errors import Diverged, SearchFailed
 from trainer import evaluate
@@ -135,7 +134,7 @@ class Problem:
 
     def part(self, some: np.ndarray) -> Split:
         """Some of the images, (n,) bool."""
-        return Split(tf.gather(self.data.images, np.flatnonzero(some)), self.data.labels[some])
+        return self.data.take(np.flatnonzero(some))
 
     @property
     def fewest(self) -> int:

@@ -95,19 +95,17 @@ def report_page(name: str, version: int, card: ReportCard, about: Manifest) -> s
     if manifest.get("base") is None:
         page = Page(title, tables=[Table("Card", rows=list(_flat(report)))])
     else:
+        spec = about.trained_with
         page = Page(
-            title, _subtitle(manifest), list(_tiles(report)), list(_notices(report)), list(_figures(report, manifest)),
-            list(_tables(report, manifest)), json.dumps(_spec(manifest), indent=2, ensure_ascii=False),
+            title, _subtitle(manifest, spec), list(_tiles(report)), list(_notices(report)),
+            list(_figures(report, manifest)), list(_tables(report, manifest)),
+            json.dumps(spec, indent=2, ensure_ascii=False),
         )  # fmt: skip
     return _TEMPLATES.get_template("report.html").render(page=page)
 
 
-def _spec(manifest: Json) -> Json:
-    return manifest.get("resolved_spec") or manifest.get("spec") or {}
-
-
-def _subtitle(manifest: Json) -> str:
-    spec, dataset = _spec(manifest), manifest.get("dataset") or {}
+def _subtitle(manifest: Json, spec: Json) -> str:
+    dataset = manifest.get("dataset") or {}
     method = spec.get("method", "fine-tuned")
     given = spec.get(method) if method in OPTIONS else None
     options = ", ".join(f"{key} {value}" for key, value in _flat(given or {}))

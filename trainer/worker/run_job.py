@@ -129,9 +129,9 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             data = _Data.load(job.dataset, settings, asked.fixed)
             source = _named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
-            problem = Problem(data.all(), base, len(data.classes), data.classes == source.manifest.classes)
-            maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged)
         with tf.device(device):
+            problem = Problem(data.all, base, len(data.classes), data.classes == source.manifest.classes)
+            maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged)
             bounds, found = asked.fixed.search, Found(asked.fixed)
             if asked.auto:
                 if bounds and bounds.preview and not registry.has_live(job.model):
@@ -345,9 +345,9 @@ class _Data:
     def split(self, spec: Spec) -> tuple[Split, Split | None]:
         """Training and validation images: uploaded apart, or the same share of every class, or none of them."""
         if self.validation is not None:
-            return self.all(), self._ready(self.validation)
+            return self.all, self._ready(self.validation)
         if not spec.validation_split:
-            return self.all(), None
+            return self.all, None
         chosen = stratified(self.dataset.labels, spec.seed, lambda n: max(1, round(spec.validation_split * n)))
         return self.part(~chosen), self.part(chosen)
 
@@ -355,6 +355,7 @@ class _Data:
         """Which images each fold holds out, (n,) bool."""
         return stratified_folds(self.dataset.labels, spec.seed, spec.folds or 0)
 
+    @functools.cached_property
     def all(self) -> Split:
         """All images but those that were uploaded to validate on."""
         return self._ready(self.dataset)
@@ -395,8 +396,8 @@ def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
 
 
 def _spec_of(manifest: Manifest) -> Spec:
-    """The spec that a version was trained with; a version of an earlier release has only what was asked for."""
-    return Spec.model_validate_json(json.dumps(manifest.resolved_spec or manifest.spec))
+    """The spec that a version was trained with."""
+    return Spec.model_validate_json(json.dumps(manifest.trained_with))
 
 
 def _fit(
@@ -420,7 +421,7 @@ def _cross_validated(spec: Spec, start: Start, data: _Data, run: Run) -> HeldOut
     Where the served network will be trained on all images, those of the folds are trained in the same way, without a
     look at the images held out.
     """
-    everything = data.all()
+    everything = data.all
     logits = np.zeros((len(everything.labels), len(data.classes)), np.float32)
     first: tuple[Split, Arrays] | None = None
     for index, chosen in enumerate(data.folds(spec), start=1):
