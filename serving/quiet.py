@@ -10,12 +10,14 @@ BANNER = re.compile(rb"WARNING: All log messages before absl|[IWE]0000 .*(port|c
 
 
 def import_tensorflow() -> None:
-    """Import TensorFlow, with exact float32 arithmetic. Anything but the banner is passed on to standard error.
+    """Import TensorFlow, fast and with exact float32 arithmetic. All but the banner is passed on to standard error.
 
-    TF32, which TensorFlow uses on GPUs unless told otherwise, rounds factors to 10 bits: logits would differ by more
-    than the comparison of servers and trainer allows.
+    TensorFlow uses oneDNN's convolutions by itself only on processors with AVX-512 VNNI; on the others they are three
+    times as fast as its own. TF32, which TensorFlow uses on GPUs unless told otherwise, rounds factors to 10 bits:
+    logits would differ by more than the comparison of servers and trainer allows.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as captured:
         os.dup2(captured.fileno(), 2)
