@@ -23,8 +23,9 @@ from sklearn.svm import SVC
 from quality.data import digits, fashion
 from store.errors import Diverged
 from trainer import evaluate
-from trainer.fit import Split, serve
+from trainer.fit import Split
 from trainer.folds import stratified
+from trainer.network import Network
 from trainer.search import FULL, LARGE, LORA, RECIPES, SAME_CLASSES, Problem, Recipe, sampled, search, trained
 from trainer.spec import Asked, parse_asked
 from trainer.worker.run_job import pretrained
@@ -139,4 +140,4 @@ def _everything(seed: int) -> Asked:
 
 
 def _accuracy(spec: Any, problem: Problem, train: Split, test: Split) -> float:
-    return 100 * evaluate.accuracy(serve(trained(spec, problem, train)).logits(test.images), test.labels)
+    return 100 * evaluate.accuracy(Network(trained(spec, problem, train)).logits(test.images), test.labels)

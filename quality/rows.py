@@ -11,9 +11,9 @@ import numpy as np
 from quality.data import Data, digits, fashion, mnist
 from trainer import evaluate, report
 from trainer.fit import Fitted, Split, Start, begin, fit
-from trainer.fit import serve as network_of
 from trainer.lenet import Arrays, initial
 from trainer.methods import Method
+from trainer.network import Network
 from trainer.spec import parse_spec
 from trainer.worker.run_job import pretrained
 
@@ -51,7 +51,7 @@ def learn(
 
 def clean(params: Arrays, split: Split) -> float:
     """Accuracy in percent."""
-    return 100 * evaluate.accuracy(network_of(params).logits(split.images), split.labels)
+    return 100 * evaluate.accuracy(Network(params).logits(split.images), split.labels)
 
 
 def of_all(
@@ -109,7 +109,7 @@ def attacked(params: Arrays, epsilon: float) -> Figures:
 
     Clean, under APGD (100 steps each of CE and DLR), under Square with 5,000 queries, and under the worse of the two.
     """
-    model, figures = functools.partial(network_of, params), Figures()
+    model, figures = functools.partial(Network, params), Figures()
     for name, split in (("first", mnist().test(1000)), ("drawn", mnist().test(1000, drawn=True))):
         *_, pgd = report.withstood_pgd(model, split, epsilon)
         *_, square = report.withstood_square(model, split, epsilon, queries=5000)

@@ -25,6 +25,7 @@ def import_tensorflow() -> None:
             import tensorflow as tf
 
             tf.config.experimental.enable_tensor_float_32_execution(False)
+            tf.config.threading.set_intra_op_parallelism_threads(1)
             tf.config.list_physical_devices()  # prints the last line of the banner
             for name in ("tensorflow", "absl"):
                 logging.getLogger(name).setLevel(logging.ERROR)

@@ -13,10 +13,10 @@ from trainer import evaluate
 from trainer.attacks import STEP_SHARE
 from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
 from trainer.methods import Method, first_trained
-from trainer.network import Network, network
+from trainer.network import Network, bottleneck_of
 from trainer.optimizers import RISE, learning_rates
 from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat, refused
-from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep, train_step
+from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep
 
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
 SHARE_IMAGES = 64  # that gradient shares are measured on
@@ -73,19 +73,7 @@ class Fitted:
     @property
     def network(self) -> Network:
         """The served network, on the current device."""
-        return serve(self.params)
-
-
-def serve(params: Arrays) -> Network:
-    """The compiled network with these parameters, on the current device."""
-    device = tf.constant(0.0).device
-    return network(params[f"{HEAD}/bias"].shape[0], bottleneck_of(params), device).use(params)
-
-
-def bottleneck_of(params: Arrays) -> int:
-    """Units of the network's adapters; 0 if it has none."""
-    down = params.get("dense1/down/kernel")
-    return 0 if down is None else int(down.shape[1])
+        return Network(self.params)
 
 
 def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Start:
@@ -212,14 +200,15 @@ def fit(
     """
     run = Training(spec, start, train, classes)
     model, entry = run.model, run.entry
-    served = serve(start.params)
+    served = Network(start.params)
     measured = validation or sample(train, PROBE_IMAGES)
     judged = tf.constant(served.part(measured.images, until=entry))
     result = Fitted({}, {}, start.method, start.lora_scale)
     selection = Selection(spec, model, measured)
     for epoch in range(1, spec.epochs + 1):
         terms = run.epoch()
-        logits = served.use(model.params()).part(judged, entry)
+        served = Network(model.params())
+        logits = served.part(judged, entry)
         record = {
             "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, measured.labels),
             "validation_cross_entropy": evaluate.cross_entropy(logits, measured.labels),
@@ -250,12 +239,12 @@ class Training:
     """A run on the current device, one epoch at a time."""
 
     def __init__(self, spec: Spec, start: Start, train: Split, classes: int) -> None:
-        self.model = train_step(structure(spec, start, classes, tf.constant(0.0).device))
+        self.model = TrainStep(structure(spec, start, classes, tf.constant(0.0).device))
         self.entry = self.model.structure.entry  # the layers before it do not change, and are computed here
         self._c = coefficients(spec, len(train.labels))
         weights = class_weights(train.labels, classes) if spec.class_weights else None
         self.model.load(start.params, spec.seed, lora_scale=start.lora_scale, new=start.new, class_weights=weights)
-        self._features = tf.constant(serve(start.params).part(train.images, until=self.entry))
+        self._features = tf.constant(Network(start.params).part(train.images, until=self.entry))
         self._labels = tf.constant(train.labels)
         self._order = tf.zeros(0, tf.int32)  # of the last epoch
         self._updates = -(-len(train.labels) // self._c.batch_size) * self._c.replays  # an epoch

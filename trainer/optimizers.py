@@ -1,7 +1,7 @@
 """Optimizers and learning rate schedules."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -36,7 +36,7 @@ def _cosine(start: float, end: float, share: np.ndarray) -> np.ndarray:
 
 
 class Optimizer:
-    """Keeps the trained values in one flat variable, so that a step is a single fused update.
+    """Updates of the trained values, which are kept in one flat variable, so that a step is a single fused update.
 
     `adam`: Kingma & Ba (2015). `adamw`: with decoupled decay (Loshchilov & Hutter 2019). `sgd`: with Nesterov momentum
     (Sutskever et al. 2013).
@@ -59,9 +59,6 @@ class Optimizer:
         self._sizes = [math.prod(shape) for shape in self._shapes.values()]
         self.units = self._constant({key: rates[key] ** (0.5 if name == "sgd" else 1.0) for key in shapes})
         self._decays = self._constant({key: key.rpartition("/")[2] not in ("bias", "scale") for key in shapes})
-        self.flat = tf.Variable(tf.zeros(sum(self._sizes)))
-        moments = 1 if name == "sgd" else 2
-        self._moments = [tf.Variable(tf.zeros_like(self.flat), trainable=False) for _ in range(moments)]
 
     def _constant(self, by_name: Mapping[str, float]) -> np.ndarray:
         """One number for every element of `flat`."""
@@ -72,31 +69,31 @@ class Optimizer:
         parts = tf.split(flat * self.units, self._sizes)
         return {key: tf.reshape(part, shape) for (key, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
-    def begin(self, values: Mapping[str, Tensor]) -> None:
-        """Set the values, and reset the moments."""
-        self.take(values)
-        for moment in self._moments:
-            moment.assign(tf.zeros_like(moment))
+    def flat(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `values`."""
+        return tf.concat([tf.reshape(values[key], (-1,)) for key in self._shapes], 0) / self.units
 
-    def take(self, values: Mapping[str, Tensor]) -> None:
-        """Set the values; the moments stay."""
-        self.flat.assign(tf.concat([tf.reshape(values[key], (-1,)) for key in self._shapes], 0) / self.units)
+    def variables(self) -> tuple[Tensor, list[Tensor]]:
+        """New variables, zero: the flat one, and its moments."""
+        moments = 1 if self._name == "sgd" else 2
+        flat, *rest = (tf.Variable(tf.zeros(sum(self._sizes))) for _ in range(1 + moments))
+        return flat, rest
 
     def step(
-        self, gradient: Tensor, rate: Tensor, t: Tensor, momentum: Tensor, decay: Tensor, l1: Tensor,
-        proximal: Collection[str],
+        self, flat: Tensor, moments: Sequence[Tensor], gradient: Tensor, rate: Tensor, t: Tensor, momentum: Tensor,
+        decay: Tensor, l1: Tensor, proximal: Collection[str],
     ) -> None:  # fmt: skip
         """Take step number `t` (float, from 1), then the proximal step of `l1` on the kernels named in `proximal`."""
-        flat, units = self.flat, self.units
+        units = self.units
         if self._name == "adamw":
             flat.assign_sub(rate * decay * self._decays * units * flat)
         if self._name == "sgd":
-            (m,) = self._moments
+            (m,) = moments
             tf.raw_ops.ResourceApplyMomentum(
                 var=flat.handle, accum=m.handle, lr=rate, grad=gradient, momentum=momentum, use_nesterov=True
             )
         else:
-            m, v = self._moments
+            m, v = moments
             tf.raw_ops.ResourceApplyAdam(
                 var=flat.handle, m=m.handle, v=v.handle, beta1_power=BETA_1**t, beta2_power=BETA_2**t, lr=rate,
                 beta1=BETA_1, beta2=BETA_2, epsilon=TINY, grad=gradient,

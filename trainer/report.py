@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from store.settings import ATTACK_IMAGES
 from trainer import attacks, evaluate, fit
-from trainer.fit import Fitted, Split, serve
+from trainer.fit import Fitted, Split
 from trainer.lenet import HEAD, Arrays
 from trainer.methods import direct_kernels, trained_kernels
 from trainer.network import Network, in_batches
@@ -60,10 +60,10 @@ def quick(
         attack_images: most images that attacks are run on.
     """
     validation, logits = held_out.split, held_out.logits
-    before = None if base is None else evaluate.accuracy(serve(base).logits(validation.images), validation.labels)
+    before = None if base is None else evaluate.accuracy(Network(base).logits(validation.images), validation.labels)
     on_train = evaluate.score(fitted.network.logits(train.images), train.labels)
     on_validation = evaluate.score(logits, validation.labels)
-    attacked = _quick_robustness(serve(held_out.params), held_out.attacked, spec, attack_images)
+    attacked = _quick_robustness(Network(held_out.params), held_out.attacked, spec, attack_images)
     params, delta = fitted.params, fitted.trained
     sparse = evaluate.sparsity(params)
     return {
@@ -326,5 +326,5 @@ def forgetting(params: Arrays, base: Arrays, sample: Split, *, same_classes: boo
     """
     if not same_classes:
         params = params | {name: value for name, value in base.items() if name.startswith(f"{HEAD}/")}
-    before, after = (evaluate.accuracy(serve(one).logits(sample.images), sample.labels) for one in (base, params))
+    before, after = (evaluate.accuracy(Network(one).logits(sample.images), sample.labels) for one in (base, params))
     return {"images": len(sample.labels), "base": before, "accuracy": after, "lost": before - after}

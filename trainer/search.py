@@ -16,9 +16,10 @@ import numpy as np
 
 from store.errors import Diverged, SearchFailed
 from trainer import evaluate
-from trainer.fit import Split, Training, begin, serve
+from trainer.fit import Split, Training, begin
 from trainer.folds import stratified_folds
 from trainer.lenet import Arrays
+from trainer.network import Network
 from trainer.spec import FEWEST_OF_A_CLASS, SEARCHED, Asked, Spec, described
 
 Recipe = Mapping[str, Any]  # values of searched fields, as in a spec
@@ -260,7 +261,7 @@ class _Rounds:
         for chosen in self._folds[: rung.folds]:
             self._check()
             params = trained(short, problem, problem.part(~chosen))
-            logits.append(serve(params).logits(problem.part(chosen).images))
+            logits.append(Network(params).logits(problem.part(chosen).images))
             labels.append(problem.data.labels[chosen])
         scores, truth = np.concatenate(logits), np.concatenate(labels)
         return Score(rung, short.epochs, losses(scores, truth), evaluate.right(scores, truth))

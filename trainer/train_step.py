@@ -5,8 +5,9 @@ structure, not once per job.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -74,84 +75,69 @@ COUNTS = tuple(field.name for field in fields(Coefficients) if field.type is int
 SCHEDULE = ("rate", "reach", "mix", "t")  # of every update: learning rate, share of epsilon, of mixup, number from 1
 
 
-@functools.lru_cache(maxsize=16)
-def train_step(structure: Structure) -> "TrainStep":
-    """The compiled step of this structure, shared by the process; one job at a time may use it."""
-    with tf.device(structure.device):
-        return TrainStep(structure)
+class State(NamedTuple):
+    """The variables of a run."""
+
+    base: dict[str, Tensor]
+    anchors: dict[str, Tensor]  # that l2_sp pulls the kernels to
+    lora_scale: Tensor
+    class_weights: Tensor
+    flat: Tensor  # the trained values, see `Optimizer`
+    moments: list[Tensor]
+    served: Tensor  # their moving average, or `flat` itself
 
 
 class TrainStep:
-    """Variables and compiled functions of one structure. Call `load` at the start of a job."""
+    """The training step of one run.
+
+    Runs of one structure share what is compiled, and each has its own variables: they may go on in several threads.
+    """
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
-        method = structure.method
-        shapes = initial(structure.classes, seed=0)
-        if method.bottleneck:
-            shapes |= adapters(method.bottleneck, seed=0)
-        trained = method.start(shapes, seed=0)
-        self._base = {name: tf.Variable(value, trainable=False) for name, value in shapes.items()}
-        self._trained = trained_kernels(trained)
-        self._anchors = {name: tf.Variable(shapes[name], trainable=False) for name in self._trained}
-        self._proximal = frozenset(direct_kernels(trained)) if "l1" in structure.penalties else frozenset()
-        self._lora_scale = tf.Variable(0.0, trainable=False)
-        self._class_weights = tf.Variable(tf.ones(structure.classes), trainable=False)
-        self._optimizer = Optimizer(
-            structure.optimizer,
-            {name: value.shape for name, value in trained.items()},
-            {name: relative_rate(method.name, name) for name in trained},
-        )
-        flat = self._optimizer.flat
-        self._served = tf.Variable(tf.zeros_like(flat), trainable=False) if structure.ema else flat
-        features = inputs(structure.entry)
-        coefficients = dict.fromkeys(FLOATS, SCALAR) | dict.fromkeys(COUNTS, COUNT)
-        schedule = tf.TensorSpec((None, len(SCHEDULE)), tf.float32)
-        signature = [features, LABELS, LABELS, schedule, COUNT, coefficients]
-        self._epoch = tf.function(self._run_epoch, autograph=False, input_signature=signature)
-        self._shares = tf.function(
-            self._gradient_norms, autograph=False, input_signature=[features, LABELS, coefficients]
-        )
+        self._compiled = _compiled(structure)
+        with tf.device(structure.device):
+            self._state = self._compiled.state()
 
     def load(
         self, base: Mapping[str, np.ndarray], seed: int, *, lora_scale: float = 0.0, new: frozenset[str] = frozenset(),
         class_weights: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """Start a job: load the base, and reset the trained values and the optimizer.
+        """Start: load the base, and reset the trained values and the optimizer.
 
         Args:
             new: names of parameters that the base does not have; l2_sp pulls them to zero.
             class_weights: (classes,) weight of the images of each class, with mean one over the data.
         """
-        for name, variable in self._base.items():
+        state = self._state
+        for name, variable in state.base.items():
             variable.assign(base[name])
-        for name, anchor in self._anchors.items():
+        for name, anchor in state.anchors.items():
             anchor.assign(tf.zeros_like(anchor) if name in new else base[name])
-        self._optimizer.begin(self.structure.method.start(base, seed))
-        self._served.assign(self._optimizer.flat)
-        self._lora_scale.assign(lora_scale)
+        for moment in state.moments:
+            moment.assign(tf.zeros_like(moment))
+        state.lora_scale.assign(lora_scale)
         ones = np.ones(self.structure.classes, np.float32)
-        self._class_weights.assign(ones if class_weights is None else class_weights)
+        state.class_weights.assign(ones if class_weights is None else class_weights)
+        self.restore(self.structure.method.start(base, seed))
 
     def snapshot(self) -> Arrays:
         """A copy of the trained values, for `restore`."""
-        return {name: value.numpy() for name, value in self._optimizer.values(self._served).items()}
+        return {name: value.numpy() for name, value in self._compiled.optimizer.values(self._state.served).items()}
 
     def restore(self, trained: Mapping[str, np.ndarray]) -> None:
-        """Put trained values back."""
-        self._optimizer.take(trained)
-        self._served.assign(self._optimizer.flat)
+        """Put trained values back; the optimizer's moments stay."""
+        flat = self._compiled.optimizer.flat(trained)
+        self._state.flat.assign(flat)
+        self._state.served.assign(flat)
 
     def params(self) -> dict[str, Tensor]:
         """Effective parameters of the served network, with the update merged in."""
-        return self._effective(self._served)
-
-    def _effective(self, flat: Tensor) -> dict[str, Tensor]:
-        return effective(self._base, self._optimizer.values(flat), self._lora_scale)
+        return self._compiled.effective(self._state, self._state.served)
 
     def traces(self) -> int:
-        """How often the epoch has been traced."""
-        return int(self._epoch.experimental_get_tracing_count())
+        """How often the epoch of this structure has been traced."""
+        return self._compiled.traces
 
     def epoch(
         self, features: Tensor, labels: Tensor, order: Tensor, schedule: np.ndarray, done: int, c: Coefficients
@@ -168,11 +154,89 @@ class TrainStep:
         Returns:
             The mean of every term of the loss, and the index of the first update whose loss was not finite (or None).
         """
-        done = tf.constant(done, tf.int32)
-        sums = self._epoch(features, labels, order, tf.constant(schedule), done, self._inputs(c)).numpy()
+        given = features, labels, order, tf.constant(schedule), tf.constant(done, tf.int32), _inputs(c)
+        sums = self._compiled.epoch(self._state, *given).numpy()
         wrong = None if np.isinf(sums[-1]) else int(sums[-1])
         means = dict(zip(TERMS, (sums[:-1] / len(schedule)).tolist(), strict=True))
         return {name: means[name] for name in self.terms()}, wrong
+
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms of the loss."""
+        return self._compiled.terms()
+
+    def shares(self, features: Tensor, labels: Tensor, c: Coefficients) -> dict[str, float]:
+        """Share of each term in the update: the norm of its gradient over the sum of all norms, at these weights."""
+        norms = self._compiled.shares(self._state, features, labels, _inputs(c)).numpy().astype(float)
+        total = norms.sum() or 1.0
+        return dict(zip(self.terms(), (norms / total).tolist(), strict=True))
+
+
+def _inputs(c: Coefficients) -> dict[str, Tensor]:
+    floats = {name: tf.constant(getattr(c, name), tf.float32) for name in FLOATS}
+    return floats | {name: tf.constant(getattr(c, name), tf.int32) for name in COUNTS}
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(structure: Structure) -> "_Compiled":
+    """The compiled functions of this structure, shared by the process."""
+    return _Compiled(structure)
+
+
+class _Compiled:
+    """The compiled functions of one structure. They read and write the variables of a `State`."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        method = structure.method
+        self._shapes = initial(structure.classes, seed=0)
+        if method.bottleneck:
+            self._shapes |= adapters(method.bottleneck, seed=0)
+        trained = method.start(self._shapes, seed=0)
+        self._trained = trained_kernels(trained)
+        self._proximal = frozenset(direct_kernels(trained)) if "l1" in structure.penalties else frozenset()
+        self.optimizer = Optimizer(
+            structure.optimizer,
+            {name: value.shape for name, value in trained.items()},
+            {name: relative_rate(method.name, name) for name in trained},
+        )
+        self.traces = 0  # of the epoch
+        self._data = inputs(structure.entry), LABELS
+        self._coefficients = dict.fromkeys(FLOATS, SCALAR) | dict.fromkeys(COUNTS, COUNT)
+
+    @functools.cached_property
+    def epoch(self) -> Any:
+        """`_run_epoch`, compiled."""
+        schedule = tf.TensorSpec((None, len(SCHEDULE)), tf.float32)
+        return self._traced(self._run_epoch, LABELS, schedule, COUNT, self._coefficients)
+
+    @functools.cached_property
+    def shares(self) -> Any:
+        """`_gradient_norms`, compiled."""
+        return self._traced(self._gradient_norms, self._coefficients)
+
+    def _traced(self, function: Callable[..., Tensor], *signature: Any) -> Any:
+        with tf.device(self.structure.device):
+            compiled = tf.function(function, autograph=False)
+            return compiled.get_concrete_function(self.state(), *self._data, *signature)
+
+    def state(self) -> State:
+        """New variables on the current device."""
+
+        def variables(names: Iterable[str]) -> dict[str, Tensor]:
+            return {name: tf.Variable(self._shapes[name], trainable=False) for name in names}
+
+        flat, moments = self.optimizer.variables()
+        served = tf.Variable(tf.zeros_like(flat), trainable=False) if self.structure.ema else flat
+        return State(
+            base=variables(self._shapes), anchors=variables(self._trained),
+            lora_scale=tf.Variable(0.0, trainable=False),
+            class_weights=tf.Variable(tf.ones(self.structure.classes), trainable=False),
+            flat=flat, moments=moments, served=served,
+        )  # fmt: skip
+
+    def effective(self, state: State, flat: Tensor) -> dict[str, Tensor]:
+        """Parameters of the network with the trained values in `flat`."""
+        return effective(state.base, self.optimizer.values(flat), state.lora_scale)
 
     def terms(self) -> tuple[str, ...]:
         """Names of the terms of the loss."""
@@ -184,19 +248,11 @@ class TrainStep:
             present.add("adversarial_loss")
         return tuple(name for name in TERMS if name in present)
 
-    def shares(self, features: Tensor, labels: Tensor, c: Coefficients) -> dict[str, float]:
-        """Share of each term in the update: the norm of its gradient over the sum of all norms, at these weights."""
-        norms = self._shares(features, labels, self._inputs(c)).numpy().astype(float)
-        total = norms.sum() or 1.0
-        return dict(zip(self.terms(), (norms / total).tolist(), strict=True))
-
-    def _inputs(self, c: Coefficients) -> dict[str, Tensor]:
-        floats = {name: tf.constant(getattr(c, name), tf.float32) for name in FLOATS}
-        return floats | {name: tf.constant(getattr(c, name), tf.int32) for name in COUNTS}
-
     def _run_epoch(
-        self, features: Tensor, labels: Tensor, order: Tensor, schedule: Tensor, done: Tensor, c: dict[str, Tensor]
-    ) -> Tensor:
+        self, state: State, features: Tensor, labels: Tensor, order: Tensor, schedule: Tensor, done: Tensor,
+        c: dict[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        self.traces += 1
         # Shuffle before cutting into batches, so that batches differ between epochs. One gather for all is cheaper than
         # one in every step.
         features = tf.gather(features, order)
@@ -211,14 +267,14 @@ class TrainStep:
             x, y = self._disturbed(x, y, mix, tf.stack([c["seed"], 8 * (done + batch * replays)]), c)
             y = (1.0 - c["label_smoothing"]) * y + c["label_smoothing"] / self.structure.classes
             chance = tf.stack([c["seed"], 8 * (done + index)])
-            terms, delta = self._update(x, y, delta, chance, rate, t, c | {"epsilon": c["epsilon"] * reach})
+            terms, delta = self._update(state, x, y, delta, chance, rate, t, c | {"epsilon": c["epsilon"] * reach})
             position = tf.cast(index, tf.float32)
             wrong = tf.where(tf.math.is_finite(tf.reduce_sum(terms)), np.inf, position)
             return index + 1, delta, tf.concat([sums[:-1] + terms, [tf.minimum(sums[-1], wrong)]], 0)
 
         delta = tf.zeros((size if self.structure.attack == "free" else 0, *GREY_28.shape))
-        state = (0, delta, tf.constant([0.0] * len(TERMS) + [np.inf]))
-        return tf.while_loop(lambda index, *_: index < updates, step, state)[-1]
+        start = (0, delta, tf.constant([0.0] * len(TERMS) + [np.inf]))
+        return tf.while_loop(lambda index, *_: index < updates, step, start)[-1]
 
     def _disturbed(
         self, x: Tensor, y: Tensor, mix: Tensor, chance: Tensor, c: dict[str, Tensor]
@@ -232,45 +288,48 @@ class TrainStep:
         return mixed(x, y, mix) if self.structure.mixup else (x, y)
 
     def _update(
-        self, x: Tensor, y: Tensor, delta: Tensor, chance: Tensor, rate: Tensor, t: Tensor, c: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, state: State, x: Tensor, y: Tensor, delta: Tensor, chance: Tensor, rate: Tensor, t: Tensor,
+        c: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One update. Returns the terms of the loss before it, and the perturbation that `free` carries over."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(self._optimizer.flat)
+            tape.watch(state.flat)
             if self.structure.attack == "free":
                 n = tf.shape(x)[0]
                 x = attacks.project(x + delta[:n], x, c["epsilon"])
                 tape.watch(x)
-            values, factors = self._terms(x, y, chance, c, tape)
+            values, factors = self._terms(state, x, y, chance, c, tape)
             loss = tf.add_n([factors.get(name, 1.0) * value for name, value in values.items()])
-        flat = self._optimizer.flat
         if self.structure.attack == "free":
-            gradient, input_gradient = tape.gradient(loss, (flat, x))
+            gradient, input_gradient = tape.gradient(loss, (state.flat, x))
             moved = delta[:n] + c["epsilon"] * tf.sign(input_gradient)
             delta = tf.concat([tf.clip_by_value(moved, -c["epsilon"], c["epsilon"]), delta[n:]], 0)
         else:
-            gradient = tape.gradient(loss, flat)
-        self._optimizer.step(gradient, rate, t, c["momentum"], c["weight_decay"], c["l1"], self._proximal)
+            gradient = tape.gradient(loss, state.flat)
+        self.optimizer.step(
+            state.flat, state.moments, gradient, rate, t, c["momentum"], c["weight_decay"], c["l1"], self._proximal
+        )
         if self.structure.ema:
             decay = tf.minimum(c["ema"], (1.0 + t) / (10.0 + t))  # the first weights are soon forgotten
-            self._served.assign(decay * self._served + (1.0 - decay) * flat)
+            state.served.assign(decay * state.served + (1.0 - decay) * state.flat)
         nothing = tf.constant(0.0)
         return tf.stack([values.get(name, nothing) for name in TERMS]), delta
 
     def _terms(
-        self, x: Tensor, y: Tensor, chance: Tensor, c: dict[str, Tensor], tape: tf.GradientTape, *, prox: bool = True
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self, state: State, x: Tensor, y: Tensor, chance: Tensor, c: dict[str, Tensor], tape: tf.GradientTape, *,
+        prox: bool = True,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """Every term of the loss on a batch, and its factor in the loss where that is not one.
 
         With `prox`, L1 has no gradient on kernels for which the optimizer takes the proximal step instead.
         """
-        params = self._effective(self._optimizer.flat)
+        params = self.effective(state, state.flat)
         inference = functools.partial(logits, params, entry=self.structure.entry)
 
         def training(x: Tensor) -> Tensor:
             return inference(x, dropout_masks(tf.shape(x)[0], c["dropout"], chance) if self.structure.dropout else ())
 
-        values, factors = self._losses(x, y, inference, training, chance, c, tape)
+        values, factors = self._losses(state, x, y, inference, training, chance, c, tape)
         kernels = {name: params[name] for name in self._trained}
         if "l1" in self.structure.penalties:
             still = self._proximal if prox else ()
@@ -279,19 +338,19 @@ class TrainStep:
         if "l2" in self.structure.penalties:
             values["l2"] = penalties.l2(list(kernels.values()), c["l2"])
         if "l2_sp" in self.structure.penalties:
-            anchors = [self._anchors[name] for name in kernels]
+            anchors = [state.anchors[name] for name in kernels]
             values["l2_sp"] = penalties.l2_sp(list(kernels.values()), anchors, c["l2_sp"])
         return values, factors
 
     def _losses(
-        self, x: Tensor, y: Tensor, inference: attacks.Function, training: attacks.Function, chance: Tensor,
-        c: dict[str, Tensor], tape: tf.GradientTape,
+        self, state: State, x: Tensor, y: Tensor, inference: attacks.Function, training: attacks.Function,
+        chance: Tensor, c: dict[str, Tensor], tape: tf.GradientTape,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """The clean and the adversarial loss, if the structure has them."""
         attack, weight = self.structure.attack, c["adversarial_weight"]
 
         def mean(losses: Tensor) -> Tensor:
-            return tf.reduce_mean(losses * tf.linalg.matvec(y, self._class_weights))
+            return tf.reduce_mean(losses * tf.linalg.matvec(y, state.class_weights))
 
         if attack is None:
             return {"data_loss": mean(attacks.soft_cross_entropy(y, training(x)))}, {}
@@ -327,12 +386,12 @@ class TrainStep:
             lambda z: attacks.soft_cross_entropy(y, inference(z)), x, start, epsilon * shrink, steps, size * shrink
         )
 
-    def _gradient_norms(self, features: Tensor, labels: Tensor, c: dict[str, Tensor]) -> Tensor:
+    def _gradient_norms(self, state: State, features: Tensor, labels: Tensor, c: dict[str, Tensor]) -> Tensor:
         """Norm of the gradient of each term times its factor, (terms,)."""
         y = tf.one_hot(labels, self.structure.classes)
         with tf.GradientTape(watch_accessed_variables=False, persistent=True) as tape:
-            tape.watch(self._optimizer.flat)
-            values, factors = self._terms(features, y, tf.stack([c["seed"], 0]), c, tape, prox=False)
+            tape.watch(state.flat)
+            values, factors = self._terms(state, features, y, tf.stack([c["seed"], 0]), c, tape, prox=False)
             weighted = {name: factors.get(name, 1.0) * value for name, value in values.items()}
-        gradients = [tape.gradient(weighted[name], self._optimizer.flat) for name in self.terms()]
-        return tf.stack([tf.norm(gradient / self._optimizer.units) for gradient in gradients])
+        gradients = [tape.gradient(weighted[name], state.flat) for name in self.terms()]
+        return tf.stack([tf.norm(gradient / self.optimizer.units) for gradient in gradients])

@@ -10,8 +10,9 @@ import pytest
 import tensorflow as tf
 
 from trainer import evaluate, report
-from trainer.fit import Split, begin, fit, serve
+from trainer.fit import Split, begin, fit
 from trainer.lenet import logits
+from trainer.network import Network
 from trainer.spec import parse_spec
 from trainer.worker.run_job import pretrained
 
@@ -67,7 +68,7 @@ def withstood_art(params: dict[str, np.ndarray], split: Split, epsilon: float, l
     np.random.seed(0)
     images = attack.generate(split.images.numpy(), y=np.eye(10, dtype=np.float32)[split.labels])
     assert np.abs(images - split.images.numpy()).max() <= epsilon + 1e-5
-    return evaluate.right(serve(params).logits(images), split.labels)
+    return evaluate.right(Network(params).logits(images), split.labels)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_what_apgd_leaves_is_within_a_point_of_what_arts_leaves(
     start = begin(parsed, pretrained()[0], classes=10, same_classes=True)
     params = fit(parsed, start, part(0, 240), part(240, 300), classes=10).params
     split = part(300, 300 + IMAGES)
-    *_, ours = report.withstood_pgd(functools.partial(serve, params), split, epsilon)
+    *_, ours = report.withstood_pgd(functools.partial(Network, params), split, epsilon)
     theirs = withstood_art(params, split, epsilon, Loss()) & withstood_art(params, split, epsilon, Ratio())
     print(f"APGD leaves {ours.mean():.1%}, ART's {theirs.mean():.1%}")
     assert 0.05 < ours.mean() < 0.95

@@ -11,8 +11,9 @@ import tensorflow as tf
 from tests.trainer.test_learning import images_and_labels, numpy_logits
 from trainer import attacks, report
 from trainer.evaluate import accuracy
-from trainer.fit import Split, serve
+from trainer.fit import Split
 from trainer.lenet import Arrays, initial, logits
+from trainer.network import Network
 from trainer.worker.run_job import pretrained
 
 EPSILON = tf.constant(0.1)
@@ -110,14 +111,14 @@ def last(steps: Iterator[np.ndarray]) -> np.ndarray:
 
 
 def test_an_undefended_network_falls_to_pgd_and_to_square(base: Arrays, digits_split: Split) -> None:
-    model = functools.partial(serve, base)
+    model = functools.partial(Network, base)
     assert accuracy(model().logits(digits_split.images), digits_split.labels) > 0.8
     assert last(report.withstood_pgd(model, digits_split, 0.3, steps=10, restarts=2)).mean() <= 0.02
     assert last(report.withstood_square(model, digits_split, 0.3, queries=500)).mean() <= 0.1
 
 
 def test_more_restarts_and_larger_balls_only_ever_take_away(base: Arrays, digits_split: Split) -> None:
-    model = functools.partial(serve, base)
+    model = functools.partial(Network, base)
     counts = [standing.sum() for standing in report.withstood_pgd(model, digits_split, 0.03, steps=5, restarts=3)]
     assert counts == sorted(counts, reverse=True)
     wide = last(report.withstood_pgd(model, digits_split, 0.06, steps=5, restarts=3)).sum()
@@ -125,7 +126,7 @@ def test_more_restarts_and_larger_balls_only_ever_take_away(base: Arrays, digits
 
 
 def test_square_stays_in_the_ball_and_its_margins_are_those_of_its_images(base: Arrays, digits_split: Split) -> None:
-    network, x, y = serve(base), digits_split.images, tf.constant(digits_split.labels)
+    network, x, y = Network(base), digits_split.images, tf.constant(digits_split.labels)
     start = attacks.stripes(x, EPSILON, tf.constant([0, 3]))
     span = (tf.constant(0), tf.constant(200), tf.constant(200))
     found, height = network.square(x, y, start, EPSILON, *span, tf.constant([0, 4]))
@@ -159,7 +160,7 @@ def test_a_few_images_that_a_weaker_attack_finds_are_no_sign_of_masking(
 def test_a_network_with_flat_gradients_is_caught(base: Arrays, digits_split: Split) -> None:
     """Logits times 1,000: the softmax saturates and cross-entropy has no gradient, but nothing is any safer."""
     masked = base | {name: value * np.float32(1000) for name, value in base.items() if name.startswith("head/")}
-    model = functools.partial(serve, masked)
+    model = functools.partial(Network, masked)
     by_cross_entropy = last(report.withstood_pgd(model, digits_split, 0.3, steps=10, restarts=1)).mean()
     with_ratio = last(report.withstood_pgd(model, digits_split, 0.3, steps=10, restarts=2)).mean()
     assert by_cross_entropy > 0.5

@@ -10,12 +10,12 @@ import tensorflow as tf
 from store.errors import Diverged, InvalidSpec
 from trainer import fit as fitting
 from trainer.evaluate import accuracy
-from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, serve, structure
+from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, structure
 from trainer.folds import stratified, stratified_folds
 from trainer.lenet import Arrays
 from trainer.network import Network
 from trainer.spec import parse_spec
-from trainer.train_step import TrainStep, train_step
+from trainer.train_step import TrainStep
 from trainer.worker.run_job import pretrained
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -162,7 +162,7 @@ def test_early_stopping_compares_with_the_last_improvement_that_counted(base: Ar
     losses = [1.0, 0.95, 0.89, 0.84, 0.78, 0.74, 0.73, 0.72, 0.71]
     spec = parse_spec('{"early_stopping": {"patience": 2, "min_delta": 0.1}}')
     start = begin(spec, base, classes=10, same_classes=True)
-    model = train_step(structure(spec, start, 10, "/CPU:0"))
+    model = TrainStep(structure(spec, start, 10, "/CPU:0"))
     selection = fitting.Selection(spec, model, part(digits, 1000, 1100))
 
     class KerasModel:  # what the callback needs of a Keras model
@@ -177,7 +177,7 @@ def test_early_stopping_compares_with_the_last_improvement_that_counted(base: Ar
     ended: list[int] = []
     for epoch, loss in enumerate(losses, start=1):
         record = {"epoch": epoch, "validation_cross_entropy": loss}
-        if selection.judge(record, serve(start.params), warm=True) == "early_stopping":
+        if selection.judge(record, Network(start.params), warm=True) == "early_stopping":
             ended.append(epoch)
         keras.on_epoch_end(epoch, {"loss": loss})
         if keras_model.stop_training:

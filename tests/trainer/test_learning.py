@@ -11,7 +11,7 @@ from trainer import attacks, penalties
 from trainer.lenet import LAYERS, Arrays, adapters, dropout_masks, initial, logits
 from trainer.methods import Method, direct_kernels, effective, first_trained, trained_kernels
 from trainer.optimizers import Optimizer, learning_rates
-from trainer.train_step import Coefficients, Structure, TrainStep, train_step
+from trainer.train_step import Coefficients, Structure, TrainStep
 
 ALL = ("conv1", "conv2", "dense1", "dense2")
 LORA = Method("lora", targets=("conv2", "dense1", "dense2"), rank=4)
@@ -171,7 +171,7 @@ def test_penalties_leave_biases_and_untouched_kernels_alone() -> None:
 def test_what_lies_before_the_first_touched_layer_never_changes(method: Method, layer: str) -> None:
     base = base_for(method)
     assert first_trained(method.start(base, seed=0)) == layer
-    model = train_step(Structure(method, 10))
+    model = TrainStep(Structure(method, 10))
     one_epoch(model, base, rate=0.01)
     x, _ = images_and_labels(3)
     before, after = (logits(params, tf.constant(x), until=layer) for params in (base, merged(model)))
@@ -181,14 +181,14 @@ def test_what_lies_before_the_first_touched_layer_never_changes(method: Method, 
 @pytest.mark.parametrize("method", METHODS, ids=named)
 def test_a_fresh_method_changes_nothing(method: Method) -> None:
     base, (x, _) = base_for(method), images_and_labels()
-    model = train_step(Structure(method, 10))
+    model = TrainStep(Structure(method, 10))
     model.load(base, seed=5, lora_scale=2.0)
     np.testing.assert_array_equal(logits(merged(model), tf.constant(x)), logits(base, tf.constant(x)))
 
 
 def test_the_merge_of_lora_is_exact() -> None:
     base, (x, _) = initial(10, seed=0), images_and_labels()
-    model = train_step(Structure(LORA, 10))
+    model = TrainStep(Structure(LORA, 10))
     one_epoch(model, base, rate=0.01)
     params, trained = merged(model), model.snapshot()
     assert sum(value.size for value in params.values()) == 107_786
@@ -228,7 +228,7 @@ def test_the_merge_of_ia3_scales_activations_of_either_sign() -> None:
 )
 def test_frozen_weights_stay_bit_identical(method: Method, changed: set[str]) -> None:
     base = base_for(method)
-    model = train_step(Structure(method, 10, penalties=frozenset({"l1", "l2", "l2_sp"}), attack="pgd", augment=True))
+    model = TrainStep(Structure(method, 10, penalties=frozenset({"l1", "l2", "l2_sp"}), attack="pgd", augment=True))
     values: dict[str, Any] = {
         "l1": 1e-4,
         "l2": 1e-3,
@@ -246,7 +246,7 @@ def test_frozen_weights_stay_bit_identical(method: Method, changed: set[str]) ->
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(attack: str | None) -> None:
     base = initial(10, seed=0)
     structure = Structure(LORA, 10, penalties=frozenset({"l2"}), attack=attack, clean=attack != "free", mixup=True)
-    model = train_step(structure)
+    model = TrainStep(structure)
     runs = []
     for seed in (7, 7, 8):
         values: dict[str, Any] = {"l2": 1e-3, "dropout": 0.3, "epsilon": 0.1, "adversarial_weight": 0.5}
@@ -257,7 +257,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(attack: str | None) ->
 
 
 def test_other_coefficients_and_data_sizes_trace_nothing_anew() -> None:
-    base, model = initial(10, seed=0), train_step(REGULARIZED)
+    base, model = initial(10, seed=0), TrainStep(REGULARIZED)
     one_epoch(model, base, l1=1e-3, l2=1e-3)
     traces = model.traces()
     values: dict[str, Any] = {
@@ -280,7 +280,7 @@ def size(model: TrainStep) -> float:
 @pytest.mark.parametrize(("penalty", "strength"), [("l1", 0.1), ("l2", 10.0)])
 def test_a_penalty_is_minimized_and_not_only_reported(method: Method, penalty: str, strength: float) -> None:
     """Keras takes no notice of a regularizer that is added after `compile`: the kernels stay as they are."""
-    base, model = initial(10, seed=0), train_step(Structure(method, 10, penalties=frozenset({penalty})))
+    base, model = initial(10, seed=0), TrainStep(Structure(method, 10, penalties=frozenset({penalty})))
     one_epoch(model, base)
     plain = size(model)
     strengths: dict[str, Any] = {penalty: strength}
@@ -289,7 +289,7 @@ def test_a_penalty_is_minimized_and_not_only_reported(method: Method, penalty: s
 
 
 def test_l2_sp_holds_the_weights_at_the_base_and_a_new_head_at_zero() -> None:
-    base, model = initial(10, seed=0), train_step(Structure(Method("full"), 10, penalties=frozenset({"l2_sp"})))
+    base, model = initial(10, seed=0), TrainStep(Structure(Method("full"), 10, penalties=frozenset({"l2_sp"})))
     distances = []
     for strength in (0.0, 10.0):
         one_epoch(model, base, l2_sp=strength)
@@ -305,7 +305,7 @@ def test_l2_sp_holds_the_weights_at_the_base_and_a_new_head_at_zero() -> None:
 
 
 def test_reported_penalties_are_those_of_the_effective_kernels() -> None:
-    base, model = initial(10, seed=0), train_step(REGULARIZED)
+    base, model = initial(10, seed=0), TrainStep(REGULARIZED)
     terms = one_epoch(model, base, batch_size=40, l1=0.01, l2=0.1)
     kernels = [base[name] for name in trained_kernels(model.snapshot())]
     assert terms["l1"] == pytest.approx(0.01 * sum(np.abs(kernel).sum() for kernel in kernels), rel=1e-4)
@@ -315,7 +315,7 @@ def test_reported_penalties_are_those_of_the_effective_kernels() -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_l1_gives_directly_trained_kernels_exact_zeros(optimizer: str) -> None:
     base = initial(10, seed=0)
-    model = train_step(Structure(Method("full"), 10, penalties=frozenset({"l1"}), optimizer=optimizer))
+    model = TrainStep(Structure(Method("full"), 10, penalties=frozenset({"l1"}), optimizer=optimizer))
     one_epoch(model, base, l1=0.3, rate=0.01 if optimizer != "sgd" else 0.1)
     after = merged(model)
     zeros = [np.mean(value == 0) for name, value in after.items() if name.endswith("kernel")]
@@ -324,7 +324,7 @@ def test_l1_gives_directly_trained_kernels_exact_zeros(optimizer: str) -> None:
 
 
 def test_l1_shrinks_the_kernels_of_lora_and_promises_no_zeros() -> None:
-    base, model = initial(10, seed=0), train_step(Structure(LORA, 10, penalties=frozenset({"l1"})))
+    base, model = initial(10, seed=0), TrainStep(Structure(LORA, 10, penalties=frozenset({"l1"})))
     one_epoch(model, base, l1=0.3)
     after = merged(model)
     assert np.abs(after["dense1/kernel"]).sum() < np.abs(base["dense1/kernel"]).sum() - 10
@@ -335,7 +335,7 @@ def test_l1_shrinks_the_kernels_of_lora_and_promises_no_zeros() -> None:
 def test_the_zeros_of_l1_are_those_of_the_lasso() -> None:
     """At the end w = 0 needs |slope| <= lambda, and w != 0 needs slope = -lambda sign(w) (Tibshirani 1996)."""
     base, strength = initial(10, seed=0), 0.02
-    model = train_step(Structure(Method("head"), 10, penalties=frozenset({"l1"})))
+    model = TrainStep(Structure(Method("head"), 10, penalties=frozenset({"l1"})))
     x, y = images_and_labels(20)
     model.load(base, seed=0)
     updates = 3000
@@ -366,7 +366,7 @@ def test_the_loss_takes_logits_and_its_gradient_is_probability_minus_target() ->
 
 
 def test_the_first_term_of_an_epoch_is_the_mean_cross_entropy_of_the_logits() -> None:
-    base, model = initial(10, seed=0), train_step(Structure(Method("full"), 10))
+    base, model = initial(10, seed=0), TrainStep(Structure(Method("full"), 10))
     x, y = images_and_labels()
     terms = one_epoch(model, base, batch_size=40)
     scores = numpy_logits(base, x)
@@ -378,7 +378,7 @@ def test_the_first_term_of_an_epoch_is_the_mean_cross_entropy_of_the_logits() ->
 def test_an_epoch_takes_every_image_once_a_replay(replays: int, batches: int) -> None:
     """With a rate of zero the mean loss over the batches is that of the data."""
     attack = "free" if replays > 1 else None
-    base, model = initial(10, seed=0), train_step(Structure(Method("full"), 10, attack=attack, clean=attack is None))
+    base, model = initial(10, seed=0), TrainStep(Structure(Method("full"), 10, attack=attack, clean=attack is None))
     x, y = images_and_labels()
     terms = one_epoch(model, base, rate=0.0, replays=replays)
     scores = numpy_logits(base, x)
@@ -399,7 +399,7 @@ def test_the_schedules_begin_peak_and_end_where_their_papers_say() -> None:
 
 
 def test_adamw_decays_kernels_and_leaves_biases() -> None:
-    base, model = base_for(Method("full")), train_step(Structure(Method("full"), 10, optimizer="adamw"))
+    base, model = base_for(Method("full")), TrainStep(Structure(Method("full"), 10, optimizer="adamw"))
     one_epoch(model, base, rate=1e-3)
     plain = merged(model)
     one_epoch(model, base, rate=1e-3, weight_decay=1.0)
@@ -412,13 +412,14 @@ def test_adamw_decays_kernels_and_leaves_biases() -> None:
 def steps_of(name: str, rates: list[float], values: Arrays, relative: float = 1.0, **options: float) -> Arrays:
     """The values after a step at each rate, with gradients that depend on the step alone."""
     optimizer = Optimizer(name, {key: value.shape for key, value in values.items()}, dict.fromkeys(values, relative))
-    optimizer.begin(values)
+    flat, moments = optimizer.variables()
+    flat.assign(optimizer.flat(values))
     momentum, decay = options.get("momentum", 0.0), options.get("weight_decay", 0.0)
     for number, rate in enumerate(rates):
-        flat = np.concatenate([gradient.reshape(-1) for gradient in gradients(number, values).values()])
+        slope = np.concatenate([gradient.reshape(-1) for gradient in gradients(number, values).values()])
         size, t, m, d = (tf.constant(value, tf.float32) for value in (rate, number + 1, momentum, decay))
-        optimizer.step(tf.constant(flat * optimizer.units), size, t, m, d, tf.constant(0.0), ())
-    return {key: value.numpy() for key, value in optimizer.values(optimizer.flat).items()}
+        optimizer.step(flat, moments, tf.constant(slope * optimizer.units), size, t, m, d, tf.constant(0.0), ())
+    return {key: value.numpy() for key, value in optimizer.values(flat).items()}
 
 
 def gradients(number: int, values: Arrays) -> Arrays:
@@ -515,7 +516,7 @@ def test_a_cutout_blanks_one_square_of_its_size_at_most() -> None:
 
 def test_the_served_weights_are_the_moving_average_of_the_trained_ones() -> None:
     base, (x, y) = initial(10, seed=0), images_and_labels(40)
-    averaged, plain = (train_step(Structure(Method("full"), 10, dropout=False, ema=ema)) for ema in (True, False))
+    averaged, plain = (TrainStep(Structure(Method("full"), 10, dropout=False, ema=ema)) for ema in (True, False))
     for model in (averaged, plain):
         model.load(base, seed=0)
     data = tf.constant(x), tf.constant(y), tf.range(40)

@@ -14,11 +14,12 @@ from click.testing import CliRunner
 from tests.conftest import Place
 from trainer import delta, evaluate, report
 from trainer.export import digest, export, load_params
-from trainer.fit import Fitted, Split, serve
+from trainer.fit import Fitted, Split
 from trainer.folds import stratified
 from trainer.jobs.records import Job
 from trainer.lenet import HEAD
 from trainer.methods import Method
+from trainer.network import Network
 from trainer.spec import Spec, parse_spec
 from trainer.synthetic_digits import synthetic_digits
 from trainer.worker.run_job import complete_report, pretrained
@@ -48,7 +49,7 @@ def test_sparsity_counts_exact_zeros_of_kernels_only() -> None:
 
 def test_the_drawn_digits_are_digits_to_the_base_and_the_same_each_time() -> None:
     images, labels = synthetic_digits(200, seed=3)
-    assert evaluate.accuracy(serve(pretrained()[0]).logits(images), labels) > 0.95
+    assert evaluate.accuracy(Network(pretrained()[0]).logits(images), labels) > 0.95
     np.testing.assert_array_equal(images, synthetic_digits(200, seed=3)[0])
     assert (images.min(), images.max() <= 1) == (0, True)
 
@@ -99,9 +100,9 @@ def test_every_number_can_be_recomputed_from_the_saved_model(place: Place) -> No
     gap = on_train["accuracy"] - expected["accuracy"]
     assert card["generalization_gap"]["accuracy"] == pytest.approx(gap)
     split = Split(tf.constant(images), labels)
-    attacked = evaluate.accuracy(report.fgsm(serve(params), split, 0.05), labels)
+    attacked = evaluate.accuracy(report.fgsm(Network(params), split, 0.05), labels)
     assert card["robustness"]["accuracy_under_fgsm"] == attacked
-    again = list(report.robustness(lambda: serve(params), split, 0.05))[-1]
+    again = list(report.robustness(lambda: Network(params), split, 0.05))[-1]
     assert again is not None
     assert card["robustness"]["curve"] == again["curve"]
     at_epsilon = next(point for point in again["curve"] if point["epsilon"] == 0.05)
@@ -196,7 +197,7 @@ def test_the_delta_applied_to_the_base_is_the_version(place: Place, method: str,
     ]
     subprocess.run(command, check=True, capture_output=True)
     images, _ = validation_of(place)
-    scores = [serve(load_params(folder)).logits(images) for folder in (version, out)]
+    scores = [Network(load_params(folder)).logits(images) for folder in (version, out)]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
     card = place.registry.find("m").report.dump()["parameters"]
     stored = (version / delta.DELTA).stat().st_size

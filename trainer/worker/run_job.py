@@ -25,11 +25,12 @@ from store.records import GREY_28, DatasetCard, Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, report
 from trainer.export import digest, export, load_params
-from trainer.fit import PENALTIES, Fitted, Split, Start, begin, bottleneck_of, fit, serve
+from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
 from trainer.folds import stratified, stratified_folds
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
+from trainer.network import Network, bottleneck_of
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, preview_recipe, search
 from trainer.spec import Asked, Spec, described
@@ -272,7 +273,7 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
             with np.load(settings.version(job.model, job.version) / FOLD) as arrays:
                 network = dict(arrays)
     steps = report.robustness(
-        functools.partial(serve, network), unseen, report.epsilon_of(spec), settings.attack_images
+        functools.partial(Network, network), unseen, report.epsilon_of(spec), settings.attack_images
     )
     found = None
     while found is None:
@@ -450,7 +451,7 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
         classes = [str(digit) for digit in range(10)]
         manifest = Manifest.model_validate({"classes": classes, "base": None, "sha256": digest(params), **card})
         pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, GREY_28.pixels), np.uint8)
-        logits = serve(params).logits((pixels / np.float32(255)).reshape(-1, *GREY_28.shape))
+        logits = Network(params).logits((pixels / np.float32(255)).reshape(-1, *GREY_28.shape))
         staged = settings.staging / BASE
         shutil.rmtree(staged, ignore_errors=True)
         export(staged, params, invert=False, manifest=manifest.dump())
