@@ -15,6 +15,9 @@ def import_tensorflow() -> None:
     TensorFlow uses oneDNN's convolutions by itself only on processors with AVX-512 VNNI; on the others they are three
     times as fast as its own. TF32, which TensorFlow uses on GPUs unless told otherwise, rounds factors to 10 bits:
     logits would differ by more than the comparison of servers and trainer allows.
+
+    An operation runs on one thread: those of a network this small take microseconds, and dividing them costs more than
+    it saves. Several runs at once keep all cores busy, see `trainer.parallel`.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")

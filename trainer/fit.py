@@ -19,6 +19,7 @@ from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trade
 from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep
 
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
+HALVED = 32  # images of a batch from which on its halves are worth computing at the same time
 SHARE_IMAGES = 64  # that gradient shares are measured on
 EXPLODED = 100.0  # nats, mean cross-entropy over an epoch; no run has recovered from more
 ROBUST = 0.2  # accuracy under PGD that counts as robust, and by which FGSM's must exceed it to be overfitted
@@ -108,7 +109,7 @@ def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Star
     return Start(params, frozenset(new), method, spec.lora.alpha / spec.lora.rank if spec.lora else 0.0)
 
 
-def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
+def structure(spec: Spec, start: Start, classes: int, images: int, device: str) -> Structure:
     """The structure to compile for a spec."""
     attack = spec.adversarial
     untouched = spec.augmentation is None and spec.mixup == 0 and attack is None
@@ -128,8 +129,17 @@ def structure(spec: Spec, start: Start, classes: int, device: str) -> Structure:
         mixup=spec.mixup > 0,
         ema=spec.ema > 0,
         optimizer=spec.optimizer,
+        halves=batch_size(spec, images) >= HALVED and not isinstance(attack, Free) and "CPU" in device,
         device=device,
     )
+
+
+def batch_size(spec: Spec, images: int) -> int:
+    """Images of a batch.
+
+    An epoch has at least twenty steps: with fewer, a default job on a small set ends before it has learned anything.
+    """
+    return min(spec.batch_size, max(8, images // 20))
 
 
 def coefficients(spec: Spec, images: int) -> Coefficients:
@@ -138,8 +148,7 @@ def coefficients(spec: Spec, images: int) -> Coefficients:
     steps = 1 if attack is None or isinstance(attack, Fgsm | Free) else attack.steps
     return Coefficients(
         seed=spec.seed,
-        # At least twenty steps an epoch: with fewer, a default job on a small set ends before it has learned anything.
-        batch_size=min(spec.batch_size, max(8, images // 20)),
+        batch_size=batch_size(spec, images),
         replays=attack.replays if isinstance(attack, Free) else 1,
         attack_steps=steps,
         attack_size=1.25 if isinstance(attack, Fgsm) else STEP_SHARE / steps,
@@ -239,7 +248,7 @@ class Training:
     """A run on the current device, one epoch at a time."""
 
     def __init__(self, spec: Spec, start: Start, train: Split, classes: int) -> None:
-        self.model = TrainStep(structure(spec, start, classes, tf.constant(0.0).device))
+        self.model = TrainStep(structure(spec, start, classes, len(train.labels), tf.constant(0.0).device))
         self.entry = self.model.structure.entry  # the layers before it do not change, and are computed here
         self._c = coefficients(spec, len(train.labels))
         weights = class_weights(train.labels, classes) if spec.class_weights else None

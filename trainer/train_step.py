@@ -39,6 +39,7 @@ class Structure:
     mixup: bool = False
     ema: bool = False
     optimizer: str = "adam"
+    halves: bool = False  # of a batch, whose gradients are computed at the same time
     device: str = ""  # that holds the variables
 
 
@@ -72,6 +73,7 @@ class Coefficients:
 
 FLOATS = tuple(field.name for field in fields(Coefficients) if field.type is float)
 COUNTS = tuple(field.name for field in fields(Coefficients) if field.type is int)
+DRAWS = 16  # random seeds of an update, half of them for each half of the batch
 SCHEDULE = ("rate", "reach", "mix", "t")  # of every update: learning rate, share of epsilon, of mixup, number from 1
 
 
@@ -264,10 +266,13 @@ class _Compiled:
             batch = index // replays
             x, y = (array[batch * size : (batch + 1) * size] for array in (features, targets))
             rate, reach, mix, t = tf.unstack(schedule[index])
-            x, y = self._disturbed(x, y, mix, tf.stack([c["seed"], 8 * (done + batch * replays)]), c)
-            y = (1.0 - c["label_smoothing"]) * y + c["label_smoothing"] / self.structure.classes
-            chance = tf.stack([c["seed"], 8 * (done + index)])
-            terms, delta = self._update(state, x, y, delta, chance, rate, t, c | {"epsilon": c["epsilon"] * reach})
+            now = c | {"epsilon": c["epsilon"] * reach, "mix": mix}
+            if self.structure.attack == "free":
+                x, y = self._disturbed(x, y, tf.stack([c["seed"], DRAWS * (done + batch * replays)]), now)
+            terms, gradient, delta = self._gradient(
+                state, x, y, delta, tf.stack([c["seed"], DRAWS * (done + index)]), now
+            )
+            self._update(state, gradient, rate, t, c)
             position = tf.cast(index, tf.float32)
             wrong = tf.where(tf.math.is_finite(tf.reduce_sum(terms)), np.inf, position)
             return index + 1, delta, tf.concat([sums[:-1] + terms, [tf.minimum(sums[-1], wrong)]], 0)
@@ -276,44 +281,64 @@ class _Compiled:
         start = (0, delta, tf.constant([0.0] * len(TERMS) + [np.inf]))
         return tf.while_loop(lambda index, *_: index < updates, step, start)[-1]
 
-    def _disturbed(
-        self, x: Tensor, y: Tensor, mix: Tensor, chance: Tensor, c: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """A batch after augmentation and mixup."""
+    def _disturbed(self, x: Tensor, y: Tensor, chance: Tensor, c: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images and targets after augmentation, mixup and label smoothing."""
         if self.structure.augment:
             x = affine(x, c["shift"], c["rotate"], c["scale"], chance + [0, 2])
             x = flipped(x, c["flip"], chance + [0, 5])
             x = contrasted(x, c["contrast"], chance + [0, 6])
             x = cut_out(x, c["cutout"], chance + [0, 7])
-        return mixed(x, y, mix) if self.structure.mixup else (x, y)
+        if self.structure.mixup:
+            x, y = mixed(x, y, c["mix"])
+        return x, (1.0 - c["label_smoothing"]) * y + c["label_smoothing"] / self.structure.classes
 
-    def _update(
-        self, state: State, x: Tensor, y: Tensor, delta: Tensor, chance: Tensor, rate: Tensor, t: Tensor,
-        c: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """One update. Returns the terms of the loss before it, and the perturbation that `free` carries over."""
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(state.flat)
-            if self.structure.attack == "free":
-                n = tf.shape(x)[0]
-                x = attacks.project(x + delta[:n], x, c["epsilon"])
-                tape.watch(x)
-            values, factors = self._terms(state, x, y, chance, c, tape)
-            loss = tf.add_n([factors.get(name, 1.0) * value for name, value in values.items()])
+    def _gradient(
+        self, state: State, x: Tensor, y: Tensor, delta: Tensor, chance: Tensor, c: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms of the loss on a batch, its gradient, and the perturbation that `free` carries over."""
         if self.structure.attack == "free":
-            gradient, input_gradient = tape.gradient(loss, (state.flat, x))
+            n = tf.shape(x)[0]
+            x = attacks.project(x + delta[:n], x, c["epsilon"])
+            terms, (gradient, input_gradient) = self._differentiated(state, x, y, chance, c, x)
             moved = delta[:n] + c["epsilon"] * tf.sign(input_gradient)
             delta = tf.concat([tf.clip_by_value(moved, -c["epsilon"], c["epsilon"]), delta[n:]], 0)
-        else:
-            gradient = tape.gradient(loss, state.flat)
+            return terms, gradient, delta
+        if not self.structure.halves:
+            x, y = self._disturbed(x, y, chance, c)
+            terms, (gradient,) = self._differentiated(state, x, y, chance, c)
+            return terms, gradient, delta
+        n = tf.shape(x)[0]
+        cut = (n + 1) // 2
+        rest = tf.minimum(cut, n - 1)  # an image that is alone is in both halves
+        found = []
+        for part, draws in ((slice(None, cut), chance), (slice(rest, None), chance + [0, DRAWS // 2])):
+            half = self._disturbed(x[part], y[part], draws, c)
+            terms, (gradient,) = self._differentiated(state, *half, draws, c)
+            found.append((terms, gradient))
+        share = tf.cast(cut, tf.float32) / tf.cast(cut + n - rest, tf.float32)
+        terms, gradient = (share * one + (1.0 - share) * two for one, two in zip(*found, strict=True))
+        return terms, gradient, delta
+
+    def _differentiated(
+        self, state: State, x: Tensor, y: Tensor, chance: Tensor, c: dict[str, Tensor], *also: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Terms of the loss, and its gradients in the trained values and in other tensors."""
+        sources = [state.flat, *also]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            values, factors = self._terms(state, x, y, chance, c, tape)
+            loss = tf.add_n([factors.get(name, 1.0) * value for name, value in values.items()])
+        nothing = tf.constant(0.0)
+        return tf.stack([values.get(name, nothing) for name in TERMS]), tape.gradient(loss, sources)
+
+    def _update(self, state: State, gradient: Tensor, rate: Tensor, t: Tensor, c: dict[str, Tensor]) -> None:
+        """Change the trained values."""
         self.optimizer.step(
             state.flat, state.moments, gradient, rate, t, c["momentum"], c["weight_decay"], c["l1"], self._proximal
         )
         if self.structure.ema:
             decay = tf.minimum(c["ema"], (1.0 + t) / (10.0 + t))  # the first weights are soon forgotten
             state.served.assign(decay * state.served + (1.0 - decay) * state.flat)
-        nothing = tf.constant(0.0)
-        return tf.stack([values.get(name, nothing) for name in TERMS]), delta
 
     def _terms(
         self, state: State, x: Tensor, y: Tensor, chance: Tensor, c: dict[str, Tensor], tape: tf.GradientTape, *,

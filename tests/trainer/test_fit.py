@@ -53,7 +53,7 @@ def test_every_method_and_attack_learns_digits_with_a_new_head(
 def test_frozen_layers_are_computed_once_where_nothing_disturbs_the_input(base: Arrays) -> None:
     def entry(**spec: Any) -> str:
         parsed = parse_spec(json.dumps(spec))
-        return structure(parsed, begin(parsed, base, classes=10, same_classes=True), 10, "/CPU:0").entry
+        return structure(parsed, begin(parsed, base, classes=10, same_classes=True), 10, 100, "/CPU:0").entry
 
     assert entry(method="head", dropout=0) == "head"
     assert entry(method="head") == "dense2"  # which takes in what dropout leaves of dense1
@@ -162,7 +162,7 @@ def test_early_stopping_compares_with_the_last_improvement_that_counted(base: Ar
     losses = [1.0, 0.95, 0.89, 0.84, 0.78, 0.74, 0.73, 0.72, 0.71]
     spec = parse_spec('{"early_stopping": {"patience": 2, "min_delta": 0.1}}')
     start = begin(spec, base, classes=10, same_classes=True)
-    model = TrainStep(structure(spec, start, 10, "/CPU:0"))
+    model = TrainStep(structure(spec, start, 10, 100, "/CPU:0"))
     selection = fitting.Selection(spec, model, part(digits, 1000, 1100))
 
     class KerasModel:  # what the callback needs of a Keras model

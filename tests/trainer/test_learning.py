@@ -1,6 +1,7 @@
 """The mathematics of training, against NumPy oracles."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,34 @@ def test_other_coefficients_and_data_sizes_trace_nothing_anew() -> None:
     }
     one_epoch(model, base, rate=0.1, n=33, batch_size=5, **values)
     assert model.traces() == traces == 1
+
+
+@pytest.mark.parametrize("images", [40, 41, 39])
+def test_the_halves_of_a_batch_together_are_the_batch(images: int) -> None:
+    """Of 41 images in batches of 8 the last one is alone."""
+    base, found = initial(10, seed=0), []
+    for halves in (False, True):
+        model = TrainStep(Structure(Method("full"), 10, penalties=frozenset({"l2"}), dropout=False, halves=halves))
+        terms = one_epoch(model, base, n=images, l2=1e-2, rate=1e-3)
+        found.append(merged(model) | {name: np.float32(value) for name, value in terms.items()})
+    for name, whole in found[0].items():
+        np.testing.assert_allclose(found[1][name], whole, rtol=1e-3, atol=2e-5, err_msg=name)
+
+
+def test_runs_of_one_structure_go_on_at_once_and_end_as_they_do_alone() -> None:
+    base = initial(10, seed=0)
+
+    def run(seed: int) -> Arrays:
+        model = TrainStep(REGULARIZED)
+        for _ in range(3):
+            one_epoch(model, base, seed=seed, l2=1e-3, dropout=0.2, epsilon=0.1, adversarial_weight=0.5)
+        return merged(model)
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, range(4)))
+    for seed, params in enumerate(together):
+        alone = run(seed)
+        assert all(np.array_equal(params[name], alone[name]) for name in alone)
 
 
 def size(model: TrainStep) -> float:
