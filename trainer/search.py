@@ -9,7 +9,7 @@ best the cheapest and most regularized is chosen (Breiman et al. 1984, here on p
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from trainer.fit import Split, Training, begin
 from trainer.folds import stratified_folds
 from trainer.lenet import Arrays
 from trainer.network import Network
+from trainer.parallel import Check, at_once, side_by_side
 from trainer.spec import FEWEST_OF_A_CLASS, SEARCHED, Asked, Spec, described
 
 Recipe = Mapping[str, Any]  # values of searched fields, as in a spec
@@ -164,7 +165,7 @@ class Found:
 
 def search(
     asked: Asked, problem: Problem, *, uploaded: bool = False, earlier: Sequence[Recipe] = (),
-    on_trial: Callable[[dict[str, Any]], None] = lambda record: None, check: Callable[[], None] = lambda: None,
+    on_trial: Callable[[dict[str, Any]], None] = lambda record: None, check: Check = lambda: None,
 ) -> Found:  # fmt: skip
     """Choose the searched fields of a spec.
 
@@ -172,7 +173,7 @@ def search(
         uploaded: validation images were uploaded; the report will rest on these, and the search does not see them.
         earlier: recipes that were chosen for earlier versions of the model.
         on_trial: called with a record after each trial of a round.
-        check: called before each run; raises to end the search.
+        check: called about twice a second; raises to end the search.
 
     Raises:
         SearchFailed: no trial came to an end.
@@ -182,7 +183,8 @@ def search(
     if problem.fewest < FEWEST_OF_A_CLASS:
         return Found(asked.resolve(fallback(problem)), warnings=[_TOO_FEW])
     folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
-    clock = Clock(bounds.seconds, runs=1.0 if uploaded else float(folds))
+    after = [1.0] if uploaded else [1.0] + folds * [1 - 1 / folds]
+    clock = Clock(bounds.seconds, runs=makespan(after, at_once()))
     rounds = _Rounds(problem, asked.fixed.seed, folds, clock, on_trial, check)
     trials = list(candidates(asked, problem, earlier))
     standing = trials
@@ -211,7 +213,7 @@ class _Rounds:
 
     def __init__(
         self, problem: Problem, seed: int, folds: int, clock: "Clock", on_trial: Callable[[dict[str, Any]], None],
-        check: Callable[[], None],
+        check: Check,
     ) -> None:  # fmt: skip
         self._problem, self._clock, self._on_trial, self._check = problem, clock, on_trial, check
         self._folds = list(stratified_folds(problem.data.labels, seed, folds))
@@ -225,21 +227,31 @@ class _Rounds:
         """
         self._number += 1
         done: list[Trial] = []
-        for trial in trials:
+        found: dict[int, dict[int, np.ndarray]] = {trial.number: {} for trial in trials}  # logits by fold
+
+        def work(task: tuple[Trial, int], check: Check) -> tuple[np.ndarray, float] | str:
+            trial, fold = task
+            if trial.dropped:
+                return trial.dropped
             if done and self._clock.is_up(min(done, key=_loss).spec):
-                trial.dropped = "no time was left"
-                continue
-            began = time.perf_counter()
+                return "no time was left"
             try:
-                score = self._scored(trial.spec, rung)
+                return self._predicted(shortened(trial.spec, rung), fold, check)
             except Diverged as exc:
-                trial.dropped = str(exc)
+                return str(exc)
+
+        tasks = [(trial, fold) for trial in trials for fold in range(rung.folds)]
+        for (trial, fold), result in side_by_side(work, tasks, self._check):
+            if isinstance(result, str):
+                trial.dropped = result
                 continue
-            finally:
-                took = time.perf_counter() - began
-                trial.seconds += took
-            trial.scores.append(replace(score, ended_s=self._clock.elapsed_s))
-            self._clock.note(trial.spec, score.epochs * rung.folds * (1 - 1 / len(self._folds)), took)
+            found[trial.number][fold], took = result
+            trial.seconds += took
+            self._clock.note(trial.spec, shortened(trial.spec, rung).epochs * (1 - 1 / len(self._folds)), took)
+            if len(found[trial.number]) < rung.folds:
+                continue
+            score = self._scored(trial.spec, rung, found[trial.number])
+            trial.scores.append(score)
             done.append(trial)
             best = min(done, key=_loss)
             self._on_trial(
@@ -249,22 +261,29 @@ class _Rounds:
             )  # fmt: skip
         if not done:
             raise SearchFailed(f"no recipe could be trained: {trials[0].dropped}", param="spec")
-        done.sort(key=_loss)
+        done.sort(key=lambda trial: (_loss(trial), trial.number))
         for trial in done[rung.keep :]:
             trial.dropped = f"{_loss(trial) - _loss(done[0]):.3f} nats behind"
         return done[: rung.keep]
 
-    def _scored(self, spec: Spec, rung: Rung) -> Score:
-        """Out-of-fold predictions of a short run of a spec, on the folds of a rung."""
-        problem, short = self._problem, spec.model_copy(update={"epochs": max(1, round(rung.share * spec.epochs))})
-        logits, labels = [], []
-        for chosen in self._folds[: rung.folds]:
-            self._check()
-            params = trained(short, problem, problem.part(~chosen))
-            logits.append(Network(params).logits(problem.part(chosen).images))
-            labels.append(problem.data.labels[chosen])
-        scores, truth = np.concatenate(logits), np.concatenate(labels)
-        return Score(rung, short.epochs, losses(scores, truth), evaluate.right(scores, truth))
+    def _predicted(self, spec: Spec, fold: int, check: Check) -> tuple[np.ndarray, float]:
+        """Logits of the images of a fold, by a network that was trained without them, and how long it took."""
+        problem, held_out = self._problem, self._folds[fold]
+        began = time.perf_counter()
+        params = trained(spec, problem, problem.part(~held_out), check)
+        return Network(params).logits(problem.part(held_out).images), time.perf_counter() - began
+
+    def _scored(self, spec: Spec, rung: Rung, logits: Mapping[int, np.ndarray]) -> Score:
+        """The score of the out-of-fold predictions on the folds of a rung."""
+        scores = np.concatenate([logits[fold] for fold in range(rung.folds)])
+        truth = np.concatenate([self._problem.data.labels[self._folds[fold]] for fold in range(rung.folds)])
+        epochs = shortened(spec, rung).epochs
+        return Score(rung, epochs, losses(scores, truth), evaluate.right(scores, truth), self._clock.elapsed_s)
+
+
+def shortened(spec: Spec, rung: Rung) -> Spec:
+    """A spec with the epochs that it gets on a rung."""
+    return spec.model_copy(update={"epochs": max(1, round(rung.share * spec.epochs))})
 
 
 _TOO_FEW = f"nothing was searched, because a class has fewer than {FEWEST_OF_A_CLASS} images; a fixed recipe was used"
@@ -335,8 +354,11 @@ def sampled(recipe: Recipe, rng: np.random.Generator) -> Recipe:
     return {**recipe, **values}
 
 
-def trained(spec: Spec, problem: Problem, split: Split) -> Arrays:
+def trained(spec: Spec, problem: Problem, split: Split, check: Check = lambda: None) -> Arrays:
     """Parameters after all epochs of a spec.
+
+    Args:
+        check: called before each epoch; raises to end the run.
 
     Raises:
         Diverged: the loss or the weights are not finite.
@@ -344,6 +366,7 @@ def trained(spec: Spec, problem: Problem, split: Split) -> Arrays:
     start = begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
     run = Training(spec, start, split, problem.classes)
     for _ in range(spec.epochs):
+        check()
         run.epoch()
     params = {name: np.asarray(value) for name, value in run.model.params().items()}
     if not all(np.isfinite(value).all() for value in params.values()):
@@ -393,6 +416,14 @@ def preference(spec: Spec) -> tuple[float, float, float]:
 COSTS = {"lora": 0.6, "bias": 0.5, "head": 0.1}  # of an epoch, in epochs of `full`
 
 
+def makespan(lengths: Sequence[float], workers: int) -> float:
+    """When the last of some tasks ends, if whichever worker is free takes the next."""
+    free = [0.0] * workers
+    for length in lengths:
+        free[free.index(min(free))] += length
+    return max(free)
+
+
 class Clock:
     """Keeps a search within its time. Without a bound nothing depends on the time, so the choice can be repeated."""
 
@@ -400,7 +431,7 @@ class Clock:
         """Start.
 
         Args:
-            runs: training that follows the search, in runs on all images; folds - 1 of these are cross-validation.
+            runs: how long the training that follows the search takes, in runs on all images.
         """
         self._bound = math.inf if seconds is None else 0.95 * seconds
         self._began = time.perf_counter()

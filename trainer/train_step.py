@@ -5,6 +5,7 @@ structure, not once per job.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -97,7 +98,9 @@ class TrainStep:
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
-        self._compiled = _compiled(structure)
+        with _COMPILING:
+            self._compiled = _compiled(structure)
+            assert self._compiled.epoch
         with tf.device(structure.device):
             self._state = self._compiled.state()
 
@@ -176,6 +179,9 @@ class TrainStep:
 def _inputs(c: Coefficients) -> dict[str, Tensor]:
     floats = {name: tf.constant(getattr(c, name), tf.float32) for name in FLOATS}
     return floats | {name: tf.constant(getattr(c, name), tf.int32) for name in COUNTS}
+
+
+_COMPILING = threading.Lock()  # so that runs which begin together do not all compile the same
 
 
 @functools.lru_cache(maxsize=32)

@@ -31,6 +31,7 @@ from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
 from trainer.network import Network, bottleneck_of
+from trainer.parallel import Check, side_by_side
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, preview_recipe, search
 from trainer.spec import Asked, Spec, described
@@ -184,9 +185,8 @@ class _Maker:
         run, data, spec = self.run, self.data, found.spec
         start = self._start(spec)
         with run.stage("training"):
-            across = _cross_validated(spec, start, data, run) if spec.folds else None
             train, validation = data.split(spec)
-            fitted = _fit(spec, start, train, validation, data, run)
+            fitted, across = _trained(spec, start, train, validation, data, run)
         with run.stage("evaluating"):
             held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
             card = self._evaluated(spec, start, fitted, train, held_out)
@@ -401,38 +401,45 @@ def _spec_of(manifest: Manifest) -> Spec:
     return Spec.model_validate_json(json.dumps(manifest.trained_with))
 
 
-def _fit(
-    spec: Spec, start: Start, train: Split, validation: Split | None, data: _Data, run: Run, **fold: Any
-) -> Fitted:
-    """Fit with the job's progress written down: every epoch, or of a fold the last and a few each second."""
+def _trained(
+    spec: Spec, start: Start, train: Split, validation: Split | None, data: _Data, run: Run
+) -> tuple[Fitted, HeldOut | None]:
+    """The network to serve, and with folds out-of-fold predictions, all trained at the same time.
+
+    Out of fold, every image is classified by a network that was trained without it. Where the served network is trained
+    on all images, those of the folds are trained in the same way, without a look at the images held out.
+    """
+    folds = list(data.folds(spec)) if spec.folds else []
+    going_on = set(range(1 + len(folds)))  # the served network is number 0
     written = -math.inf
 
-    def write_down(record: dict[str, Any]) -> None:
-        nonlocal written
-        if not fold or record["epoch"] == spec.epochs or time.monotonic() > written + FOLD_PAUSE_S:
-            written = time.monotonic()
-            run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **fold})
+    def work(number: int, check: Check) -> Fitted:
+        def on_epoch(record: dict[str, Any]) -> None:
+            nonlocal written
+            check()
+            if number != min(going_on):  # the progress is that of one at a time
+                return
+            fold = {"fold": number, "folds": len(folds)} if number else {}
+            if not fold or record["epoch"] == spec.epochs or time.monotonic() > written + FOLD_PAUSE_S:
+                written = time.monotonic()
+                run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **fold})
 
-    return fit(spec, start, train, validation, classes=len(data.classes), on_epoch=write_down, shares=not fold)
+        seen, unseen = train, validation
+        if number:
+            held_out = folds[number - 1]
+            seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
+        return fit(spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number)
 
-
-def _cross_validated(spec: Spec, start: Start, data: _Data, run: Run) -> HeldOut:
-    """Out-of-fold predictions: every image is classified by a network that was trained without it.
-
-    Where the served network will be trained on all images, those of the folds are trained in the same way, without a
-    look at the images held out.
-    """
-    everything = data.all
-    logits = np.zeros((len(everything.labels), len(data.classes)), np.float32)
-    first: tuple[Split, Arrays] | None = None
-    for index, chosen in enumerate(data.folds(spec), start=1):
-        held_out = data.part(chosen)
-        seen = held_out if spec.validation_split else None
-        fitted = _fit(spec, start, data.part(~chosen), seen, data, run, fold=index, folds=spec.folds)
-        logits[chosen] = fitted.network.logits(held_out.images)
-        first = first or (held_out, fitted.params)
-    assert first is not None
-    return HeldOut(everything, logits, *first, out_of_fold=True)
+    logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
+    found: dict[int, Fitted] = {}
+    for number, fitted in side_by_side(work, sorted(going_on), run.check):
+        going_on.discard(number)
+        found[number] = fitted
+        if number:
+            logits[folds[number - 1]] = fitted.network.logits(data.part(folds[number - 1]).images)
+    if not folds:
+        return found[0], None
+    return found[0], HeldOut(data.all, logits, data.part(folds[0]), found[1].params, out_of_fold=True)
 
 
 def publish_base(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
