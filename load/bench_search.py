@@ -39,6 +39,7 @@ def beside_one_recipe(count: int, rounds: int) -> None:
 
     from trainer.fit import Split
     from trainer.folds import stratified_folds
+    from trainer.parallel import side_by_side
     from trainer.search import FULL, Problem, search, trained
     from trainer.spec import Spec, parse_asked
     from trainer.worker.run_job import pretrained
@@ -50,9 +51,8 @@ def beside_one_recipe(count: int, rounds: int) -> None:
 
     def run(spec: Spec, folds: int) -> float:
         began = time.perf_counter()
-        for held_out in stratified_folds(data.labels, 0, folds):
-            trained(spec, problem, problem.part(~held_out))
-        trained(spec, problem, data)
+        parts = [data, *(problem.part(~held_out) for held_out in stratified_folds(data.labels, 0, folds))]
+        list(side_by_side(lambda part, check: trained(spec, problem, part, check), parts))
         return time.perf_counter() - began
 
     one, searched, trials = [], [], []

@@ -1,5 +1,6 @@
 """Train a spec: from the base's parameters to those that are served. Independent of jobs, files and servers."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
 HALVED = 32  # images of a batch from which on its halves are worth computing at the same time
 SHARE_IMAGES = 64  # that gradient shares are measured on
+SHARES = 20  # times that they are measured in a run
 EXPLODED = 100.0  # nats, mean cross-entropy over an epoch; no run has recovered from more
 ROBUST = 0.2  # accuracy under PGD that counts as robust, and by which FGSM's must exceed it to be overfitted
 ADVICE = "lower the learning rate"
@@ -209,25 +211,27 @@ def fit(
     """
     run = Training(spec, start, train, classes)
     model, entry = run.model, run.entry
-    served = Network(start.params)
     measured = validation or sample(train, PROBE_IMAGES)
-    judged = tf.constant(served.part(measured.images, until=entry))
+    judged = tf.constant(Network(start.params).part(measured.images, until=entry))
     result = Fitted({}, {}, start.method, start.lora_scale)
     selection = Selection(spec, model, measured)
+    verdict = ""
     for epoch in range(1, spec.epochs + 1):
         terms = run.epoch()
-        served = Network(model.params())
-        logits = served.part(judged, entry)
-        record = {
-            "epoch": epoch, **terms, "validation_accuracy": evaluate.accuracy(logits, measured.labels),
-            "validation_cross_entropy": evaluate.cross_entropy(logits, measured.labels),
-        }  # fmt: skip
-        if not np.isfinite(logits).all():
-            raise Diverged(f"the weights are not finite after step {run.done}, epoch {epoch}; {ADVICE}")
-        verdict = selection.judge(record, served, warm=run.warm)
+        record = {"epoch": epoch, **terms}
+        if validation or selection.attack:
+            served = Network(model.params())
+            logits = served.part(judged, entry)
+            if not np.isfinite(logits).all():
+                raise Diverged(f"the weights are not finite after step {run.done}, epoch {epoch}; {ADVICE}")
+            record |= {
+                "validation_accuracy": evaluate.accuracy(logits, measured.labels),
+                "validation_cross_entropy": evaluate.cross_entropy(logits, measured.labels),
+            }
+            verdict = selection.judge(record, served, warm=run.warm)
         if validation is None:
             record = {name: value for name, value in record.items() if not name.startswith("validation_")}
-        if shares and len(model.terms()) > 1:
+        if shares and len(model.terms()) > 1 and epoch % math.ceil(spec.epochs / SHARES) == 0:
             found = run.shares()
             values = {name: {"value": terms[name], "share": found[name]} for name in terms}
             result.gradient_shares.append({"epoch": epoch, **values})
@@ -238,7 +242,7 @@ def fit(
             break
     result.overfitted_epoch = epoch if result.ended_by == "catastrophic_overfitting" else selection.never_robust
     result.kept_epoch = selection.restore(epoch)
-    result.params = {name: np.asarray(value) for name, value in model.params().items()}
+    result.params = run.params()
     result.trained = model.snapshot()
     result.images_per_second = run.images_per_second
     return result
@@ -259,7 +263,7 @@ class Training:
         self._updates = -(-len(train.labels) // self._c.batch_size) * self._c.replays  # an epoch
         self._plan = schedule(spec, spec.epochs * self._updates)
         self._rng = np.random.default_rng(spec.seed)
-        self._seconds = 0.0
+        self.seconds = 0.0  # in epochs
         self.done = 0  # updates
 
     def epoch(self) -> dict[str, float]:
@@ -273,7 +277,7 @@ class Training:
         plan = self._plan[self.done : self.done + self._updates]
         began = time.perf_counter()
         terms, wrong = self.model.epoch(self._features, self._labels, self._order, plan, self.done, self._c)
-        self._seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
         if wrong is not None:
             raise Diverged(f"the loss is not finite in step {self.done + wrong + 1}, epoch {number}; {ADVICE}")
         self.done += self._updates
@@ -282,6 +286,31 @@ class Training:
         if cross_entropy > EXPLODED:
             raise Diverged(f"the loss is {cross_entropy:.3g} after step {self.done}, epoch {number}; {ADVICE}")
         return terms
+
+    def finish(self, check: Callable[[], None] = lambda: None) -> Arrays:
+        """Train for the remaining epochs. Returns the effective parameters.
+
+        Args:
+            check: called before each epoch; raises to end the run.
+
+        Raises:
+            Diverged: see `epoch` and `params`.
+        """
+        while self.done < len(self._plan):
+            check()
+            self.epoch()
+        return self.params()
+
+    def params(self) -> Arrays:
+        """Effective parameters.
+
+        Raises:
+            Diverged: they are not finite.
+        """
+        params = {name: np.asarray(value) for name, value in self.model.params().items()}
+        if not all(np.isfinite(value).all() for value in params.values()):
+            raise Diverged(f"the weights are not finite after step {self.done}; {ADVICE}")
+        return params
 
     def shares(self) -> dict[str, float]:
         """Share of each term in the update, on some images of the last epoch."""
@@ -296,7 +325,7 @@ class Training:
     @property
     def images_per_second(self) -> float:
         """Images that updates were made from, a second."""
-        return float(self.done / self._updates * self._labels.shape[0] * self._c.replays / self._seconds)
+        return float(self.done / self._updates * self._labels.shape[0] * self._c.replays / self.seconds)
 
 
 class Selection:
@@ -305,7 +334,7 @@ class Selection:
     def __init__(self, spec: Spec, model: TrainStep, validation: Split) -> None:
         self._spec = spec
         self._model = model
-        self._attack = None if isinstance(spec.adversarial, Vat) else spec.adversarial
+        self.attack = None if isinstance(spec.adversarial, Vat) else spec.adversarial
         self._probe = sample(validation, PROBE_IMAGES)
         self._best: tuple[float, int, Arrays] = (-np.inf, 0, {})
         self._improved, self._mark = 0, -np.inf  # last epoch better by `min_delta`, and its score
@@ -326,8 +355,8 @@ class Selection:
         """
         spec, score, patient = self._spec, -record["validation_cross_entropy"], _patience(self._spec)
         overfitted = False
-        if self._attack:
-            epsilon = tf.constant(self._attack.epsilon, tf.float32)
+        if self.attack:
+            epsilon = tf.constant(self.attack.epsilon, tf.float32)
             probe = tf.constant(PROBE_STEPS), tf.constant([spec.seed, 0]), tf.constant(False)
             images, labels = self._probe.images, tf.constant(self._probe.labels)
             _, margins = served.apgd(images, labels, epsilon, *probe)
@@ -339,7 +368,7 @@ class Selection:
             if falls and robust < ROBUST / 2:
                 self._first_fall = self._first_fall or record["epoch"]
             self._most_robust = max(self._most_robust, robust) if warm else 0.0
-            share = self._attack.weight if isinstance(self._attack, Fgsm | Pgd) else 1.0
+            share = self.attack.weight if isinstance(self.attack, Fgsm | Pgd) else 1.0
             score = (1 - share) * record["validation_accuracy"] + share * robust
         elif not spec.early_stopping:
             return ""

@@ -164,7 +164,7 @@ class Found:
 
 
 def search(
-    asked: Asked, problem: Problem, *, uploaded: bool = False, earlier: Sequence[Recipe] = (),
+    asked: Asked, problem: Problem, *, uploaded: bool = False, earlier: Sequence[Recipe] = (), spent_s: float = 0.0,
     on_trial: Callable[[dict[str, Any]], None] = lambda record: None, check: Check = lambda: None,
 ) -> Found:  # fmt: skip
     """Choose the searched fields of a spec.
@@ -172,6 +172,7 @@ def search(
     Args:
         uploaded: validation images were uploaded; the report will rest on these, and the search does not see them.
         earlier: recipes that were chosen for earlier versions of the model.
+        spent_s: seconds of `search.seconds` that are gone.
         on_trial: called with a record after each trial of a round.
         check: called about twice a second; raises to end the search.
 
@@ -184,7 +185,7 @@ def search(
         return Found(asked.resolve(fallback(problem)), warnings=[_TOO_FEW])
     folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
     after = [1.0] if uploaded else [1.0] + folds * [1 - 1 / folds]
-    clock = Clock(bounds.seconds, runs=makespan(after, at_once()))
+    clock = Clock(bounds.seconds, runs=makespan(after, at_once()), spent_s=spent_s)
     rounds = _Rounds(problem, asked.fixed.seed, folds, clock, on_trial, check)
     trials = list(candidates(asked, problem, earlier))
     standing = trials
@@ -269,9 +270,9 @@ class _Rounds:
     def _predicted(self, spec: Spec, fold: int, check: Check) -> tuple[np.ndarray, float]:
         """Logits of the images of a fold, by a network that was trained without them, and how long it took."""
         problem, held_out = self._problem, self._folds[fold]
-        began = time.perf_counter()
-        params = trained(spec, problem, problem.part(~held_out), check)
-        return Network(params).logits(problem.part(held_out).images), time.perf_counter() - began
+        run = training(spec, problem, problem.part(~held_out))
+        params = run.finish(check)
+        return Network(params).logits(problem.part(held_out).images), run.seconds
 
     def _scored(self, spec: Spec, rung: Rung, logits: Mapping[int, np.ndarray]) -> Score:
         """The score of the out-of-fold predictions on the folds of a rung."""
@@ -363,15 +364,13 @@ def trained(spec: Spec, problem: Problem, split: Split, check: Check = lambda: N
     Raises:
         Diverged: the loss or the weights are not finite.
     """
+    return training(spec, problem, split).finish(check)
+
+
+def training(spec: Spec, problem: Problem, split: Split) -> Training:
+    """A run of a spec that is to begin."""
     start = begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
-    run = Training(spec, start, split, problem.classes)
-    for _ in range(spec.epochs):
-        check()
-        run.epoch()
-    params = {name: np.asarray(value) for name, value in run.model.params().items()}
-    if not all(np.isfinite(value).all() for value in params.values()):
-        raise Diverged("the weights are not finite")
-    return params
+    return Training(spec, start, split, problem.classes)
 
 
 def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -416,6 +415,10 @@ def preference(spec: Spec) -> tuple[float, float, float]:
 COSTS = {"lora": 0.6, "bias": 0.5, "head": 0.1}  # of an epoch, in epochs of `full`
 
 
+ENDING_S = 0.5  # for evaluation and publication
+MARGIN = 1.1  # of the training after the search, whose progress is recorded
+
+
 def makespan(lengths: Sequence[float], workers: int) -> float:
     """When the last of some tasks ends, if whichever worker is free takes the next."""
     free = [0.0] * workers
@@ -427,16 +430,18 @@ def makespan(lengths: Sequence[float], workers: int) -> float:
 class Clock:
     """Keeps a search within its time. Without a bound nothing depends on the time, so the choice can be repeated."""
 
-    def __init__(self, seconds: float | None, *, runs: float) -> None:
+    def __init__(self, seconds: float | None, *, runs: float, spent_s: float = 0.0) -> None:
         """Start.
 
         Args:
+            seconds: from the upload until the version is live.
+            spent_s: seconds of these that are gone.
             runs: how long the training that follows the search takes, in runs on all images.
         """
-        self._bound = math.inf if seconds is None else 0.95 * seconds
+        self._bound = math.inf if seconds is None else max(seconds / 2, seconds - ENDING_S - spent_s)
         self._began = time.perf_counter()
         self._runs = runs
-        self._rates: dict[str, float] = {}  # method -> seconds for an epoch on all images
+        self._taken: dict[str, tuple[float, float]] = {}  # method -> epochs on all images, and their seconds
 
     @property
     def elapsed_s(self) -> float:
@@ -445,11 +450,13 @@ class Clock:
 
     def note(self, spec: Spec, epochs: float, seconds: float) -> None:
         """Learn from a trial, of so many epochs on all images, how long an epoch takes."""
-        self._rates[spec.method] = min(seconds / epochs, self._rates.get(spec.method, math.inf))  # the first compiles
+        before = self._taken.get(spec.method, (0.0, 0.0))
+        self._taken[spec.method] = before[0] + epochs, before[1] + seconds
 
     def _epoch_s(self, spec: Spec) -> float:
         """Seconds for an epoch in all of the runs that follow."""
-        return self._runs * self._rates.get(spec.method, max(self._rates.values(), default=0.0))
+        rates = {method: seconds / epochs for method, (epochs, seconds) in self._taken.items()}
+        return MARGIN * self._runs * rates.get(spec.method, max(rates.values(), default=0.0))
 
     def is_up(self, best: Spec) -> bool:
         """Tell whether the rest of the time is needed to train the best spec so far."""

@@ -27,6 +27,7 @@ from trainer.search import (
     by_one_standard_error,
     candidates,
     losses,
+    makespan,
     rungs,
     search,
     sentence,
@@ -259,14 +260,23 @@ def test_of_equals_the_cheapest_is_chosen_and_of_others_the_best() -> None:
 def test_the_clock_keeps_the_time_that_training_the_choice_will_take() -> None:
     spec = parse_spec('{"method": "full", "epochs": 60}')
     clock = Clock(100.0, runs=5.0)
-    clock.note(spec, epochs=10, seconds=3.0)
-    clock.note(spec, epochs=10, seconds=1.0)  # nothing to compile this time
+    clock.note(spec, epochs=10, seconds=1.2)
+    clock.note(spec, epochs=10, seconds=0.8)
     assert not clock.is_up(spec)
     assert clock.affordable(spec) == 60
     long = spec.model_copy(update={"epochs": 1000})
     assert clock.is_up(long)
-    assert clock.affordable(long) == pytest.approx(190, abs=1)  # 95 s at half a second for an epoch in five runs
+    assert clock.affordable(long) == pytest.approx(180, abs=2)  # 99.5 s at 0.55 for an epoch in five runs
     assert not Clock(None, runs=5.0).is_up(long)
+    late = Clock(100.0, runs=5.0, spent_s=50.0)
+    late.note(spec, epochs=10, seconds=1.0)
+    assert late.affordable(long) == pytest.approx(90, abs=2)
+
+
+def test_the_makespan_is_that_of_whoever_is_free_taking_the_next() -> None:
+    assert makespan([1.0, 0.5, 0.5, 0.5], 1) == 2.5
+    assert makespan([1.0, 0.5, 0.5, 0.5], 2) == 1.5
+    assert makespan([1.0, 0.5, 0.5, 0.5], 8) == 1.0
 
 
 def test_the_sentence_says_what_was_left_out_and_what_it_would_have_cost() -> None:

@@ -142,6 +142,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 with run.stage("searching"):
                     found = search(
                         asked, problem, uploaded=data.validation is not None, earlier=_earlier(job.model, registry),
+                        spent_s=sum(run.seconds.values()),
                         on_trial=run.trial, check=run.check,
                     )  # fmt: skip
                     run.patiently(lambda: jobs.resolve(job, described(found.spec)))
