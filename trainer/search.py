@@ -189,7 +189,7 @@ def search(
     rounds = _Rounds(problem, asked.fixed.seed, folds, clock, on_trial, check)
     trials = list(candidates(asked, problem, earlier))
     standing = trials
-    for rung in rungs(len(trials), folds):
+    for rung in rungs(len(trials), folds, len(problem.data.labels)):
         standing = rounds.run(standing, rung)
     chosen = by_one_standard_error(standing)
     if "epsilon" in asked.auto:
@@ -310,12 +310,14 @@ def preview_recipe(problem: Problem) -> Recipe:
     return {**LORA, "epochs": 5} if problem.same_classes else {**FULL, "epochs": 10}
 
 
-def rungs(trials: int, folds: int) -> tuple[Rung, ...]:
+def rungs(trials: int, folds: int, images: int) -> tuple[Rung, ...]:
     """How many candidates get how much work."""
     left = math.ceil(trials / 4)
-    return Rung(FIRST_SHARE, math.ceil(folds / 2), left), Rung(LAST_SHARE, folds, left)
+    first = min(folds, math.ceil(FIRST_IMAGES * folds / images))
+    return Rung(FIRST_SHARE, first, left), Rung(LAST_SHARE, folds, left)
 
 
+FIRST_IMAGES = 200  # held-out images that decide the first round, if there are as many
 FIRST_SHARE, LAST_SHARE = 1 / 8, 1 / 5  # of the epochs, in the first round and in the last
 
 

@@ -228,7 +228,7 @@ def test_candidates_are_distinct_and_leave_alone_what_is_fixed(problem: Callable
 
 @pytest.mark.parametrize(("trials", "folds"), [(1, 2), (2, 3), (16, 5), (100, 10)])
 def test_every_round_has_fewer_trials_with_more_work(trials: int, folds: int) -> None:
-    found = rungs(trials, folds)
+    found = rungs(trials, folds, 300)
     assert all(rung.keep >= 1 for rung in found)
     assert [rung.share for rung in found] == sorted(rung.share for rung in found)
     assert found[-1].folds == folds
