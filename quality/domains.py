@@ -26,8 +26,9 @@ from trainer import evaluate
 from trainer.fit import Split
 from trainer.folds import stratified
 from trainer.network import Network
-from trainer.search import FULL, LARGE, LORA, RECIPES, SAME_CLASSES, Problem, Recipe, sampled, search, trained
-from trainer.spec import Asked, parse_asked
+from trainer.parallel import Check, side_by_side
+from trainer.search import FULL, LARGE, LORA, RECIPES, SAME_CLASSES, Problem, Recipe, phrase, sampled, search, trained
+from trainer.spec import Asked, Spec, parse_asked
 from trainer.worker.run_job import pretrained
 
 FOLDER = Path(os.environ.get("TEMPER_DOMAINS", Path(__file__).parents[2] / "shared" / "data"))
@@ -114,16 +115,17 @@ def oracle(problem: Problem, test: Split, seed: int) -> dict[str, Any]:
     """The best of random configurations by test accuracy: what no honest choice can be expected to reach."""
     rng = np.random.default_rng([seed, 31])
     known = [*(SAME_CLASSES if problem.same_classes else ()), *RECIPES]
-    best, name = 0.0, ""
-    for _ in range(ORACLE):
-        spec = _everything(seed).resolve(sampled(known[int(rng.integers(len(known)))], rng))
+    recipes = [sampled(known[int(rng.integers(len(known)))], rng) for _ in range(ORACLE)]
+
+    def work(spec: Spec, check: Check) -> float:
         try:
-            accuracy = _accuracy(spec, problem, problem.data, test)
+            return _accuracy(spec, problem, problem.data, test)
         except Diverged:
-            continue
-        if accuracy > best:
-            best, name = accuracy, str(spec.model_dump(exclude_defaults=True))
-    return {"test": best, "spec": name}
+            return 0.0
+
+    found = side_by_side(work, [_everything(seed).resolve(recipe) for recipe in recipes])
+    spec, best = max(found, key=lambda one: one[1])
+    return {"test": best, "recipe": phrase(spec)}
 
 
 def svm(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, seed: int) -> float:
@@ -139,5 +141,5 @@ def _everything(seed: int) -> Asked:
     return parse_asked(json.dumps({"search": {}, "seed": seed}))
 
 
-def _accuracy(spec: Any, problem: Problem, train: Split, test: Split) -> float:
+def _accuracy(spec: Spec, problem: Problem, train: Split, test: Split) -> float:
     return 100 * evaluate.accuracy(Network(trained(spec, problem, train)).logits(test.images), test.labels)
