@@ -40,7 +40,8 @@ def beside_one_recipe(count: int, rounds: int) -> None:
     from trainer.fit import Split
     from trainer.folds import stratified_folds
     from trainer.parallel import side_by_side
-    from trainer.search import FULL, Problem, search, trained
+    from trainer.recipes import FULL
+    from trainer.search import Problem, search, trained
     from trainer.spec import Spec, parse_asked
     from trainer.worker.run_job import pretrained
 

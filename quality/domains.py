@@ -27,7 +27,8 @@ from trainer.fit import Split
 from trainer.folds import stratified
 from trainer.network import Network
 from trainer.parallel import Check, side_by_side
-from trainer.search import FULL, LARGE, LORA, RECIPES, SAME_CLASSES, Problem, Recipe, phrase, sampled, search, trained
+from trainer.recipes import FULL, LARGE, LORA, Recipe, known, phrase, sampled
+from trainer.search import Problem, search, trained
 from trainer.spec import Asked, Spec, parse_asked
 from trainer.worker.run_job import pretrained
 
@@ -114,8 +115,8 @@ def measure(name: str, approach: str, seed: int) -> dict[str, Any]:
 def oracle(problem: Problem, test: Split, seed: int) -> dict[str, Any]:
     """The best of random configurations by test accuracy: what no honest choice can be expected to reach."""
     rng = np.random.default_rng([seed, 31])
-    known = [*(SAME_CLASSES if problem.same_classes else ()), *RECIPES]
-    recipes = [sampled(known[int(rng.integers(len(known)))], rng) for _ in range(ORACLE)]
+    good = known(problem.same_classes)
+    recipes = [sampled(good[int(rng.integers(len(good)))], rng) for _ in range(ORACLE)]
 
     def work(spec: Spec, check: Check) -> float:
         try:

@@ -285,13 +285,14 @@ class TrialScore(Score):
     folds: int = 0
     standard_error: float = 0.0
     ended_s: float = 0.0  # after the search began
+    objectives: dict[str, float] = Field(default_factory=dict)  # shares; in the last round of a search of several
 
 
 class TrialCard(Record):
     """A recipe that was tried: where it comes from, what it reached, and why it went no further."""
 
     trial: int = 0
-    origin: str = ""  # recipe, earlier or sampled
+    origin: str = ""  # recipe, earlier, sampled or variant
     recipe: str = ""  # in words
     settings: dict[str, Any] = Field(default_factory=dict)
     scores: list[TrialScore] = Field(default_factory=list)
@@ -315,6 +316,7 @@ class SearchCard(Record):
     chosen: int | None = None
     sentence: str = ""
     worth: list[Worth] = Field(default_factory=list)
+    front: list[int] = Field(default_factory=list)  # trials on the Pareto front, if there were several objectives
     trials: list[TrialCard] = Field(default_factory=list)
 
 

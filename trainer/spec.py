@@ -37,6 +37,14 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _distinct_objectives(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("names an objective twice")
+    if "accuracy" not in values:
+        raise ValueError("must contain 'accuracy'")
+    return values
+
+
 def _not_null(value: Any) -> Any:
     if value is None:
         raise ValueError("must be a number, not null; 0 switches it off")
@@ -176,6 +184,31 @@ class EarlyStopping(Strict):
     min_delta: float = Field(0.0, ge=0, description="Smallest improvement that counts.")
 
 
+Objective = Literal["accuracy", "robust_accuracy", "sparsity", "calibration"]
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+_LIMIT = in_words(
+    rf"^({'|'.join(OBJECTIVES)}) >= (0(\.[0-9]+)?|1(\.0+)?)$",
+    f"such as 'robust_accuracy >= 0.6', with a share and one of {', '.join(OBJECTIVES)}",
+)
+Limit = Annotated[str, Field(pattern=_LIMIT)]
+
+
+class Choose(Strict):
+    """How one of several recipes is picked, where the search has several objectives."""
+
+    weights: dict[Objective, Annotated[float, Field(ge=0, le=1000)]] = Field(
+        default_factory=dict, description="The recipe with the largest weighted sum of these objectives is chosen."
+    )
+    limits: tuple[Limit, ...] = Field(
+        (), strict=False,
+        description="Only recipes within these limits are chosen from; if there are none, the one that comes nearest.",
+    )  # fmt: skip
+
+    def bounds(self) -> list[tuple[str, float]]:
+        """The limits as names and least values."""
+        return [(name, float(least)) for name, _, least in (limit.split() for limit in self.limits)]
+
+
 class Search(Strict):
     """Bounds of the automatic search."""
 
@@ -189,9 +222,29 @@ class Search(Strict):
         description="Time for the search and the training of its choice; null for as long as the trials take.",
     )  # fmt: skip
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the recipes that are sampled.")
+    objective: Annotated[tuple[Objective, ...], AfterValidator(_distinct_objectives), Field(strict=False)] = Field(
+        ("accuracy",), min_length=1,
+        description="What is sought. With several, the report has their Pareto front. `robust_accuracy` is that under "
+        "an attack of `epsilon`, `sparsity` the share of zeros in the kernels, `calibration` 1 - the expected "
+        "calibration error.",
+    )  # fmt: skip
+    epsilon: float = Field(0.1, gt=0, le=1, description="Size of the attack of `robust_accuracy`, in units of [0, 1].")
+    choose: Choose | None = Field(None, description="How one is chosen; null gives several objectives equal weights.")
     preview: bool = Field(
         True, description="Publish a version from a quick recipe first, if the model has none; the choice replaces it."
     )
+
+    @model_validator(mode="after")
+    def _chooses_by_its_objectives(self) -> Self:
+        if self.choose:
+            named = [*self.choose.weights, *(name for name, _ in self.choose.bounds())]
+            if unknown := [name for name in named if name not in self.objective]:
+                raise ValueError(f"choose: names {unknown[0]!r}, which is not in `objective`")
+            if not named:
+                raise ValueError("choose: is empty; give weights or limits, or leave it out")
+            if len(self.objective) == 1:
+                raise ValueError("choose: is for several objectives; name these in `objective`")
+        return self
 
 
 class Spec(Strict):
@@ -335,12 +388,22 @@ class Asked:
             ValidationError: of the fields that are not searched.
             InvalidSpec: a search without anything to search, or the reverse.
         """
-        auto, attack = {name for name in SEARCHED if given.get(name) == "auto"}, given.get("adversarial")
+        auto = {name for name in (*SEARCHED, "adversarial") if given.get(name) == "auto"}
+        attack = given.get("adversarial")
+        bounds = given.get("search")
+        objective = bounds.get("objective") if isinstance(bounds, Mapping) else ()
+        robust = isinstance(objective, list) and "robust_accuracy" in objective
+        if "adversarial" in auto and not robust:
+            raise refused(
+                "adversarial", "is 'auto', which needs 'robust_accuracy' in search.objective; give an attack or null"
+            )
         if isinstance(attack, Mapping) and attack.get("epsilon") == "auto":
             auto.add("epsilon")
             given = {**given, "adversarial": {name: value for name, value in attack.items() if name != "epsilon"}}
         if given.get("search") is not None and not auto:
             auto = set(SEARCHED) - set(given)
+            if robust and "adversarial" not in given:
+                auto.add("adversarial")
             if not auto:
                 raise refused("search", "every field that can be searched is given; leave one out or make it 'auto'")
         if auto and "search" in given and given["search"] is None:

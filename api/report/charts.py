@@ -131,12 +131,14 @@ def line_plot(
 
 def gradient_share_plot(gradient_shares: Sequence[Json]) -> Figure:
     """The share of each term in the update: a stacked bar per epoch."""
-    x = linear("epoch", 0.5, len(gradient_shares) + 0.5, least=1)
+    step = gradient_shares[0]["epoch"]  # long runs measure it every few epochs
+    x = linear("epoch", 0.5, gradient_shares[-1]["epoch"] + 0.5, least=1)
     y = linear("share of the update", 0, 1, percent=True)
     bars = {name: "" for name in LOOKS if name in gradient_shares[0]}
-    half = 0.42 if len(gradient_shares) <= 60 else 0.5
+    wide = (0.84 if len(gradient_shares) <= 60 else 1.0) * step
     for record in gradient_shares:
-        left, right = (x.across(record["epoch"] + side) for side in (-half, half))
+        middle = record["epoch"] - (step - 1) / 2  # of the epochs since the last
+        left, right = (x.across(middle + side) for side in (-wide / 2, wide / 2))
         top = 0.0
         for name in bars:
             foot, top = top, top + record[name]["share"]

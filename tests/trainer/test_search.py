@@ -8,31 +8,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from store.errors import SearchFailed
+from store.errors import InvalidSpec, SearchFailed
 from tests.conftest import Place
+from trainer import objectives
 from trainer.fit import Split
 from trainer.folds import stratified_folds
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import LeaseLost
-from trainer.search import (
-    LORA,
-    OFF,
-    RECIPES,
-    STRENGTHS,
-    Clock,
-    Problem,
-    Rung,
-    Score,
-    Trial,
-    by_one_standard_error,
-    candidates,
-    losses,
-    makespan,
-    rungs,
-    search,
-    sentence,
-)  # fmt: skip
-from trainer.spec import Asked, parse_asked, parse_spec
+from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, candidates
+from trainer.search import Clock, Problem, makespan, rungs, search
+from trainer.spec import Asked, Choose, parse_asked, parse_spec
+from trainer.trials import Rung, Score, Trial, among, by_one_standard_error, losses, sentence
 from trainer.worker.run_job import complete_report, pretrained
 
 QUICK = {"search": {"trials": 4, "folds": 3, "preview": False}, "epochs": 3}
@@ -192,7 +178,7 @@ def test_of_the_strengths_of_an_attack_the_greatest_is_chosen_that_costs_nothing
 ) -> None:
     given = asked(method="head", epochs=20, adversarial={"attack": "fgsm", "epsilon": "auto"}, search={"folds": 3})
     found = search(given, problem(10))
-    strengths = [trial for trial in found.trials if trial.origin == "strength"]
+    strengths = [trial for trial in found.trials if trial.origin == "variant"]
     assert [trial.spec.adversarial and trial.spec.adversarial.epsilon for trial in strengths] == list(STRENGTHS)
     chosen = next(trial for trial in strengths if trial.number == found.chosen)
     assert found.spec.adversarial == chosen.spec.adversarial
@@ -215,14 +201,13 @@ def test_a_search_whose_every_trial_diverges_fails_with_the_reason(problem: Call
         search(given, problem(5))
 
 
-def test_candidates_are_distinct_and_leave_alone_what_is_fixed(problem: Callable[..., Problem]) -> None:
+def test_candidates_are_distinct_and_leave_alone_what_is_fixed() -> None:
     given = asked(search={"trials": 30}, l2=0.5, augmentation=None, seed=7)
-    trials = list(candidates(given, problem(3, same_classes=False), earlier=[{**LORA, "epochs": 11}]))
-    assert [trial.number for trial in trials] == list(range(1, 31))
-    assert len({str(trial.settings()) for trial in trials}) == 30
-    assert all((trial.spec.l2, trial.spec.augmentation, trial.spec.seed) == (0.5, None, 7) for trial in trials)
-    assert [trial.spec.epochs for trial in trials if trial.origin == "earlier"] == [11]
-    few = list(candidates(asked(**{**RECIPES[0], "epochs": "auto"}), problem(3)))
+    found = list(candidates(given, same_classes=False, earlier=[{**LORA, "epochs": 11}]))
+    assert len({spec.model_dump_json() for _, spec in found}) == len(found) == 30
+    assert all((spec.l2, spec.augmentation, spec.seed) == (0.5, None, 7) for _, spec in found)
+    assert [spec.epochs for origin, spec in found if origin == "earlier"] == [11]
+    few = list(candidates(asked(**{**RECIPES[0], "epochs": "auto"}), same_classes=True))
     assert len(few) < 16  # there are only so many values
 
 
@@ -294,3 +279,96 @@ def test_the_sentence_says_what_was_left_out_and_what_it_would_have_cost() -> No
     assert "Without augmentation, accuracy was 5.0 points lower" in sentence(better, [plain, moved, better])
     other = trial(4, 0.2, method="lora")
     assert "With `lora`, there was no clear difference" in sentence(plain, [plain, other])
+
+
+def test_the_pareto_front_is_what_no_other_beats() -> None:
+    points = [
+        {"a": 0.9, "b": 0.1},
+        {"a": 0.8, "b": 0.5},
+        {"a": 0.8, "b": 0.4},
+        {"a": 0.1, "b": 0.5},
+        {"a": 0.9, "b": 0.1},
+    ]
+    assert objectives.front(points) == [0, 1, 4]
+    assert objectives.front(points[:1]) == [0]
+
+
+def standing(*reached: tuple[float, float]) -> list[Trial]:
+    rng = np.random.default_rng(0)
+    found = []
+    for number, (accuracy, robust) in enumerate(reached, start=1):
+        values = rng.normal(0.1 * number, 0.01, 100)
+        points = {"accuracy": accuracy, "robust_accuracy": robust}
+        score = Score(Rung(1.0, 5, 1, last=True), 60, values, values < 1, objectives=points)
+        found.append(Trial(number, parse_spec('{"method": "full"}'), "recipe", [score]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("choose", "number"),
+    [
+        ({}, 2),
+        ({"weights": {"accuracy": 10, "robust_accuracy": 1}}, 1),
+        ({"limits": ["robust_accuracy >= 0.25"]}, 2),
+        ({"limits": ["robust_accuracy >= 0.25"], "weights": {"robust_accuracy": 1}}, 3),
+        ({"limits": ["robust_accuracy >= 0.9"]}, 3),
+    ],
+    ids=str,
+)
+def test_weights_and_limits_choose_among_several_objectives(choose: dict[str, Any], number: int) -> None:
+    trials = standing((0.9, 0.1), (0.85, 0.5), (0.4, 0.6), (0.3, 0.3))
+    choice = among(trials, Choose.model_validate_json(json.dumps(choose)), ("accuracy", "robust_accuracy"))
+    assert choice.trial.number == number
+    assert [trial.number for trial in choice.front] == [1, 2, 3]
+    assert bool(choice.warnings) == ("0.9" in str(choose))
+    assert choice.beside(trials[3]) == "another is as good in every objective, and better in one"
+
+
+def test_a_search_for_robustness_and_sparsity_tries_what_serves_them(problem: Callable[..., Problem]) -> None:
+    bounds = {
+        "trials": 3, "folds": 2, "objective": ["accuracy", "robust_accuracy", "sparsity", "calibration"],
+        "choose": {"weights": {"robust_accuracy": 1}},
+    }  # fmt: skip
+    given = asked(search=bounds, method="full", epochs=15)
+    assert given.described()["adversarial"] == "auto"
+    found = search(given, problem(10))
+    tried = [trial for trial in found.trials if trial.origin == "variant"]
+    assert {trial.spec.adversarial.epsilon for trial in tried if trial.spec.adversarial} == {0.05, 0.1}
+    assert sum(trial.spec.l1 > 0 for trial in tried) == 3
+    scored = [trial.scores[-1].objectives for trial in found.trials if trial.scores[-1].objectives]
+    assert max(point["sparsity"] for point in scored) > 0.1
+    assert max(point["robust_accuracy"] for point in scored) > min(point["robust_accuracy"] for point in scored)
+    assert found.spec.adversarial
+    chosen = next(trial for trial in found.trials if trial.number == found.chosen)
+    assert chosen.scores[-1].objectives["robust_accuracy"] == max(point["robust_accuracy"] for point in scored)
+    assert found.chosen in found.front
+    assert "Pareto front" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"search": {"objective": []}}, "search.objective"),
+        ({"search": {"objective": ["speed"]}}, "search.objective.0"),
+        ({"search": {"objective": ["accuracy", "accuracy"]}}, "names an objective twice"),
+        ({"search": {"objective": ["sparsity"]}}, "must contain 'accuracy'"),
+        ({"search": {"choose": {"weights": {"accuracy": 1}}}}, "is for several objectives"),
+        ({"search": {"objective": ["accuracy", "sparsity"], "choose": {}}}, "is empty"),
+        (
+            {"search": {"objective": ["accuracy", "sparsity"], "choose": {"limits": ["calibration >= 0.5"]}}},
+            "'calibration', which is not in `objective`",
+        ),
+        (
+            {"search": {"objective": ["accuracy", "sparsity"], "choose": {"limits": ["sparsity > 0.5"]}}},
+            "search.choose.limits.0",
+        ),
+        ({"search": {"objective": ["accuracy", "robust_accuracy"], "epsilon": 0}}, "search.epsilon"),
+        ({"adversarial": "auto"}, "search.objective"),
+        ({"adversarial": "auto", "search": {"objective": 3}}, "search.objective"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_objectives_that_make_no_sense_are_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        parse_asked(json.dumps(given))
+    assert message in str(caught.value.body())

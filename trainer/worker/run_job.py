@@ -32,8 +32,9 @@ from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
 from trainer.network import Network, bottleneck_of
 from trainer.parallel import Check, side_by_side
+from trainer.recipes import preview_recipe
 from trainer.report import HeldOut
-from trainer.search import Found, Problem, preview_recipe, search
+from trainer.search import Found, Problem, search
 from trainer.spec import Asked, Spec, described
 from trainer.synthetic_digits import synthetic_digits
 
@@ -169,7 +170,7 @@ class _Maker:
 
     def preview(self) -> int:
         """Publish the first version of a model from a quick recipe; returns its number."""
-        spec = self.asked.resolve(preview_recipe(self.problem))
+        spec = self.asked.resolve(preview_recipe(self.problem.same_classes))
         start = self._start(spec)
         train, validation = self.data.split(spec)
         fitted = fit(
