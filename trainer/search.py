@@ -93,8 +93,9 @@ def search(
     rounds = _Rounds(problem, bounds, asked.fixed.seed, folds, clock, on_trial, check)
     trials: list[Trial] = []
 
-    def add(found: Iterable[tuple[str, Spec]]) -> list[Trial]:
-        added = [Trial(number, spec, origin) for number, (origin, spec) in enumerate(found, start=1 + len(trials))]
+    def add(found: Iterable[tuple[str, Spec]], of: Trial | None = None) -> list[Trial]:
+        numbered = enumerate(found, start=1 + len(trials))
+        added = [Trial(number, spec, origin, of=of) for number, (origin, spec) in numbered]
         trials.extend(added)
         return added
 
@@ -104,7 +105,7 @@ def search(
         if not standing:
             raise SearchFailed(f"no recipe could be trained: {trials[0].dropped}", param="spec")
     chosen = by_one_standard_error(standing)
-    if more := add(variants(asked, chosen.spec)):
+    if more := add(variants(asked, chosen.spec), of=chosen):
         ranked = rounds.run(more, Rung(LAST_SHARE, folds, len(more), last=True))
         if "epsilon" in asked.auto and ranked:
             chosen = by_one_standard_error(ranked)
@@ -228,7 +229,7 @@ def rungs(trials: int, folds: int, images: int) -> tuple[Rung, ...]:
 
 
 FIRST_IMAGES = 200  # held-out images that decide the first round, if there are as many
-FIRST_SHARE, LAST_SHARE = 1 / 8, 1 / 5  # of the epochs, in the first round and in the last
+FIRST_SHARE, LAST_SHARE = 1 / 8, 1 / 3  # of the epochs, in the first round and in the last
 
 
 def trained(spec: Spec, problem: Problem, split: Split, check: Check = lambda: None) -> Arrays:

@@ -61,6 +61,7 @@ class Trial:
     scores: list[Score] = field(default_factory=list)  # by rung
     seconds: float = 0.0
     dropped: str = ""  # why it went no further
+    of: "Trial | None" = None  # whose variant it is; that one was in the first round
 
     def settings(self) -> dict[str, Any]:
         """The searched fields and the method's options."""
@@ -165,7 +166,8 @@ def worth(chosen: Trial, trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
     Cross-entropy in nats and accuracy in the first round, in which all trials ran; the other less the chosen one.
     """
-    begun = [trial for trial in trials if trial.scores]
+    chosen = chosen.of or chosen
+    begun = [trial for trial in trials if trial.scores and not trial.of]
     found = []
     for name in SEARCHED:
         values = {trial.number: trial.settings()[name] for trial in begun}
@@ -201,13 +203,13 @@ def sentence(chosen: Trial, trials: Sequence[Trial]) -> str:
 
 def _best(trials: Sequence[Trial], wanted: Callable[[Spec], bool]) -> Trial | None:
     """The best of some trials in the first round, in which all ran."""
-    found = [trial for trial in trials if trial.scores and wanted(trial.spec)]
+    found = [trial for trial in trials if trial.scores and not trial.of and wanted(trial.spec)]
     return min(found, key=lambda trial: trial.scores[0].cross_entropy, default=None)
 
 
 def _beside(chosen: Trial, rival: Trial) -> str:
     """How a rival did beside the trial that was chosen, in the first round."""
-    one, other = chosen.scores[0], rival.scores[0]
+    one, other = (chosen.of or chosen).scores[0], rival.scores[0]
     behind = other.losses - one.losses
     points = 100 * float(one.right.mean() - other.right.mean())
     if behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)):

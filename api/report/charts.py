@@ -39,6 +39,7 @@ LOOKS = {  # name in the report -> name on the page, colour, dashes
     "dropped": ("trial that was dropped", "grey", "none"),
     "chosen": ("trial that was chosen", "blue", "none"),
     "best": ("best so far in the round", "ink", "4 2"),
+    "front": ("Pareto front", "ink", "4 2"),
 }
 COLOURS = tuple(sorted({colour for _, colour, _ in LOOKS.values()}))  # each a class of the style sheet
 
@@ -180,6 +181,35 @@ def search_plot(trials: Sequence[Json], chosen: int | None) -> Figure:
     legend = [(_path("M0 6H24", name), LOOKS[name][0]) for name in ("dropped", "chosen", "best")]
     note = f"{len(trials)} recipes; bars are one standard error. Later rounds train longer, on more folds."
     return Figure("Search", _plot("Search", told, x, y, "".join(drawing)), legend, note)
+
+
+def front_plot(trials: Sequence[Json], objective: str, chosen: int | None, front: Sequence[int]) -> Figure:
+    """Accuracy and another objective of every trial of the last round, with those that no other beats connected."""
+    points = [(one, one["scores"][-1]["objectives"]) for one in trials]
+    words = objective.replace("_", " ")
+    x, y = (
+        linear(label, math.floor(10 * min(reached[name] for _, reached in points)) / 10, 1, percent=True)
+        for label, name in (("accuracy", "accuracy"), (words, objective))
+    )
+    drawing: list[str] = []
+    told = []
+    places = sorted((-reached["accuracy"], reached[objective]) for one, reached in points if one["trial"] in front)
+    path, highest = "", -1.0  # from the most accurate trial on, as far as the other objective grows
+    for accuracy, other in places:
+        if other > highest:
+            highest = other
+            path += f"{'L' if path else 'M'}{x.across(-accuracy):.1f} {y.up(other):.1f}"
+    drawing.append(_path(path, "front"))
+    for one, reached in points:
+        name = "chosen" if one["trial"] == chosen else "dropped"
+        text = f"{one['recipe']}: accuracy {percent(reached['accuracy'])}, {words} {percent(reached[objective])}"
+        size = 5 if name == "chosen" else 3.4
+        drawing.append(_dot(x.across(reached["accuracy"]), y.up(reached[objective]), name, text, size))
+        told.append(text)
+    legend = [(_path("M0 6H24", name), LOOKS[name][0]) for name in ("dropped", "chosen", "front")]
+    title = f"Accuracy and {words}"
+    note = "Trials of the last round, on held-out images. More is better in both."
+    return Figure(title, _plot(title, told, x, y, "".join(drawing)), legend, note)
 
 
 def reliability_plot(bins: Sequence[Json]) -> Figure:

@@ -19,6 +19,7 @@ from api.report.charts import (
     Figure,
     Json,
     confusion_plot,
+    front_plot,
     gradient_share_plot,
     line_plot,
     linear,
@@ -177,7 +178,11 @@ def _figures(report: Json, manifest: Json) -> Iterator[Figure]:
             note = "The attacks in every epoch are quick ones, on a sample of the images." if len(shares) > 1 else ""
             yield line_plot("Accuracy by epoch", epochs, right, shares, marks, note)
     if trials := [one for one in (report.get("search") or {}).get("trials", ()) if one["scores"]]:
-        yield search_plot(trials, report["search"]["chosen"])
+        found = report["search"]
+        yield search_plot(trials, found["chosen"])
+        measured = [one for one in trials if one["scores"][-1].get("objectives")]
+        for objective in list(measured[0]["scores"][-1]["objectives"])[1:] if measured else ():
+            yield front_plot(measured, objective, found["chosen"], found["front"])
     if gradient_shares := (report.get("regularization") or {}).get("epochs"):
         yield gradient_share_plot(gradient_shares)
     if curve := robustness.get("curve"):
@@ -258,6 +263,8 @@ def _search_tables(search: Json) -> Iterator[Table]:
         if one["scores"]:
             last = one["scores"][-1]
             score = f"{last['cross_entropy']:.3f} ± {last['standard_error']:.3f}, {percent(last['accuracy'])}"
+            others = list((last.get("objectives") or {}).items())[1:]
+            score += "".join(f", {name.replace('_', ' ')} {percent(value)}" for name, value in others)
         name, outcome = f"{one['trial']} {one['origin']}", one.get("dropped") or "chosen"
         rows.append((name, one["recipe"].replace("`", ""), score, outcome, f"{one['seconds']:.1f} s"))
     if rows:

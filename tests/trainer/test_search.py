@@ -326,12 +326,12 @@ def test_weights_and_limits_choose_among_several_objectives(choose: dict[str, An
 
 def test_a_search_for_robustness_and_sparsity_tries_what_serves_them(problem: Callable[..., Problem]) -> None:
     bounds = {
-        "trials": 3, "folds": 2, "objective": ["accuracy", "robust_accuracy", "sparsity", "calibration"],
+        "trials": 1, "folds": 2, "objective": ["accuracy", "robust_accuracy", "sparsity", "calibration"],
         "choose": {"weights": {"robust_accuracy": 1}},
     }  # fmt: skip
-    given = asked(search=bounds, method="full", epochs=15)
+    given = asked(search=bounds, method="full", epochs=60)
     assert given.described()["adversarial"] == "auto"
-    found = search(given, problem(10))
+    found = search(given, problem(25))
     tried = [trial for trial in found.trials if trial.origin == "variant"]
     assert {trial.spec.adversarial.epsilon for trial in tried if trial.spec.adversarial} == {0.05, 0.1}
     assert sum(trial.spec.l1 > 0 for trial in tried) == 3
