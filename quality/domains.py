@@ -115,7 +115,7 @@ def measure(name: str, approach: str, seed: int) -> dict[str, Any]:
 def oracle(problem: Problem, test: Split, seed: int) -> dict[str, Any]:
     """The best of random configurations by test accuracy: what no honest choice can be expected to reach."""
     rng = np.random.default_rng([seed, 31])
-    good = known(problem.same_classes)
+    good = known(problem.same_classes, len(problem.data.labels))
     recipes = [sampled(good[int(rng.integers(len(good)))], rng) for _ in range(ORACLE)]
 
     def work(spec: Spec, check: Check) -> float:

@@ -1,10 +1,12 @@
 """Recipes: values of the fields that may be searched."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from trainer.fit import STEPS, batch_size
 from trainer.spec import Asked, Spec, described
 
 Recipe = Mapping[str, Any]  # values of searched fields, as in a spec
@@ -23,12 +25,13 @@ FULL: Recipe = {
     "dropout": 0.2,
 }  # fmt: skip
 TUNED: Recipe = {**FULL, "head": "keep", "learning_rate": 2e-3}  # for data that look like the base's
+SMOOTH: Recipe = {**FULL, "label_smoothing": 0.1}
 RECIPES: tuple[Recipe, ...] = (
-    {**FULL, "augmentation": SMALL},  # the first is the fallback
-    {**FULL, "augmentation": LARGE},
-    FULL,
-    {**FULL, "augmentation": {**SMALL, "flip": True}},
-    {**FULL, "augmentation": {**LARGE, "cutout": 8}},
+    {**SMOOTH, "augmentation": SMALL},  # the first is the fallback
+    {**SMOOTH, "augmentation": LARGE},
+    SMOOTH,
+    {**SMOOTH, "augmentation": {**SMALL, "flip": True}},
+    {**SMOOTH, "augmentation": {**LARGE, "cutout": 8}},
     {**LORA, "epochs": 60, "augmentation": LARGE},
 )
 SAME_CLASSES: tuple[Recipe, ...] = (LORA, {**TUNED, "augmentation": LARGE})  # tried first if the classes are the base's
@@ -38,7 +41,7 @@ PRIOR: Mapping[str, Sequence[Any]] = {
     "l2": (1e-3, 1e-2),
     "l2_sp": (1e-3,),
     "dropout": (0.1, 0.3, 0.4),
-    "label_smoothing": (0.05, 0.1),
+    "label_smoothing": (0.0, 0.05),
     "mixup": (0.2,),
     "augmentation": (None, SMALL, LARGE, {**SMALL, "flip": True}, {**SMALL, "cutout": 8}, {**SMALL, "contrast": 0.3}),
     "ema": (0.98,),
@@ -48,18 +51,22 @@ SPARSE = (1e-5, 1e-4, 1e-3)  # of l1, where sparsity is an objective
 OFTEN = ("learning_rate", "l2", "dropout", "label_smoothing", "augmentation")  # three times as often varied
 
 
-def known(same_classes: bool) -> tuple[Recipe, ...]:
-    """The recipes that are tried first."""
-    return (*SAME_CLASSES, *RECIPES) if same_classes else RECIPES
+def known(same_classes: bool, images: int) -> list[Recipe]:
+    """The recipes that are tried first. Few images get more epochs, for as many updates."""
+    longer = max(1.0, STEPS / math.ceil(images / batch_size(Spec(), images)))
+    good = (*SAME_CLASSES, *RECIPES) if same_classes else RECIPES
+    return [{**recipe, "epochs": math.ceil(longer * recipe["epochs"])} for recipe in good]
 
 
-def candidates(asked: Asked, same_classes: bool, earlier: Iterable[Recipe] = ()) -> Iterator[tuple[str, Spec]]:
+def candidates(
+    asked: Asked, same_classes: bool, images: int, earlier: Iterable[Recipe] = ()
+) -> Iterator[tuple[str, Spec]]:
     """What to try, with its origin: what was chosen for earlier versions, the known good recipes, and samples around
     these.
     """
     bounds = asked.fixed.search
     assert bounds is not None
-    good = known(same_classes)
+    good = known(same_classes, images)
     rng = np.random.default_rng(bounds.seed)
     seen: list[Spec] = []
 

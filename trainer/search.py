@@ -99,7 +99,7 @@ def search(
         trials.extend(added)
         return added
 
-    standing = add(candidates(asked, problem.same_classes, earlier))
+    standing = add(candidates(asked, problem.same_classes, len(problem.data.labels), earlier))
     for rung in rungs(len(standing), folds, len(problem.data.labels)):
         standing = rounds.run(standing, rung)
         if not standing:

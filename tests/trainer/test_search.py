@@ -203,12 +203,15 @@ def test_a_search_whose_every_trial_diverges_fails_with_the_reason(problem: Call
 
 def test_candidates_are_distinct_and_leave_alone_what_is_fixed() -> None:
     given = asked(search={"trials": 30}, l2=0.5, augmentation=None, seed=7)
-    found = list(candidates(given, same_classes=False, earlier=[{**LORA, "epochs": 11}]))
+    found = list(candidates(given, same_classes=False, images=300, earlier=[{**LORA, "epochs": 11}]))
     assert len({spec.model_dump_json() for _, spec in found}) == len(found) == 30
     assert all((spec.l2, spec.augmentation, spec.seed) == (0.5, None, 7) for _, spec in found)
     assert [spec.epochs for origin, spec in found if origin == "earlier"] == [11]
-    few = list(candidates(asked(**{**RECIPES[0], "epochs": "auto"}), same_classes=True))
+    few = list(candidates(asked(**{**RECIPES[0], "epochs": "auto"}), same_classes=True, images=300))
     assert len(few) < 16  # there are only so many values
+    assert [spec.epochs for _, spec in candidates(asked(search={"trials": 4}), same_classes=False, images=80)] == [
+        120
+    ] * 4
 
 
 @pytest.mark.parametrize(("trials", "folds"), [(1, 2), (2, 3), (16, 5), (100, 10)])
