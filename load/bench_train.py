@@ -3,10 +3,13 @@
 All sides train LeNet-5 with batches of 64 on the same images, taking turns. PyTorch takes part if it is installed.
 """
 
+import atexit
 import importlib
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -115,7 +118,24 @@ def ours(x: np.ndarray, y: np.ndarray, epochs: int, **fields: Any) -> Side:
 
 
 def keras(x: np.ndarray, y: np.ndarray) -> Side:
-    """The same network with Keras's own `fit`."""
+    """The same network with Keras's own `fit`, in a process where TensorFlow divides operations among all cores."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=_keras, args=(there, x, y), daemon=True)
+    child.start()
+    atexit.register(child.terminate)
+
+    def train() -> float:
+        here.send(None)
+        speed: float = here.recv()
+        return speed
+
+    return train
+
+
+def _keras(pipe: Connection, x: np.ndarray, y: np.ndarray) -> None:
+    """Train whenever asked to; answers with images per second."""
+    tf.config.threading.set_intra_op_parallelism_threads(os.cpu_count() or 1)
     layers = tf.keras.layers
     model = tf.keras.Sequential([
         layers.Input((28, 28, 1)),
@@ -128,12 +148,10 @@ def keras(x: np.ndarray, y: np.ndarray) -> Side:
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(tf.keras.optimizers.Adam(1e-3), loss)
 
-    def train() -> float:
+    while pipe.recv() is None:
         began = time.perf_counter()
         model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, shuffle=True, verbose=0)
-        return EPOCHS * len(y) / (time.perf_counter() - began)
-
-    return train
+        pipe.send(EPOCHS * len(y) / (time.perf_counter() - began))
 
 
 def pytorch(x: np.ndarray, y: np.ndarray) -> Side:

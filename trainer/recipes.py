@@ -54,7 +54,7 @@ OFTEN = ("learning_rate", "l2", "dropout", "label_smoothing", "augmentation")  #
 def known(same_classes: bool, images: int) -> list[Recipe]:
     """The recipes that are tried first. Few images get more epochs, for as many updates."""
     longer = max(1.0, STEPS / math.ceil(images / batch_size(Spec(), images)))
-    good = (*SAME_CLASSES, *RECIPES) if same_classes else RECIPES
+    good = [*SAME_CLASSES, *RECIPES] if same_classes else [{**recipe, "head": "new"} for recipe in RECIPES]
     return [{**recipe, "epochs": math.ceil(longer * recipe["epochs"])} for recipe in good]
 
 

@@ -149,13 +149,16 @@ def among(standing: Sequence[Trial], choose: Choose, names: Sequence[str]) -> Ch
     return Choice(chosen, efficient, [why], [warning] if warning else [])
 
 
-def preference(spec: Spec) -> tuple[float, float, float]:
-    """Smaller is better between trials of equal score: a stronger attack, then the cheaper, the more regularized."""
+def preference(spec: Spec) -> tuple[float, bool, float, float]:
+    """Smaller is better between trials of equal score.
+
+    A stronger attack comes first, then the base's classifier, the cheaper recipe, the more regularized one.
+    """
     augmentation = spec.augmentation
     moved = augmentation.shift + augmentation.cutout / 4 + augmentation.flip if augmentation else 0.0
     strength = spec.l2 * 100 + spec.dropout + spec.label_smoothing * 2 + spec.mixup + moved
     epsilon = spec.adversarial.epsilon if spec.adversarial else 0.0
-    return -epsilon, spec.epochs * COSTS.get(spec.method, 1.0), -strength
+    return -epsilon, spec.head == "new", spec.epochs * COSTS.get(spec.method, 1.0), -strength
 
 
 COSTS = {"lora": 0.6, "bias": 0.5, "head": 0.1}  # of an epoch, in epochs of `full`
