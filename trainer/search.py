@@ -139,7 +139,10 @@ class _Rounds:
         self._number = 0
 
     def run(self, trials: Sequence[Trial], rung: Rung) -> list[Trial]:
-        """Give every trial the work of a rung; returns those that go on, the best first."""
+        """Give every trial the work of a rung; returns those that go on, the best first.
+
+        Where the classes are the base's, one that starts from the base's classifier is always among them.
+        """
         self._number += 1
         done: list[Trial] = []
         found: dict[int, dict[int, Predicted]] = {trial.number: {} for trial in trials}  # by fold
@@ -176,9 +179,14 @@ class _Rounds:
                  "best": {"trial": best.number, **best.scores[-1].headline()}}
             )  # fmt: skip
         done.sort(key=lambda trial: (loss_of(trial), trial.number))
-        for trial in done[rung.keep :]:
+        gone = done[rung.keep :]
+        if self._problem.same_classes and all(trial.spec.head == "new" for trial in done[: rung.keep]):
+            # What the base knows counts for more than what few images tell apart.
+            spared = next((trial for trial in gone if trial.spec.head == "keep"), None)
+            gone = [trial for trial in gone if trial is not spared]
+        for trial in gone:
             trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind"
-        return done[: rung.keep]
+        return [trial for trial in done if trial not in gone]
 
     def _predicted(self, spec: Spec, rung: Rung, fold: int, check: Check) -> "Predicted":
         """What a network that was trained without a fold makes of it."""
