@@ -191,6 +191,7 @@ class Calibration(Record):
     """Expected calibration error (Guo et al. 2017)."""
 
     expected_calibration_error: float = 0.0
+    temperature: float = 1.0  # by which the logits were divided before, if the spec says `calibrate`
     bins: list[Bin] = Field(default_factory=list)
 
 

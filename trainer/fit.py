@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,16 @@ class Fitted:
     def network(self) -> Network:
         """The served network, on the current device."""
         return Network(self.params)
+
+    def cooled(self, temperature: float) -> "Fitted":
+        """The same with its logits divided by a temperature. Every method trains the classifier directly."""
+        return replace(self, params=cooled(self.params, temperature), trained=cooled(self.trained, temperature))
+
+
+def cooled(params: Arrays, temperature: float) -> Arrays:
+    """Parameters of which the classifier's are divided by a temperature."""
+    by = np.float32(temperature)
+    return {name: value / by if name.startswith(f"{HEAD}/") else value for name, value in params.items()}
 
 
 def begin(spec: Spec, base: Arrays, *, classes: int, same_classes: bool) -> Start:

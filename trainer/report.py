@@ -4,6 +4,7 @@ Every number can be recomputed from the exported parameters, the data set and th
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class HeldOut:
     attacked: Split  # images that attacks are run on
     params: Arrays  # of a network that was trained without these
     out_of_fold: bool = False  # each image was classified by a network of its own fold
+
+    def cooled(self, temperature: float) -> "HeldOut":
+        """The same with logits divided by a temperature."""
+        params = fit.cooled(self.params, temperature)
+        return dataclasses.replace(self, logits=self.logits / np.float32(temperature), params=params)
 
     @classmethod
     def apart(cls, fitted: Fitted, validation: Split) -> "HeldOut":

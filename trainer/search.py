@@ -117,6 +117,8 @@ def search(
         if trial is not choice.trial:
             trial.dropped = trial.dropped or choice.beside(trial)
     fields: dict[str, Any] = {} if uploaded else {"folds": folds, "validation_split": 0.0}
+    if asked.fixed.calibrate is None:
+        fields["calibrate"] = True
     if bounds.seconds and "epochs" in asked.auto:
         fields["epochs"] = clock.affordable(choice.trial.spec)
     return Found(

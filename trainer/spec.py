@@ -318,6 +318,11 @@ class Spec(Strict):
     folds: int | None = Field(
         None, ge=2, le=10, description="Cross-validate on this many folds first, so that every image is scored."
     )
+    calibrate: bool | None = Field(
+        None,
+        description="Divide the classifier by the temperature that suits the held-out predictions best (Guo et al. "
+        "2017): the same classes, with honest probabilities. null does so where the recipe is searched.",
+    )
     early_stopping: EarlyStopping | None = Field(None, description="Stop early and keep the best weights, or null.")
     search: Search | None = Field(
         None,

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from store.errors import InvalidSpec, SearchFailed
 from tests.conftest import Place
-from trainer import objectives
+from trainer import evaluate, objectives
+from trainer.export import load_params
 from trainer.fit import Split
 from trainer.folds import stratified_folds
 from trainer.jobs.datasets import Dataset
@@ -46,6 +47,7 @@ def test_a_search_that_is_sent_back_as_a_spec_gives_the_same_weights_and_report(
     done = place.jobs.get(job.id)
     first = place.registry.find("m")
     assert done.resolved_spec is not None
+    assert done.resolved_spec["calibrate"] is True
     assert (done.spec["method"], done.resolved_spec["epochs"], done.resolved_spec["search"]) == ("auto", 3, None)
     assert first.manifest.resolved_spec == done.resolved_spec
     again = place.claimed(done.resolved_spec)
@@ -375,3 +377,30 @@ def test_objectives_that_make_no_sense_are_refused_by_name(given: dict[str, Any]
     with pytest.raises(InvalidSpec) as caught:
         parse_asked(json.dumps(given))
     assert message in str(caught.value.body())
+
+
+def test_the_temperature_is_that_by_which_confidence_is_wrong() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 5)) * 2
+    chances = np.exp(evaluate.log_softmax(logits))
+    labels = (chances.cumsum(1) < rng.random((4000, 1))).sum(1).clip(0, 4)
+    assert evaluate.temperature(3 * logits, labels) == pytest.approx(3, rel=0.1)
+    assert evaluate.temperature(logits / 3, labels) == pytest.approx(1 / 3, rel=0.1)
+    right = np.eye(5)[labels[:100]]
+    confident = np.exp(evaluate.log_softmax(right / evaluate.temperature(right, labels[:100]))).max(1)
+    assert 0.9 < confident.min() < 0.999  # not without end, though all are right
+
+
+def test_a_calibrated_version_names_the_same_classes_with_honest_probabilities(place: Place) -> None:
+    spec = {"method": "full", "epochs": 5, "label_smoothing": 0.3, "folds": 3, "validation_split": 0}
+    for flag in (None, True):
+        place.run(place.claimed({**spec, "calibrate": flag}))
+    plain, calibrated = (place.registry.find("m", number) for number in (1, 2))
+    one, other = (version.report.dump()["calibration"] for version in (plain, calibrated))
+    assert one["temperature"] == 1.0
+    assert other["temperature"] < 0.9
+    assert other["expected_calibration_error"] < one["expected_calibration_error"]
+    assert plain.report.dump()["validation"]["accuracy"] == calibrated.report.dump()["validation"]["accuracy"]
+    before, after = (load_params(place.settings.version(one.model, one.version)) for one in (plain, calibrated))
+    np.testing.assert_allclose(after["head/bias"], before["head/bias"] / other["temperature"], rtol=1e-5)
+    np.testing.assert_array_equal(after["dense2/kernel"], before["dense2/kernel"])

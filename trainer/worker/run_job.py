@@ -23,7 +23,7 @@ from store.engine import reason, retrying
 from store.errors import DeviceUnavailable, ModelServerError, UnknownModel
 from store.records import GREY_28, DatasetCard, Manifest, ReportCard
 from store.settings import Settings
-from trainer import delta, report
+from trainer import delta, evaluate, report
 from trainer.export import digest, export, load_params
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
 from trainer.folds import stratified, stratified_folds
@@ -191,14 +191,19 @@ class _Maker:
             fitted, across = _trained(spec, start, train, validation, data, run)
         with run.stage("evaluating"):
             held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
+            temperature = 1.0
+            if spec.calibrate:
+                temperature = evaluate.temperature(held_out.logits, held_out.split.labels)
+                fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
             card = self._evaluated(spec, start, fitted, train, held_out)
+            card["calibration"]["temperature"] = temperature
             if across:
                 card["cross_validation"] = report.cross_validation(across, data.folds(spec))
             if self.asked.auto:
                 card["search"] = found.dump()
                 card["warnings"] += found.warnings
         with run.stage("exporting"):
-            manifest = self._exported(spec, fitted, train, card, fold=held_out.params if held_out is across else None)
+            manifest = self._exported(spec, fitted, train, card, fold=held_out.params if held_out.out_of_fold else None)
         with run.stage("publishing"):
             first = ReportCard.model_validate({**card, "cost": report.cost(run.seconds, fitted)})
             version = self._published(manifest, first, step=run.publishing)
