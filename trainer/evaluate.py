@@ -86,12 +86,12 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """What logits have to be divided by for the lowest cross-entropy (Guo et al. 2017).
 
-    The labels give way a little to the other classes, as if one more image had been seen of each (Platt 1999): where
-    all images are right, the confidence would have no end.
+    Labels are smoothed as if there were one more image that could be of any class (after Platt 1999); otherwise the
+    temperature tends to zero where all images are right.
     """
     n, classes = logits.shape
-    targets = np.full((n, classes), 1.0 / (n + classes))
-    targets[np.arange(n), labels] += n / (n + classes)
+    targets = np.full((n, classes), 1.0 / (classes * (n + 1)))
+    targets[np.arange(n), labels] += n / (n + 1)
 
     def loss(log: float) -> float:
         return float(-np.sum(targets * log_softmax(logits / math.exp(log))))

@@ -23,7 +23,7 @@ PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after 
 HALVED = 32  # images of a batch from which on its halves are worth computing at the same time
 STEPS = 20  # of an epoch at least, if batches have eight images
 SHARE_IMAGES = 64  # that gradient shares are measured on
-SHARES = 20  # times that they are measured in a run
+SHARES = 20  # times at most that they are measured in a run
 EXPLODED = 100.0  # nats, mean cross-entropy over an epoch; no run has recovered from more
 ROBUST = 0.2  # accuracy under PGD that counts as robust, and by which FGSM's must exceed it to be overfitted
 ADVICE = "lower the learning rate"
@@ -68,7 +68,7 @@ class Fitted:
     method: Method
     lora_scale: float
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per epoch
-    gradient_shares: list[dict[str, Any]] = field(default_factory=list)  # value and share of every term, per epoch
+    gradient_shares: list[dict[str, Any]] = field(default_factory=list)  # value and share of every term, every so often
     kept_epoch: int = 0
     ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting
     overfitted_epoch: int | None = None  # epoch in which FGSM was withstood but PGD was not; see `Selection`
@@ -412,7 +412,7 @@ def warnings(gradient_shares: list[dict[str, Any]], spec: Spec, *, zeros: bool) 
     strong: when all images are fitted, the penalty is what is left of the update.
 
     Args:
-        gradient_shares: value and share of every term, an epoch each.
+        gradient_shares: value and share of every term, a record each.
         zeros: L1 has made exact zeros, so it is not negligible however small its share.
     """
     found = []

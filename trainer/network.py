@@ -1,6 +1,7 @@
 """The served network, compiled for inference and for attacks. Reports measure this and nothing else."""
 
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +45,8 @@ class Network:
         """Place the parameters on the current device."""
         self._params = {name: tf.convert_to_tensor(value) for name, value in params.items()}
         bias = self._params[f"{HEAD}/bias"]
-        self._compiled = _compiled(int(bias.shape[0]), bottleneck_of(params), bias.device)
+        with _COMPILING:
+            self._compiled = _compiled(int(bias.shape[0]), bottleneck_of(params), bias.device)
 
     def part(self, x: Tensor, entry: str = FIRST, until: str = "") -> np.ndarray:
         """Inputs of the layer `until` (by default the logits), computed in batches from inputs of the layer `entry`."""
@@ -80,6 +82,9 @@ class Network:
             self._params, images, labels, start, epsilon, first, last, budget, seed
         )
         return found
+
+
+_COMPILING = threading.Lock()  # so that networks of one form share what is compiled
 
 
 @functools.lru_cache(maxsize=8)

@@ -31,7 +31,7 @@ def measure(objectives: Sequence[str], params: Arrays, held_out: Split, epsilon:
     """Attack the network of a fold on some of the images that it was trained without, if that is an objective."""
     robust = np.zeros(0, bool)
     if "robust_accuracy" in objectives:
-        some = sample(held_out, min(ATTACKED, len(held_out.labels)))
+        some = sample(held_out, ATTACKED)
         size, steps, by_ratio = tf.constant(epsilon, tf.float32), tf.constant(ATTACK_STEPS), tf.constant(False)
         chance = tf.constant([seed, 0])
         _, margins = Network(params).apgd(some.images, tf.constant(some.labels), size, steps, chance, by_ratio)
@@ -41,14 +41,15 @@ def measure(objectives: Sequence[str], params: Arrays, held_out: Split, epsilon:
 
 def combined(objectives: Sequence[str], logits: np.ndarray, labels: np.ndarray, extras: Sequence[Extra]) -> Point:
     """The objectives of a trial, from its out-of-fold predictions and what was measured on each fold."""
-    if len(objectives) == 1:
+    if len(objectives) == 1 or not extras:
         return {}
     robust = np.concatenate([one.robust for one in extras])
+    scaled = logits / evaluate.temperature(logits, labels)  # as the served network will be
     values = {
         "accuracy": evaluate.accuracy(logits, labels),
         "robust_accuracy": float(robust.mean()) if len(robust) else 0.0,
         "sparsity": float(np.mean([one.sparsity for one in extras])),
-        "calibration": 1.0 - evaluate.calibration(logits, labels)["expected_calibration_error"],
+        "calibration": 1.0 - evaluate.calibration(scaled, labels)["expected_calibration_error"],
     }
     return {name: values[name] for name in OBJECTIVES if name in objectives}
 
@@ -70,7 +71,7 @@ def allowed(points: Sequence[Point], choose: Choose) -> tuple[list[int], str]:
     found = [at for at, shortfall in enumerate(shortfalls) if shortfall <= nearest + 1e-12]
     if nearest == 0:
         return found, ""
-    return found, f"no recipe reaches {' and '.join(choose.limits)}; the one that comes nearest was chosen"
+    return found, f"no recipe meets all of {', '.join(choose.limits)}; the one that comes nearest was chosen"
 
 
 def best(points: Sequence[Point], weights: Mapping[str, float]) -> int:

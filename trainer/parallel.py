@@ -1,9 +1,11 @@
 """Several runs at once, one to a core. TensorFlow releases the interpreter while it computes."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TypeVar
 
 import tensorflow as tf
@@ -14,24 +16,33 @@ R = TypeVar("R")
 Check = Callable[[], None]
 
 
-class Stopped(Exception):
+class Unwanted(Exception):
     """Raised in a run that is no longer wanted."""
 
 
 def at_once() -> int:
     """Runs that keep the current device busy."""
-    return 1 if "GPU" in tf.constant(0.0).device else len(os.sched_getaffinity(0))
+    return 1 if "GPU" in tf.constant(0.0).device else cores()
+
+
+def cores() -> int:
+    """Processors that this process may use, also where a container has a share of them (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return max(1, min(cores, round(int(quota) / int(period))))  # "max" is no number: there is no quota
+    return cores
 
 
 def side_by_side(
     work: Callable[[T, Check], R], tasks: Iterable[T], check: Check = lambda: None
 ) -> Iterator[tuple[T, R]]:
-    """Work on several tasks at once, on the current device; yields each with its result as soon as that is there.
+    """Work on several tasks at once, on the current device; yields each with its result as it finishes.
 
     An exception, of `work` or of `check`, ends all of them.
 
     Args:
-        work: called with a task and with a function to call now and then, which raises `Stopped` after a failure.
+        work: called with a task and with a function to call now and then, which raises `Unwanted` after a failure.
         tasks: begun in this order.
         check: called about twice a second.
     """
@@ -39,7 +50,7 @@ def side_by_side(
 
     def go_on() -> None:
         if stopped.is_set():
-            raise Stopped
+            raise Unwanted
 
     def begin(task: T) -> R:
         go_on()

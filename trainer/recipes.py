@@ -52,8 +52,8 @@ OFTEN = ("learning_rate", "l2", "dropout", "label_smoothing", "augmentation")  #
 
 
 def known(same_classes: bool, images: int) -> list[Recipe]:
-    """The recipes that are tried first. Few images get more epochs, for as many updates."""
-    longer = max(1.0, STEPS / math.ceil(images / batch_size(Spec(), images)))
+    """The recipes that are tried first. Small data sets get up to twice the epochs, for as many updates."""
+    longer = min(2.0, max(1.0, STEPS / math.ceil(images / batch_size(Spec(), images))))
     good = [*SAME_CLASSES, *RECIPES] if same_classes else [{**recipe, "head": "new"} for recipe in RECIPES]
     return [{**recipe, "epochs": math.ceil(longer * recipe["epochs"])} for recipe in good]
 
@@ -86,7 +86,7 @@ def candidates(
 
 
 def variants(asked: Asked, chosen: Spec) -> Iterator[tuple[str, Spec]]:
-    """What else to try of the recipe that was chosen: strengths of an attack, and what serves other objectives."""
+    """Variants of the chosen recipe: strengths of an attack, and what serves other objectives."""
     bounds = asked.fixed.search
     assert bounds is not None
     recipe, changes = recipe_of(chosen), list[Recipe]()
@@ -96,7 +96,7 @@ def variants(asked: Asked, chosen: Spec) -> Iterator[tuple[str, Spec]]:
         sizes = (bounds.epsilon / 2, bounds.epsilon)
         changes += [{"adversarial": {"attack": "pgd", "steps": 5, "epsilon": size, "weight": 0.5}} for size in sizes]
         changes += [{"adversarial": {"attack": "pgd", "steps": 5, "epsilon": bounds.epsilon}}]
-    if "l1" in asked.auto and "sparsity" in bounds.objective:
+    if "l1" in asked.auto and "sparsity" in bounds.objective and chosen.method == "full":
         changes += [{"l1": strength} for strength in SPARSE]
     for change in changes:
         yield "variant", asked.resolve({**recipe, **change})

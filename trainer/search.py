@@ -76,7 +76,7 @@ def search(
     Args:
         uploaded: validation images were uploaded; the report will rest on these, and the search does not see them.
         earlier: recipes that were chosen for earlier versions of the model.
-        spent_s: seconds of `search.seconds` that are gone.
+        spent_s: seconds of `search.seconds` already used.
         on_trial: called with a record after each trial of a round.
         check: called about twice a second; raises to end the search.
 
@@ -101,30 +101,42 @@ def search(
 
     standing = add(candidates(asked, problem.same_classes, len(problem.data.labels), earlier))
     for rung in rungs(len(standing), folds, len(problem.data.labels)):
-        standing = rounds.run(standing, rung)
-        if not standing:
-            raise SearchFailed(f"no recipe could be trained: {trials[0].dropped}", param="spec")
+        done = rounds.run(standing, rung, after=standing[0] if standing[0].scores else None)
+        if not done and not standing[0].scores:
+            raise SearchFailed(f"no recipe could be trained: {standing[0].dropped}", param="spec")
+        standing = done or standing  # no time was left, or all diverged in the longer run
     chosen = by_one_standard_error(standing)
-    if more := add(variants(asked, chosen.spec), of=chosen):
-        ranked = rounds.run(more, Rung(LAST_SHARE, folds, len(more), last=True))
-        if "epsilon" in asked.auto and ranked:
-            chosen = by_one_standard_error(ranked)
+    tried = [trial.spec for trial in trials]
+    new = [(origin, spec) for origin, spec in variants(asked, chosen.spec) if spec not in tried]
+    if more := add(new, of=chosen):
+        ranked = rounds.run(more, Rung(LAST_SHARE, folds), after=chosen)
+        if "epsilon" in asked.auto and (compared := [trial for trial in (chosen, *ranked) if trial.finished]):
+            chosen = by_one_standard_error(sorted(compared, key=loss_of))
         standing = sorted([*standing, *ranked], key=loss_of)
     choice = Choice(chosen)
     if len(bounds.objective) > 1:
-        choice = among(standing, bounds.choose or Choose(), bounds.objective)
+        measured = [trial for trial in standing if trial.finished]
+        if measured:
+            choice = among(measured, bounds.choose or Choose(), bounds.objective)
+        else:
+            choice = Choice(chosen, warnings=["search.seconds left no time to measure the objectives"])
     for trial in trials:
         if trial is not choice.trial:
-            trial.dropped = trial.dropped or choice.beside(trial)
-    fields: dict[str, Any] = {} if uploaded else {"folds": folds, "validation_split": 0.0}
+            trial.dropped = trial.dropped or (choice.beside(trial) if trial.scores else "no time was left")
+    fields: dict[str, Any] = {"validation_split": 0.0} | ({} if uploaded else {"folds": folds})
     if asked.fixed.calibrate is None:
         fields["calibrate"] = True
+    warnings, wanted = list(choice.warnings), choice.trial.spec.epochs
     if bounds.seconds and "epochs" in asked.auto:
-        fields["epochs"] = clock.affordable(choice.trial.spec)
+        fields["epochs"] = max(choice.trial.scores[-1].epochs, clock.affordable(choice.trial.spec))
+        if fields["epochs"] < wanted:
+            warnings.append(
+                f"search.seconds left time for {fields['epochs']} of {wanted} epochs; give it more for a better version"
+            )
+    spec = asked.resolve(recipe_of(choice.trial.spec), **fields)
     return Found(
-        asked.resolve(recipe_of(choice.trial.spec), **fields), trials, choice.trial.number,
-        " ".join([sentence(choice.trial, trials), *choice.why]), worth(choice.trial, trials), choice.warnings,
-        [trial.number for trial in choice.front],
+        spec, trials, choice.trial.number, " ".join([sentence(spec, choice.trial, trials), *choice.why]),
+        worth(choice.trial, trials), warnings, [trial.number for trial in choice.front],
     )  # fmt: skip
 
 
@@ -138,22 +150,26 @@ class _Rounds:
         self._bounds, self._seed = bounds, seed
         self._problem, self._clock, self._on_trial, self._check = problem, clock, on_trial, check
         self._folds = list(stratified_folds(problem.data.labels, seed, folds))
+        self._parts = [(problem.part(~fold), problem.part(fold)) for fold in self._folds]
         self._number = 0
 
-    def run(self, trials: Sequence[Trial], rung: Rung) -> list[Trial]:
+    def run(self, trials: Sequence[Trial], rung: Rung, after: Trial | None = None) -> list[Trial]:
         """Give every trial the work of a rung; returns those that go on, the best first.
 
         Where the classes are the base's, one that starts from the base's classifier is always among them.
+
+        Args:
+            after: what was chosen before; if the time is needed to train that, no trial begins.
         """
         self._number += 1
         done: list[Trial] = []
         found: dict[int, dict[int, Predicted]] = {trial.number: {} for trial in trials}  # by fold
+        failed: dict[int, dict[int, str]] = {}  # why there is no prediction, by fold
 
         def work(task: tuple[Trial, int], check: Check) -> Predicted | str:
             trial, fold = task
-            if trial.dropped:
-                return trial.dropped
-            if done and self._clock.is_up(min(done, key=loss_of).spec):
+            best = min(done, key=loss_of, default=after)
+            if best and self._clock.is_up(best.spec, meanwhile=shortened(trial.spec, rung)):
                 return "no time was left"
             try:
                 return self._predicted(trial.spec, rung, fold, check)
@@ -163,7 +179,7 @@ class _Rounds:
         tasks = [(trial, fold) for trial in trials for fold in range(rung.folds)]
         for (trial, fold), result in side_by_side(work, tasks, self._check):
             if isinstance(result, str):
-                trial.dropped = result
+                failed.setdefault(trial.number, {})[fold] = result
                 continue
             found[trial.number][fold] = result
             trial.seconds += result.seconds
@@ -180,23 +196,25 @@ class _Rounds:
                  "epochs": score.epochs, "folds": rung.folds,
                  "best": {"trial": best.number, **best.scores[-1].headline()}}
             )  # fmt: skip
+        for trial in trials if done or not after else ():
+            if reasons := failed.get(trial.number):
+                trial.dropped = reasons[min(reasons)]
         done.sort(key=lambda trial: (loss_of(trial), trial.number))
-        gone = done[rung.keep :]
-        if self._problem.same_classes and all(trial.spec.head == "new" for trial in done[: rung.keep]):
+        kept = done[: rung.keep]
+        if self._problem.same_classes and all(trial.spec.head == "new" for trial in kept):
             # What the base knows counts for more than what few images tell apart.
-            spared = next((trial for trial in gone if trial.spec.head == "keep"), None)
-            gone = [trial for trial in gone if trial is not spared]
-        for trial in gone:
-            trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind"
-        return [trial for trial in done if trial not in gone]
+            kept += [trial for trial in done if trial.spec.head == "keep"][:1]
+        for trial in done:
+            if trial not in kept:
+                trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind"
+        return kept
 
     def _predicted(self, spec: Spec, rung: Rung, fold: int, check: Check) -> "Predicted":
-        """What a network that was trained without a fold makes of it."""
-        problem = self._problem
-        held_out = problem.part(self._folds[fold])
-        run = training(shortened(spec, rung), problem, problem.part(~self._folds[fold]))
+        """Train without a fold and predict it."""
+        train, held_out = self._parts[fold]
+        run = training(shortened(spec, rung), self._problem, train)
         params = run.finish(check)
-        objectives = self._bounds.objective if rung.last else ()
+        objectives = self._bounds.objective if rung.keep is None else ()
         extra = measure(objectives, params, held_out, self._bounds.epsilon, self._seed)
         return Predicted(Network(params).logits(held_out.images), run.seconds, extra)
 
@@ -205,13 +223,14 @@ class _Rounds:
         parts = [found[fold] for fold in range(rung.folds)]
         logits = np.concatenate([part.logits for part in parts])
         truth = np.concatenate([self._problem.data.labels[self._folds[fold]] for fold in range(rung.folds)])
-        reached = combined(self._bounds.objective, logits, truth, [part.extra for part in parts]) if rung.last else {}
+        measured = [part.extra for part in parts] if rung.keep is None else []
+        reached = combined(self._bounds.objective, logits, truth, measured)
         hits = evaluate.right(logits, truth)
         return Score(rung, shortened(spec, rung).epochs, losses(logits, truth), hits, self._clock.elapsed_s, reached)
 
 
 class Predicted(NamedTuple):
-    """The images of a fold, as a network sees them that was trained without these."""
+    """Out-of-fold predictions for one fold."""
 
     logits: np.ndarray
     seconds: float  # of training
@@ -235,7 +254,7 @@ def rungs(trials: int, folds: int, images: int) -> tuple[Rung, ...]:
     """How many candidates get how much work."""
     left = math.ceil(trials / 4)
     first = min(folds, math.ceil(FIRST_IMAGES * folds / images))
-    return Rung(FIRST_SHARE, first, left), Rung(LAST_SHARE, folds, left, last=True)
+    return Rung(FIRST_SHARE, first, left), Rung(LAST_SHARE, folds)
 
 
 FIRST_IMAGES = 200  # held-out images that decide the first round, if there are as many
@@ -255,13 +274,14 @@ def trained(spec: Spec, problem: Problem, split: Split, check: Check = lambda: N
 
 
 def training(spec: Spec, problem: Problem, split: Split) -> Training:
-    """A run of a spec that is to begin."""
+    """A new run of a spec."""
     start = begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
     return Training(spec, start, split, problem.classes)
 
 
 ENDING_S = 0.5  # for evaluation and publication
-MARGIN = 1.1  # of the training after the search, whose progress is recorded
+MARGIN, ATTACKED_MARGIN = 1.1, 1.8  # of the training after the search, whose progress is measured and recorded
+ATTACKED_RATE = 7.0  # of an epoch with an attack of five steps to one without, until it is known
 
 
 def makespan(lengths: Sequence[float], workers: int) -> float:
@@ -279,8 +299,8 @@ class Clock:
         """Start.
 
         Args:
-            seconds: from the upload until the version is live.
-            spent_s: seconds of these that are gone.
+            seconds: from the start of the job until the version is live.
+            spent_s: seconds of these already used.
             runs: how long the training that follows the search takes, in runs on all images.
         """
         self._bound = math.inf if seconds is None else max(seconds / 2, seconds - ENDING_S - spent_s)
@@ -300,12 +320,24 @@ class Clock:
 
     def _epoch_s(self, spec: Spec) -> float:
         """Seconds for an epoch in all of the runs that follow."""
-        rates = {kind: seconds / epochs for kind, (epochs, seconds) in self._taken.items()}
-        return MARGIN * self._runs * rates.get(_kind(spec), max(rates.values(), default=0.0))
+        return self._runs * self._rate(spec) * (MARGIN if spec.adversarial is None else ATTACKED_MARGIN)
 
-    def is_up(self, best: Spec) -> bool:
-        """Tell whether the rest of the time is needed to train the best spec so far."""
-        return self.elapsed_s + best.epochs * self._epoch_s(best) > self._bound
+    def _rate(self, spec: Spec) -> float:
+        """Seconds for an epoch on all images."""
+        rates = {kind: seconds / epochs for kind, (epochs, seconds) in list(self._taken.items())}
+        slowest = max(rates.values(), default=0.0)
+        return rates.get(_kind(spec), slowest if spec.adversarial is None else ATTACKED_RATE * slowest)
+
+    def is_up(self, best: Spec, meanwhile: Spec | None = None) -> bool:
+        """Tell whether the rest of the time is needed to train the best spec so far.
+
+        Args:
+            meanwhile: what would be trained on a fold before.
+        """
+        if self._bound == math.inf:
+            return False
+        before = meanwhile.epochs * self._rate(meanwhile) if meanwhile else 0.0
+        return self.elapsed_s + before + best.epochs * self._epoch_s(best) > self._bound
 
     def affordable(self, spec: Spec) -> int:
         """Epochs that can be trained in the rest of the time; at most those of the spec."""

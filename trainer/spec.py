@@ -25,7 +25,7 @@ from store.validation import in_words, reason
 _NAME = "1 to 64 of the characters a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 MODEL_NAME = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}$", _NAME)
 _BASE = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$", "a model's name, or name:version")
-LEAST_S, LEAST_S_PER_IMAGE = 1.0, 2e-3  # of a search, on a fast machine
+LEAST_S, LEAST_S_PER_IMAGE = 1.0, 4e-3  # of a search, on a fast machine
 FEWEST_OF_A_CLASS = 3  # images without which nothing can be chosen by predictions on held-out ones
 Layer = Literal["conv1", "conv2", "dense1", "dense2"]
 Method = Literal["full", "head", "bias", "lora", "adapter", "ia3"]
@@ -187,7 +187,7 @@ class EarlyStopping(Strict):
 Objective = Literal["accuracy", "robust_accuracy", "sparsity", "calibration"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 _LIMIT = in_words(
-    rf"^({'|'.join(OBJECTIVES)}) >= (0(\.[0-9]+)?|1(\.0+)?)$",
+    rf"^({'|'.join(OBJECTIVES)})  ?>= ?(0(\.[0-9]+)?|1(\.0+)?)$",
     f"such as 'robust_accuracy >= 0.6', with a share and one of {', '.join(OBJECTIVES)}",
 )
 Limit = Annotated[str, Field(pattern=_LIMIT)]
@@ -206,7 +206,7 @@ class Choose(Strict):
 
     def bounds(self) -> list[tuple[str, float]]:
         """The limits as names and least values."""
-        return [(name, float(least)) for name, _, least in (limit.split() for limit in self.limits)]
+        return [(name.strip(), float(least)) for name, _, least in (limit.partition(">=") for limit in self.limits)]
 
 
 class Search(Strict):
@@ -240,6 +240,8 @@ class Search(Strict):
             named = [*self.choose.weights, *(name for name, _ in self.choose.bounds())]
             if unknown := [name for name in named if name not in self.objective]:
                 raise ValueError(f"choose: names {unknown[0]!r}, which is not in `objective`")
+            if self.choose.weights and not any(self.choose.weights.values()):
+                raise ValueError("choose: all weights are 0")
             if not named:
                 raise ValueError("choose: is empty; give weights or limits, or leave it out")
             if len(self.objective) == 1:
@@ -316,7 +318,7 @@ class Spec(Strict):
         "`folds` it may be 0: then all images are trained on, and the report rests on the out-of-fold predictions.",
     )  # fmt: skip
     folds: int | None = Field(
-        None, ge=2, le=10, description="Cross-validate on this many folds first, so that every image is scored."
+        None, ge=2, le=10, description="Also cross-validate on this many folds, so that every image is scored."
     )
     calibrate: bool | None = Field(
         None,
@@ -503,6 +505,9 @@ def invalid_spec(exc: ValidationError) -> InvalidSpec:
     for error in exc.errors(include_url=False):
         location: Sequence[int | str] = ("spec", *error["loc"])
         message = reason(error, Spec)
+        if location[1:] == ("search",) and error["type"] == "value_error" and ": " in message:
+            field, _, message = message.partition(": ")  # a validator across fields names its field itself
+            location = (*location, field)
         if location[1:2] == ("adversarial",):
             location = (*location[:2], *location[3:])  # without the name of the attack, which is no field
             if error["type"] == "union_tag_invalid":
@@ -528,7 +533,7 @@ def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -
         InvalidSpec: with the field's path, and every class in question.
     """
     spec, wrong = asked.fixed, dict[str, str]()
-    given = "validation_split" in spec.model_fields_set  # the default holds out at least one image of each class
+    given = spec.validation_split != Spec.model_fields["validation_split"].default  # which holds out one of each class
     empty = [name for name, count in classes.items() if round(spec.validation_split * count) == 0]
     if held_out and given and spec.validation_split:
         wrong["validation_split"] = "leave it out: with a `validation` upload nothing is split off"

@@ -40,7 +40,7 @@ class Structure:
     mixup: bool = False
     ema: bool = False
     optimizer: str = "adam"
-    halves: bool = False  # of a batch, whose gradients are computed at the same time
+    halves: bool = False  # compute the gradients of a batch's halves at once; whatever the number of cores
     device: str = ""  # that holds the variables
 
 
@@ -100,7 +100,6 @@ class TrainStep:
         self.structure = structure
         with _COMPILING:
             self._compiled = _compiled(structure)
-            assert self._compiled.epoch
         with tf.device(structure.device):
             self._state = self._compiled.state()
 
@@ -210,12 +209,8 @@ class _Compiled:
         self.traces = 0  # of the epoch
         self._data = inputs(structure.entry), LABELS
         self._coefficients = dict.fromkeys(FLOATS, SCALAR) | dict.fromkeys(COUNTS, COUNT)
-
-    @functools.cached_property
-    def epoch(self) -> Any:
-        """`_run_epoch`, compiled."""
         schedule = tf.TensorSpec((None, len(SCHEDULE)), tf.float32)
-        return self._traced(self._run_epoch, LABELS, schedule, COUNT, self._coefficients)
+        self.epoch = self._traced(self._run_epoch, LABELS, schedule, COUNT, self._coefficients)
 
     @functools.cached_property
     def shares(self) -> Any:

@@ -18,8 +18,7 @@ class Rung:
 
     share: float  # of its epochs
     folds: int  # of all, the first ones
-    keep: int  # candidates that go on
-    last: bool = False  # objectives are measured
+    keep: int | None = None  # candidates that go on; all from the last round, in which objectives are measured
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Score:
         }  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """A candidate and what was found about it."""
 
@@ -62,6 +61,11 @@ class Trial:
     seconds: float = 0.0
     dropped: str = ""  # why it went no further
     of: "Trial | None" = None  # whose variant it is; that one was in the first round
+
+    @property
+    def finished(self) -> bool:
+        """Whether it took part in the last round."""
+        return bool(self.scores) and self.scores[-1].rung.keep is None
 
     def settings(self) -> dict[str, Any]:
         """The searched fields and the method's options."""
@@ -119,7 +123,10 @@ class Choice:
     warnings: Sequence[str] = ()
 
     def beside(self, trial: Trial) -> str:
-        """Why another that went to the end was not chosen."""
+        """Why a finalist was not chosen."""
+        behind = loss_of(trial) - loss_of(self.trial)
+        if not self.front and behind > 0:
+            return f"{behind:.3f} nats behind the chosen one"
         if not self.front:
             return "a cheaper or more regularized one is as good within a standard error"
         if trial in self.front:
@@ -165,41 +172,51 @@ COSTS = {"lora": 0.6, "bias": 0.5, "head": 0.1}  # of an epoch, in epochs of `fu
 
 
 def worth(chosen: Trial, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """What each searched field is worth: the best trial with another value beside the best with the chosen one.
+    """What searched fields are worth: the best trial that has another value, and differs in little else.
 
     Cross-entropy in nats and accuracy in the first round, in which all trials ran; the other less the chosen one.
     """
     chosen = chosen.of or chosen
+    mine, found = chosen.settings(), []
     begun = [trial for trial in trials if trial.scores and not trial.of]
-    found = []
     for name in SEARCHED:
-        values = {trial.number: trial.settings()[name] for trial in begun}
-        same, others = (
-            [trial for trial in begun if (values[trial.number] == values[chosen.number]) is wanted]
-            for wanted in (True, False)
-        )
+        others = [trial for trial in begun if trial.settings()[name] != mine[name] and _apart(chosen, trial) <= ALIKE]
         if others:
-            one, other = (min(group, key=lambda trial: trial.scores[0].cross_entropy) for group in (same, others))
+            other = min(others, key=lambda trial: trial.scores[0].cross_entropy)
             found.append({
-                "field": name, "chosen": values[one.number], "other": values[other.number],
-                "cross_entropy": other.scores[0].cross_entropy - one.scores[0].cross_entropy,
-                "accuracy": float(other.scores[0].right.mean() - one.scores[0].right.mean()),
+                "field": name, "chosen": mine[name], "other": other.settings()[name],
+                "cross_entropy": other.scores[0].cross_entropy - chosen.scores[0].cross_entropy,
+                "accuracy": float(other.scores[0].right.mean() - chosen.scores[0].right.mean()),
             })  # fmt: skip
     return sorted(found, key=lambda one: -one["cross_entropy"])
 
 
-def sentence(chosen: Trial, trials: Sequence[Trial]) -> str:
+ALIKE_SCORES = "there was no clear difference in the first round"
+ALIKE = 3  # searched fields in which two trials may differ and still be compared by one of these
+
+
+def _apart(one: Trial, other: Trial) -> int:
+    """Number of searched fields in which two trials differ."""
+    mine, others = one.settings(), other.settings()
+    return sum(mine[name] != others[name] for name in SEARCHED)
+
+
+def sentence(spec: Spec, chosen: Trial, trials: Sequence[Trial]) -> str:
     """What was chosen and why, in plain words."""
     score = chosen.scores[-1]
     parts = [
-        f"Chose {phrase(chosen.spec)}. After {score.epochs} epochs it classified {score.right.mean():.1%} of "
+        f"Chose {phrase(spec)}. In a run of {score.epochs} epochs it classified {score.right.mean():.1%} of "
         f"{len(score.right)} held-out images correctly."
     ]
     augmented = chosen.spec.augmentation is not None
-    if rival := _best(trials, lambda spec: (spec.augmentation is not None) is not augmented):
-        start = "Without augmentation" if augmented else "Augmentation was left out: with it"
-        parts.append(f"{start}, {_beside(chosen, rival)}.")
-    if rival := _best(trials, lambda spec: spec.method != chosen.spec.method):
+    method = chosen.spec.method
+    if rival := _best(trials, lambda spec: (spec.augmentation is not None) is not augmented and spec.method == method):
+        beside = _beside(chosen, rival)
+        start = "Without augmentation" if augmented else "With augmentation"
+        if not augmented and beside != ALIKE_SCORES:
+            start = "Augmentation was left out: with it"
+        parts.append(f"{start}, {beside}.")
+    if rival := _best(trials, lambda spec: spec.method != method):
         parts.append(f"With `{rival.spec.method}`, {_beside(chosen, rival)}.")
     return " ".join(parts)
 
@@ -216,7 +233,7 @@ def _beside(chosen: Trial, rival: Trial) -> str:
     behind = other.losses - one.losses
     points = 100 * float(one.right.mean() - other.right.mean())
     if behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)):
-        return "there was no clear difference in the first round"
+        return ALIKE_SCORES
     if points > 0:
         return f"accuracy was {points:.1f} points lower in the first round"
     return f"the loss was {behind.mean():.2f} nats higher in the first round"

@@ -154,8 +154,11 @@ def gradient_share_plot(gradient_shares: Sequence[Json]) -> Figure:
 
 def search_plot(trials: Sequence[Json], chosen: int | None) -> Figure:
     """Cross-entropy of every trial in every round against time, with its standard error."""
-    rounds = max(len(trial["scores"]) for trial in trials)
-    scores = [(trial, number, score) for trial in trials for number, score in enumerate(trial["scores"])]
+    rounds = max(len(trial["scores"]) for trial in trials)  # after which variants of the choice are tried
+    scores = [
+        (trial, number, score) for trial in trials
+        for number, score in enumerate(trial["scores"], start=rounds if trial["origin"] == "variant" else 0)
+    ]  # fmt: skip
     bounds = [
         bound for _, _, score in scores
         for bound in (score["cross_entropy"], max(score["cross_entropy"] - score["standard_error"], 1e-3))
@@ -164,7 +167,7 @@ def search_plot(trials: Sequence[Json], chosen: int | None) -> Figure:
     y = logarithmic("held-out loss in nats, log scale", bounds)
     drawing: list[str] = []
     told = []
-    for number in range(rounds):
+    for number in sorted({number for _, number, _ in scores}):
         best: float | None = None
         path = ""
         for trial, _, score in sorted((one for one in scores if one[1] == number), key=lambda one: one[2]["ended_s"]):
@@ -188,7 +191,7 @@ def front_plot(trials: Sequence[Json], objective: str, chosen: int | None, front
     points = [(one, one["scores"][-1]["objectives"]) for one in trials]
     words = objective.replace("_", " ")
     x, y = (
-        linear(label, math.floor(10 * min(reached[name] for _, reached in points)) / 10, 1, percent=True)
+        linear(label, math.floor(10 * min(0.9, *(reached[name] for _, reached in points))) / 10, 1, percent=True)
         for label, name in (("accuracy", "accuracy"), (words, objective))
     )
     drawing: list[str] = []

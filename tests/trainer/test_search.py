@@ -18,7 +18,7 @@ from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import LeaseLost
 from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, candidates
 from trainer.search import Clock, Problem, makespan, rungs, search
-from trainer.spec import Asked, Choose, parse_asked, parse_spec
+from trainer.spec import Asked, Choose, check_dataset, described, parse_asked, parse_spec
 from trainer.trials import Rung, Score, Trial, among, by_one_standard_error, losses, sentence
 from trainer.worker.run_job import complete_report, pretrained
 
@@ -118,7 +118,7 @@ def test_uploaded_validation_images_are_what_the_report_rests_on_and_the_search_
     place.run(beside := place.claimed(QUICK))
     resolved = [place.jobs.get(job.id).resolved_spec or {} for job in (alone, beside)]
     differ = {name for name in resolved[0] if resolved[0][name] != resolved[1][name]}
-    assert differ == {"folds", "validation_split"}
+    assert differ == {"folds"}
     validation = place.registry.find("m", 2).report.validation
     assert validation is not None
     assert validation.images == 50
@@ -181,7 +181,9 @@ def test_of_the_strengths_of_an_attack_the_greatest_is_chosen_that_costs_nothing
     given = asked(method="head", epochs=20, adversarial={"attack": "fgsm", "epsilon": "auto"}, search={"folds": 3})
     found = search(given, problem(10))
     strengths = [trial for trial in found.trials if trial.origin == "variant"]
-    assert [trial.spec.adversarial and trial.spec.adversarial.epsilon for trial in strengths] == list(STRENGTHS)
+    assert [trial.spec.adversarial and trial.spec.adversarial.epsilon for trial in strengths] == [
+        epsilon for epsilon in STRENGTHS if epsilon != 0.1
+    ]  # which was tried before
     chosen = next(trial for trial in strengths if trial.number == found.chosen)
     assert found.spec.adversarial == chosen.spec.adversarial
     best = min(trial.scores[-1].cross_entropy for trial in strengths)
@@ -219,7 +221,7 @@ def test_candidates_are_distinct_and_leave_alone_what_is_fixed() -> None:
 @pytest.mark.parametrize(("trials", "folds"), [(1, 2), (2, 3), (16, 5), (100, 10)])
 def test_every_round_has_fewer_trials_with_more_work(trials: int, folds: int) -> None:
     found = rungs(trials, folds, 300)
-    assert all(rung.keep >= 1 for rung in found)
+    assert all(rung.keep is None or rung.keep >= 1 for rung in found)
     assert [rung.share for rung in found] == sorted(rung.share for rung in found)
     assert found[-1].folds == folds
 
@@ -279,11 +281,15 @@ def test_the_sentence_says_what_was_left_out_and_what_it_would_have_cost() -> No
         return Trial(number, spec, "recipe", [Score(Rung(0.2, 5, 1), 12, values, right)])
 
     plain, moved = trial(1, 0.2), trial(2, 0.6, augmentation={"shift": 2})
-    assert "Augmentation was left out: with it, accuracy was 20.0 points lower" in sentence(plain, [plain, moved])
+    assert "Augmentation was left out: with it, accuracy was 20.0 points lower" in sentence(
+        plain.spec, plain, [plain, moved]
+    )
     better = trial(3, 0.1, augmentation={"shift": 2})
-    assert "Without augmentation, accuracy was 5.0 points lower" in sentence(better, [plain, moved, better])
+    assert "Without augmentation, accuracy was 5.0 points lower" in sentence(
+        better.spec, better, [plain, moved, better]
+    )
     other = trial(4, 0.2, method="lora")
-    assert "With `lora`, there was no clear difference" in sentence(plain, [plain, other])
+    assert "With `lora`, there was no clear difference" in sentence(plain.spec, plain, [plain, other])
 
 
 def test_the_pareto_front_is_what_no_other_beats() -> None:
@@ -304,7 +310,7 @@ def standing(*reached: tuple[float, float]) -> list[Trial]:
     for number, (accuracy, robust) in enumerate(reached, start=1):
         values = rng.normal(0.1 * number, 0.01, 100)
         points = {"accuracy": accuracy, "robust_accuracy": robust}
-        score = Score(Rung(1.0, 5, 1, last=True), 60, values, values < 1, objectives=points)
+        score = Score(Rung(1.0, 5), 60, values, values < 1, objectives=points)
         found.append(Trial(number, parse_spec('{"method": "full"}'), "recipe", [score]))
     return found
 
@@ -388,7 +394,7 @@ def test_the_temperature_is_that_by_which_confidence_is_wrong() -> None:
     assert evaluate.temperature(logits / 3, labels) == pytest.approx(1 / 3, rel=0.1)
     right = np.eye(5)[labels[:100]]
     confident = np.exp(evaluate.log_softmax(right / evaluate.temperature(right, labels[:100]))).max(1)
-    assert 0.9 < confident.min() < 0.999  # not without end, though all are right
+    assert 0.97 < confident.min() < 0.999  # not without end, though all are right
 
 
 def test_a_calibrated_version_names_the_same_classes_with_honest_probabilities(place: Place) -> None:
@@ -404,3 +410,39 @@ def test_a_calibrated_version_names_the_same_classes_with_honest_probabilities(p
     before, after = (load_params(place.settings.version(one.model, one.version)) for one in (plain, calibrated))
     np.testing.assert_allclose(after["head/bias"], before["head/bias"] / other["temperature"], rtol=1e-5)
     np.testing.assert_array_equal(after["dense2/kernel"], before["dense2/kernel"])
+
+
+def test_variants_that_would_take_the_time_of_the_training_are_left_out(problem: Callable[..., Problem]) -> None:
+    bounds = {"trials": 2, "folds": 3, "seconds": 6.0, "objective": ["accuracy", "robust_accuracy"]}
+    found = search(asked(search=bounds), problem(10))
+    chosen = next(trial for trial in found.trials if trial.number == found.chosen)
+    assert found.spec.epochs >= chosen.scores[-1].epochs
+    left_out = [trial for trial in found.trials if trial.origin == "variant" and not trial.scores]
+    assert [trial.dropped for trial in left_out] == ["no time was left"] * len(left_out)
+
+
+@pytest.mark.parametrize("each", [2, 3, 4])
+def test_two_classes_of_a_few_images_are_enough(problem: Callable[..., Problem], each: int) -> None:
+    whole = problem(each).data
+    few = Problem(whole.take(np.flatnonzero(whole.labels < 2)), pretrained()[0], 2, same_classes=False)
+    found = search(asked(search={"trials": 2}), few)
+    assert found.spec.epochs <= 1000
+    assert bool(found.warnings) == (each < 3)
+
+
+@pytest.mark.parametrize(("each", "uploaded"), [(2, False), (4, False), (4, True)])
+def test_a_resolved_spec_is_accepted_with_the_same_data(
+    problem: Callable[..., Problem], each: int, uploaded: bool
+) -> None:
+    found = search(asked(search={"trials": 1}), problem(each), uploaded=uploaded)
+    check_dataset(asked(**described(found.spec)), dict.fromkeys("0123456789", each), held_out=uploaded)
+
+
+def test_without_time_for_a_longer_run_what_the_first_round_found_is_trained_for_as_long_at_least(
+    problem: Callable[..., Problem],
+) -> None:
+    found = search(asked(search={"trials": 6, "seconds": 1.5}), problem(20))
+    chosen = next(trial for trial in found.trials if trial.number == found.chosen)
+    assert found.spec.epochs >= chosen.scores[-1].epochs
+    assert f"{found.spec.epochs} epochs" in found.sentence
+    assert bool(found.warnings) == (found.spec.epochs < chosen.spec.epochs)

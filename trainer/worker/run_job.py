@@ -1,4 +1,4 @@
-"""One job from data to a live version: adapt, fit, evaluate, export, publish. And what is added to its report later."""
+"""One job from data to a live version: search, fit, evaluate, export, publish. And what its report gains later."""
 
 import contextlib
 import functools
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import tensorflow as tf
 
 from serving.client import ModelServer
 from serving.publishing import Probe, file_lock, publish, seal, withdraw
-from serving.registry import BASE, Registry, Version
+from serving.registry import BASE, STABLE, Registry, Version
 from store.engine import reason, retrying
 from store.errors import DeviceUnavailable, ModelServerError, UnknownModel
 from store.records import GREY_28, DatasetCard, Manifest, ReportCard
@@ -137,7 +138,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged)
             bounds, found = asked.fixed.search, Found(asked.fixed)
             if asked.auto:
-                if bounds and bounds.preview and not registry.has_live(job.model):
+                if bounds and bounds.preview and job.label == STABLE and not registry.has_live(job.model):
                     with run.stage("previewing"):
                         run.previewed(maker.preview())
                 with run.stage("searching"):
@@ -178,7 +179,7 @@ class _Maker:
             shares=False,
         )  # fmt: skip
         card = self._evaluated(spec, start, fitted, train, HeldOut.apart(fitted, validation or train))
-        card["warnings"].append("this is a preview, trained for a moment; the job is searching for a better recipe")
+        card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         manifest = self._exported(spec, fitted, train, card, preview=True)
         return self._published(manifest, ReportCard.model_validate(card), step=lambda _: self.run.check())
 
@@ -398,9 +399,9 @@ def _named(name: str, registry: Registry) -> Version:
 
 def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
     """What was chosen for the newest versions of a model."""
-    newest = registry.of_model(model)[:EARLIER] if registry.has_live(model) else []
-    specs = [version.manifest.resolved_spec for version in newest]
-    return [spec for spec in specs if spec]
+    versions = registry.of_model(model) if registry.has_live(model) else []
+    specs = [version.manifest.resolved_spec for version in versions if not version.manifest.preview]
+    return [spec for spec in specs if spec][:EARLIER]
 
 
 def _spec_of(manifest: Manifest) -> Spec:
@@ -418,18 +419,13 @@ def _trained(
     """
     folds = list(data.folds(spec)) if spec.folds else []
     going_on = set(range(1 + len(folds)))  # the served network is number 0
+    records: SimpleQueue[tuple[int, dict[str, Any]]] = SimpleQueue()
     written = -math.inf
 
     def work(number: int, check: Check) -> Fitted:
         def on_epoch(record: dict[str, Any]) -> None:
-            nonlocal written
             check()
-            if number != min(going_on):  # the progress is that of one at a time
-                return
-            fold = {"fold": number, "folds": len(folds)} if number else {}
-            if not fold or record["epoch"] == spec.epochs or time.monotonic() > written + FOLD_PAUSE_S:
-                written = time.monotonic()
-                run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **fold})
+            records.put((number, record))
 
         seen, unseen = train, validation
         if number:
@@ -437,9 +433,21 @@ def _trained(
             seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
         return fit(spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number)
 
+    def write_down() -> None:
+        """Every epoch of the served network, and the progress of one fold at a time."""
+        nonlocal written
+        run.check()
+        while not records.empty():
+            number, record = records.get()
+            fold = {"fold": number, "folds": len(folds)} if number else {}
+            if not fold or (number == min(going_on) and time.monotonic() > written + FOLD_PAUSE_S):
+                written = time.monotonic()
+                run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **fold})
+
     logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
     found: dict[int, Fitted] = {}
-    for number, fitted in side_by_side(work, sorted(going_on), run.check):
+    for number, fitted in side_by_side(work, sorted(going_on), write_down):
+        write_down()
         going_on.discard(number)
         found[number] = fitted
         if number:
