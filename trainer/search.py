@@ -252,13 +252,14 @@ def default_folds(images: int) -> int:
 
 def rungs(trials: int, folds: int, images: int) -> tuple[Rung, ...]:
     """How many candidates get how much work."""
-    left = math.ceil(trials / 4)
+    left = min(FINALISTS, math.ceil(trials / 4))
     first = min(folds, math.ceil(FIRST_IMAGES * folds / images))
     return Rung(FIRST_SHARE, first, left), Rung(LAST_SHARE, folds)
 
 
+FINALISTS = 4  # at most
 FIRST_IMAGES = 200  # held-out images that decide the first round, if there are as many
-FIRST_SHARE, LAST_SHARE = 1 / 8, 1 / 3  # of the epochs, in the first round and in the last
+FIRST_SHARE, LAST_SHARE = 1 / 8, 1 / 4  # of the epochs, in the first round and in the last
 
 
 def trained(spec: Spec, problem: Problem, split: Split, check: Check = lambda: None) -> Arrays:
