@@ -46,6 +46,12 @@ def split(images: np.ndarray, labels: np.ndarray) -> Split:
     return Split(tf.constant(images), labels)
 
 
+def mislabel(labels: np.ndarray, share: float, classes: int, rng: np.random.Generator) -> None:
+    """Replace a share of the labels by others, in place."""
+    wrong = rng.random(len(labels)) < share
+    labels[wrong] = (labels[wrong] + rng.integers(1, classes, wrong.sum())) % classes
+
+
 def _float(images: np.ndarray) -> np.ndarray:
     return (images / np.float32(255))[..., None]
 

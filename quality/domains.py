@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from quality.data import digits, fashion
+from quality.data import digits, fashion, mislabel
 from store.errors import Diverged
 from trainer import evaluate
 from trainer.fit import Split
@@ -98,9 +98,7 @@ def measure(name: str, approach: str, seed: int) -> dict[str, Any]:
     chosen = stratified(y, seed, lambda _: domain.each)
     x, y = x[chosen], y[chosen]
     if domain.wrong:
-        rng = np.random.default_rng([seed, 23])
-        changed = rng.random(len(y)) < domain.wrong
-        y[changed] = (y[changed] + rng.integers(1, y.max() + 1, changed.sum())) % (y.max() + 1)
+        mislabel(y, domain.wrong, int(y.max()) + 1, np.random.default_rng([seed, 23]))
     began = time.perf_counter()
     found: dict[str, Any] = {}
     if approach == "svm":
@@ -111,7 +109,7 @@ def measure(name: str, approach: str, seed: int) -> dict[str, Any]:
         if approach == "oracle":
             found |= oracle(problem, test, seed)
         elif approach == "auto":
-            result = search(parse_asked(json.dumps({"search": {}, "seed": seed})), problem)
+            result = search(_everything(seed), problem)
             found |= {**_accuracies(result.spec, problem, problem.data, test), "sentence": result.sentence}
         elif approach == "none":
             found |= _accuracies(_everything(seed).resolve(NONE), problem, problem.data, test)

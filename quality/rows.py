@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from quality.data import Data, digits, fashion, mnist
+from quality.data import Data, digits, fashion, mislabel, mnist
 from trainer import evaluate, report
 from trainer.fit import Fitted, Split, Start, begin, fit
 from trainer.lenet import Arrays, initial
@@ -89,8 +89,7 @@ def paired(count: int, spec: dict[str, Any], *, wrong_labels: float = 0.0) -> Ca
         train, others = data.sample(count, seed)
         labels = train.labels.copy()
         rng = np.random.default_rng([seed, 23])
-        wrong = rng.random(count) < wrong_labels
-        labels[wrong] = (labels[wrong] + rng.integers(1, 10, wrong.sum())) % 10
+        mislabel(labels, wrong_labels, 10, rng)
         train = Split(train.images, labels)
         figures: Figures = {}
         for name, recipe in (("none", {**spec, **NONE, "augmentation": None}), ("recipe", spec)):

@@ -339,6 +339,14 @@ class Training:
         return float(self.done / self._updates * self._labels.shape[0] * self._c.replays / self.seconds)
 
 
+def withstands(network: Network, split: Split, epsilon: float, seed: int) -> np.ndarray:
+    """Whether each image is classified correctly under a short APGD, (n,) bool."""
+    size, steps, chance = tf.constant(epsilon, tf.float32), tf.constant(PROBE_STEPS), tf.constant([seed, 0])
+    _, margins = network.apgd(split.images, tf.constant(split.labels), size, steps, chance, tf.constant(False))
+    found: np.ndarray = margins.numpy() <= 0
+    return found
+
+
 class Selection:
     """Selects the epoch whose weights are kept, and decides when to stop early."""
 
@@ -367,12 +375,12 @@ class Selection:
         spec, score, patient = self._spec, -record["validation_cross_entropy"], _patience(self._spec)
         overfitted = False
         if self.attack:
-            epsilon = tf.constant(self.attack.epsilon, tf.float32)
-            probe = tf.constant(PROBE_STEPS), tf.constant([spec.seed, 0]), tf.constant(False)
-            images, labels = self._probe.images, tf.constant(self._probe.labels)
-            _, margins = served.apgd(images, labels, epsilon, *probe)
-            robust = float(np.mean(margins.numpy() <= 0))
-            fast = evaluate.accuracy(served.fgsm(images, labels, epsilon).numpy(), self._probe.labels)
+            size, probe = self.attack.epsilon, self._probe
+            robust = float(np.mean(withstands(served, probe, size, spec.seed)))
+            fast = evaluate.accuracy(
+                served.fgsm(probe.images, tf.constant(probe.labels), tf.constant(size, tf.float32)).numpy(),
+                probe.labels,
+            )
             record |= {"validation_accuracy_under_pgd": robust, "validation_accuracy_under_fgsm": fast}
             falls = warm and fast > robust + ROBUST
             overfitted = falls and self._most_robust >= ROBUST and robust < self._most_robust / 2

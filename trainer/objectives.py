@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from trainer import evaluate
-from trainer.fit import Split, sample
+from trainer.fit import PROBE_IMAGES, Split, sample, withstands
 from trainer.lenet import Arrays
 from trainer.network import Network
 from trainer.spec import OBJECTIVES, Choose
-
-ATTACKED, ATTACK_STEPS = 128, 10  # images of a fold, and steps of APGD on them
 
 Point = Mapping[str, float]
 
@@ -31,18 +28,12 @@ def measure(objectives: Sequence[str], params: Arrays, held_out: Split, epsilon:
     """Attack the network of a fold on some of the images that it was trained without, if that is an objective."""
     robust = np.zeros(0, bool)
     if "robust_accuracy" in objectives:
-        some = sample(held_out, ATTACKED)
-        size, steps, by_ratio = tf.constant(epsilon, tf.float32), tf.constant(ATTACK_STEPS), tf.constant(False)
-        chance = tf.constant([seed, 0])
-        _, margins = Network(params).apgd(some.images, tf.constant(some.labels), size, steps, chance, by_ratio)
-        robust = margins.numpy() <= 0
+        robust = withstands(Network(params), sample(held_out, PROBE_IMAGES), epsilon, seed)
     return Extra(robust, evaluate.sparsity(params)["zeros"])
 
 
 def combined(objectives: Sequence[str], logits: np.ndarray, labels: np.ndarray, extras: Sequence[Extra]) -> Point:
     """The objectives of a trial, from its out-of-fold predictions and what was measured on each fold."""
-    if len(objectives) == 1 or not extras:
-        return {}
     robust = np.concatenate([one.robust for one in extras])
     scaled = logits / evaluate.temperature(logits, labels)  # as the served network will be
     values = {

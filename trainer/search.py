@@ -209,13 +209,18 @@ class _Rounds:
                 trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind"
         return kept
 
+    def _measures(self, rung: Rung) -> bool:
+        """Whether more than accuracy is measured on a rung."""
+        return rung.keep is None and len(self._bounds.objective) > 1
+
     def _predicted(self, spec: Spec, rung: Rung, fold: int, check: Check) -> "Predicted":
         """Train without a fold and predict it."""
         train, held_out = self._parts[fold]
         run = training(shortened(spec, rung), self._problem, train)
         params = run.finish(check)
-        objectives = self._bounds.objective if rung.keep is None else ()
-        extra = measure(objectives, params, held_out, self._bounds.epsilon, self._seed)
+        extra = None
+        if self._measures(rung):
+            extra = measure(self._bounds.objective, params, held_out, self._bounds.epsilon, self._seed)
         return Predicted(Network(params).logits(held_out.images), run.seconds, extra)
 
     def _scored(self, spec: Spec, rung: Rung, found: Mapping[int, "Predicted"]) -> Score:
@@ -223,8 +228,8 @@ class _Rounds:
         parts = [found[fold] for fold in range(rung.folds)]
         logits = np.concatenate([part.logits for part in parts])
         truth = np.concatenate([self._problem.data.labels[self._folds[fold]] for fold in range(rung.folds)])
-        measured = [part.extra for part in parts] if rung.keep is None else []
-        reached = combined(self._bounds.objective, logits, truth, measured)
+        extras = [part.extra for part in parts if part.extra]
+        reached = combined(self._bounds.objective, logits, truth, extras) if self._measures(rung) else {}
         hits = evaluate.right(logits, truth)
         return Score(rung, shortened(spec, rung).epochs, losses(logits, truth), hits, self._clock.elapsed_s, reached)
 
@@ -234,7 +239,7 @@ class Predicted(NamedTuple):
 
     logits: np.ndarray
     seconds: float  # of training
-    extra: Extra
+    extra: Extra | None  # in the last round, of several objectives
 
 
 def shortened(spec: Spec, rung: Rung) -> Spec:

@@ -104,13 +104,15 @@ def by_one_standard_error(standing: Sequence[Trial]) -> Trial:
     Args:
         standing: trials scored on the same images, the best first.
     """
-    best = standing[0]
+    best = standing[0].scores[-1]
+    as_good = [trial for trial in standing if _as_good(trial.scores[-1], best)]
+    return min(as_good, key=lambda trial: preference(trial.spec)) if len(standing) > 1 else standing[0]
 
-    def as_good(trial: Trial) -> bool:
-        behind = trial.scores[-1].losses - best.scores[-1].losses
-        return bool(behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)))
 
-    return min(filter(as_good, standing), key=lambda trial: preference(trial.spec)) if len(standing) > 1 else best
+def _as_good(one: Score, best: Score) -> bool:
+    """Whether a score is within one standard error of another on the same images."""
+    behind = one.losses - best.losses
+    return bool(behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)))
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,14 @@ def worth(chosen: Trial, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """
     chosen = chosen.of or chosen
     mine, found = chosen.settings(), []
-    begun = [trial for trial in trials if trial.scores and not trial.of]
+    settings = {trial: trial.settings() for trial in trials if trial.scores and not trial.of}
+    differ = {trial: {name for name in SEARCHED if its[name] != mine[name]} for trial, its in settings.items()}
     for name in SEARCHED:
-        others = [trial for trial in begun if trial.settings()[name] != mine[name] and _apart(chosen, trial) <= ALIKE]
+        others = [trial for trial, names in differ.items() if name in names and len(names) <= ALIKE]
         if others:
             other = min(others, key=lambda trial: trial.scores[0].cross_entropy)
             found.append({
-                "field": name, "chosen": mine[name], "other": other.settings()[name],
+                "field": name, "chosen": mine[name], "other": settings[other][name],
                 "cross_entropy": other.scores[0].cross_entropy - chosen.scores[0].cross_entropy,
                 "accuracy": float(other.scores[0].right.mean() - chosen.scores[0].right.mean()),
             })  # fmt: skip
@@ -193,12 +196,6 @@ def worth(chosen: Trial, trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 ALIKE_SCORES = "there was no clear difference in the first round"
 ALIKE = 3  # searched fields in which two trials may differ and still be compared by one of these
-
-
-def _apart(one: Trial, other: Trial) -> int:
-    """Number of searched fields in which two trials differ."""
-    mine, others = one.settings(), other.settings()
-    return sum(mine[name] != others[name] for name in SEARCHED)
 
 
 def sentence(spec: Spec, chosen: Trial, trials: Sequence[Trial]) -> str:
@@ -230,10 +227,9 @@ def _best(trials: Sequence[Trial], wanted: Callable[[Spec], bool]) -> Trial | No
 def _beside(chosen: Trial, rival: Trial) -> str:
     """How a rival did beside the trial that was chosen, in the first round."""
     one, other = (chosen.of or chosen).scores[0], rival.scores[0]
-    behind = other.losses - one.losses
     points = 100 * float(one.right.mean() - other.right.mean())
-    if behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)):
+    if _as_good(other, one):
         return ALIKE_SCORES
     if points > 0:
         return f"accuracy was {points:.1f} points lower in the first round"
-    return f"the loss was {behind.mean():.2f} nats higher in the first round"
+    return f"the loss was {other.cross_entropy - one.cross_entropy:.2f} nats higher in the first round"
