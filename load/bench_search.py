@@ -37,12 +37,13 @@ def beside_one_recipe(count: int, rounds: int) -> None:
     """Print seconds and their ratio."""
     import tensorflow as tf
 
+    from trainer.asked import parse_asked
     from trainer.fit import Split
     from trainer.folds import stratified_folds
     from trainer.parallel import side_by_side
     from trainer.recipes import FULL
     from trainer.search import Problem, search, trained
-    from trainer.spec import Spec, parse_asked
+    from trainer.spec import Spec
     from trainer.worker.run_job import pretrained
 
     images, labels = digits(count, seed=0)

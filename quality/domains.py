@@ -23,13 +23,14 @@ from sklearn.svm import SVC
 from quality.data import digits, fashion, mislabel
 from store.errors import Diverged
 from trainer import evaluate
+from trainer.asked import Asked, parse_asked
 from trainer.fit import Split
 from trainer.folds import stratified
 from trainer.network import Network
 from trainer.parallel import Check, side_by_side
 from trainer.recipes import FULL, LARGE, LORA, Recipe, known, phrase, sampled
 from trainer.search import Problem, search, trained
-from trainer.spec import Asked, Spec, parse_asked
+from trainer.spec import Spec
 from trainer.worker.run_job import pretrained
 
 FOLDER = Path(os.environ.get("TEMPER_DOMAINS", Path(__file__).parents[2] / "shared" / "data"))

@@ -10,11 +10,11 @@ import numpy as np
 
 from quality.data import Data, digits, fashion, mislabel, mnist
 from trainer import evaluate, report
+from trainer.asked import parse_spec
 from trainer.fit import Fitted, Split, Start, begin, fit
 from trainer.lenet import Arrays, initial
 from trainer.methods import Method
 from trainer.network import Network
-from trainer.spec import parse_spec
 from trainer.worker.run_job import pretrained
 
 Figures = dict[str, float]

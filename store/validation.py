@@ -33,8 +33,10 @@ def reason(error: Mapping[str, Any], root: Any = None) -> str:
     """
     kind, context, given = str(error["type"]), error.get("ctx") or {}, _shown(error.get("input"))
     if kind == "extra_forbidden":
-        name, known = str(error["loc"][-1]), sorted(_fields(root, error["loc"][:-1]))
-        near = difflib.get_close_matches(name, known, 1, 0.5)
+        *within, name = error["loc"]
+        known = sorted(_fields(root, within))
+        inner = [f"{field}.{name}" for field in known if name in _fields(root, (*within, field)).difference(known)]
+        near = inner or difflib.get_close_matches(str(name), known, 1, 0.5)
         return "unknown field" + (f"; did you mean {near[0]!r}?" if near else _known(known))
     if kind == "missing":
         return "is required"

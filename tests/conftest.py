@@ -30,9 +30,9 @@ from serving.registry import Registry
 from store.engine import connect
 from store.processes import free_port
 from store.settings import Settings
+from trainer.asked import parse_asked
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job, Jobs
-from trainer.spec import parse_asked
 
 T = TypeVar("T")
 

@@ -11,12 +11,13 @@ import tensorflow as tf
 
 from store.errors import Diverged
 from trainer import evaluate
+from trainer.asked import refused
 from trainer.attacks import STEP_SHARE
 from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
 from trainer.methods import Method, first_trained
 from trainer.network import Network, bottleneck_of
 from trainer.optimizers import RISE, learning_rates
-from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat, refused
+from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat
 from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep
 
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.asked import Asked
 from trainer.fit import STEPS, batch_size
-from trainer.spec import Asked, Spec, described
+from trainer.spec import Spec, described
 
 Recipe = Mapping[str, Any]  # values of searched fields, as in a spec
 

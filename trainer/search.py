@@ -16,6 +16,7 @@ import numpy as np
 
 from store.errors import Diverged, SearchFailed
 from trainer import evaluate
+from trainer.asked import Asked
 from trainer.fit import Split, Training, begin
 from trainer.folds import stratified_folds
 from trainer.lenet import Arrays
@@ -23,7 +24,7 @@ from trainer.network import Network
 from trainer.objectives import Extra, combined, measure
 from trainer.parallel import Check, at_once, side_by_side
 from trainer.recipes import Recipe, candidates, fallback, recipe_of, variants
-from trainer.spec import FEWEST_OF_A_CLASS, Asked, Choose, Search, Spec
+from trainer.spec import FEWEST_OF_A_CLASS, Choose, Search, Spec
 from trainer.trials import Choice, Rung, Score, Trial, among, by_one_standard_error, loss_of, losses, sentence, worth
 
 

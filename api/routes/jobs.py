@@ -14,8 +14,9 @@ from api.routes.examples import SPEC_EXAMPLE
 from serving.registry import BASE, LABEL, STABLE
 from store.errors import InvalidRequest, UnknownModel
 from store.records import DatasetCard
+from trainer.asked import check_dataset, parse_asked, refused
 from trainer.jobs.records import Job, Status
-from trainer.spec import MODEL_NAME, Spec, check_dataset, described, parse_asked, refused
+from trainer.spec import MODEL_NAME, Spec, described
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])

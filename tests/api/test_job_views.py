@@ -7,8 +7,9 @@ import pytest
 
 from api.routes.jobs import JobList, JobView
 from store.records import DatasetCard, Progress
+from trainer.asked import parse_spec
 from trainer.jobs.records import Job
-from trainer.spec import described, parse_spec
+from trainer.spec import described
 
 JOB = Job(
     id="ftjob-1", model="m", version=None, preview_version=None, label="stable", base="lenet5:1", status="running",

@@ -12,7 +12,8 @@ import pytest
 from api.report.charts import BOTTOM, LEFT, RIGHT, TOP
 from api.report.page import report_page
 from store.records import Manifest, ReportCard
-from trainer.spec import described, parse_spec
+from trainer.asked import parse_spec
+from trainer.spec import described
 
 Json = dict[str, Any]
 VOID = {"meta", "br", "hr", "img", "link", "input"}

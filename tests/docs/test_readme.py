@@ -21,7 +21,8 @@ from pydantic import BaseModel
 from cli.main import main as temper
 from tests.conftest import Service, png
 from tests.docs.tables import BEGIN, END, settings_table
-from trainer.spec import ATTACK_NAMES, Adversarial, Spec, parse_asked
+from trainer.asked import parse_asked
+from trainer.spec import ATTACK_NAMES, Adversarial, Spec
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 
 from trainer import evaluate, report
+from trainer.asked import parse_spec
 from trainer.fit import Split, begin, fit
 from trainer.lenet import logits
 from trainer.network import Network
-from trainer.spec import parse_spec
 from trainer.worker.run_job import pretrained
 
 MISSING = "adversarial-robustness-toolbox is not installed: `make test-art` runs this in an environment of its own"

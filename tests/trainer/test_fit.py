@@ -9,12 +9,12 @@ import tensorflow as tf
 
 from store.errors import Diverged, InvalidSpec
 from trainer import fit as fitting
+from trainer.asked import parse_spec
 from trainer.evaluate import accuracy
 from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, structure
 from trainer.folds import stratified, stratified_folds
 from trainer.lenet import Arrays
 from trainer.network import Network
-from trainer.spec import parse_spec
 from trainer.train_step import TrainStep
 from trainer.worker.run_job import pretrained
 

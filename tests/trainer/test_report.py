@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from tests.conftest import Place
 from trainer import delta, evaluate, report
+from trainer.asked import parse_spec
 from trainer.export import digest, export, load_params
 from trainer.fit import Fitted, Split
 from trainer.folds import stratified
@@ -20,7 +21,7 @@ from trainer.jobs.records import Job
 from trainer.lenet import HEAD
 from trainer.methods import Method
 from trainer.network import Network
-from trainer.spec import Spec, parse_spec
+from trainer.spec import Spec
 from trainer.synthetic_digits import synthetic_digits
 from trainer.worker.run_job import complete_report, pretrained
 

@@ -13,11 +13,11 @@ from store.errors import Diverged
 from store.records import Manifest, ReportCard
 from tests.conftest import Place, eventually
 from trainer import report
+from trainer.asked import parse_spec
 from trainer.export import export, load_params
 from trainer.fit import Split, begin, fit
 from trainer.lenet import initial
 from trainer.report import HeldOut
-from trainer.spec import parse_spec
 from trainer.worker.run_job import pretrained
 
 

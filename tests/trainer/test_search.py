@@ -11,6 +11,7 @@ import tensorflow as tf
 from store.errors import InvalidSpec, SearchFailed
 from tests.conftest import Place
 from trainer import evaluate, objectives
+from trainer.asked import Asked, check_dataset, parse_asked, parse_spec
 from trainer.export import load_params
 from trainer.fit import Split
 from trainer.folds import stratified_folds
@@ -18,7 +19,7 @@ from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import LeaseLost
 from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, candidates
 from trainer.search import Clock, Problem, makespan, rungs, search
-from trainer.spec import Asked, Choose, check_dataset, described, parse_asked, parse_spec
+from trainer.spec import Choose, described
 from trainer.trials import Rung, Score, Trial, among, by_one_standard_error, losses, sentence
 from trainer.worker.run_job import complete_report, pretrained
 
@@ -361,7 +362,7 @@ def test_a_search_for_robustness_and_sparsity_tries_what_serves_them(problem: Ca
     [
         ({"search": {"objective": []}}, "search.objective"),
         ({"search": {"objective": ["speed"]}}, "search.objective.0"),
-        ({"search": {"objective": ["accuracy", "accuracy"]}}, "names an objective twice"),
+        ({"search": {"objective": ["accuracy", "accuracy"]}}, "names 'accuracy' twice"),
         ({"search": {"objective": ["sparsity"]}}, "must contain 'accuracy'"),
         ({"search": {"choose": {"weights": {"accuracy": 1}}}}, "is for several objectives"),
         ({"search": {"objective": ["accuracy", "sparsity"], "choose": {}}}, "is empty"),
@@ -374,6 +375,7 @@ def test_a_search_for_robustness_and_sparsity_tries_what_serves_them(problem: Ca
             "search.choose.limits.0",
         ),
         ({"search": {"objective": ["accuracy", "robust_accuracy"], "epsilon": 0}}, "search.epsilon"),
+        ({"search": {"epsilon": 0.3}}, "search.epsilon: is that of 'robust_accuracy', which is not in `objective`"),
         ({"adversarial": "auto"}, "search.objective"),
         ({"adversarial": "auto", "search": {"objective": 3}}, "search.objective"),
     ],

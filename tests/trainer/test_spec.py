@@ -6,19 +6,8 @@ from typing import get_args
 import pytest
 
 from store.errors import InvalidSpec
-from trainer.spec import (
-    ATTACK_NAMES,
-    SEARCHED,
-    Free,
-    Ia3,
-    Lora,
-    Method,
-    Search,
-    check_dataset,
-    described,
-    parse_asked,
-    parse_spec,
-)  # fmt: skip
+from trainer.asked import check_dataset, parse_asked, parse_spec
+from trainer.spec import ATTACK_NAMES, SEARCHED, Free, Ia3, Lora, Method, Search, described  # fmt: skip
 
 
 def test_an_empty_spec_is_the_regularized_recipe() -> None:
@@ -188,6 +177,7 @@ def test_what_is_no_json_object_of_numbers_is_refused(text: str) -> None:
     ("given", "message"),
     [
         ({"drop_out": 0.1}, "spec.drop_out: unknown field; did you mean 'dropout'?"),
+        ({"trials": 3}, "spec.trials: unknown field; did you mean 'search.trials'?"),
         ({"lora": {"rnak": 4}}, "spec.lora.rnak: unknown field; did you mean 'rank'?"),
         ({"adversarial": {"attack": "pgd", "step": 4}}, "spec.adversarial.step: unknown field; did you mean 'steps'?"),
         ({"epochs": "20"}, "spec.epochs: must be a whole number, not '20'"),

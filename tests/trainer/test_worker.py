@@ -15,8 +15,9 @@ from serving.registry import Registry
 from store.records import Manifest, ReportCard
 from store.settings import Settings
 from tests.conftest import Place, PostgreSQL, eventually, opened
+from trainer.asked import parse_spec
 from trainer.jobs.records import Jobs
-from trainer.spec import described, parse_spec
+from trainer.spec import described
 from trainer.worker import loop
 from trainer.worker.loop import Worker
 from trainer.worker.retention import retire_surplus

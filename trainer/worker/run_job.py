@@ -25,6 +25,7 @@ from store.errors import DeviceUnavailable, ModelServerError, UnknownModel
 from store.records import GREY_28, DatasetCard, Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, evaluate, report
+from trainer.asked import Asked
 from trainer.export import digest, export, load_params
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
 from trainer.folds import stratified, stratified_folds
@@ -36,7 +37,7 @@ from trainer.parallel import Check, side_by_side
 from trainer.recipes import preview_recipe
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, search
-from trainer.spec import Asked, Spec, described
+from trainer.spec import Spec, described
 from trainer.synthetic_digits import synthetic_digits
 
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
