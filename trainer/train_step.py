@@ -286,9 +286,9 @@ class _Compiled:
         """Images and targets after augmentation, mixup and label smoothing."""
         if self.structure.augment:
             x = affine(x, c["shift"], c["rotate"], c["scale"], chance + [0, 2])
-            x = flipped(x, c["flip"], chance + [0, 5])
-            x = contrasted(x, c["contrast"], chance + [0, 6])
-            x = cut_out(x, c["cutout"], chance + [0, 7])
+            for change, size, draw in ((flipped, "flip", 5), (contrasted, "contrast", 6), (cut_out, "cutout", 7)):
+                changed = functools.partial(change, x, c[size], chance + [0, draw])
+                x = tf.cond(c[size] > 0.0, changed, functools.partial(tf.identity, x))
         if self.structure.mixup:
             x, y = mixed(x, y, c["mix"])
         return x, (1.0 - c["label_smoothing"]) * y + c["label_smoothing"] / self.structure.classes
