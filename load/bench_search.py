@@ -44,7 +44,7 @@ def beside_one_recipe(count: int, rounds: int) -> None:
     from trainer.recipes import FULL
     from trainer.search import Problem, search, trained
     from trainer.spec import Spec
-    from trainer.worker.run_job import pretrained
+    from trainer.worker.pretrained import pretrained
 
     images, labels = digits(count, seed=0)
     data = Split(tf.constant((images / np.float32(255))[..., None]), labels.astype(np.int32))

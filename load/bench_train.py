@@ -25,7 +25,7 @@ import tensorflow as tf  # noqa: E402
 
 from trainer.fit import Split, Training, begin, coefficients  # noqa: E402
 from trainer.spec import Spec  # noqa: E402
-from trainer.worker.run_job import pretrained  # noqa: E402
+from trainer.worker.pretrained import pretrained  # noqa: E402
 
 ROUNDS = 5
 IMAGES, FEW = 5120, 2048  # FEW for attacks

@@ -31,7 +31,7 @@ from trainer.parallel import Check, side_by_side
 from trainer.recipes import FULL, LARGE, LORA, Recipe, known, phrase, sampled
 from trainer.search import Problem, search, trained
 from trainer.spec import Spec
-from trainer.worker.run_job import pretrained
+from trainer.worker.pretrained import pretrained
 
 FOLDER = Path(os.environ.get("TEMPER_DOMAINS", Path(__file__).parents[2] / "shared" / "data"))
 ORACLE = 60  # random configurations

@@ -15,7 +15,7 @@ from trainer.fit import Fitted, Split, Start, begin, fit
 from trainer.lenet import Arrays, initial
 from trainer.methods import Method
 from trainer.network import Network
-from trainer.worker.run_job import pretrained
+from trainer.worker.pretrained import pretrained
 
 Figures = dict[str, float]
 NONE: dict[str, Any] = {"method": "full", "l2": 0.0, "dropout": 0.0}

@@ -290,7 +290,7 @@ class Place:
         self.settings.make_home()
         self.engine = connect(self.settings.store_url)
         self.jobs, self.registry, self.servers = Jobs(self.engine), Registry(self.engine), [ModelServer(target)]
-        from trainer.worker.run_job import publish_base
+        from trainer.worker.pretrained import publish_base
 
         publish_base(self.settings, self.registry, self.servers)
         dataset = Dataset(digits[0][:100], digits[1][:100].astype(np.int32), tuple("0123456789"))

@@ -14,7 +14,7 @@ from trainer.asked import parse_spec
 from trainer.fit import Split, begin, fit
 from trainer.lenet import logits
 from trainer.network import Network
-from trainer.worker.run_job import pretrained
+from trainer.worker.pretrained import pretrained
 
 MISSING = "adversarial-robustness-toolbox is not installed: `make test-art` runs this in an environment of its own"
 IMAGES = 200

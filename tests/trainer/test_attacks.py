@@ -14,7 +14,7 @@ from trainer.evaluate import accuracy
 from trainer.fit import Split
 from trainer.lenet import Arrays, initial, logits
 from trainer.network import Network
-from trainer.worker.run_job import pretrained
+from trainer.worker.pretrained import pretrained
 
 EPSILON = tf.constant(0.1)
 

@@ -16,7 +16,7 @@ from trainer.folds import stratified, stratified_folds
 from trainer.lenet import Arrays
 from trainer.network import Network
 from trainer.train_step import TrainStep
-from trainer.worker.run_job import pretrained
+from trainer.worker.pretrained import pretrained
 
 Digits = tuple[np.ndarray, np.ndarray]
 

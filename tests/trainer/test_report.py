@@ -23,7 +23,8 @@ from trainer.methods import Method
 from trainer.network import Network
 from trainer.spec import Spec
 from trainer.synthetic_digits import synthetic_digits
-from trainer.worker.run_job import complete_report, pretrained
+from trainer.worker.complete_report import complete_report
+from trainer.worker.pretrained import pretrained
 
 
 def test_calibration_is_the_mean_distance_of_confidence_and_accuracy() -> None:

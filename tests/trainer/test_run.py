@@ -18,7 +18,7 @@ from trainer.export import export, load_params
 from trainer.fit import Split, begin, fit
 from trainer.lenet import initial
 from trainer.report import HeldOut
-from trainer.worker.run_job import pretrained
+from trainer.worker.pretrained import pretrained
 
 
 def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> None:

@@ -21,7 +21,8 @@ from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, candidates
 from trainer.search import Clock, Problem, makespan, rungs, search
 from trainer.spec import Choose, described
 from trainer.trials import Rung, Score, Trial, among, by_one_standard_error, losses, sentence
-from trainer.worker.run_job import complete_report, pretrained
+from trainer.worker.complete_report import complete_report
+from trainer.worker.pretrained import pretrained
 
 QUICK = {"search": {"trials": 4, "folds": 3, "preview": False}, "epochs": 3}
 

@@ -127,7 +127,7 @@ class Worker:
         import_tensorflow()
         import tensorflow as tf
 
-        from trainer.worker.run_job import publish_base
+        from trainer.worker.pretrained import publish_base
 
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
@@ -214,7 +214,7 @@ class Worker:
 
     def _continue_report(self) -> bool:
         """Work on an open report for a moment; False if there is none."""
-        from trainer.worker.run_job import complete_report
+        from trainer.worker.complete_report import complete_report
 
         if self._report is None:
             now = time.monotonic()

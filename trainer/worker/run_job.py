@@ -1,8 +1,7 @@
-"""One job from data to a live version: search, fit, evaluate, export, publish. And what its report gains later."""
+"""One job from data to a live version: search, fit, evaluate, export, publish."""
 
 import contextlib
 import functools
-import json
 import math
 import shutil
 import time
@@ -18,32 +17,26 @@ import structlog
 import tensorflow as tf
 
 from serving.client import ModelServer
-from serving.publishing import Probe, file_lock, publish, seal, withdraw
-from serving.registry import BASE, STABLE, Registry, Version
+from serving.publishing import Probe, publish, seal, withdraw
+from serving.registry import STABLE, Registry
 from store.engine import reason, retrying
-from store.errors import DeviceUnavailable, ModelServerError, UnknownModel
-from store.records import GREY_28, DatasetCard, Manifest, ReportCard
+from store.records import Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.asked import Asked
 from trainer.export import digest, export, load_params
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
-from trainer.folds import stratified, stratified_folds
-from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
-from trainer.network import Network, bottleneck_of
+from trainer.network import bottleneck_of
 from trainer.parallel import Check, side_by_side
 from trainer.recipes import preview_recipe
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, search
 from trainer.spec import Spec, described
-from trainer.synthetic_digits import synthetic_digits
+from trainer.worker.job_data import FOLD, PROBE_IMAGES, JobData, device_of, named
 
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
-PROBE_IMAGES = 16
-FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
-FORGETTING_IMAGES = 500
 FOLD_PAUSE_S = 0.25  # between two records of epochs of a fold
 EARLIER = 3  # versions whose recipes are tried again for the next
 
@@ -130,9 +123,9 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
     try:
         with run.stage("validating"):
             asked = Asked.of(job.spec)
-            device = _device(asked.fixed.device)
-            data = _Data.load(job.dataset, settings, asked.fixed)
-            source = _named(job.base, registry)
+            device = device_of(asked.fixed.device)
+            data = JobData.load(job.dataset, settings, asked.fixed)
+            source = named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
         with tf.device(device):
             problem = Problem(data.all, base, len(data.classes), data.classes == source.manifest.classes)
@@ -165,7 +158,7 @@ class _Maker:
     registry: Registry
     servers: Sequence[ModelServer]
     asked: Asked
-    data: "_Data"
+    data: "JobData"
     problem: Problem
     device: str
     staged: Path
@@ -262,142 +255,6 @@ def clear_leftovers(job: Job, *, settings: Settings, registry: Registry, servers
             withdraw(settings, registry, servers, version.model, version.version)
 
 
-def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry) -> Iterator[None]:
-    """Work out the costly part of a report; yields wherever other work may come first."""
-    assert job.version is not None
-    try:
-        version = registry.find(job.model, job.version)
-    except UnknownModel:  # removed since
-        jobs.reported(job, "none")
-        return
-    spec = _spec_of(version.manifest)
-    data = _Data.load(job.dataset, settings, spec)
-    device = _device("auto" if spec.device == "gpu" else spec.device)
-    params = load_params(settings.version(job.model, job.version))
-    with tf.device(device):
-        _, unseen = data.split(spec)
-        network = params
-        if unseen is None:
-            unseen = data.part(next(data.folds(spec)))
-            with np.load(settings.version(job.model, job.version) / FOLD) as arrays:
-                network = dict(arrays)
-    steps = report.robustness(
-        functools.partial(Network, network), unseen, report.epsilon_of(spec), settings.attack_images
-    )
-    found = None
-    while found is None:
-        yield
-        with tf.device(device):  # not across the yield: other work comes with a device of its own
-            found = next(steps)
-    with tf.device(device):
-        lost = _forgetting(params, job.base, data.classes, settings, registry)
-    card = version.report.dump()
-    quick, attacked = card["robustness"], {**card["robustness"], **found}
-    outdated = report.fgsm_flatters(spec, quick)
-    warnings = [text for text in card["warnings"] if text not in outdated] + report.fgsm_flatters(spec, attacked)
-    card |= {"robustness": attacked, "warnings": warnings, "forgetting": lost}
-    registry.set_report(job.model, job.version, ReportCard.model_validate(card))
-    jobs.reported(job, "complete")
-
-
-def _forgetting(
-    params: Arrays, base: str, classes: tuple[str, ...], settings: Settings, registry: Registry
-) -> dict[str, Any] | None:
-    """How much of the base's task is left; None where nothing of that task is there."""
-    try:
-        version = _named(base, registry)
-    except UnknownModel:  # removed since
-        return None
-    if version.model == BASE:
-        source, (images, labels) = "synthetic digits", synthetic_digits(FORGETTING_IMAGES, seed=0)
-        sample = Split(tf.constant(images), labels)
-    else:
-        spec = _spec_of(version.manifest)
-        if version.manifest.dataset is None:
-            return None
-        try:
-            data = _Data.load(version.manifest.dataset, settings, spec)
-        except FileNotFoundError:
-            return None
-        train, validation = data.split(spec)
-        source = f"{'validation' if validation else 'training'} images of {base}"
-        sample = validation or train
-        sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
-    before = load_params(settings.version(version.model, version.version))
-    same = version.manifest.classes == classes
-    return {"sample": source, **report.forgetting(params, before, sample, same_classes=same)}
-
-
-@dataclass(frozen=True)
-class _Data:
-    """A job's images and what is known of them."""
-
-    dataset: Dataset
-    validation: Dataset | None  # where it was uploaded apart
-    polarity: str
-
-    @classmethod
-    def load(cls, card: DatasetCard, settings: Settings, spec: Spec) -> "_Data":
-        """What an upload has left."""
-        dataset = Dataset.load(settings.datasets / f"{card.id}.npz")
-        validation = Dataset.load(settings.datasets / f"{card.validation.id}.npz") if card.validation else None
-        return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.dataset.classes
-
-    @property
-    def invert(self) -> bool:
-        """Tell whether the writing is darker than its ground."""
-        return self.polarity == "dark_on_light"
-
-    def split(self, spec: Spec) -> tuple[Split, Split | None]:
-        """Training and validation images: uploaded apart, or the same share of every class, or none of them."""
-        if self.validation is not None:
-            return self.all, self._ready(self.validation)
-        if not spec.validation_split:
-            return self.all, None
-        chosen = stratified(self.dataset.labels, spec.seed, lambda n: max(1, round(spec.validation_split * n)))
-        return self.part(~chosen), self.part(chosen)
-
-    def folds(self, spec: Spec) -> Iterator[np.ndarray]:
-        """Which images each fold holds out, (n,) bool."""
-        return stratified_folds(self.dataset.labels, spec.seed, spec.folds or 0)
-
-    @functools.cached_property
-    def all(self) -> Split:
-        """All images but those that were uploaded to validate on."""
-        return self._ready(self.dataset)
-
-    def part(self, some: np.ndarray) -> Split:
-        """Some of these, (n,) bool."""
-        return self._ready(self.dataset, some)
-
-    def as_sent(self, validation: Split) -> np.ndarray:
-        """The first validation images as a client would send them, (n, 784) uint8."""
-        images = np.asarray(validation.images[:PROBE_IMAGES]).reshape(-1, GREY_28.pixels)
-        return np.rint(255 * (1.0 - images if self.invert else images)).astype(np.uint8)
-
-    def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:
-        images = (dataset.images[some] / np.float32(255))[..., None]
-        labels = np.array([self.classes.index(name) for name in dataset.classes], np.int32)[dataset.labels[some]]
-        return Split(tf.constant(1.0 - images if self.invert else images), labels)
-
-
-def _device(wanted: str) -> str:
-    gpus = tf.config.list_logical_devices("GPU")
-    if wanted == "gpu" and not gpus:
-        raise DeviceUnavailable("the spec asks for a GPU, and TensorFlow sees none", param="spec.device")
-    return "/GPU:0" if gpus and wanted != "cpu" else "/CPU:0"
-
-
-def _named(name: str, registry: Registry) -> Version:
-    """The live version `name:version`."""
-    model, _, number = name.partition(":")
-    return registry.find(model, int(number))
-
-
 def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
     """What was chosen for the newest versions of a model."""
     versions = registry.of_model(model) if registry.has_live(model) else []
@@ -405,13 +262,8 @@ def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
     return [spec for spec in specs if spec][:EARLIER]
 
 
-def _spec_of(manifest: Manifest) -> Spec:
-    """The spec that a version was trained with."""
-    return Spec.model_validate_json(json.dumps(manifest.trained_with))
-
-
 def _trained(
-    spec: Spec, start: Start, train: Split, validation: Split | None, data: _Data, run: Run
+    spec: Spec, start: Start, train: Split, validation: Split | None, data: JobData, run: Run
 ) -> tuple[Fitted, HeldOut | None]:
     """The network to serve, and with folds out-of-fold predictions, all trained at the same time.
 
@@ -456,51 +308,3 @@ def _trained(
     if not folds:
         return found[0], None
     return found[0], HeldOut(data.all, logits, data.part(folds[0]), found[1].params, out_of_fold=True)
-
-
-def publish_base(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
-    """Publish the pretrained LeNet-5 as version 1 of `lenet5`, unless it is there.
-
-    Raises:
-        ModelServerUnavailable: nothing was done.
-    """
-    with file_lock(settings, "base"):
-        if registry.has_live(BASE):
-            return
-        _check_any_answers(servers)  # first, because a number that is given is not given again
-        for version in registry.of_job(BASE):
-            withdraw(settings, registry, servers, BASE, version.version)
-        params, card = pretrained()
-        classes = [str(digit) for digit in range(10)]
-        manifest = Manifest.model_validate({"classes": classes, "base": None, "sha256": digest(params), **card})
-        pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, GREY_28.pixels), np.uint8)
-        logits = Network(params).logits((pixels / np.float32(255)).reshape(-1, *GREY_28.shape))
-        staged = settings.staging / BASE
-        shutil.rmtree(staged, ignore_errors=True)
-        export(staged, params, invert=False, manifest=manifest.dump())
-        Probe(pixels, logits).save(staged)
-        seal(staged)
-        report_card = ReportCard.model_validate(card)
-        publish(
-            settings, registry, servers,
-            staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=report_card,
-        )  # fmt: skip
-
-
-def _check_any_answers(servers: Sequence[ModelServer]) -> None:
-    absent: ModelServerError | None = None
-    for server in servers:
-        try:
-            server.states(BASE)
-            return
-        except ModelServerError as exc:
-            absent = exc
-    if absent:
-        raise absent
-
-
-def pretrained() -> tuple[Arrays, dict[str, Any]]:
-    """Parameters of the pretrained LeNet-5, and its card: where they come from."""
-    folder = Path(__file__).parents[1] / "base"
-    with np.load(folder / "lenet5.npz") as arrays:
-        return dict(arrays), json.loads((folder / "lenet5.json").read_text(encoding="utf-8"))

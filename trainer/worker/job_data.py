@@ -1,0 +1,103 @@
+"""What a job works with: its images, its device, and the versions that it starts from."""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import tensorflow as tf
+
+from serving.registry import Registry, Version
+from store.errors import DeviceUnavailable
+from store.records import GREY_28, DatasetCard, Manifest
+from store.settings import Settings
+from trainer.fit import Split
+from trainer.folds import stratified, stratified_folds
+from trainer.jobs.datasets import Dataset
+from trainer.spec import Spec
+
+FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
+PROBE_IMAGES = 16  # whose logits prove that what is served is what was trained
+
+
+@dataclass(frozen=True)
+class JobData:
+    """A job's images and what is known of them."""
+
+    dataset: Dataset
+    validation: Dataset | None  # where it was uploaded apart
+    polarity: str
+
+    @classmethod
+    def load(cls, card: DatasetCard, settings: Settings, spec: Spec) -> Self:
+        """What an upload has left."""
+        dataset = Dataset.load(settings.datasets / f"{card.id}.npz")
+        validation = Dataset.load(settings.datasets / f"{card.validation.id}.npz") if card.validation else None
+        return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the outputs."""
+        return self.dataset.classes
+
+    @property
+    def invert(self) -> bool:
+        """Tell whether the writing is darker than its ground."""
+        return self.polarity == "dark_on_light"
+
+    def split(self, spec: Spec) -> tuple[Split, Split | None]:
+        """Training and validation images: uploaded apart, or the same share of every class, or none of them."""
+        if self.validation is not None:
+            return self.all, self._ready(self.validation)
+        if not spec.validation_split:
+            return self.all, None
+        chosen = stratified(self.dataset.labels, spec.seed, lambda n: max(1, round(spec.validation_split * n)))
+        return self.part(~chosen), self.part(chosen)
+
+    def folds(self, spec: Spec) -> Iterator[np.ndarray]:
+        """Which images each fold holds out, (n,) bool."""
+        return stratified_folds(self.dataset.labels, spec.seed, spec.folds or 0)
+
+    @functools.cached_property
+    def all(self) -> Split:
+        """All images but those that were uploaded to validate on."""
+        return self._ready(self.dataset)
+
+    def part(self, some: np.ndarray) -> Split:
+        """Some of these, (n,) bool."""
+        return self._ready(self.dataset, some)
+
+    def as_sent(self, validation: Split) -> np.ndarray:
+        """The first validation images as a client would send them, (n, 784) uint8."""
+        images = np.asarray(validation.images[:PROBE_IMAGES]).reshape(-1, GREY_28.pixels)
+        return np.rint(255 * (1.0 - images if self.invert else images)).astype(np.uint8)
+
+    def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:
+        images = (dataset.images[some] / np.float32(255))[..., None]
+        labels = np.array([self.classes.index(name) for name in dataset.classes], np.int32)[dataset.labels[some]]
+        return Split(tf.constant(1.0 - images if self.invert else images), labels)
+
+
+def device_of(wanted: str) -> str:
+    """The device for `auto`, `cpu` or `gpu`.
+
+    Raises:
+        DeviceUnavailable: there is no GPU.
+    """
+    gpus = tf.config.list_logical_devices("GPU")
+    if wanted == "gpu" and not gpus:
+        raise DeviceUnavailable("the spec asks for a GPU, and TensorFlow sees none", param="spec.device")
+    return "/GPU:0" if gpus and wanted != "cpu" else "/CPU:0"
+
+
+def named(name: str, registry: Registry) -> Version:
+    """The live version `name:version`."""
+    model, _, number = name.partition(":")
+    return registry.find(model, int(number))
+
+
+def spec_of(manifest: Manifest) -> Spec:
+    """The spec that a version was trained with."""
+    return Spec.model_validate_json(json.dumps(manifest.trained_with))
