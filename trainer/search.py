@@ -263,9 +263,9 @@ def rungs(trials: int, folds: int, images: int) -> tuple[Rung, ...]:
     return Rung(FIRST_SHARE, first, left), Rung(LAST_SHARE, folds)
 
 
-FINALISTS = 4  # at most
+FINALISTS = 3  # at most
 FIRST_IMAGES = 200  # held-out images that decide the first round, if there are as many
-FIRST_SHARE, LAST_SHARE = 1 / 8, 1 / 4  # of the epochs, in the first round and in the last
+FIRST_SHARE, LAST_SHARE = 1 / 16, 1 / 4  # of the epochs, in the first round and in the last
 
 
 def trained(spec: Spec, problem: Problem, split: Split, check: Check = lambda: None) -> Arrays:
