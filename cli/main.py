@@ -23,6 +23,7 @@ from store.settings import Settings, from_environment
 from trainer.spec import ATTACK_NAMES, SEARCHED, Fgsm, Spec
 
 console = Console(highlight=False)
+WIDE = 1000  # columns
 
 TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
 
@@ -358,16 +359,16 @@ def print_image(image: Image.Image, width: int = 28) -> None:
 @click.pass_obj
 def jobs(api: Api, limit: int) -> None:
     """List the newest jobs."""
-    table = Table(Column("job", no_wrap=True), "model", "version", "status", "stage", "progress", "started", box=None)
+    table = Table(Column("job", no_wrap=True), "model", "version", "status", "progress", "started", "error", box=None)
     for job in api.call("GET", "/finetune", params={"limit": limit})["data"]:
         progress = job["progress"]
         began = time.strftime("%T", time.localtime(job["started_at"])) if job["started_at"] else ""
         done, of = ("tried", "trials") if "trial" in progress else ("epoch", "epochs")
         epoch = f"{progress[done]}/{progress[of]}" if done in progress else ""
-        table.add_row(
-            job["id"], job["model"], str(job["version"] or ""), job["status"], job["stage"] or "", epoch, began
-        )
-    console.print(table)
+        error = escape(job["error"]["message"]) if job["error"] else ""
+        state = job["stage"] or job["status"]
+        table.add_row(job["id"], job["model"], str(job["version"] or ""), state, epoch, began, error)
+    show(table)
 
 
 @main.command()
@@ -384,4 +385,9 @@ def models(api: Api) -> None:
         if not page["has_more"]:
             break
         after = {"after": page["data"][-1]["name"]}
-    console.print(table)
+    show(table)
+
+
+def show(table: Table) -> None:
+    """Print a table; what is not a terminal gets whole lines."""
+    (console if console.is_terminal else Console(highlight=False, width=WIDE)).print(table)

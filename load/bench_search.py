@@ -43,7 +43,7 @@ def beside_one_recipe(count: int, rounds: int) -> None:
     from trainer.folds import stratified_folds
     from trainer.parallel import side_by_side
     from trainer.recipes import FULL
-    from trainer.search import Problem, search, trained
+    from trainer.search import Problem, search, training
     from trainer.spec import Spec
     from trainer.worker.pretrained import pretrained
 
@@ -55,7 +55,7 @@ def beside_one_recipe(count: int, rounds: int) -> None:
     def run(spec: Spec, folds: int) -> float:
         began = time.perf_counter()
         parts = [data, *(problem.part(~held_out) for held_out in stratified_folds(data.labels, 0, folds))]
-        list(side_by_side(lambda part, check: trained(spec, problem, part, check), parts))
+        list(side_by_side(lambda part, check: training(spec, problem, part).finish(check), parts))
         return time.perf_counter() - began
 
     one, searched, trials = [], [], []

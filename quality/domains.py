@@ -29,7 +29,7 @@ from trainer.folds import stratified
 from trainer.network import Network
 from trainer.parallel import Check, side_by_side
 from trainer.recipes import FULL, LARGE, LORA, Recipe, known, phrase, sampled
-from trainer.search import Problem, search, trained
+from trainer.search import Problem, search, training
 from trainer.spec import Spec
 from trainer.worker.pretrained import pretrained
 
@@ -153,6 +153,6 @@ def _everything(seed: int) -> Asked:
 
 def _accuracies(spec: Spec, problem: Problem, train: Split, test: Split) -> dict[str, float]:
     """Test accuracy, and by how much that on the training images (and their labels, right or wrong) is higher."""
-    network = Network(trained(spec, problem, train))
+    network = Network(training(spec, problem, train).finish())
     seen, unseen = (100 * evaluate.accuracy(network.logits(one.images), one.labels) for one in (train, test))
     return {"test": unseen, "gap": seen - unseen}

@@ -268,18 +268,6 @@ FIRST_IMAGES = 200  # held-out images that decide the first round, if there are 
 FIRST_SHARE, LAST_SHARE = 1 / 16, 1 / 4  # of the epochs, in the first round and in the last
 
 
-def trained(spec: Spec, problem: Problem, split: Split, check: Check = lambda: None) -> Arrays:
-    """Parameters after all epochs of a spec.
-
-    Args:
-        check: called before each epoch; raises to end the run.
-
-    Raises:
-        Diverged: the loss or the weights are not finite.
-    """
-    return training(spec, problem, split).finish(check)
-
-
 def training(spec: Spec, problem: Problem, split: Split) -> Training:
     """A new run of a spec."""
     start = begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)

@@ -1,5 +1,6 @@
 """The `temper` command as a client of a real service, and what it says when something is wrong."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from store.processes import free_port
-from tests.conftest import Service, eventually, png
+from tests.conftest import Service, eventually, npz, png
 
 Digits = tuple[np.ndarray, np.ndarray]
 COMMAND = [sys.executable, "-m", "cli"]
@@ -92,6 +93,16 @@ def test_the_command_uploads_a_folder_waits_and_predicts(service: Service, digit
     assert "predicted by cli:1" in temper(service, "predict", str(photo), "--model", "cli").stdout
     assert "cli" in temper(service, "models").stdout
     assert "succeeded" in temper(service, "jobs").stdout
+
+
+def test_the_list_of_jobs_says_in_whole_lines_why_one_failed(service: Service, digits: Digits) -> None:
+    images, labels = digits
+    upload = npz(images=images[:60], labels=labels[:60])
+    spec = json.dumps({"method": "full", "optimizer": "sgd", "learning_rate": 1.0, "l2": 10.0})
+    job = service.finished(service.finetune(upload, "wild", spec).json()["id"])
+    assert job["status"] == "failed", job
+    (line,) = (line for line in temper(service, "jobs").stdout.splitlines() if job["id"] in line)
+    assert job["error"]["message"] in line
 
 
 def test_an_upload_that_is_refused_is_explained(service: Service, tmp_path: Path) -> None:
