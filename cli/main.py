@@ -143,7 +143,11 @@ def spec_options(command: Callable[..., None]) -> Callable[..., None]:
     extra = (
         click.option("--rank", type=int, help="Rank of LoRA."),
         click.option("--attack", type=click.Choice(ATTACK_NAMES), help="Train against this attack."),
-        click.option("--epsilon", type=float, help=f"Of the attack. {Fgsm.model_fields['epsilon'].description}"),
+        click.option(
+            "--epsilon",
+            type=NumberOrAuto(click.FLOAT),
+            help=f"Of the attack. {Fgsm.model_fields['epsilon'].description}",
+        ),
         click.option("--trials", type=int, help="Search with so many recipes whatever is not given."),
         click.option("--seconds", type=float, help="Time for that search and the training of its choice."),
         click.option("--patience", type=int, help="Stop early after this many epochs without improvement."),
@@ -264,7 +268,7 @@ def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
                 if not console.is_terminal and (progress["round"], done) != shown:
                     shown = progress["round"], done
                     console.print(text)
-            elif progress:
+            elif "epoch" in progress:
                 losses = "".join(f" {name} {progress[key]:.3f}" for key, name in TERMS.items() if progress.get(key))
                 fold = f"fold {progress['fold']}/{progress['folds']} " if "fold" in progress else ""
                 text = f"{fold}{progress['epoch']}/{progress['epochs']}{losses}"

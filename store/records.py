@@ -302,7 +302,7 @@ class TrialCard(Record):
 
 
 class Worth(Record):
-    """The best trial with another value of a field, less the best with the chosen one, in the first round."""
+    """The best trial with another value of a field, less the chosen trial, in the first round."""
 
     field: str = ""
     chosen: Any = None

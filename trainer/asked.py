@@ -42,6 +42,10 @@ class Asked:
                 "adversarial", "is 'auto', which needs 'robust_accuracy' in search.objective; give an attack or null"
             )
         if isinstance(attack, Mapping) and attack.get("epsilon") == "auto":
+            if attack.get("attack") == "vat":
+                raise refused(
+                    "adversarial.epsilon", "cannot be 'auto' for vat, whose sizes are of another kind; give a number"
+                )
             auto.add("epsilon")
             given = {**given, "adversarial": {name: value for name, value in attack.items() if name != "epsilon"}}
         if given.get("search") is not None and not auto:
@@ -68,8 +72,8 @@ class Asked:
             for name in ("folds", "validation_split"):
                 if getattr(self.fixed, name) != Spec.model_fields[name].default:
                     raise refused(name, "leave it out: the search holds out every image once; `search.folds` says how")
-        if (self.auto or not self.fixed.validation_split) and self.fixed.early_stopping:
-            raise refused("early_stopping", "leave it out: all images are trained on, so there are none to stop by")
+            if self.fixed.early_stopping:
+                raise refused("early_stopping", "leave it out: all images are trained on, so there are none to stop by")
 
     def described(self) -> dict[str, Any]:
         """As JSON values, with "auto" for what is searched."""
@@ -185,6 +189,8 @@ def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -
         wrong["search.seconds"] = (
             f"{spec.search.seconds:g} s are too few for even one trial; give at least {least_s:.1f}"
         )
+    if spec.early_stopping and not (held_out or spec.validation_split):
+        wrong["early_stopping"] = "leave it out: all images are trained on, so there are none to stop by"
     if spec.folds and held_out:
         wrong["folds"] = "leave it out: with a `validation` upload there is nothing to cross-validate"
     elif few:

@@ -35,7 +35,7 @@ def measure(objectives: Sequence[str], params: Arrays, held_out: Split, epsilon:
 def combined(objectives: Sequence[str], logits: np.ndarray, labels: np.ndarray, extras: Sequence[Extra]) -> Point:
     """The objectives of a trial, from its out-of-fold predictions and what was measured on each fold."""
     robust = np.concatenate([one.robust for one in extras])
-    scaled = logits / evaluate.temperature(logits, labels)  # as the served network will be
+    scaled = logits / evaluate.temperature(logits, labels)  # as `calibrate` does
     values = {
         "accuracy": evaluate.accuracy(logits, labels),
         "robust_accuracy": float(robust.mean()) if len(robust) else 0.0,

@@ -79,6 +79,8 @@ def candidates(
 
     for origin, recipe in recipes():
         spec = asked.resolve(recipe)
+        if not same_classes:  # there is no classifier to keep
+            spec = spec.model_copy(update={"head": "new"})
         if spec not in seen:
             seen.append(spec)
             yield origin, spec

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from store.errors import Diverged, SearchFailed
+from store.errors import Diverged, InvalidSpec, SearchFailed
 from trainer import evaluate
 from trainer.asked import Asked
 from trainer.fit import Split, Training, begin
@@ -93,6 +93,7 @@ def search(
     clock = Clock(bounds.seconds, runs=makespan(after, at_once()), spent_s=spent_s)
     rounds = _Rounds(problem, bounds, asked.fixed.seed, folds, clock, on_trial, check)
     trials: list[Trial] = []
+    lost: set[Trial] = set()  # diverged
 
     def add(found: Iterable[tuple[str, Spec]], of: Trial | None = None) -> list[Trial]:
         numbered = enumerate(found, start=1 + len(trials))
@@ -102,10 +103,18 @@ def search(
 
     standing = add(candidates(asked, problem.same_classes, len(problem.data.labels), earlier))
     for rung in rungs(len(standing), folds, len(problem.data.labels)):
-        done = rounds.run(standing, rung, after=standing[0] if standing[0].scores else None)
-        if not done and not standing[0].scores:
-            raise SearchFailed(f"no recipe could be trained: {standing[0].dropped}", param="spec")
-        standing = done or standing  # no time was left, or all diverged in the longer run
+        done: list[Trial] = []
+        while not done:
+            done = rounds.run(standing, rung, after=standing[0] if standing[0].scores else None)
+            done = done or [trial for trial in standing if trial.scores and trial.dropped == NO_TIME]
+            if not done:  # all diverged: the next ones get their turn
+                lost.update(standing)
+                reason = standing[0].dropped
+                spare = [trial for trial in trials if trial.scores and trial not in lost]
+                standing = sorted(spare, key=loss_of)[:FINALISTS]
+                if not standing:
+                    raise SearchFailed(f"no recipe could be trained: {reason}", param="spec")
+        standing = done
     chosen = by_one_standard_error(standing)
     tried = [trial.spec for trial in trials]
     new = [(origin, spec) for origin, spec in variants(asked, chosen.spec) if spec not in tried]
@@ -122,18 +131,21 @@ def search(
         else:
             choice = Choice(chosen, warnings=["search.seconds left no time to measure the objectives"])
     for trial in trials:
-        if trial is not choice.trial:
-            trial.dropped = trial.dropped or (choice.beside(trial) if trial.scores else "no time was left")
-    fields: dict[str, Any] = {"validation_split": 0.0} | ({} if uploaded else {"folds": folds})
+        trial.dropped = "" if trial is choice.trial else trial.dropped or choice.beside(trial)
+    fields: dict[str, Any] = {"validation_split": 0.0, "head": choice.trial.spec.head}
+    if not uploaded:
+        fields["folds"] = folds
     if asked.fixed.calibrate is None:
         fields["calibrate"] = True
     warnings, wanted = list(choice.warnings), choice.trial.spec.epochs
-    if bounds.seconds and "epochs" in asked.auto:
-        fields["epochs"] = max(choice.trial.scores[-1].epochs, clock.affordable(choice.trial.spec))
-        if fields["epochs"] < wanted:
-            warnings.append(
-                f"search.seconds left time for {fields['epochs']} of {wanted} epochs; give it more for a better version"
-            )
+    affordable = max(choice.trial.scores[-1].epochs, clock.affordable(choice.trial.spec))
+    if affordable < wanted and "epochs" in asked.auto:
+        fields["epochs"] = affordable
+        warnings.append(
+            f"search.seconds left time for {affordable} of {wanted} epochs; give it more for a better version"
+        )
+    elif affordable < wanted:
+        warnings.append(f"search.seconds was too short for the {wanted} epochs that the spec asks for")
     spec = asked.resolve(recipe_of(choice.trial.spec), **fields)
     return Found(
         spec, trials, choice.trial.number, " ".join([sentence(spec, choice.trial, trials), *choice.why]),
@@ -153,11 +165,15 @@ class _Rounds:
         self._folds = list(stratified_folds(problem.data.labels, seed, folds))
         self._parts = [(problem.part(~fold), problem.part(fold)) for fold in self._folds]
         self._number = 0
+        self._places: list[Callable[[Spec], bool]] = [lambda spec: spec.augmentation is not None]
+        if problem.same_classes:
+            self._places.append(lambda spec: spec.head == "keep")
 
     def run(self, trials: Sequence[Trial], rung: Rung, after: Trial | None = None) -> list[Trial]:
         """Give every trial the work of a rung; returns those that go on, the best first.
 
-        Where the classes are the base's, one that starts from the base's classifier is always among them.
+        Always among them are one with augmentation and, where the classes are the base's, one that starts from the
+        base's classifier: short runs on few images undervalue both.
 
         Args:
             after: what was chosen before; if the time is needed to train that, no trial begins.
@@ -171,10 +187,10 @@ class _Rounds:
             trial, fold = task
             best = min(done, key=loss_of, default=after)
             if best and self._clock.is_up(best.spec, meanwhile=shortened(trial.spec, rung)):
-                return "no time was left"
+                return NO_TIME
             try:
                 return self._predicted(trial.spec, rung, fold, check)
-            except Diverged as exc:
+            except (Diverged, InvalidSpec) as exc:  # an earlier version's recipe may not suit this base
                 return str(exc)
 
         tasks = [(trial, fold) for trial in trials for fold in range(rung.folds)]
@@ -197,14 +213,14 @@ class _Rounds:
                  "epochs": score.epochs, "folds": rung.folds,
                  "best": {"trial": best.number, **best.scores[-1].headline()}}
             )  # fmt: skip
-        for trial in trials if done or not after else ():
+        for trial in trials:
             if reasons := failed.get(trial.number):
-                trial.dropped = reasons[min(reasons)]
+                trial.dropped = next((reasons[fold] for fold in sorted(reasons) if reasons[fold] != NO_TIME), NO_TIME)
         done.sort(key=lambda trial: (loss_of(trial), trial.number))
         kept = done[: rung.keep]
-        if self._problem.same_classes and all(trial.spec.head == "new" for trial in kept):
-            # What the base knows counts for more than what few images tell apart.
-            kept += [trial for trial in done if trial.spec.head == "keep"][:1]
+        for has_place in self._places:
+            if not any(has_place(trial.spec) for trial in kept):
+                kept += [trial for trial in done if has_place(trial.spec)][:1]
         for trial in done:
             if trial not in kept:
                 trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind"
@@ -248,6 +264,7 @@ def shortened(spec: Spec, rung: Rung) -> Spec:
     return spec.model_copy(update={"epochs": max(1, round(rung.share * spec.epochs))})
 
 
+NO_TIME = "no time was left"
 _TOO_FEW = f"nothing was searched, because a class has fewer than {FEWEST_OF_A_CLASS} images; a fixed recipe was used"
 
 
@@ -321,7 +338,9 @@ class Clock:
         """Seconds for an epoch on all images."""
         rates = {kind: seconds / epochs for kind, (epochs, seconds) in list(self._taken.items())}
         slowest = max(rates.values(), default=0.0)
-        return rates.get(_kind(spec), slowest if spec.adversarial is None else ATTACKED_RATE * slowest)
+        if spec.adversarial:
+            slowest = max((rate for (_, attack), rate in rates.items() if attack), default=ATTACKED_RATE * slowest)
+        return rates.get(_kind(spec), slowest)
 
     def is_up(self, best: Spec, meanwhile: Spec | None = None) -> bool:
         """Tell whether the rest of the time is needed to train the best spec so far.

@@ -185,7 +185,7 @@ Objectives = Annotated[
     tuple[Objective, ...], AfterValidator(_distinct), AfterValidator(_with_accuracy), Field(min_length=1, strict=False)
 ]
 _LIMIT = in_words(
-    rf"^({'|'.join(OBJECTIVES)})  ?>= ?(0(\.[0-9]+)?|1(\.0+)?)$",
+    rf"^({'|'.join(OBJECTIVES)}) ?>= ?(0(\.[0-9]+)?|1(\.0+)?)$",
     f"such as 'robust_accuracy >= 0.6', with a share and one of {', '.join(OBJECTIVES)}",
 )
 Limit = Annotated[str, Field(pattern=_LIMIT)]
@@ -293,7 +293,10 @@ class Spec(Strict):
     adversarial: Adversarial | None = Field(None, description="Adversarial training, or null.")
     epochs: int = Field(20, ge=1, le=1000, description="Passes over the training images.")
     batch_size: int = Field(
-        64, ge=1, le=4096, description="Largest batch; small data sets use smaller batches, for twenty steps an epoch."
+        64,
+        ge=1,
+        le=4096,
+        description="Largest batch; small data sets use smaller ones, of 8 at least, for up to twenty steps an epoch.",
     )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
     schedule: Literal["constant", "cosine", "one_cycle"] = Field(

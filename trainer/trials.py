@@ -195,14 +195,16 @@ def worth(chosen: Trial, trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 ALIKE_SCORES = "there was no clear difference in the first round"
+AHEAD = "the loss was lower in the first round"
 ALIKE = 3  # searched fields in which two trials may differ and still be compared by one of these
 
 
 def sentence(spec: Spec, chosen: Trial, trials: Sequence[Trial]) -> str:
     """What was chosen and why, in plain words."""
     score = chosen.scores[-1]
+    epochs = "one epoch" if score.epochs == 1 else f"{score.epochs} epochs"
     parts = [
-        f"Chose {phrase(spec)}. In a run of {score.epochs} epochs it classified {score.right.mean():.1%} of "
+        f"Chose {phrase(spec)}. In a run of {epochs} it classified {score.right.mean():.1%} of "
         f"{len(score.right)} held-out images correctly."
     ]
     augmented = chosen.spec.augmentation is not None
@@ -210,7 +212,7 @@ def sentence(spec: Spec, chosen: Trial, trials: Sequence[Trial]) -> str:
     if rival := _best(trials, lambda spec: (spec.augmentation is not None) is not augmented and spec.method == method):
         beside = _beside(chosen, rival)
         start = "Without augmentation" if augmented else "With augmentation"
-        if not augmented and beside != ALIKE_SCORES:
+        if not augmented and beside not in (ALIKE_SCORES, AHEAD):
             start = "Augmentation was left out: with it"
         parts.append(f"{start}, {beside}.")
     if rival := _best(trials, lambda spec: spec.method != method):
@@ -228,6 +230,8 @@ def _beside(chosen: Trial, rival: Trial) -> str:
     """How a rival did beside the trial that was chosen, in the first round."""
     one, other = (chosen.of or chosen).scores[0], rival.scores[0]
     points = 100 * float(one.right.mean() - other.right.mean())
+    if not _as_good(one, other):
+        return AHEAD
     if _as_good(other, one):
         return ALIKE_SCORES
     if points > 0:

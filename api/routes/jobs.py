@@ -24,7 +24,8 @@ router = APIRouter(tags=["fine-tune"])
 JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
 FILES = {
     "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
-    "validation": "Images to validate on, in the same format; without them part of `data` is held out.",
+    "validation": "Images to validate on, in the same format; without them images of `data` are held out in turn, or "
+    "some of them, as the spec says.",
 }
 
 
@@ -36,7 +37,10 @@ class FinetuneFields(BaseModel):
         STABLE, pattern=LABEL, description="Label to move to the new version, such as `stable` or `canary`."
     )
     spec: str | None = Field(
-        None, description="How to train, as JSON (schema `Spec`); regularized by default.", examples=[SPEC_EXAMPLE]
+        None,
+        description='How to train, as JSON (schema `Spec`, in which `"auto"` stands for what is searched); without it '
+        "everything is.",
+        examples=[SPEC_EXAMPLE],
     )
 
 
@@ -152,7 +156,7 @@ async def finetune(request: Request, response: Response) -> JobView:
     job = await asyncio.to_thread(
         gateway.jobs.create,
         model=fields.model, base=base, spec=asked.described(), dataset=dataset, label=fields.label,
-        resolved_spec=None if asked.auto else described(asked.fixed),
+        resolved_spec=None if asked.auto else described(asked.fixed) | {"base": base},
     )  # fmt: skip
     log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
     response.headers["Location"] = f"/finetune/{job.id}"

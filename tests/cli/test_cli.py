@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cli.main import follow
 from store.processes import free_port
 from tests.conftest import Service, eventually, npz, png
 
@@ -93,6 +94,11 @@ def test_the_command_uploads_a_folder_waits_and_predicts(service: Service, digit
     assert "predicted by cli:1" in temper(service, "predict", str(photo), "--model", "cli").stdout
     assert "cli" in temper(service, "models").stdout
     assert "succeeded" in temper(service, "jobs").stdout
+
+
+def test_a_job_that_was_only_published_again_is_followed_to_its_end() -> None:
+    job = {"progress": {"publishing": {"labelled": 1.0}}, "stage": None, "status": "succeeded", "finished_at": 1}
+    assert follow(lambda: job) is job
 
 
 def test_the_list_of_jobs_says_in_whole_lines_why_one_failed(service: Service, digits: Digits) -> None:

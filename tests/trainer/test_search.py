@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from store.errors import InvalidSpec, SearchFailed
+import trainer.search
+from store.errors import Diverged, InvalidSpec, SearchFailed
 from tests.conftest import Place
 from trainer import evaluate, objectives
 from trainer.asked import Asked, check_dataset, parse_asked, parse_spec
@@ -17,12 +19,14 @@ from trainer.fit import Split
 from trainer.folds import stratified_folds
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import LeaseLost
+from trainer.lenet import adapters
 from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, candidates
-from trainer.search import Clock, Problem, makespan, rungs, search
-from trainer.spec import Choose, described
+from trainer.search import NO_TIME, Clock, Predicted, Problem, makespan, rungs, search, shortened
+from trainer.spec import Choose, Spec, described
 from trainer.trials import Rung, Score, Trial, among, by_one_standard_error, losses, sentence
 from trainer.worker.complete_report import complete_report
 from trainer.worker.pretrained import pretrained
+from trainer.worker.run_job import Run
 
 QUICK = {"search": {"trials": 4, "folds": 3, "preview": False}, "epochs": 3}
 
@@ -51,6 +55,9 @@ def test_a_search_that_is_sent_back_as_a_spec_gives_the_same_weights_and_report(
     assert done.resolved_spec is not None
     assert done.resolved_spec["calibrate"] is True
     assert (done.spec["method"], done.resolved_spec["epochs"], done.resolved_spec["search"]) == ("auto", 3, None)
+    assert (done.spec["base"], done.resolved_spec["base"]) == ("lenet5", "lenet5:1")  # the base may get other versions
+    measured = first.report.dump()
+    assert measured["cross_validation"]["cross_entropy"] == measured["validation"]["cross_entropy"]
     assert first.manifest.resolved_spec == done.resolved_spec
     again = place.claimed(done.resolved_spec)
     place.run(again)
@@ -126,21 +133,28 @@ def test_uploaded_validation_images_are_what_the_report_rests_on_and_the_search_
     assert validation.images == 50
 
 
-def test_a_cancelled_search_ends_at_its_next_run(place: Place) -> None:
-    job = place.claimed(QUICK)
-    place.jobs.cancel(job.id)
+def test_a_cancelled_search_ends_at_its_next_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, tried = place.claimed(QUICK), list[Any]()
+
+    def cancel(self: Run, record: dict[str, Any]) -> None:
+        tried.append(record)
+        place.jobs.cancel(job.id)
+
+    monkeypatch.setattr(Run, "trial", cancel)
     with pytest.raises(LeaseLost):
         place.run(job)
+    assert 1 <= len(tried) < 4
     assert list(place.registry.wanted()) == ["lenet5"]
 
 
 def test_a_model_without_a_version_gets_a_preview_that_the_choice_replaces(place: Place) -> None:
-    spec = {**QUICK, "search": {"trials": 2, "folds": 2}}
+    spec = {"epochs": 12, "search": {"trials": 2, "folds": 2}}
     first = place.run(place.claimed(spec))
     assert (first.preview_version, first.version) == (1, 2)
     happened = [event.type for event in place.jobs.events(first.id)]
     assert happened.index("preview") < happened.index("trial")
     preview, final = (place.registry.find("m", number) for number in (1, 2))
+    assert preview.manifest.trained_with["epochs"] < final.manifest.trained_with["epochs"] == 12  # as the spec fixes
     assert (preview.manifest.preview, final.manifest.preview) == (True, False)
     assert any("preview" in text for text in preview.report.warnings)
     assert place.registry.find("m").version == 2
@@ -226,6 +240,7 @@ def test_every_round_has_fewer_trials_with_more_work(trials: int, folds: int) ->
     assert all(rung.keep is None or rung.keep >= 1 for rung in found)
     assert [rung.share for rung in found] == sorted(rung.share for rung in found)
     assert found[-1].folds == folds
+    assert [rung.keep for rung in found] == [{1: 1, 2: 1, 16: 3, 100: 3}[trials], None]
 
 
 def test_confidence_alone_does_not_decide_between_trials() -> None:
@@ -290,7 +305,7 @@ def test_the_sentence_says_what_was_left_out_and_what_it_would_have_cost() -> No
     assert "Without augmentation, accuracy was 5.0 points lower" in sentence(
         better.spec, better, [plain, moved, better]
     )
-    other = trial(4, 0.2, method="lora")
+    other = Trial(4, parse_spec("{}"), "recipe", plain.scores)
     assert "With `lora`, there was no clear difference" in sentence(plain.spec, plain, [plain, other])
 
 
@@ -421,7 +436,117 @@ def test_variants_that_would_take_the_time_of_the_training_are_left_out(problem:
     chosen = next(trial for trial in found.trials if trial.number == found.chosen)
     assert found.spec.epochs >= chosen.scores[-1].epochs
     left_out = [trial for trial in found.trials if trial.origin == "variant" and not trial.scores]
-    assert [trial.dropped for trial in left_out] == ["no time was left"] * len(left_out)
+    assert left_out
+    assert {trial.dropped for trial in left_out} == {NO_TIME}
+
+
+@pytest.fixture
+def diverging(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Spec], bool]], None]:
+    """Make the runs diverge whose specs meet a condition."""
+
+    def begin(wild: Callable[[Spec], bool]) -> None:
+        def training(spec: Spec, *rest: Any) -> Any:
+            if wild(spec):
+                raise Diverged("the loss is not finite")
+            return begun(spec, *rest)
+
+        begun = trainer.search.training
+        monkeypatch.setattr("trainer.search.training", training)
+
+    return begin
+
+
+def test_a_finalist_that_diverges_in_the_longer_run_is_not_chosen(
+    problem: Callable[..., Problem], diverging: Callable[[Callable[[Spec], bool]], None]
+) -> None:
+    diverging(lambda spec: spec.epochs > 4 and spec.method == "full")
+    found = search(asked(epochs=40, search={"trials": 4, "folds": 2}), problem(10))
+    assert found.spec.method == "lora"
+    assert "the loss is not finite" in {trial.dropped for trial in found.trials}
+    diverging(lambda spec: spec.epochs > 4)
+    with pytest.raises(SearchFailed, match="the loss is not finite"):
+        search(asked(epochs=40, search={"trials": 4, "folds": 2}), problem(10))
+
+
+def test_augmentation_and_the_classifier_of_the_base_have_a_place_in_the_last_round(
+    problem: Callable[..., Problem],
+) -> None:
+    def weak(spec: Spec) -> bool:
+        return spec.epochs <= 4 and (spec.augmentation is not None or spec.head == "keep")
+
+    def predicted(rounds: Any, spec: Spec, rung: Rung, fold: int, check: Any) -> Predicted:
+        found = real(rounds, spec, rung, fold, check)
+        return found._replace(logits=np.zeros_like(found.logits)) if weak(shortened(spec, rung)) else found
+
+    real = trainer.search._Rounds._predicted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.search._Rounds._predicted", predicted)
+        patch.setattr("trainer.search.FINALISTS", 2)
+        found = search(asked(method="full", epochs=40, search={"folds": 2}), problem(10))
+    last = [trial.spec for trial in found.trials if trial.finished]
+    assert sum(spec.augmentation is None and spec.head == "new" for spec in last) == 2
+    assert any(spec.augmentation for spec in last)
+    assert any(spec.head == "keep" for spec in last)
+
+
+def test_a_variant_that_diverges_is_said_to(
+    problem: Callable[..., Problem], diverging: Callable[[Callable[[Spec], bool]], None]
+) -> None:
+    diverging(lambda spec: spec.adversarial is not None)
+    bounds = {"trials": 2, "folds": 2, "objective": ["accuracy", "robust_accuracy"]}
+    found = search(asked(epochs=4, search=bounds), problem(10))
+    assert {trial.dropped for trial in found.trials if trial.origin == "variant"} == {"the loss is not finite"}
+    assert found.warnings == []
+
+
+def test_an_earlier_recipe_that_does_not_suit_the_base_is_one_trial_that_failed(
+    problem: Callable[..., Problem],
+) -> None:
+    few = problem(10)
+    other = replace(few, base={**few.base, **adapters(8, seed=0)})
+    earlier = [{**LORA, "method": "adapter", "lora": None, "adapter": {"bottleneck": 16}}]
+    found = search(asked(epochs=4, search={"trials": 2, "folds": 2}), other, earlier=earlier)
+    assert found.chosen == 2
+    assert "already has adapters of 8" in found.trials[0].dropped
+
+
+def test_an_attack_that_is_known_tells_how_long_it_takes_with_another_method() -> None:
+    attacked = {"adversarial": {"attack": "pgd"}}
+    lora, full = (parse_spec(json.dumps({"method": method, **attacked})) for method in ("lora", "full"))
+    clock = Clock(30.0, runs=1.0)
+    clock.note(lora, 10, 1.0)
+    assert not clock.is_up(full.model_copy(update={"epochs": 100}))  # 10 s, as far as is known
+
+
+def test_epochs_that_the_spec_fixes_are_kept_beyond_the_time_with_a_warning(problem: Callable[..., Problem]) -> None:
+    found = search(asked(epochs=300, method="full", search={"trials": 2, "folds": 2, "seconds": 1.5}), problem(20))
+    assert found.spec.epochs == 300
+    assert any("search.seconds was too short" in text for text in found.warnings)
+
+
+def test_a_recipe_that_led_in_the_first_round_is_said_to_have() -> None:
+    specs = [parse_spec(json.dumps(given)) for given in ({"method": "full", "head": "new"}, {})]
+    trials = [Trial(number, spec, "recipe") for number, spec in enumerate(specs, 1)]
+    for rung, sizes in ((Rung(1 / 16, 2, 2), (0.5, 0.1)), (Rung(1 / 4, 2), (0.1, 0.4))):
+        for trial, size in zip(trials, sizes, strict=True):
+            trial.scores.append(Score(rung, 5, np.full(100, size), np.full(100, size < 0.3)))
+    assert "With `lora`, the loss was lower in the first round." in sentence(specs[0], trials[0], trials)
+
+
+@pytest.mark.parametrize("uploaded", [True, False])
+def test_early_stopping_needs_images_that_training_does_not_see(uploaded: bool) -> None:
+    spec = asked(validation_split=0, early_stopping={}, **({} if uploaded else {"folds": 2}))
+    if uploaded:
+        check_dataset(spec, {"a": 9, "b": 9}, held_out=True)
+        return
+    with pytest.raises(InvalidSpec, match="early_stopping"):
+        check_dataset(spec, {"a": 9, "b": 9}, held_out=False)
+
+
+def test_classes_that_the_base_does_not_have_get_a_new_classifier_in_words_too(problem: Callable[..., Problem]) -> None:
+    found = search(asked(l2="auto", epochs=4, search={"trials": 2, "folds": 2}), problem(10, same_classes=False))
+    assert found.spec.head == "new"
+    assert "from a new classifier" in found.sentence
 
 
 @pytest.mark.parametrize("each", [2, 3, 4])

@@ -84,7 +84,7 @@ def test_a_described_spec_reads_as_itself(given: dict[str, object]) -> None:
         ({"l2": "auto", "folds": 5}, ["spec.folds"]),
         ({"l2": "auto", "validation_split": 0.1}, ["spec.validation_split"]),
         ({"l2": "auto", "early_stopping": {}}, ["spec.early_stopping"]),
-        ({"folds": 5, "validation_split": 0, "early_stopping": {}}, ["spec.early_stopping"]),
+        ({"adversarial": {"attack": "vat", "epsilon": "auto"}}, ["spec.adversarial.epsilon"]),
         ({"batch_size": "auto"}, ["spec.batch_size"]),
         ({"class_weights": "balanced"}, ["spec.class_weights"]),
         ({"base": "no such/name"}, ["spec.base"]),

@@ -19,7 +19,7 @@ from trainer.jobs.datasets import Dataset
 from trainer.spec import Spec
 
 FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
-PROBE_IMAGES = 16  # whose logits prove that what is served is what was trained
+PARITY_IMAGES = 16  # whose logits prove that what is served is what was trained
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class JobData:
 
     @classmethod
     def load(cls, card: DatasetCard, settings: Settings, spec: Spec) -> Self:
-        """What an upload has left."""
+        """Load the images of an upload."""
         dataset = Dataset.load(settings.datasets / f"{card.id}.npz")
         validation = Dataset.load(settings.datasets / f"{card.validation.id}.npz") if card.validation else None
         return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity)
@@ -44,7 +44,7 @@ class JobData:
 
     @property
     def invert(self) -> bool:
-        """Tell whether the writing is darker than its ground."""
+        """Tell whether the foreground is darker than the background."""
         return self.polarity == "dark_on_light"
 
     def split(self, spec: Spec) -> tuple[Split, Split | None]:
@@ -71,7 +71,7 @@ class JobData:
 
     def as_sent(self, validation: Split) -> np.ndarray:
         """The first validation images as a client would send them, (n, 784) uint8."""
-        images = np.asarray(validation.images[:PROBE_IMAGES]).reshape(-1, GREY_28.pixels)
+        images = np.asarray(validation.images[:PARITY_IMAGES]).reshape(-1, GREY_28.pixels)
         return np.rint(255 * (1.0 - images if self.invert else images)).astype(np.uint8)
 
     def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:

@@ -17,7 +17,7 @@ from store.settings import Settings
 from trainer.export import digest, export
 from trainer.lenet import Arrays
 from trainer.network import Network
-from trainer.worker.job_data import PROBE_IMAGES
+from trainer.worker.job_data import PARITY_IMAGES
 
 
 def publish_base(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
@@ -35,7 +35,7 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
         params, card = pretrained()
         classes = [str(digit) for digit in range(10)]
         manifest = Manifest.model_validate({"classes": classes, "base": None, "sha256": digest(params), **card})
-        pixels = np.random.default_rng(0).integers(0, 256, (PROBE_IMAGES, GREY_28.pixels), np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (PARITY_IMAGES, GREY_28.pixels), np.uint8)
         logits = Network(params).logits((pixels / np.float32(255)).reshape(-1, *GREY_28.shape))
         staged = settings.staging / BASE
         shutil.rmtree(staged, ignore_errors=True)

@@ -20,6 +20,7 @@ from serving.client import ModelServer
 from serving.publishing import Probe, publish, seal, withdraw
 from serving.registry import STABLE, Registry
 from store.engine import reason, retrying
+from store.errors import Diverged
 from store.records import Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, evaluate, report
@@ -34,7 +35,7 @@ from trainer.recipes import preview_recipe
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, search
 from trainer.spec import Spec, described
-from trainer.worker.job_data import FOLD, PROBE_IMAGES, JobData, device_of, named
+from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
 
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 FOLD_PAUSE_S = 0.25  # between two records of epochs of a fold
@@ -133,7 +134,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             bounds, found = asked.fixed.search, Found(asked.fixed)
             if asked.auto:
                 if bounds and bounds.preview and job.label == STABLE and not registry.has_live(job.model):
-                    with run.stage("previewing"):
+                    with run.stage("previewing"), contextlib.suppress(Diverged):  # the search may find what does not
                         run.previewed(maker.preview())
                 with run.stage("searching"):
                     found = search(
@@ -141,7 +142,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                         spent_s=sum(run.seconds.values()),
                         on_trial=run.trial, check=run.check,
                     )  # fmt: skip
-                    run.patiently(lambda: jobs.resolve(job, described(found.spec)))
+                    run.patiently(lambda: jobs.resolve(job, _pinned(found.spec, job)))
             run.succeeded(maker.make(found))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -165,7 +166,9 @@ class _Maker:
 
     def preview(self) -> int:
         """Publish the first version of a model from a quick recipe; returns its number."""
-        spec = self.asked.resolve(preview_recipe(self.problem.same_classes))
+        recipe = preview_recipe(self.problem.same_classes)
+        spec = self.asked.resolve(recipe)
+        spec = spec.model_copy(update={"epochs": min(spec.epochs, recipe["epochs"])})
         start = self._start(spec)
         train, validation = self.data.split(spec)
         fitted = fit(
@@ -190,6 +193,7 @@ class _Maker:
             if spec.calibrate:
                 temperature = evaluate.temperature(held_out.logits, held_out.split.labels)
                 fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
+                across = across and across.cooled(temperature)
             card = self._evaluated(spec, start, fitted, train, held_out)
             card["calibration"]["temperature"] = temperature
             if across:
@@ -226,7 +230,7 @@ class _Maker:
         job, data, staged = self.run.job, self.data, self.staged
         manifest = Manifest(
             classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(self.problem.base),
-            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=described(spec),
+            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=_pinned(spec, job),
             dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params), preview=preview,
         )  # fmt: skip
         export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
@@ -234,7 +238,7 @@ class _Maker:
             np.savez(staged / FOLD, allow_pickle=False, **fold)
         delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
         card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
-        Probe(data.as_sent(train), fitted.network.logits(train.images[:PROBE_IMAGES])).save(staged)
+        Probe(data.as_sent(train), fitted.network.logits(train.images[:PARITY_IMAGES])).save(staged)
         seal(staged)
         return manifest
 
@@ -253,6 +257,11 @@ def clear_leftovers(job: Job, *, settings: Settings, registry: Registry, servers
     for version in registry.of_job(job.id):
         if not version.live:
             withdraw(settings, registry, servers, version.model, version.version)
+
+
+def _pinned(spec: Spec, job: Job) -> dict[str, Any]:
+    """A spec as JSON values, with the version of its base."""
+    return described(spec) | {"base": job.base}
 
 
 def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
