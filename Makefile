@@ -31,6 +31,9 @@ serve: $(READY) ## Run the service on http://127.0.0.1:8080
 test: $(READY) ## Run the tests
 	$(BIN)/pytest
 
+test-slow: $(READY) ## Run the tests that kill and freeze processes, or train for long
+	$(BIN)/pytest -m slow
+
 test-contract: $(READY) ## Run the contract suite against the embedded server or TEMPER_TFS_BINARY
 	$(BIN)/pytest tests/contract
 
@@ -66,4 +69,4 @@ lock: ## Update the lock files (needs uv)
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-art test-contract test-gpu lint load quality lock pb
+.PHONY: help setup demo serve test test-slow test-art test-contract test-gpu lint load quality lock pb

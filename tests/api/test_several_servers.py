@@ -17,6 +17,7 @@ from serving.client import ModelServer
 from store.processes import free_port
 from tests.conftest import Service, eventually, running_model_server, running_service
 
+pytestmark = pytest.mark.slow
 RAW = {"Content-Type": "application/octet-stream"}
 HEAD = '{"epochs": 1, "method": "head"}'
 

@@ -80,6 +80,7 @@ def test_a_cancelled_job_ends_within_an_epoch_and_leaves_nothing(own: Service, d
     assert [path for path in (own.home / "staging").iterdir() if not path.name.startswith("uploads-")] == []
 
 
+@pytest.mark.slow
 def test_a_report_yields_to_queued_jobs_and_survives_its_worker(own: Service, digits: Digits) -> None:
     images, labels = digits
     upload = npz(images=images[:600], labels=labels[:600])
@@ -94,6 +95,7 @@ def test_a_report_yields_to_queued_jobs_and_survives_its_worker(own: Service, di
 
 
 @pytest.mark.parametrize("spec", [LONG, SEARCH], ids=["training", "searching"])
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_job(own: Service, digits_zip: bytes, spec: str) -> None:
     job_id = begun(own, digits_zip, "survivor", spec)
     own.kill("trainer")
@@ -130,6 +132,7 @@ def test_a_killed_gateway_comes_back_and_jobs_go_on(own: Service, digits_zip: by
     assert answer.status_code in (200, 503)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_stop_puts_its_job_back(own: Service, digits_zip: bytes) -> None:
     job_id = begun(own, digits_zip, "later")
     (pid,) = own.children("trainer")
@@ -151,6 +154,7 @@ def test_a_second_service_in_the_same_home_is_refused(own: Service) -> None:
     assert "another `temper serve` runs" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_supervisor_leaves_no_orphans_and_a_new_one_finds_everything(
     tmp_path: Path, digits_zip: bytes, digits: Digits
 ) -> None:
@@ -165,6 +169,7 @@ def test_a_killed_supervisor_leaves_no_orphans_and_a_new_one_finds_everything(
         assert service.api.get("/finetune").json()["data"][0]["status"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_the_whole_line_works_on_postgresql(postgresql: str, tmp_path: Path, digits_zip: bytes, digits: Digits) -> None:
     with running_service(tmp_path, TEMPER_STORE=postgresql, TEMPER_WORKERS="2") as service:
         ids = [service.finetune(digits_zip, f"pg{number}", QUICK).json()["id"] for number in range(3)]
@@ -173,6 +178,7 @@ def test_the_whole_line_works_on_postgresql(postgresql: str, tmp_path: Path, dig
     assert not (tmp_path / "temper.db").exists()
 
 
+@pytest.mark.slow
 def test_a_service_sweeps_what_uploads_have_left_behind(tmp_path: Path, digits_zip: bytes) -> None:
     (tmp_path / "staging").mkdir()
     left = [tmp_path / "staging" / name for name in ("0123.upload", "uploads-0123", "ftjob-of-nobody")]

@@ -181,6 +181,7 @@ def test_reconcile_repairs_a_server_that_lost_everything(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("stop", ["renamed", "available", "proven", "warmed"])
+@pytest.mark.slow
 def test_a_model_server_that_dies_at_any_step_costs_no_fine_tune(tmp_path: Path, stop: str) -> None:
     port = free_port()
     settings = Settings(home=tmp_path, model_server=f"127.0.0.1:{port}")
@@ -269,6 +270,7 @@ def test_parity_is_relative_to_the_scale_of_the_logits(scale: float, accepted: b
         prove(Server(), "m", 1, Probe(PIXELS, known))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_frozen_server_holds_up_neither_other_servers_nor_other_processes(press: Press) -> None:
     port = free_port()
     with running_model_server(port) as process, ModelServer(f"127.0.0.1:{port}") as frozen:

@@ -91,6 +91,7 @@ os.execv({python!r}, [{python!r}, "-m", "serving", "--address", address, "--rest
 
 
 @pytest.mark.parametrize("how", ["auto", "path"])
+@pytest.mark.slow
 def test_a_tensorflow_serving_that_is_installed_is_supervised(
     tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +127,7 @@ def listeners(pid: int) -> list[str]:
     return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held]
 
 
+@pytest.mark.slow
 def test_a_home_with_a_long_path_gets_a_socket_elsewhere(tmp_path: Path) -> None:
     home = tmp_path / ("long" * 25)
     with running_service(home) as service:

@@ -42,6 +42,7 @@ ATTACKS = [{"adversarial": {"attack": attack, "epsilon": 0.03}} for attack in ("
 
 
 @pytest.mark.parametrize("spec", [*METHODS, *ATTACKS], ids=str)
+@pytest.mark.slow
 def test_every_method_and_attack_learns_digits_with_a_new_head(
     spec: dict[str, Any], base: Arrays, digits: Digits
 ) -> None:

@@ -361,6 +361,7 @@ def test_l1_shrinks_the_kernels_of_lora_and_promises_no_zeros() -> None:
     assert (after["head/kernel"] == 0).any()  # which is trained directly
 
 
+@pytest.mark.slow
 def test_the_zeros_of_l1_are_those_of_the_lasso() -> None:
     """At the end w = 0 needs |slope| <= lambda, and w != 0 needs slope = -lambda sign(w) (Tibshirani 1996)."""
     base, strength = initial(10, seed=0), 0.02

@@ -71,6 +71,7 @@ def complete(place: Place, job: Job) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_number_can_be_recomputed_from_the_saved_model(place: Place) -> None:
     job = place.run(place.claimed({"method": "full", "l1": 1e-4, "epochs": 5, "adversarial": {"epsilon": 0.05}}))
     assert (job.status, job.report_status) == ("succeeded", "quick")

@@ -77,6 +77,7 @@ def test_a_job_whose_publication_the_store_interrupts_is_run_again(
     assert [version.version for version in place.registry.of_model("m")] == [done.version]
 
 
+@pytest.mark.slow
 def test_a_report_is_completed_although_the_store_fails(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     job = place.run(place.claimed({"epochs": 1}))
     worker = worker_of(place, monkeypatch)
@@ -91,6 +92,7 @@ def test_a_report_is_completed_although_the_store_fails(place: Place, monkeypatc
     assert place.registry.find("m").report.dump()["robustness"]["curve"]
 
 
+@pytest.mark.slow
 def test_a_restart_of_postgresql_costs_no_job(tmp_path: Path, place: Place) -> None:
     (tmp_path / "postgresql").mkdir()
     server = PostgreSQL(tmp_path / "postgresql")
