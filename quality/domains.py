@@ -25,7 +25,7 @@ from store.errors import Diverged
 from trainer import evaluate
 from trainer.asked import Asked, parse_asked
 from trainer.fit import Split
-from trainer.folds import stratified
+from trainer.folds import stratified, stratified_folds
 from trainer.network import Network
 from trainer.parallel import Check, side_by_side
 from trainer.recipes import FULL, LARGE, LORA, Recipe, known, phrase, sampled
@@ -111,6 +111,7 @@ def measure(name: str, approach: str, seed: int) -> dict[str, Any]:
             found |= oracle(problem, test, seed)
         elif approach == "auto":
             result = search(_everything(seed), problem)
+            result = result.confirmed(_out_of_fold(result.spec, problem), y)
             found |= {**_accuracies(result.spec, problem, problem.data, test), "sentence": result.sentence}
         elif approach == "none":
             found |= _accuracies(_everything(seed).resolve(NONE), problem, problem.data, test)
@@ -136,6 +137,19 @@ def oracle(problem: Problem, test: Split, seed: int) -> dict[str, Any]:
     found = side_by_side(work, [_everything(seed).resolve(recipe) for recipe in recipes])
     spec, best = max(found, key=lambda one: one[1])
     return {"test": best, "recipe": phrase(spec)}
+
+
+def _out_of_fold(spec: Spec, problem: Problem) -> np.ndarray:
+    """Logits of every image by a network that was trained without its fold, as a job works them out."""
+    logits = np.zeros((len(problem.data.labels), problem.classes), np.float32)
+
+    def work(held_out: np.ndarray, check: Check) -> np.ndarray:
+        run = training(spec, problem, problem.part(~held_out))
+        return Network(run.finish(check)).logits(problem.part(held_out).images)
+
+    for held_out, found in side_by_side(work, stratified_folds(problem.data.labels, spec.seed, spec.folds or 0)):
+        logits[held_out] = found
+    return logits
 
 
 def svm(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, seed: int) -> float:

@@ -9,7 +9,7 @@ best the cheapest and most regularized is chosen (Breiman et al. 1984, here on p
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +58,28 @@ class Found:
     worth: Sequence[Mapping[str, Any]] = ()
     warnings: Sequence[str] = ()
     front: Sequence[int] = ()  # numbers of the trials that no other beats in every objective
+    short: tuple[int, np.ndarray] | None = None  # epochs in the last round, and the images (n,) then right out of fold
+
+    def confirmed(self, logits: np.ndarray, labels: np.ndarray) -> "Found":
+        """The same, or with the fewer epochs of the last round if all of them overfit: wrong labels are learned late.
+
+        Args:
+            logits: out-of-fold predictions of `spec`, (n, classes).
+            labels: (n,) int32.
+        """
+        if self.short is None:
+            return self
+        epochs, right = self.short
+        now = evaluate.right(logits, labels)
+        lost = right.astype(float) - now
+        if lost.mean() <= OVERFITTED * lost.std(ddof=1) / math.sqrt(len(lost)):
+            return self
+        text = (
+            f"But {self.spec.epochs} epochs overfit: after them {now.mean():.1%} of the held-out images were "
+            f"classified correctly, after {epochs} {right.mean():.1%}; so it was trained for {epochs}."
+        )
+        spec = self.spec.model_copy(update={"epochs": epochs})
+        return replace(self, spec=spec, sentence=f"{self.sentence} {text}", short=None)
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""
@@ -147,9 +169,13 @@ def search(
     elif affordable < wanted:
         warnings.append(f"search.seconds was too short for the {wanted} epochs that the spec asks for")
     spec = asked.resolve(recipe_of(choice.trial.spec), **fields)
+    last, short = choice.trial.scores[-1], None
+    again = spec.model_copy(update={"epochs": spec.epochs + last.epochs})
+    if "epochs" in asked.auto and last.rung.folds == folds and clock.affordable(again) == again.epochs:
+        short = last.epochs, rounds.in_order(last.right)
     return Found(
         spec, trials, choice.trial.number, " ".join([sentence(spec, choice.trial, trials), *choice.why]),
-        worth(choice.trial, trials), warnings, [trial.number for trial in choice.front],
+        worth(choice.trial, trials), warnings, [trial.number for trial in choice.front], short,
     )  # fmt: skip
 
 
@@ -226,6 +252,12 @@ class _Rounds:
                 trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind"
         return kept
 
+    def in_order(self, held_out: np.ndarray) -> np.ndarray:
+        """Values of the images of all folds, one fold after another, in the order of the images."""
+        values = np.empty_like(held_out)
+        values[np.concatenate([np.flatnonzero(fold) for fold in self._folds])] = held_out
+        return values
+
     def _measures(self, rung: Rung) -> bool:
         """Whether more than accuracy is measured on a rung."""
         return rung.keep is None and len(self._bounds.objective) > 1
@@ -264,6 +296,7 @@ def shortened(spec: Spec, rung: Rung) -> Spec:
     return spec.model_copy(update={"epochs": max(1, round(rung.share * spec.epochs))})
 
 
+OVERFITTED = 2.0  # standard errors by which more epochs must have lost accuracy
 NO_TIME = "no time was left"
 _TOO_FEW = f"nothing was searched, because a class has fewer than {FEWEST_OF_A_CLASS} images; a fixed recipe was used"
 

@@ -21,7 +21,7 @@ from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import LeaseLost
 from trainer.lenet import adapters
 from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, candidates
-from trainer.search import NO_TIME, Clock, Predicted, Problem, makespan, rungs, search, shortened
+from trainer.search import NO_TIME, Clock, Found, Predicted, Problem, makespan, rungs, search, shortened
 from trainer.spec import Choose, Spec, described
 from trainer.trials import Rung, Score, Trial, among, by_one_standard_error, losses, sentence
 from trainer.worker.complete_report import complete_report
@@ -488,6 +488,33 @@ def test_augmentation_and_the_classifier_of_the_base_have_a_place_in_the_last_ro
     assert sum(spec.augmentation is None and spec.head == "new" for spec in last) == 2
     assert any(spec.augmentation for spec in last)
     assert any(spec.head == "keep" for spec in last)
+
+
+def test_epochs_that_overfit_are_taken_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"method": "full", "search": {"trials": 4, "folds": 3, "preview": False}}
+    monkeypatch.setattr("trainer.search.OVERFITTED", -1e9)  # as if any difference showed that
+    place.run(job := place.claimed(spec))
+    resolved, version = place.jobs.get(job.id).resolved_spec, place.registry.find("m")
+    assert resolved is not None
+    assert resolved == version.manifest.resolved_spec
+    assert version.report.search is not None
+    (chosen,) = (trial for trial in version.report.search.trials if trial.trial == version.report.search.chosen)
+    assert resolved["epochs"] == chosen.scores[-1].epochs < chosen.settings["epochs"]
+    assert f"so it was trained for {resolved['epochs']}." in version.report.search.sentence
+    place.run(place.claimed(resolved))
+    assert place.registry.find("m", 2).manifest.sha256 == version.manifest.sha256
+
+
+def test_only_a_clear_loss_of_held_out_accuracy_takes_epochs_back() -> None:
+    labels = np.zeros(400, np.int32)
+
+    def logits(right: int) -> np.ndarray:
+        return np.stack([np.arange(400) < right, np.full(400, 0.5)], axis=1).astype(np.float32)
+
+    found = Found(parse_spec(json.dumps({"epochs": 60})), short=(15, np.arange(400) < 240))
+    assert found.confirmed(logits(238), labels) is found
+    assert found.confirmed(logits(260), labels) is found
+    assert found.confirmed(logits(200), labels).spec.epochs == 15
 
 
 def test_a_variant_that_diverges_is_said_to(

@@ -187,6 +187,10 @@ class _Maker:
         with run.stage("training"):
             train, validation = data.split(spec)
             fitted, across = _trained(spec, start, train, validation, data, run)
+            if across and (confirmed := found.confirmed(across.logits, across.split.labels)) is not found:
+                found, spec = confirmed, confirmed.spec
+                run.patiently(lambda: run.jobs.resolve(run.job, _pinned(spec, run.job)))
+                fitted, across = _trained(spec, start, train, validation, data, run)
         with run.stage("evaluating"):
             held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
             temperature = 1.0
