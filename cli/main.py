@@ -24,6 +24,8 @@ from trainer.spec import ATTACK_NAMES, SEARCHED, Fgsm, Spec
 
 console = Console(highlight=False)
 WIDE = 1000  # columns
+SHOWN = 20  # classes of a model, at most
+STATUS = {"failed": "failed", "cancelled": "was cancelled"}
 
 TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
 
@@ -224,7 +226,9 @@ def finetune(
             )
             raise click.exceptions.Exit(130) from None
         if job["status"] != "succeeded":
-            raise click.ClickException(f"{job['status']}: {(job['error'] or {}).get('message', '')}")
+            preview = f"; its preview {model}:{job['preview_version']} stays" if job["preview_version"] else ""
+            error = f": {job['error']['message']}" if job["error"] else ""
+            raise click.ClickException(f"the job {STATUS[job['status']]}{error}{preview}")
         print_report(api.call("GET", f"/models/{model}/versions/{job['version']}")["report"])
         where = "live" if job["label"] == "stable" else f"live as {job['label']}"
         console.print(f"[bold green]{model}:{job['version']}[/] is {where}")
@@ -279,9 +283,10 @@ def follow(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
                 if not console.is_terminal and (fold, progress["epoch"]) != shown:
                     shown = fold, progress["epoch"]
                     console.print(text)
-            bar.update(task, description=job["stage"] or job["status"], text=text, total=of, completed=done)
             if job["finished_at"] is not None:
+                bar.update(task, description=job["status"], text="", total=1, completed=job["status"] == "succeeded")
                 return job
+            bar.update(task, description=job["stage"] or job["status"], text=text, total=of, completed=done)
             time.sleep(0.2)
 
 
@@ -289,8 +294,8 @@ def trial_line(progress: dict[str, Any]) -> str:
     """How far a search is, in one line."""
     best = progress["best"]
     low, high = best["accuracy_interval"]
-    found = f"best so far {best['accuracy']:.1%} ({low:.1%} to {high:.1%})"
-    work = f"{progress['epochs']} epochs on {progress['folds']} folds"
+    found = f"lowest loss {best['cross_entropy']:.3f}, {best['accuracy']:.1%} right ({low:.1%} to {high:.1%})"
+    work = f"epochs {progress['epochs']}, folds {progress['folds']}"
     return f"round {progress['round']}, {progress['tried']}/{progress['trials']} recipes, {work}: {found}"
 
 
@@ -368,7 +373,7 @@ def jobs(api: Api, limit: int) -> None:
         progress = job["progress"]
         began = time.strftime("%T", time.localtime(job["started_at"])) if job["started_at"] else ""
         done, of = ("tried", "trials") if "trial" in progress else ("epoch", "epochs")
-        epoch = f"{progress[done]}/{progress[of]}" if done in progress else ""
+        epoch = f"{progress[done]}/{progress[of]}" if done in progress and not job["finished_at"] else ""
         error = escape(job["error"]["message"]) if job["error"] else ""
         state = job["stage"] or job["status"]
         table.add_row(job["id"], job["model"], str(job["version"] or ""), state, epoch, began, error)
@@ -384,7 +389,9 @@ def models(api: Api) -> None:
     while True:
         page = api.call("GET", "/models", params={"limit": 100, **after})
         for model in page["data"]:
-            numbers, classes = ", ".join(map(str, model["versions"])), escape(" ".join(model["classes"]))
+            numbers, classes = ", ".join(map(str, model["versions"])), escape(" ".join(model["classes"][:SHOWN]))
+            if len(model["classes"]) > SHOWN:
+                classes += f" … ({len(model['classes'])})"
             table.add_row(model["name"], numbers, str(model["labels"].get("stable", "")), classes)
         if not page["has_more"]:
             break

@@ -144,8 +144,10 @@ def invalid_spec(exc: ValidationError) -> InvalidSpec:
     """Translate a `ValidationError` into an error that names every refused field."""
     reasons: dict[str, str] = {}
     for error in exc.errors(include_url=False):
-        location: Sequence[int | str] = ("spec", *error["loc"])
+        location: Sequence[int | str] = ("spec", *(part for part in error["loc"] if part != "[key]"))
         message = reason(error, Spec)
+        if location[1:2] and location[1] in SEARCHED and error["type"].endswith(("_type", "_parsing", "literal_error")):
+            message = message.replace(", not ", ", or 'auto', not ", 1)
         if location[1:] == ("search",) and error["type"] == "value_error" and ": " in message:
             field, _, message = message.partition(": ")  # a validator across fields names its field itself
             location = (*location, field)

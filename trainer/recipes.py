@@ -133,12 +133,19 @@ def preview_recipe(same_classes: bool) -> Recipe:
     return {**LORA, "epochs": 5} if same_classes else {**FULL, "epochs": 10}
 
 
+def counted(number: int, unit: str) -> str:
+    """A number with its unit, in the singular or the plural."""
+    return f"{number} {unit}" + ("s" if number != 1 else "")
+
+
 def phrase(spec: Spec) -> str:
     """The searched fields of a spec that are not off, as a phrase."""
     options = getattr(spec, spec.method, None)
     rank = f" of rank {options.rank}" if spec.lora and options else ""
     head = "the base's classifier" if spec.head == "keep" else "a new classifier"
-    parts = [f"`{spec.method}`{rank} from {head}, {spec.epochs} epochs, learning rate {spec.learning_rate:g}"]
+    parts = [
+        f"`{spec.method}`{rank} from {head}, {counted(spec.epochs, 'epoch')}, learning rate {spec.learning_rate:g}"
+    ]
     for name in ("l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup", "ema"):
         if value := getattr(spec, name):
             parts.append(f"{name} {value:g}")

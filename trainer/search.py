@@ -160,6 +160,10 @@ def search(
     if asked.fixed.calibrate is None:
         fields["calibrate"] = True
     warnings, wanted = list(choice.warnings), choice.trial.spec.epochs
+    if late := sum(trial.dropped == NO_TIME for trial in trials):
+        warnings.append(
+            f"search.seconds left no time for {late} of {len(trials)} recipes; give it more for a better version"
+        )
     affordable = max(choice.trial.scores[-1].epochs, clock.affordable(choice.trial.spec))
     if affordable < wanted and "epochs" in asked.auto:
         fields["epochs"] = affordable
@@ -249,7 +253,7 @@ class _Rounds:
                 kept += [trial for trial in done if has_place(trial.spec)][:1]
         for trial in done:
             if trial not in kept:
-                trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind"
+                trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind the best"
         return kept
 
     def in_order(self, held_out: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer import evaluate, objectives
-from trainer.recipes import phrase
+from trainer.recipes import counted, phrase
 from trainer.spec import SEARCHED, Choose, Spec, described
 
 
@@ -148,14 +148,17 @@ def among(standing: Sequence[Trial], choose: Choose, names: Sequence[str]) -> Ch
     points = [trial.scores[-1].objectives for trial in standing]
     efficient = [standing[at] for at in objectives.front(points)]
     within, warning = objectives.allowed(points, choose)
+    within = [within[at] for at in objectives.front([points[at] for at in within])]
     left = [standing[at] for at in within]
     weights = {str(name): weight for name, weight in choose.weights.items()} or (
         {} if choose.limits else dict.fromkeys(names, 1.0)
     )
     chosen = left[objectives.best([points[at] for at in within], weights)] if weights else by_one_standard_error(left)
     reached = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in chosen.scores[-1].objectives.items())
-    why = f"Of {len(standing)} recipes {len(efficient)} are on the Pareto front; the chosen one has {reached}."
-    return Choice(chosen, efficient, [why], [warning] if warning else [])
+    epochs = counted(chosen.scores[-1].epochs, "epoch")
+    front = f"{len(efficient)} of {len(standing)} recipes"
+    why = f"On the Pareto front: {front}. After {epochs} the chosen one had {reached}."
+    return Choice(chosen, efficient, [why], [f"{warning}, as measured after {epochs}"] if warning else [])
 
 
 def preference(spec: Spec) -> tuple[float, bool, float, float]:
@@ -202,9 +205,8 @@ ALIKE = 3  # searched fields in which two trials may differ and still be compare
 def sentence(spec: Spec, chosen: Trial, trials: Sequence[Trial]) -> str:
     """What was chosen and why, in plain words."""
     score = chosen.scores[-1]
-    epochs = "one epoch" if score.epochs == 1 else f"{score.epochs} epochs"
     parts = [
-        f"Chose {phrase(spec)}. In a run of {epochs} it classified {score.right.mean():.1%} of "
+        f"Chose {phrase(spec)}. In a run of {counted(score.epochs, 'epoch')} it classified {score.right.mean():.1%} of "
         f"{len(score.right)} held-out images correctly."
     ]
     augmented = chosen.spec.augmentation is not None

@@ -182,7 +182,7 @@ def search_plot(trials: Sequence[Json], chosen: int | None) -> Figure:
             best = lower
         drawing.append(_path(path, "best"))
     legend = [(_path("M0 6H24", name), LOOKS[name][0]) for name in ("dropped", "chosen", "best")]
-    note = f"{len(trials)} recipes; bars are one standard error. Later rounds train longer, on more folds."
+    note = f"{len(trials)} recipes; bars are one standard error. Later rounds train longer, on all folds."
     return Figure("Search", _plot("Search", told, x, y, "".join(drawing)), legend, note)
 
 

@@ -255,7 +255,10 @@ def _search_tables(search: Json) -> Iterator[Table]:
         gain = f"{one['cross_entropy']:+.3f}", f"{100 * one['accuracy']:+.1f}"
         rows.append((one["field"].replace("_", " "), *values, *gain))
     if rows:
-        note = "The best trial with another value beside the best with the chosen one: nats and percentage points."
+        note = (
+            "The best trial with another value, and little else different, beside the chosen one in the first round: "
+            "nats and percentage points."
+        )
         yield Table("What each setting is worth", ("", "chosen", "other", "loss", "accuracy"), rows, note)
     rows = []
     for one in search.get("trials", ()):

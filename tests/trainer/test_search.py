@@ -332,6 +332,12 @@ def standing(*reached: tuple[float, float]) -> list[Trial]:
     return found
 
 
+def test_within_limits_no_recipe_is_chosen_that_another_beats_in_every_objective() -> None:
+    trials = standing((0.8, 0.4), (0.9, 0.5), (0.1, 0.1))
+    choice = among(trials, Choose(limits=("robust_accuracy >= 0.25",)), ("accuracy", "robust_accuracy"))
+    assert choice.trial.number == 2
+
+
 @pytest.mark.parametrize(
     ("choose", "number"),
     [
@@ -439,6 +445,7 @@ def test_variants_that_would_take_the_time_of_the_training_are_left_out(problem:
     left_out = [trial for trial in found.trials if trial.origin == "variant" and not trial.scores]
     assert left_out
     assert {trial.dropped for trial in left_out} == {NO_TIME}
+    assert any(f"no time for {len(left_out)} of {len(found.trials)} recipes" in text for text in found.warnings)
 
 
 @pytest.fixture
@@ -600,5 +607,5 @@ def test_without_time_for_a_longer_run_what_the_first_round_found_is_trained_for
     found = search(asked(search={"trials": 6, "seconds": 1.5}), problem(20))
     chosen = next(trial for trial in found.trials if trial.number == found.chosen)
     assert found.spec.epochs >= chosen.scores[-1].epochs
-    assert f"{found.spec.epochs} epochs" in found.sentence
+    assert f"classifier, {found.spec.epochs} epoch" in found.sentence
     assert bool(found.warnings) == (found.spec.epochs < chosen.spec.epochs)

@@ -177,10 +177,12 @@ def test_what_is_no_json_object_of_numbers_is_refused(text: str) -> None:
     ("given", "message"),
     [
         ({"drop_out": 0.1}, "spec.drop_out: unknown field; did you mean 'dropout'?"),
+        ({"l2": "Auto"}, "spec.l2: must be a number, or 'auto', not 'Auto'"),
+        ({"search": {"choose": {"weights": {"speed": 1}}}}, "spec.search.choose.weights.speed: must be"),
         ({"trials": 3}, "spec.trials: unknown field; did you mean 'search.trials'?"),
         ({"lora": {"rnak": 4}}, "spec.lora.rnak: unknown field; did you mean 'rank'?"),
         ({"adversarial": {"attack": "pgd", "step": 4}}, "spec.adversarial.step: unknown field; did you mean 'steps'?"),
-        ({"epochs": "20"}, "spec.epochs: must be a whole number, not '20'"),
+        ({"epochs": "20"}, "spec.epochs: must be a whole number, or 'auto', not '20'"),
         ({"epochs": 0}, "spec.epochs: must be at least 1, not 0"),
         ({"label_smoothing": 1}, "spec.label_smoothing: must be less than 1, not 1"),
         ({"lora": 3}, "spec.lora: must be an object, not 3"),
