@@ -25,7 +25,19 @@ from trainer.objectives import Extra, combined, measure
 from trainer.parallel import Check, at_once, side_by_side
 from trainer.recipes import Recipe, candidates, fallback, recipe_of, variants
 from trainer.spec import FEWEST_OF_A_CLASS, Choose, Search, Spec
-from trainer.trials import Choice, Rung, Score, Trial, among, by_one_standard_error, loss_of, losses, sentence, worth
+from trainer.trials import (
+    Choice,
+    Rung,
+    Score,
+    Trial,
+    among,
+    by_one_standard_error,
+    loss_of,
+    losses,
+    sentence,
+    standard_error,
+    worth,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class Found:
         epochs, right = self.short
         now = evaluate.right(logits, labels)
         lost = right.astype(float) - now
-        if lost.mean() <= OVERFITTED * lost.std(ddof=1) / math.sqrt(len(lost)):
+        if lost.mean() <= OVERFITTED * standard_error(lost):
             return self
         text = (
             f"But {self.spec.epochs} epochs overfit: after them {now.mean():.1%} of the held-out images were "
@@ -175,7 +187,7 @@ def search(
     spec = asked.resolve(recipe_of(choice.trial.spec), **fields)
     last, short = choice.trial.scores[-1], None
     again = spec.model_copy(update={"epochs": spec.epochs + last.epochs})
-    if "epochs" in asked.auto and last.rung.folds == folds and clock.affordable(again) == again.epochs:
+    if "epochs" in asked.auto and last.rung.folds == folds and not clock.is_up(again):
         short = last.epochs, rounds.in_order(last.right)
     return Found(
         spec, trials, choice.trial.number, " ".join([sentence(spec, choice.trial, trials), *choice.why]),

@@ -380,6 +380,11 @@ SEARCHED = (
 )  # fmt: skip
 
 
+def pinned(spec: Spec, base: str) -> dict[str, Any]:
+    """The spec as JSON values, with its base as `name:version`."""
+    return described(spec) | {"base": base}
+
+
 def described(spec: Spec) -> dict[str, Any]:
     """The spec as JSON values."""
     result: dict[str, Any] = json.loads(spec.model_dump_json())

@@ -43,10 +43,10 @@ class Score:
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""
-        error = float(self.losses.std(ddof=1) / math.sqrt(len(self.losses)))
         return {
-            **self.headline(), "epochs": self.epochs, "folds": self.rung.folds, "standard_error": error,
-            "ended_s": round(self.ended_s, 3), "objectives": dict(self.objectives),
+            **self.headline(), "epochs": self.epochs, "folds": self.rung.folds,
+            "standard_error": standard_error(self.losses), "ended_s": round(self.ended_s, 3),
+            "objectives": dict(self.objectives),
         }  # fmt: skip
 
 
@@ -112,7 +112,12 @@ def by_one_standard_error(standing: Sequence[Trial]) -> Trial:
 def _as_good(one: Score, best: Score) -> bool:
     """Whether a score is within one standard error of another on the same images."""
     behind = one.losses - best.losses
-    return bool(behind.mean() <= behind.std(ddof=1) / math.sqrt(len(behind)))
+    return bool(behind.mean() <= standard_error(behind))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of some values, (n,)."""
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 @dataclass(frozen=True)

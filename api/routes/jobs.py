@@ -16,7 +16,7 @@ from store.errors import InvalidRequest, UnknownModel
 from store.records import DatasetCard
 from trainer.asked import check_dataset, parse_asked, refused
 from trainer.jobs.records import Job, Status
-from trainer.spec import MODEL_NAME, Spec, described
+from trainer.spec import MODEL_NAME, Spec, pinned
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])
@@ -156,7 +156,7 @@ async def finetune(request: Request, response: Response) -> JobView:
     job = await asyncio.to_thread(
         gateway.jobs.create,
         model=fields.model, base=base, spec=asked.described(), dataset=dataset, label=fields.label,
-        resolved_spec=None if asked.auto else described(asked.fixed) | {"base": base},
+        resolved_spec=None if asked.auto else pinned(asked.fixed, base),
     )  # fmt: skip
     log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
     response.headers["Location"] = f"/finetune/{job.id}"

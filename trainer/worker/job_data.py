@@ -69,9 +69,9 @@ class JobData:
         """Some of these, (n,) bool."""
         return self._ready(self.dataset, some)
 
-    def as_sent(self, validation: Split) -> np.ndarray:
-        """The first validation images as a client would send them, (n, 784) uint8."""
-        images = np.asarray(validation.images[:PARITY_IMAGES]).reshape(-1, GREY_28.pixels)
+    def as_sent(self, split: Split) -> np.ndarray:
+        """The first images of a split as a client would send them, (n, 784) uint8."""
+        images = np.asarray(split.images[:PARITY_IMAGES]).reshape(-1, GREY_28.pixels)
         return np.rint(255 * (1.0 - images if self.invert else images)).astype(np.uint8)
 
     def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:

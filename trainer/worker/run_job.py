@@ -34,7 +34,7 @@ from trainer.parallel import Check, side_by_side
 from trainer.recipes import preview_recipe
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, search
-from trainer.spec import Spec, described
+from trainer.spec import Spec, pinned
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
 
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
@@ -142,7 +142,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                         spent_s=sum(run.seconds.values()),
                         on_trial=run.trial, check=run.check,
                     )  # fmt: skip
-                    run.patiently(lambda: jobs.resolve(job, _pinned(found.spec, job)))
+                    run.patiently(lambda: jobs.resolve(job, pinned(found.spec, job.base)))
             run.succeeded(maker.make(found))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -189,7 +189,7 @@ class _Maker:
             fitted, across = _trained(spec, start, train, validation, data, run)
             if across and (confirmed := found.confirmed(across.logits, across.split.labels)) is not found:
                 found, spec = confirmed, confirmed.spec
-                run.patiently(lambda: run.jobs.resolve(run.job, _pinned(spec, run.job)))
+                run.patiently(lambda: run.jobs.resolve(run.job, pinned(spec, run.job.base)))
                 fitted, across = _trained(spec, start, train, validation, data, run)
         with run.stage("evaluating"):
             held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
@@ -234,7 +234,7 @@ class _Maker:
         job, data, staged = self.run.job, self.data, self.staged
         manifest = Manifest(
             classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(self.problem.base),
-            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=_pinned(spec, job),
+            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, job.base),
             dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params), preview=preview,
         )  # fmt: skip
         export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
@@ -261,11 +261,6 @@ def clear_leftovers(job: Job, *, settings: Settings, registry: Registry, servers
     for version in registry.of_job(job.id):
         if not version.live:
             withdraw(settings, registry, servers, version.model, version.version)
-
-
-def _pinned(spec: Spec, job: Job) -> dict[str, Any]:
-    """A spec as JSON values, with the version of its base."""
-    return described(spec) | {"base": job.base}
 
 
 def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
