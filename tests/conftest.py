@@ -297,10 +297,10 @@ class Place:
         self.dataset = dataset.described()
         dataset.save(self.settings.datasets / f"{self.dataset.id}.npz")
 
-    def claimed(self, spec: dict[str, Any], base: str = "lenet5:1") -> Job:
+    def claimed(self, spec: dict[str, Any], base: str = "lenet5:1", model: str = "m") -> Job:
         """A job that this process runs."""
         asked = parse_asked(json.dumps(spec))
-        self.jobs.create(model="m", base=base, spec=asked.described(), dataset=self.dataset)
+        self.jobs.create(model=model, base=base, spec=asked.described(), dataset=self.dataset)
         job = self.jobs.claim("w")
         assert job is not None
         return job

@@ -22,7 +22,7 @@ from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep
 
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
 HALVED = 32  # images of a batch from which on its halves are worth computing at the same time
-STEPS = 20  # of an epoch at least, if batches have eight images
+FEW = 160  # images that determine the smallest batch
 SHARE_IMAGES = 64  # that gradient shares are measured on
 SHARES = 20  # times at most that they are measured in a run
 EXPLODED = 100.0  # nats, mean cross-entropy over an epoch; no run has recovered from more
@@ -153,7 +153,7 @@ def batch_size(spec: Spec, images: int) -> int:
 
     With too few steps an epoch, a default job on a small set ends before it has learned anything.
     """
-    return min(spec.batch_size, max(8, images // STEPS))
+    return min(spec.batch_size, max(1, max(FEW, images) // spec.min_steps))
 
 
 def coefficients(spec: Spec, images: int) -> Coefficients:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from trainer.asked import Asked
-from trainer.fit import STEPS, batch_size
 from trainer.spec import Spec, described
 
 Recipe = Mapping[str, Any]  # values of searched fields, as in a spec
@@ -15,7 +14,7 @@ Recipe = Mapping[str, Any]  # values of searched fields, as in a spec
 SMALL = {"shift": 1.0, "rotate": 3.0, "scale": 0.05}
 LARGE = {"shift": 2.0, "rotate": 10.0, "scale": 0.15}
 OFF: Recipe = {
-    "l1": 0.0, "l2_sp": 0.0, "label_smoothing": 0.0, "mixup": 0.0, "augmentation": None, "ema": 0.0,
+    "l1": 0.0, "l2_sp": 0.0, "label_smoothing": 0.0, "mixup": 0.0, "augmentation": None, "ema": 0.0, "min_steps": 20,
 }  # fmt: skip
 LORA: Recipe = {
     **OFF, "method": "lora", "head": "keep", "learning_rate": 1e-3, "epochs": 20, "schedule": "cosine", "l2": 1e-4,
@@ -23,7 +22,7 @@ LORA: Recipe = {
 }  # fmt: skip
 FULL: Recipe = {
     **OFF, "method": "full", "head": "new", "learning_rate": 1e-2, "epochs": 60, "schedule": "one_cycle", "l2": 5e-3,
-    "dropout": 0.2,
+    "dropout": 0.2, "min_steps": 10,
 }  # fmt: skip
 TUNED: Recipe = {**FULL, "head": "keep", "learning_rate": 2e-3}  # for data that look like the base's
 SMOOTH: Recipe = {**FULL, "label_smoothing": 0.1}
@@ -49,12 +48,13 @@ PRIOR: Mapping[str, Sequence[Any]] = {
 }
 STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.3)  # of an attack, as epsilon, where that is searched
 SPARSE = (1e-5, 1e-4, 1e-3)  # of l1, where sparsity is an objective
+ENOUGH = 300  # images for which the recipes' epochs are enough
 OFTEN = ("learning_rate", "l2", "dropout", "label_smoothing", "augmentation")  # three times as often varied
 
 
 def known(same_classes: bool, images: int) -> list[Recipe]:
-    """The recipes that are tried first. Small data sets get up to twice the epochs, for as many updates."""
-    longer = min(2.0, max(1.0, STEPS / math.ceil(images / batch_size(Spec(), images))))
+    """The recipes that are tried first. Fewer images than `ENOUGH` are seen more often, up to twice as often."""
+    longer = min(2.0, max(1.0, ENOUGH / images))
     good = [*SAME_CLASSES, *RECIPES] if same_classes else [{**recipe, "head": "new"} for recipe in RECIPES]
     return [{**recipe, "epochs": math.ceil(longer * recipe["epochs"])} for recipe in good]
 

@@ -296,8 +296,13 @@ class Spec(Strict):
         64,
         ge=1,
         le=4096,
-        description="Largest batch; small data sets use smaller ones, of 8 at least, for up to twenty steps an epoch.",
+        description="Largest batch; small data sets use smaller ones, see `min_steps`.",
     )
+    min_steps: int = Field(
+        20, ge=1, le=100,
+        description="Steps of an epoch for which small data sets get smaller batches; fewer than 160 images get "
+        "batches as large as 160 do.",
+    )  # fmt: skip
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
     schedule: Literal["constant", "cosine", "one_cycle"] = Field(
         "cosine",
@@ -376,7 +381,7 @@ OWNERS = {method: ("method", method) for method in OPTIONS} | {
 
 SEARCHED = (
     "method", "head", "learning_rate", "epochs", "schedule", "l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup",
-    "augmentation", "ema",
+    "augmentation", "ema", "min_steps",
 )  # fmt: skip
 
 

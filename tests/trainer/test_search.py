@@ -68,9 +68,9 @@ def test_a_search_that_is_sent_back_as_a_spec_gives_the_same_weights_and_report(
 
 
 def test_the_same_data_and_seed_give_the_same_choice_and_trials(place: Place) -> None:
-    for _ in range(2):
-        place.run(place.claimed(QUICK))
-    one, two = (place.registry.find("m", number) for number in (1, 2))
+    for model in ("one", "two"):
+        place.run(place.claimed(QUICK, model=model))
+    one, two = (place.registry.find(model) for model in ("one", "two"))
     assert one.manifest.sha256 == two.manifest.sha256
     assert one.report.search is not None
     assert two.report.search is not None
