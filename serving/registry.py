@@ -1,8 +1,8 @@
-"""The registry: which models and versions exist, which of them is current, and what is known of each.
+"""The registry: models, their versions with manifest and report card, and the labels that stand for versions.
 
-A version is `publishing` from the moment its number is given until the model servers have proven that they serve it,
-then `live`, and `removed` until its files are gone. Numbers are never given twice, for a model server may refuse a
-number that has failed once.
+A version is `publishing` from when its number is reserved until the model servers have proven that they serve it, then
+`live`, and `removed` until its files are deleted. Numbers are never reused: a model server may refuse a number that has
+failed once.
 """
 
 from collections.abc import Callable, Iterator
@@ -67,7 +67,7 @@ revisions = sa.Table(  # one row, incremented by every change
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a model. `manifest` is also in its directory; `report` says how good it is."""
+    """A version of a model. `manifest` is also in its directory; `report` is its report card."""
 
     model: str
     version: int
@@ -80,10 +80,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Label:
-    """A name for a version, and the share of the requests without version and label that follow it."""
+    """A version with a name, and its share of the requests that name neither version nor label."""
 
     version: int
-    weight: float = 0.0  # in [0, 1]; the rest follows `stable`
+    weight: float = 0.0  # in [0, 1]; `stable` gets what is left
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,22 @@ class Registry:
 
     @contextmanager
     def _change(self) -> Iterator[sa.Connection]:
-        """A transaction that changes what is served or said of it."""
+        """A transaction that changes the registry; transactions run one after another."""
         with self._engine.begin() as connection:
             count: Any = _insert(connection)(revisions).values(id=1, revision=1)
             count = count.on_conflict_do_update(
                 index_elements=["id"], set_={"revision": revisions.c.revision + 1}
-            )  # locks the row: changes come one after another
+            )  # locks the row until the transaction ends
             connection.execute(count)
             yield connection
 
     def revision(self) -> int:
-        """A number that is another one after every change."""
+        """A number that every change increments."""
         with self._engine.connect() as connection:
             return connection.execute(sa.select(revisions.c.revision)).scalar_one_or_none() or 0
 
     def reserve(self, model: str, job_id: str | None, manifest: Manifest, report: ReportCard) -> int:
-        """Number of a new version, which is `publishing` from now on."""
+        """Record a new version as `publishing`; returns its number."""
         with self._change() as connection:
             insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now())
             insert = insert.on_conflict_do_update(
@@ -139,7 +139,7 @@ class Registry:
         """Make a proven version live and point `label` at it; a model's first version becomes `stable` too.
 
         Args:
-            fence: called in the same transaction; raises to leave everything as it was.
+            fence: called in the same transaction; raises to roll it back.
 
         Raises:
             WrongState: the version has been withdrawn.
@@ -154,22 +154,23 @@ class Registry:
                 _put_label(connection, model, STABLE, version)
 
     def set_report(self, model: str, version: int, report: ReportCard) -> None:
-        """What is known of a version by now."""
+        """Replace the report card of a version."""
         with self._change() as connection:
             of_version = (reports.c.model == model) & (reports.c.version == version)
             connection.execute(reports.update().where(of_version).values(report=report.dump()))
 
     def put_label(self, model: str, label: str, version: int, weight: float | None = None) -> Label:
-        """Make a label stand for a live version, and send it a share of the requests that name neither.
+        """Point a label at a live version.
 
-        Without a weight it keeps the one that it has.
+        Args:
+            weight: its share of the requests that name neither version nor label; None keeps the one it has.
 
         Raises:
             UnknownModel: there is no such version.
-            InvalidRequest: all shares together are more than 1, or one is given to `stable`, which gets the rest.
+            InvalidRequest: the weights add up to more than 1, or `stable`, which gets what is left, was given one.
         """
         if weight and label == STABLE:
-            raise InvalidRequest(f"weight: {STABLE!r} gets what the other labels leave", param="weight")
+            raise InvalidRequest(f"weight: {STABLE!r} gets what the other labels leave; omit it", param="weight")
         with self._change() as connection:
             live = sa.select(versions.c.version).where(versions.c.model == model, versions.c.live)
             known = set(connection.execute(live).scalars())
@@ -185,8 +186,8 @@ class Registry:
         """Remove a label.
 
         Raises:
-            UnknownModel: there is none of that name.
-            WrongState: it is `stable`.
+            UnknownModel: the model has no such label.
+            WrongState: it is `stable`, which can only be moved.
         """
         if label == STABLE:
             raise WrongState(f"{STABLE!r} can only be moved", param="label")
@@ -199,19 +200,19 @@ class Registry:
         """Remove a live version that has no label, or all versions and labels of a model.
 
         Returns:
-            The numbers of the versions that requests no longer reach.
+            The numbers of the removed versions, ascending.
 
         Raises:
-            UnknownModel: there is none.
-            WrongState: a label stands for it, or it is the base model.
+            UnknownModel: there is no such model or version.
+            WrongState: the version has a label, or the model is the base model.
         """
         if model == BASE:
-            raise WrongState(f"{BASE!r} is what fine-tunes start from", param="name")
+            raise WrongState(f"{BASE!r} is what fine-tunes start from", param="model")
         with self._change() as connection:
             live = (versions.c.model == model) & versions.c.live
             known = set(connection.execute(sa.select(versions.c.version).where(live)).scalars())
             if not known:
-                raise UnknownModel(f"there is no model {model!r}", param="name")
+                raise UnknownModel(f"there is no model {model!r}", param="model")
             if version is None:
                 connection.execute(labels.delete().where(labels.c.model == model))
             else:
@@ -232,24 +233,24 @@ class Registry:
             connection.execute(versions.update().where(row).values(removed=True))
 
     def removed(self) -> list[tuple[str, int]]:
-        """Versions whose files shall go."""
+        """Removed versions whose files have not been deleted."""
         with self._engine.connect() as connection:
             query = sa.select(versions.c.model, versions.c.version).where(versions.c.removed)
             return [(row.model, row.version) for row in connection.execute(query)]
 
     def forget(self, model: str, version: int) -> None:
-        """The files of a removed version are gone."""
+        """Delete the record of a removed version after its files."""
         with self._change() as connection:
             connection.execute(versions.delete().where(_is(model, version), versions.c.removed))
 
     def surplus(self, model: str, keep: int) -> list[int]:
-        """Live versions without a label that are older than the newest `keep`."""
+        """Live versions that have no label and are not among the newest `keep`."""
         route = self.routes().get(model, Route())
         labelled = {label.version for label in route.labels.values()}
         return [version for version in sorted(route.classes)[:-keep] if version not in labelled]
 
     def of_job(self, job_id: str) -> list[Version]:
-        """Versions that a job has made, live or not."""
+        """Versions that a job has published or is publishing."""
         return self._select((versions.c.job_id == job_id) & ~versions.c.removed)
 
     def of_model(self, model: str) -> list[Version]:
@@ -260,7 +261,7 @@ class Registry:
         return found
 
     def find(self, model: str, version: int | None = None) -> Version:
-        """A live version; without a number the one labelled `stable`."""
+        """A live version, by default the one labelled `stable`."""
         if version is None:
             version = self.labels(model).get(STABLE, Label(0)).version
         found = self._select(_is(model, version) & versions.c.live)
@@ -282,7 +283,7 @@ class Registry:
         return self._select(versions.c.live)
 
     def wanted(self) -> dict[str, list[int]]:
-        """By model the versions that a model server has to load: the live ones and those being published."""
+        """Versions that model servers should load, by model: the live ones and those being published."""
         query = (
             sa.select(versions.c.model, versions.c.version).where(~versions.c.removed).order_by(*versions.primary_key)
         )
@@ -293,9 +294,9 @@ class Registry:
         return found
 
     def routes(self) -> dict[str, Route]:
-        """Where predictions go, for every model."""
+        """The route of every model that has a live version."""
         with self._engine.connect() as connection:
-            # Labels first: what they stand for is live by then, and stays so until the versions are read.
+            # Labels first: a version that gets a label between the two queries is live, so the second one finds it.
             names = connection.execute(sa.select(labels)).all()
             columns = (versions.c.model, versions.c.version, versions.c.manifest["classes"])
             rows = connection.execute(sa.select(*columns).where(versions.c.live)).all()
@@ -303,7 +304,7 @@ class Registry:
         for model, version, classes in rows:
             routes.setdefault(model, Route()).classes[version] = tuple(classes)
         for model, label, version, weight in names:
-            if model in routes and version in routes[model].classes:  # not removed between the two looks
+            if model in routes and version in routes[model].classes:  # unless removed between the queries
                 routes[model].labels[label] = Label(version, weight)
         return routes
 
@@ -345,7 +346,7 @@ def _put_label(connection: sa.Connection, model: str, label: str, version: int, 
 
 
 def _insert(connection: sa.Connection) -> Any:
-    """The dialect's INSERT that knows ON CONFLICT."""
+    """INSERT with ON CONFLICT in the dialect of the connection."""
     if connection.dialect.name == "postgresql":
         from sqlalchemy.dialects.postgresql import insert as postgresql
 

@@ -1,7 +1,7 @@
 """The delta artifact: the arrays that a fine-tune changed, from which the version can be rebuilt on its base.
 
 `python -m trainer.delta BASE DELTA OUT` does that and writes a SavedModel. BASE is the directory of the base's version,
-DELTA a file from `GET /models/{name}/versions/{version}/delta`.
+DELTA a file from `GET /models/{model}/versions/{version}/delta`.
 """
 
 import json

@@ -150,99 +150,99 @@ def list_models(request: Request, after: After = None, limit: Limit = 20) -> Mod
     return ModelList(data=page, has_more=len(later) > limit)
 
 
-@router.get("/models/{name}", responses=errors(404, 422, 503))
-def get_model(request: Request, name: Name) -> ModelView:
+@router.get("/models/{model}", responses=errors(404, 422, 503))
+def get_model(request: Request, model: Name) -> ModelView:
     """A model with all its live versions and their report cards."""
     registry = gateway_of(request).registry
-    versions = [VersionView.of(version) for version in registry.of_model(name)]
-    return ModelView.of(name, registry.labels(name), versions)
+    versions = [VersionView.of(version) for version in registry.of_model(model)]
+    return ModelView.of(model, registry.labels(model), versions)
 
 
-@router.delete("/models/{name}", responses=errors(404, 409, 422, 503, 507))
-async def delete_model(request: Request, name: Name) -> Deleted:
+@router.delete("/models/{model}", responses=errors(404, 409, 422, 503, 507))
+async def delete_model(request: Request, model: Name) -> Deleted:
     """Delete a model with all its versions and labels. Version numbers are never reused."""
-    return await _delete(gateway_of(request), name, None)
+    return await _delete(gateway_of(request), model, None)
 
 
-@router.get("/models/{name}/versions/{version}", responses=errors(404, 422, 503))
-def get_version(request: Request, name: Name, version: Number) -> VersionView:
+@router.get("/models/{model}/versions/{version}", responses=errors(404, 422, 503))
+def get_version(request: Request, model: Name, version: Number) -> VersionView:
     """One live version with its report card."""
-    return VersionView.of(gateway_of(request).registry.find(name, version))
+    return VersionView.of(gateway_of(request).registry.find(model, version))
 
 
-@router.delete("/models/{name}/versions/{version}", responses=errors(404, 409, 422, 503, 507))
-async def delete_version(request: Request, name: Name, version: Number) -> Deleted:
+@router.delete("/models/{model}/versions/{version}", responses=errors(404, 409, 422, 503, 507))
+async def delete_version(request: Request, model: Name, version: Number) -> Deleted:
     """Delete a version that has no label."""
-    return await _delete(gateway_of(request), name, version)
+    return await _delete(gateway_of(request), model, version)
 
 
-@router.post("/models/{name}/versions/{version}/verify", responses=errors(404, 422, 503))
-async def verify(request: Request, name: Name, version: Number) -> Verification:
+@router.post("/models/{model}/versions/{version}/verify", responses=errors(404, 422, 503))
+async def verify(request: Request, model: Name, version: Number) -> Verification:
     """Check the files of a version, and that every model server still answers as the trainer did."""
     gateway = gateway_of(request)
-    await asyncio.to_thread(gateway.registry.find, name, version)
-    found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, name, version)
-    return Verification(model=name, version=version, proven=not any(found.values()), failures=found)
+    await asyncio.to_thread(gateway.registry.find, model, version)
+    found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, model, version)
+    return Verification(model=model, version=version, proven=not any(found.values()), failures=found)
 
 
-@router.put("/models/{name}/labels/{label}", responses=errors(400, 404, 409, 422, 503, 507))
-async def put_label(request: Request, name: Name, label: LabelName, move: LabelMove) -> LabelView:
+@router.put("/models/{model}/labels/{label}", responses=errors(400, 404, 409, 422, 503, 507))
+async def put_label(request: Request, model: Name, label: LabelName, move: LabelMove) -> LabelView:
     """Move a label to a version: promote, roll back, or send it a share of the traffic.
 
     Requests that name neither version nor label follow `stable`, except for the shares (`weight`) of other labels.
     """
     gateway = gateway_of(request)
-    await asyncio.to_thread(_check_labelled, gateway, name, move.version)
-    moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
-    log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
+    await asyncio.to_thread(_check_labelled, gateway, model, move.version)
+    moved = await asyncio.to_thread(gateway.registry.put_label, model, label, move.version, move.weight)
+    log.info("%s: label %s stands for %d, weight %g", model, label, moved.version, moved.weight)
     await gateway.router.refresh()
-    return LabelView.of(name, label, moved)
+    return LabelView.of(model, label, moved)
 
 
-@router.delete("/models/{name}/labels/{label}", responses=errors(404, 409, 422, 503, 507))
-async def delete_label(request: Request, name: Name, label: LabelName) -> Deleted:
+@router.delete("/models/{model}/labels/{label}", responses=errors(404, 409, 422, 503, 507))
+async def delete_label(request: Request, model: Name, label: LabelName) -> Deleted:
     """Delete a label; its version stays."""
     gateway = gateway_of(request)
-    await asyncio.to_thread(gateway.registry.drop_label, name, label)
-    log.info("%s: label %s removed", name, label)
+    await asyncio.to_thread(gateway.registry.drop_label, model, label)
+    log.info("%s: label %s removed", model, label)
     await gateway.router.refresh()
-    return Deleted(model=name, label=label)
+    return Deleted(model=model, label=label)
 
 
 @router.get(
-    "/models/{name}/versions/{version}/report", response_class=Response,
+    "/models/{model}/versions/{version}/report", response_class=Response,
     responses={200: {"content": {"text/html": {}}}, **errors(404, 422, 503)},
 )  # fmt: skip
-def get_report(request: Request, name: Name, version: Number) -> HTMLResponse:
+def get_report(request: Request, model: Name, version: Number) -> HTMLResponse:
     """The report card as a self-contained HTML page with plots."""
     from api.report.page import report_page  # takes a megabyte: load it on first use
 
-    found = gateway_of(request).registry.find(name, version)
-    return HTMLResponse(report_page(name, version, found.report, found.manifest))
+    found = gateway_of(request).registry.find(model, version)
+    return HTMLResponse(report_page(model, version, found.report, found.manifest))
 
 
 @router.get(
-    "/models/{name}/versions/{version}/delta", response_class=FileResponse,
+    "/models/{model}/versions/{version}/delta", response_class=FileResponse,
     responses={200: {"content": {"application/octet-stream": {}}}, **errors(404, 422, 503)},
 )  # fmt: skip
-def get_delta(request: Request, name: Name, version: Number) -> FileResponse:
+def get_delta(request: Request, model: Name, version: Number) -> FileResponse:
     """What the fine-tune changed: an `.npz` that `python -m trainer.delta` applies to the base."""
     gateway = gateway_of(request)
-    gateway.registry.find(name, version)
-    path = gateway.settings.version(name, version) / "assets.extra" / "delta.npz"
+    gateway.registry.find(model, version)
+    path = gateway.settings.version(model, version) / "assets.extra" / "delta.npz"
     if not path.is_file():
-        raise NotFound(f"{name}:{version} has no delta: it is a pretrained model", param="version")
-    return FileResponse(path, filename=f"{name}-{version}.delta.npz", media_type="application/octet-stream")
+        raise NotFound(f"{model}:{version} has no delta: it is a pretrained model", param="version")
+    return FileResponse(path, filename=f"{model}-{version}.delta.npz", media_type="application/octet-stream")
 
 
-async def _delete(gateway: Gateway, name: str, version: int | None) -> Deleted:
+async def _delete(gateway: Gateway, model: str, version: int | None) -> Deleted:
     """Take it out of the routes, unload it from the model servers, then remove its files."""
 
     def retire() -> list[int]:
         needed = gateway.jobs.open_bases()
-        if f"{name}:{version}" in needed or (version is None and any(base.startswith(f"{name}:") for base in needed)):
-            raise WrongState("an unfinished fine-tune starts from it; wait for that job or cancel it", param="name")
-        return gateway.registry.retire(name, version)
+        if f"{model}:{version}" in needed or (version is None and any(base.startswith(f"{model}:") for base in needed)):
+            raise WrongState("an unfinished fine-tune starts from it; wait for that job or cancel it", param="model")
+        return gateway.registry.retire(model, version)
 
     try:
         versions = await asyncio.to_thread(retire)
@@ -251,26 +251,26 @@ async def _delete(gateway: Gateway, name: str, version: int | None) -> Deleted:
             raise
         gateway.reserve.release()  # a deletion has to be recorded before its files go
         versions = await asyncio.to_thread(retire)
-    log.info("%s: versions %s removed", name, versions)
+    log.info("%s: versions %s removed", model, versions)
     await gateway.align()
     await asyncio.to_thread(gateway.reserve.keep)
-    return Deleted(model=name, versions=versions)
+    return Deleted(model=model, versions=versions)
 
 
-def _check_labelled(gateway: Gateway, name: str, version: int) -> None:
+def _check_labelled(gateway: Gateway, model: str, version: int) -> None:
     """Refuse to send requests to a version whose files are gone or damaged."""
-    gateway.registry.find(name, version)
+    gateway.registry.find(model, version)
     try:
-        check_files(gateway.settings.version(name, version))
+        check_files(gateway.settings.version(model, version))
     except PublishFailed as exc:
-        text = f"{name}:{version} cannot be labelled: {exc.message}; delete the version or restore its files"
+        text = f"{model}:{version} cannot be labelled: {exc.message}; delete the version or restore its files"
         raise WrongState(text, param="version") from exc
 
 
-def _verify(gateway: Gateway, targets: Sequence[PooledServer], name: str, version: int) -> dict[str, str | None]:
+def _verify(gateway: Gateway, targets: Sequence[PooledServer], model: str, version: int) -> dict[str, str | None]:
     """What is wrong with the files and with each model server; None where all is well."""
     failures: dict[str, str | None] = {"files": None}
-    place = gateway.settings.version(name, version)
+    place = gateway.settings.version(model, version)
     try:
         check_files(place)
         probe = Probe.load(place)
@@ -278,7 +278,7 @@ def _verify(gateway: Gateway, targets: Sequence[PooledServer], name: str, versio
         return {"files": exc.message}
     for target in targets:
         try:
-            prove(target.control, name, version, probe)
+            prove(target.control, model, version, probe)
             failures[target.address] = None
         except TemperError as exc:
             failures[target.address] = exc.message

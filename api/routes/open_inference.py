@@ -173,7 +173,11 @@ def _read(body: bytes, most: int) -> tuple[InferenceOptions, np.ndarray]:
         described = {key: plain(value) for key, value in tensor.items() if key != "data"}
         options = InferenceOptions.model_validate({**fields, "input": described})
     except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False), InferenceOptions) from exc
+        found: list[Any] = exc.errors(include_url=False)
+        for error in found:
+            if error["loc"][0] == "input":
+                error["loc"] = ("inputs", 0, *error["loc"][1:])
+        raise invalid_request(found, InferenceOptions) from exc
     return options, _images(tensor.get("data"), options.input.shape, options.input.datatype, most)
 
 

@@ -5,6 +5,7 @@ the tables in the code. A migration that is released is not edited any more, and
 describes the schema of its time, and names its constraints as `store.engine.metadata` does.
 """
 
+import logging
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -26,6 +27,7 @@ def upgrade(engine: sa.Engine) -> None:
     from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every step
     script = ScriptDirectory(str(FOLDER))
     context = EnvironmentContext(Config(), script, fn=lambda stored, _: script._upgrade_revs("head", stored))
     sqlite = engine.dialect.name == "sqlite"

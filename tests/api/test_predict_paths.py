@@ -258,8 +258,8 @@ BYTES = np.zeros((1, 28, 28), np.uint8)
     [
         ({}, 400, "inputs"),
         ({"inputs": [tensor(BYTES), tensor(BYTES)]}, 400, "one tensor"),
-        ({"inputs": [tensor(BYTES, name="x")]}, 400, "input.name"),
-        ({"inputs": [tensor(BYTES, datatype="INT64")]}, 400, "input.datatype"),
+        ({"inputs": [tensor(BYTES, name="x")]}, 400, "inputs.0.name"),
+        ({"inputs": [tensor(BYTES, datatype="INT64")]}, 400, "inputs.0.datatype"),
         ({"inputs": [tensor(BYTES, shape=[1, 27, 28])]}, 400, "shape"),
         ({"inputs": [tensor(BYTES, shape=[2, 28, 28])]}, 400, "784 numbers do not fill shape"),
         ({"inputs": [tensor(BYTES, shape=[-1, 28, 28])]}, 400, "shape"),
