@@ -33,6 +33,7 @@ from store.errors import (
     UnknownJob,
     UnsupportedMediaType,
 )
+from store.files import move
 from store.records import DatasetCard
 from store.settings import Settings
 from trainer.jobs.records import FINISHED, Jobs
@@ -169,10 +170,13 @@ class Uploads:
                     _check_apart(dataset, apart)
                     dataset = dataset.model_copy(update={"validation": apart})
             check(dataset)
-            with translated():
-                for path, name in prepared.items():
-                    path.rename(self._settings.datasets / f"{name}.npz")
+            await asyncio.to_thread(self._keep, prepared)
         return dataset
+
+    def _keep(self, prepared: dict[Path, str]) -> None:
+        with translated():
+            for path, name in prepared.items():
+                move(path, self._settings.datasets / f"{name}.npz")
 
     async def _prepare(
         self, form: Form, name: str, least: int, leftovers: contextlib.ExitStack

@@ -9,8 +9,6 @@ import fcntl
 import functools
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from store.errors import (
     TemperError,
     UnknownModel,
 )
+from store.files import make_directory, move, remove_tree
 from store.records import GREY_28, Manifest, ReportCard
 from store.settings import Settings
 
@@ -115,7 +114,7 @@ def reconcile(settings: Settings, registry: Registry, servers: Sequence[ModelSer
         except TemperError as exc:
             failure = exc
     for model, version in removed:
-        shutil.rmtree(settings.version(model, version), ignore_errors=True)
+        remove_tree(settings.version(model, version))
         registry.forget(model, version)
     if failure:
         raise failure
@@ -197,8 +196,8 @@ def publish(
     version = registry.reserve(model, job_id, manifest, report)
     try:
         place = settings.version(model, version)
-        place.parent.mkdir(exist_ok=True)
-        os.rename(staged, place)
+        make_directory(place.parent)
+        move(staged, place)
         step("renamed")
 
         def load(server: ModelServer) -> None:

@@ -1,4 +1,4 @@
-"""What happens when the disk is full: how to recognize it, and a reserve that lets deletions go through."""
+"""A disk that is full or fails: how to recognize it, and a reserve that lets deletions go through."""
 
 import contextlib
 import errno
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from store.errors import StorageFull
+from store.errors import StorageFailed, StorageFull
 
 LOW_BYTES = 16 << 20  # with less than this free, uploads and fine-tunes are about to fail
 RESERVE_BYTES = 1 << 20  # enough for SQLite's journal to record a deletion
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_SAID = ("database or disk is full", "No space left on device")  # by SQLite, and by TensorFlow
 
 
 def is_full(failure: BaseException | None) -> bool:
@@ -23,20 +24,24 @@ def is_full(failure: BaseException | None) -> bool:
             return True
         if isinstance(failure, sa.exc.DBAPIError):
             original = failure.orig
-            if "database or disk is full" in str(original) or getattr(original, "sqlstate", None) == "53100":
+            if getattr(original, "sqlstate", None) == "53100":
                 return True
+        if any(text in str(failure).partition("\n")[0] for text in _FULL_SAID):
+            return True
         failure = failure.__cause__
     return False
 
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Raise `StorageFull` for every failure that means it."""
+    """Raise `StorageFull` for every failure that means it, and `StorageFailed` for others of the file system."""
     try:
         yield
     except Exception as exc:
         if is_full(exc) and not isinstance(exc, StorageFull):
             raise StorageFull("no space is left on the disk; delete models or free space, then try again") from exc
+        if isinstance(exc, OSError):
+            raise StorageFailed(f"the disk failed: {exc.strerror or exc}; the log has the file") from exc
         raise
 
 

@@ -153,5 +153,5 @@ def _unavailable(url: sa.URL, exc: Exception) -> StoreUnavailable:
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
     connection.execute("PRAGMA busy_timeout = 15000")
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA synchronous = FULL")  # what is committed outlasts a power failure
     connection.execute("PRAGMA foreign_keys = ON")

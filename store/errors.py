@@ -147,6 +147,12 @@ class StorageFull(TemperError):
     code = "storage_full"
 
 
+class StorageFailed(TemperError):
+    """The disk on which the service keeps its data cannot be read or written."""
+
+    code = "storage_failed"
+
+
 class JobFailed(TemperError):
     """A job cannot succeed. Its code goes into the job's record."""
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from store.files import make_directory
+
 log = logging.getLogger("temper.settings")
 
 ATTACK_IMAGES = 500
 AUTO, EMBEDDED = "auto", "embedded"
 LOCAL_TARGET = "127.0.0.1:8500"  # where `python -m serving` listens, and a gateway or worker looks without a setting
 LOCAL_REST = "127.0.0.1:8501"  # likewise, for TensorFlow Serving's REST API
-OTHERS = {"URL", "MNIST", "TFS_BINARY"}  # read by the command, the pretraining and the tests
+OTHERS = {"URL", "MNIST", "DOMAINS", "TFS_BINARY"}  # read by the command, the studies and the tests
 
 
 class Settings(BaseSettings):
@@ -110,7 +112,7 @@ class Settings(BaseSettings):
             OSError: the home cannot be written.
         """
         for directory in (self.models, self.staging, self.datasets):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
 
 
 def from_environment() -> Settings:

@@ -33,6 +33,7 @@ STATUS: dict[type[errors.TemperError], int] = {
     errors.ModelServerTimeout: 504,
     errors.StoreUnavailable: 503,
     errors.StorageFull: 507,
+    errors.StorageFailed: 503,
     errors.JobFailed: 500,  # goes into a job, not into a response
 }
 RETRY_AFTER_S = {429: 1, 503: 1}
@@ -74,6 +75,8 @@ def answer_to(request: Request, failure: Exception) -> Response:
         request.scope["state"]["gateway"].health.note_full_disk()
     match failure:
         case errors.TemperError():
+            if isinstance(failure, errors.StorageFailed):
+                log.error("%s %s: %r", request.method, path, failure.__cause__)
             return response(failure, path)
         case RequestValidationError():
             field = getattr(request.scope.get("route"), "body_field", None)

@@ -37,7 +37,9 @@ def test_codes_are_distinct() -> None:
 
 
 def test_every_error_that_a_client_can_cause_is_mapped_below_500() -> None:
-    inside = (errors.ModelServerError, errors.StoreUnavailable, errors.StorageFull, errors.JobFailed)
+    inside = (
+        errors.ModelServerError, errors.StoreUnavailable, errors.StorageFull, errors.StorageFailed, errors.JobFailed
+    )  # fmt: skip
     for kind in kinds():
         status = status_of(kind("text"))
         if kind is errors.TemperError or issubclass(kind, inside):

@@ -17,8 +17,9 @@ from serving.client import ModelServer
 from serving.quiet import import_tensorflow
 from serving.registry import Registry
 from store import logging
+from store.disk import translated
 from store.engine import PASSING_FAILURES, connect, reason
-from store.errors import ModelServerError, StoreUnavailable, TemperError
+from store.errors import ModelServerError, StorageFailed, StorageFull, StoreUnavailable, TemperError
 from store.processes import pulse_file
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
@@ -195,10 +196,13 @@ class Worker:
         bound = log.bind(job=job.id)
         bound.info("job starts", model=job.model, images=job.dataset.images, attempt=job.attempts)
         try:
-            run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
+            with translated():
+                run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
         except LeaseLost:
             self.jobs.finish(job, "cancelled")
         except TemperError as exc:
+            if isinstance(exc, StorageFull | StorageFailed):
+                bound.error("the disk failed", reason=str(exc.__cause__))
             self.jobs.finish(job, "failed", error={"code": exc.code, "message": exc.message, "param": exc.param})
         except Stopped:
             with suppress(*PASSING_FAILURES):  # then it looks like that of a dead worker, which it is
