@@ -42,6 +42,7 @@ class Gateway:
     uploads: Uploads
     health: Health
     reserve: Reserve
+    streams: int = 0  # of events, that clients read
 
     async def look_after(self) -> None:
         """Keep the routes fresh and the model servers up to date, until cancelled."""

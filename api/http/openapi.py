@@ -13,6 +13,7 @@ from store.records import GREY_28
 After = Annotated[str | None, Query(max_length=100, description="The last item of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")]
 Name = Annotated[ModelName, Path()]
+JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
 Number = Annotated[int, Path(ge=1, lt=2**63, description="A version.")]
 
 

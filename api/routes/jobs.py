@@ -4,12 +4,12 @@ import asyncio
 import logging
 from typing import Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
 
 from api.gateway import Gateway, gateway_of
 from api.http.errors import invalid_request
-from api.http.openapi import After, Limit, errors
+from api.http.openapi import After, JobId, Limit, errors
 from api.routes.examples import SPEC_EXAMPLE
 from serving.registry import BASE, LABEL, STABLE
 from store.errors import InvalidRequest, UnknownModel
@@ -21,7 +21,6 @@ from trainer.spec import MODEL_NAME, Spec, pinned
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])
 
-JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
 FILES = {
     "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
     "validation": "Images to validate on, in the same format; without them images of `data` are held out in turn, or "

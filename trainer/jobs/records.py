@@ -153,9 +153,10 @@ class Jobs:
             found = _read(connection, query)
         return found[:limit], len(found) > limit
 
-    def events(self, job_id: str, *, after: int = 0) -> list[Event]:
-        """Return the events of a job whose number is greater than `after`."""
-        query = sa.select(events).where(events.c.job == job_id, events.c.seq > after).order_by(events.c.seq)
+    def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> list[Event]:
+        """Return the first `limit` events of a job whose number is greater than `after`."""
+        later = (events.c.job == job_id) & (events.c.seq > after)
+        query = sa.select(events).where(later).order_by(events.c.seq).limit(limit)
         with self._engine.connect() as connection:
             return [Event(**row) for row in connection.execute(query).mappings()]
 
