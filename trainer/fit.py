@@ -153,7 +153,7 @@ def batch_size(spec: Spec, images: int) -> int:
 
     With too few steps an epoch, a default job on a small set ends before it has learned anything.
     """
-    return min(spec.batch_size, max(1, max(FEW, images) // spec.min_steps))
+    return min(spec.batch_size, max(FEW, images) // spec.min_steps)
 
 
 def coefficients(spec: Spec, images: int) -> Coefficients:

@@ -143,14 +143,14 @@ class Recorder:
 @contextlib.contextmanager
 def recording(home: Path) -> Iterator[Recorder]:
     recorder = Recorder(home)
-    fsync, commit = os.fsync, COMMIT
+    fsync = os.fsync
 
     def synced(descriptor: int) -> None:
         fsync(descriptor)
         recorder.synced(descriptor)
 
     def committed(dialect: Any, connection: Any) -> None:
-        commit(dialect, connection)
+        COMMIT(dialect, connection)
         recorder.committed()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -251,8 +251,6 @@ class Failing:
 
     @contextlib.contextmanager
     def armed(self, home: Path) -> Iterator[None]:
-        commit = COMMIT
-
         def failing(call: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(call)
             def fails(*args: Any, **more: Any) -> Any:
@@ -270,7 +268,7 @@ class Failing:
 
         def committing(dialect: Any, connection: Any) -> None:
             self._counted(self._database)
-            commit(dialect, connection)
+            COMMIT(dialect, connection)
 
         with pytest.MonkeyPatch.context() as patch:
             for name in ("fsync", "rename", "mkdir"):
