@@ -65,6 +65,7 @@ lock: ## Update the lock files (needs uv)
 	$(LOCK) -c requirements/tensorflow.txt --extra cuda -o requirements/cuda.txt
 	$(LOCK) -c requirements/tensorflow.txt --extra tensorflow --extra dev -o requirements/dev.txt
 	$(LOCK) -c requirements/dev.txt --extra tensorflow --extra dev --extra art -o requirements/art.txt
+	$(LOCK) -c requirements/gateway.txt --extra security -o requirements/security.txt
 
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto

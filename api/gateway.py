@@ -18,6 +18,7 @@ from serving.registry import BASE, Registry
 from store.disk import Reserve
 from store.errors import ModelServerError, TemperError
 from store.health import Health, Notice
+from store.records import DEFAULT_TENANT
 from store.settings import Settings
 from trainer.jobs.records import Jobs
 
@@ -124,3 +125,9 @@ def gateway_of(request: Request) -> Gateway:
     """Return the gateway that serves a request."""
     gateway: Gateway = request.scope["state"]["gateway"]
     return gateway
+
+
+def tenant_of(request: Request) -> str:
+    """Return the tenant on whose behalf a request is made."""
+    tenant: str = request.scope["state"].get("tenant", DEFAULT_TENANT)
+    return tenant

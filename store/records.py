@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 log = logging.getLogger("temper.store")
 
+DEFAULT_TENANT = "default"  # whose everything is where there are no keys
+
 
 class Record(BaseModel):
     """What all of them share."""
