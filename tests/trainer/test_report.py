@@ -190,26 +190,19 @@ def test_the_delta_applied_to_the_base_is_the_version(place: Place, method: str,
     job = place.run(place.claimed({"method": method, "epochs": 1}))
     version = place.settings.models / "m" / str(job.version)
     out = tmp_path / "applied"
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "trainer.delta",
-        place.settings.models / "lenet5/1",
-        version / delta.DELTA,
-        out,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    base, stored = str(place.settings.models / "lenet5/1"), version / delta.DELTA
+    applied = CliRunner().invoke(delta.main, [base, str(stored), str(out)])
+    assert applied.exit_code == 0, applied.output
     images, _ = validation_of(place)
     scores = [Network(load_params(folder)).logits(images) for folder in (version, out)]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
     card = place.registry.find("m").report.dump()["parameters"]
-    stored = (version / delta.DELTA).stat().st_size
-    assert card["delta_bytes"] == stored
-    assert card["trained"] * 4 < stored < card["trained"] * 4 + 20_000
+    size_bytes = stored.stat().st_size
+    assert card["delta_bytes"] == size_bytes
+    assert card["trained"] * 4 < size_bytes < card["trained"] * 4 + 20_000
     if method == "lora":
-        refused = subprocess.run(
-            [*command[:3], version, *command[4:5], tmp_path / "no"], capture_output=True, text=True
-        )
+        command: list[str | Path] = [sys.executable, "-m", "trainer.delta", version, stored, tmp_path / "no"]
+        refused = subprocess.run(command, capture_output=True, text=True)
         assert refused.returncode == 1
         assert "belongs to another base" in refused.stderr
         assert json.loads((out / "assets.extra/manifest.json").read_text())["job"] == job.id

@@ -497,6 +497,7 @@ def test_augmentation_and_the_classifier_of_the_base_have_a_place_in_the_last_ro
     assert any(spec.head == "keep" for spec in last)
 
 
+@pytest.mark.slow
 def test_epochs_that_overfit_are_taken_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"method": "full", "search": {"trials": 4, "folds": 3, "preview": False}}
     monkeypatch.setattr("trainer.search.OVERFITTED", -1e9)  # as if any difference showed that
