@@ -202,7 +202,7 @@ def publish(
 
         def load(server: ModelServer) -> None:
             reconcile(settings, registry, [server])
-            server.wait_until_available(model, version)
+            server.wait_until_available(model, version, wait=lambda: step(done))
 
         here, done, deadline = list(servers), "renamed", time.monotonic() + PATIENCE_S
         for name, act in (
