@@ -283,8 +283,8 @@ def _resume(found: State, run: "Training", selection: "Selection", result: Fitte
     """Go on from the epoch of a `_state`; returns the verdict on it."""
     arrays, record = found
     best = {name.removeprefix("best/"): value for name, value in arrays.items() if name.startswith("best/")}
-    run.model.resume([arrays[f"{number}"] for number in range(len(arrays) - len(best))])
-    run.done, run.seconds = record["done"], record["seconds"]
+    state = [arrays[f"{number}"] for number in range(len(arrays) - len(best))]
+    run.resume(state, record["done"], record["seconds"])
     selection.resume(best, record["selection"])
     result.history, result.gradient_shares = record["history"], record["gradient_shares"]
     verdict: str = record["verdict"]
@@ -305,7 +305,7 @@ class Training:
         self._order = tf.zeros(0, tf.int32)  # of the last epoch
         self._updates = -(-len(train.labels) // self._c.batch_size) * self._c.replays  # an epoch
         self._plan = schedule(spec, spec.epochs * self._updates)
-        self._seed = spec.seed
+        self._rng = np.random.default_rng(spec.seed)
         self.seconds = 0.0  # in epochs
         self.done = 0  # updates
 
@@ -316,8 +316,7 @@ class Training:
             Diverged: the loss is not finite, or has exploded.
         """
         number = self.done // self._updates + 1
-        order = np.random.default_rng([self._seed, 2, number]).permutation(self._labels.shape[0])
-        self._order = tf.constant(order.astype(np.int32))
+        self._order = tf.constant(self._shuffled())
         plan = self._plan[self.done : self.done + self._updates]
         began = time.perf_counter()
         terms, wrong = self.model.epoch(self._features, self._labels, self._order, plan, self.done, self._c)
@@ -330,6 +329,17 @@ class Training:
         if cross_entropy > EXPLODED:
             raise Diverged(f"the loss is {cross_entropy:.3g} after step {self.done}, epoch {number}; {ADVICE}")
         return terms
+
+    def _shuffled(self) -> np.ndarray:
+        """The order of the images in the next epoch: in epoch e, the e-th permutation that the seed gives."""
+        return self._rng.permutation(self._labels.shape[0]).astype(np.int32)
+
+    def resume(self, state: Sequence[np.ndarray], done: int, seconds: float) -> None:
+        """Go on, instead of from the start, after the `done` updates that gave a state of the model."""
+        self.model.resume(state)
+        self.done, self.seconds = done, seconds
+        for _ in range(done // self._updates):
+            self._shuffled()
 
     def finish(self, check: Callable[[], None] = lambda: None) -> Arrays:
         """Train for the remaining epochs. Returns the effective parameters.

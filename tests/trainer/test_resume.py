@@ -22,6 +22,7 @@ from trainer.checkpoints import Checkpoint
 from trainer.jobs.records import Job, Jobs
 from trainer.parallel import Paused, side_by_side
 from trainer.search import Clock
+from trainer.spec import pinned
 from trainer.worker.retention import sweep_checkpoints
 from trainer.worker.run_job import Run
 
@@ -167,6 +168,18 @@ def test_a_preview_is_published_once(place: Place, trained: Trained) -> None:
     place.run(again)
     assert [version.version for version in place.registry.of_model("m")] == [2, 1]
     assert [event.type for event in place.jobs.events(job.id)].count("preview") == 1
+
+
+def test_what_an_attempt_chooses_is_noted_once_and_last(place: Place) -> None:
+    job = place.claimed(SEARCH)
+    specs = [parse_spec(f'{{"epochs": {epochs}}}') for epochs in (6, 2)]
+    for _ in range(2):  # an attempt, and the next: the second choice has fewer epochs, as they overfitted
+        run = Run(place.jobs.get(job.id), place.jobs)
+        for spec in specs:
+            run.resolved(spec)
+            run.resolved(spec)
+        assert place.jobs.get(job.id).resolved_spec == pinned(specs[-1], job.base)
+    assert [event.type for event in place.jobs.events(job.id)].count("resolved") == 4
 
 
 def test_a_damaged_or_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:

@@ -199,8 +199,8 @@ class Jobs:
             ) or _write(connection, of_job & (jobs.c.status == "running"), (), pause_requested=True)  # fmt: skip
         job = self.get(job_id)
         if not changed:
-            stands = "is paused already" if job.status == "paused" else f"has already {_ENDED.get(job.status)}"
-            stands = "is being cancelled" if job.cancel_requested and not job.finished_at else stands
+            stands = "is being cancelled" if job.cancel_requested else f"is {job.status} already"
+            stands = f"has already {_ENDED[job.status]}" if job.status in FINISHED else stands
             raise WrongState(f"job {job_id} {stands}", param="id")
         return job
 

@@ -57,6 +57,10 @@ class Run:
     jobs: Jobs
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     published: set[str] = field(default_factory=set)  # publishing steps that are done
+    chosen: dict[str, Any] | None = field(init=False)  # the resolved spec in the record
+
+    def __post_init__(self) -> None:
+        self.chosen = self.job.resolved_spec
 
     def trial(self, record: dict[str, Any]) -> None:
         """Note a trial of the search."""
@@ -72,7 +76,7 @@ class Run:
         self.patiently(lambda: self.jobs.check_lease(self.job))
 
     def fence(self, connection: sa.Connection) -> None:
-        """End a cancelled job, and keep any other from being cancelled until the transaction ends."""
+        """End a cancelled job; no other can be cancelled before the transaction ends."""
         self.jobs.check_lease(self.job, connection)
 
     def epoch(self, record: dict[str, Any]) -> None:
@@ -101,10 +105,11 @@ class Run:
         self.patiently(lambda: self.jobs.previewed(self.job, version))
 
     def resolved(self, spec: Spec) -> None:
-        """Note what the search has chosen, unless an earlier attempt has."""
+        """Note what the search has chosen, unless that is noted, by an earlier attempt perhaps."""
         chosen = pinned(spec, self.job.base)
-        if chosen != self.job.resolved_spec:
+        if chosen != self.chosen:
             self.patiently(lambda: self.jobs.resolve(self.job, chosen))
+            self.chosen = chosen
 
     def succeeded(self, version: int) -> None:
         """End the job."""
