@@ -168,7 +168,7 @@ def publish(
     report: ReportCard,
     label: str = STABLE,
     step: Callable[[str], None] = lambda done: None,
-    fence: Callable[[sa.Connection], None] = lambda connection: None,
+    fence: Callable[[sa.Connection], object] = lambda connection: None,
 ) -> int:
     """Move a staged SavedModel into place, prove that it is served, and point the label at it.
 

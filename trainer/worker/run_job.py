@@ -13,7 +13,6 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
-import sqlalchemy as sa
 import structlog
 import tensorflow as tf
 
@@ -74,10 +73,6 @@ class Run:
     def go_on(self) -> None:
         """End a cancelled job."""
         self.patiently(lambda: self.jobs.check_lease(self.job))
-
-    def fence(self, connection: sa.Connection) -> None:
-        """End a cancelled job; no other can be cancelled before the transaction ends."""
-        self.jobs.check_lease(self.job, connection)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Note an epoch."""
@@ -302,7 +297,7 @@ class _Maker:
         return publish(
             self.settings, self.registry, self.servers,
             staged=self.staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
-            step=step, fence=self.run.fence,
+            step=step, fence=functools.partial(self.run.jobs.check_lease, job),
         )  # fmt: skip
 
 
