@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ GET_MODEL_STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
 RELOAD_CONFIG = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
 
 DT_FLOAT, DT_UINT8 = 1, 4
+WAIT_S = 0.5
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -161,14 +162,19 @@ class ModelServer:
         if response.status.error_code:
             raise errors.ModelServerError(f"reload refused: {response.status.error_message}")
 
-    def wait_until_available(self, model: str, version: int, timeout_s: float = 5.0) -> None:
+    def wait_until_available(
+        self, model: str, version: int, timeout_s: float = 5.0, wait: Callable[[], None] = lambda: None
+    ) -> None:
         """Return once the version is AVAILABLE.
+
+        Args:
+            wait: called about twice a second meanwhile; raises to give up.
 
         Raises:
             PublishFailed: the server could not load it.
             ModelServerTimeout: it is not AVAILABLE in time. The server may have restarted: reload, then wait again.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline, look_at = time.monotonic() + timeout_s, time.monotonic() + WAIT_S
         while True:
             status = self.states(model).get(version)
             if status and status.state == pb.ModelVersionStatus.AVAILABLE:
@@ -179,6 +185,9 @@ class ModelServer:
                 raise errors.PublishFailed(f"{where}: {status.status.error_message}")
             if time.monotonic() > deadline:
                 raise errors.ModelServerTimeout(f"{where} after {timeout_s:g} s")
+            if time.monotonic() > look_at:
+                wait()
+                look_at = time.monotonic() + WAIT_S
             time.sleep(0.01)
 
 

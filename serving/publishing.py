@@ -168,7 +168,7 @@ def publish(
     report: ReportCard,
     label: str = STABLE,
     step: Callable[[str], None] = lambda done: None,
-    fence: Callable[[sa.Connection], None] = lambda connection: None,
+    fence: Callable[[sa.Connection], object] = lambda connection: None,
 ) -> int:
     """Move a staged SavedModel into place, prove that it is served, and point the label at it.
 
@@ -202,7 +202,7 @@ def publish(
 
         def load(server: ModelServer) -> None:
             reconcile(settings, registry, [server])
-            server.wait_until_available(model, version)
+            server.wait_until_available(model, version, wait=lambda: step(done))
 
         here, done, deadline = list(servers), "renamed", time.monotonic() + PATIENCE_S
         for name, act in (

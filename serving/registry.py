@@ -134,7 +134,7 @@ class Registry:
         model: str,
         version: int,
         label: str = STABLE,
-        fence: Callable[[sa.Connection], None] = lambda connection: None,
+        fence: Callable[[sa.Connection], object] = lambda connection: None,
     ) -> None:
         """Make a proven version live and point `label` at it; a model's first version becomes `stable` too.
 

@@ -69,6 +69,11 @@ class Settings(BaseSettings):
         """Prepared data sets, `<sha256>.npz`."""
         return self.home.resolve() / "datasets"
 
+    @property
+    def checkpoints(self) -> Path:
+        """What unfinished jobs go on from after an interruption, `<job>/`."""
+        return self.home.resolve() / "checkpoints"
+
     def version(self, model: str, number: int) -> Path:
         """Directory of a published version."""
         return self.models / model / str(number)
@@ -111,7 +116,7 @@ class Settings(BaseSettings):
         Raises:
             OSError: the home cannot be written.
         """
-        for directory in (self.models, self.staging, self.datasets):
+        for directory in (self.models, self.staging, self.datasets, self.checkpoints):
             make_directory(directory)
 
 

@@ -74,6 +74,15 @@ def _template(shapes: Shapes, invert: bool) -> tuple[bytes, bytes]:
     return saved.SerializeToString(deterministic=True), objects
 
 
+def prepare(params: Mapping[str, np.ndarray], *, invert: bool) -> None:
+    """Trace the graph that `export` needs, unless it is there. Takes a second and writes no file of a version."""
+    _template(_shapes(params), invert)
+
+
+def _shapes(params: Mapping[str, np.ndarray]) -> Shapes:
+    return tuple((name, params[name].shape) for name in sorted(params))
+
+
 def export(directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, manifest: Mapping[str, Any]) -> None:
     """Write a SavedModel.
 
@@ -88,7 +97,7 @@ def export(directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, m
         manifest: description of the version, written beside it as JSON.
     """
     names = sorted(params)
-    graph, objects = _template(tuple((name, params[name].shape) for name in names), invert)
+    graph, objects = _template(_shapes(params), invert)
     (directory / "variables").mkdir(parents=True)
     (directory / EXTRA).mkdir()
     with tf.device("/CPU:0"):

@@ -13,6 +13,7 @@ from store.errors import Diverged
 from trainer import evaluate
 from trainer.asked import refused
 from trainer.attacks import STEP_SHARE
+from trainer.checkpoints import Checkpoint, State
 from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
 from trainer.methods import Method, first_trained
 from trainer.network import Network, bottleneck_of
@@ -207,15 +208,16 @@ def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
 def fit(
     spec: Spec, start: Start, train: Split, validation: Split | None, *, classes: int,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None, shares: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> Fitted:  # fmt: skip
-    """Train on the current device.
+    """Train on the current device, from the last epoch that a checkpoint has.
 
     The weights of the last epoch are kept. With early stopping it is the epoch of the lowest validation cross-entropy;
     with an attack, that of the best validation accuracy, clean and under PGD, weighted as in the loss.
 
     Args:
         validation: None if all images are trained on; some of them stand in for it, and their figures are not recorded.
-        on_epoch: called with the record of every epoch.
+        on_epoch: called with the record of every epoch that is trained, when it has been kept; raises to end the run.
         shares: also measure the share of each term in the update.
 
     Raises:
@@ -227,8 +229,14 @@ def fit(
     judged = tf.constant(Network(start.params).part(measured.images, until=entry))
     result = Fitted({}, {}, start.method, start.lora_scale)
     selection = Selection(spec, model, measured)
-    verdict = ""
-    for epoch in range(1, spec.epochs + 1):
+    checkpoint, verdict = checkpoint or Checkpoint(), ""
+    if found := checkpoint.load():
+        verdict = _resume(found, run, selection, result)
+
+    def state() -> State:
+        return _state(run, selection, result, verdict)
+
+    while (epoch := 1 + len(result.history)) <= spec.epochs and not verdict:
         terms = run.epoch()
         record = {"epoch": epoch, **terms}
         if validation or selection.attack:
@@ -244,20 +252,43 @@ def fit(
         if validation is None:
             record = {name: value for name, value in record.items() if not name.startswith("validation_")}
         if shares and len(model.terms()) > 1 and epoch % math.ceil(spec.epochs / SHARES) == 0:
-            found = run.shares()
-            values = {name: {"value": terms[name], "share": found[name]} for name in terms}
+            parts = run.shares()
+            values = {name: {"value": terms[name], "share": parts[name]} for name in terms}
             result.gradient_shares.append({"epoch": epoch, **values})
         result.history.append(record)
+        checkpoint.save(state)
         on_epoch(record)
-        if verdict:
-            result.ended_by = verdict
-            break
+    epoch, result.ended_by = len(result.history), verdict or "epochs"
     result.overfitted_epoch = epoch if result.ended_by == "catastrophic_overfitting" else selection.never_robust
     result.kept_epoch = selection.restore(epoch)
     result.params = run.params()
     result.trained = model.snapshot()
     result.images_per_second = run.images_per_second
     return result
+
+
+def _state(run: "Training", selection: "Selection", result: Fitted, verdict: str) -> State:
+    """Everything that the rest of a run depends on, after an epoch."""
+    arrays, best = selection.state()
+    arrays = {f"best/{name}": value for name, value in arrays.items()}
+    arrays |= {f"{number}": value for number, value in enumerate(run.model.state())}
+    record = {
+        "done": run.done, "seconds": run.seconds, "selection": best, "verdict": verdict,
+        "history": result.history, "gradient_shares": result.gradient_shares,
+    }  # fmt: skip
+    return arrays, record
+
+
+def _resume(found: State, run: "Training", selection: "Selection", result: Fitted) -> str:
+    """Go on from the epoch of a `_state`; returns the verdict on it."""
+    arrays, record = found
+    best = {name.removeprefix("best/"): value for name, value in arrays.items() if name.startswith("best/")}
+    state = [arrays[f"{number}"] for number in range(len(arrays) - len(best))]
+    run.resume(state, record["done"], record["seconds"])
+    selection.resume(best, record["selection"])
+    result.history, result.gradient_shares = record["history"], record["gradient_shares"]
+    verdict: str = record["verdict"]
+    return verdict
 
 
 class Training:
@@ -285,7 +316,7 @@ class Training:
             Diverged: the loss is not finite, or has exploded.
         """
         number = self.done // self._updates + 1
-        self._order = tf.constant(self._rng.permutation(self._labels.shape[0]).astype(np.int32))
+        self._order = tf.constant(self._shuffled())
         plan = self._plan[self.done : self.done + self._updates]
         began = time.perf_counter()
         terms, wrong = self.model.epoch(self._features, self._labels, self._order, plan, self.done, self._c)
@@ -298,6 +329,17 @@ class Training:
         if cross_entropy > EXPLODED:
             raise Diverged(f"the loss is {cross_entropy:.3g} after step {self.done}, epoch {number}; {ADVICE}")
         return terms
+
+    def _shuffled(self) -> np.ndarray:
+        """The order of the images in the next epoch: in epoch e, the e-th permutation that the seed gives."""
+        return self._rng.permutation(self._labels.shape[0]).astype(np.int32)
+
+    def resume(self, state: Sequence[np.ndarray], done: int, seconds: float) -> None:
+        """Go on, instead of from the start, after the `done` updates that gave a state of the model."""
+        self.model.resume(state)
+        self.done, self.seconds = done, seconds
+        for _ in range(done // self._updates):
+            self._shuffled()
 
     def finish(self, check: Callable[[], None] = lambda: None) -> Arrays:
         """Train for the remaining epochs. Returns the effective parameters.
@@ -400,6 +442,16 @@ class Selection:
         if overfitted:
             return "catastrophic_overfitting"
         return "early_stopping" if record["epoch"] - self._improved >= patient else ""
+
+    def state(self) -> tuple[Arrays, list[Any]]:
+        """The best weights, and the rest of what is remembered of earlier epochs; for `resume`."""
+        score, epoch, trained = self._best
+        return trained, [score, epoch, self._improved, self._mark, self._most_robust, self._first_fall]
+
+    def resume(self, best: Arrays, rest: list[Any]) -> None:
+        """Remember what another selection did."""
+        score, epoch, self._improved, self._mark, self._most_robust, self._first_fall = rest
+        self._best = score, epoch, best
 
     def restore(self, last: int) -> int:
         """Restore the best weights and return their epoch; `last` if none were kept."""

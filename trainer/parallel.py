@@ -20,6 +20,10 @@ class Unwanted(Exception):
     """Raised in a run that is no longer wanted."""
 
 
+class Paused(Exception):
+    """Raised by a check to end all runs when each has come to its next check, and has kept what it has done."""
+
+
 def at_once() -> int:
     """Runs that keep the current device busy."""
     return 1 if "GPU" in tf.constant(0.0).device else cores()
@@ -39,7 +43,8 @@ def side_by_side(
 ) -> Iterator[tuple[T, R]]:
     """Work on several tasks at once, on the current device; yields each with its result as it finishes.
 
-    An exception, of `work` or of `check`, ends all of them.
+    An exception, of `work` or of `check`, ends all of them. `Paused` is raised when they have ended; others at once, so
+    that no client who cancels waits for an epoch or a compilation, and the runs end, unheeded, at their next check.
 
     Args:
         work: called with a task and with a function to call now and then, which raises `Unwanted` after a failure.
@@ -57,15 +62,27 @@ def side_by_side(
         with tf.device(device):  # each thread has its own
             return work(task, go_on)
 
-    with ThreadPoolExecutor(at_once(), "run") as pool:
-        left = {pool.submit(begin, task): task for task in tasks}
-        try:
-            while left:
+    pool = ThreadPoolExecutor(at_once(), "run")
+    left = {pool.submit(begin, task): task for task in tasks}
+    try:
+        while left:
+            check()
+            done, _ = wait(left, timeout=CHECK_S, return_when=FIRST_COMPLETED)
+            for future in [future for future in left if future in done]:
+                yield left.pop(future), future.result()
+    except Paused:
+        stopped.set()
+        running = [future for future in left if not future.cancel()]
+        while wait(running, timeout=CHECK_S).not_done:
+            with contextlib.suppress(Paused):
                 check()
-                done, _ = wait(left, timeout=CHECK_S, return_when=FIRST_COMPLETED)
-                for future in [future for future in left if future in done]:
-                    yield left.pop(future), future.result()
-        finally:
-            stopped.set()
-            for future in left:
-                future.cancel()
+        raise
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def watched(work: Callable[[], R], check: Check) -> R:
+    """What one piece of work returns that makes no checks of its own; `check` is called meanwhile as above."""
+    ((_, result),) = side_by_side(lambda _, __: work(), [None], check)
+    return result

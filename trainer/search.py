@@ -6,10 +6,12 @@ one. The candidates that are left at the end are compared image by image, and of
 best the cheapest and most regularized is chosen (Breiman et al. 1984, here on paired differences).
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from store.errors import Diverged, InvalidSpec, SearchFailed
 from trainer import evaluate
 from trainer.asked import Asked
+from trainer.checkpoints import Checkpoint, State
 from trainer.fit import Split, Training, begin
 from trainer.folds import stratified_folds
 from trainer.lenet import Arrays
@@ -105,14 +108,15 @@ class Found:
 def search(
     asked: Asked, problem: Problem, *, uploaded: bool = False, earlier: Sequence[Recipe] = (), spent_s: float = 0.0,
     on_trial: Callable[[dict[str, Any]], None] = lambda record: None, check: Check = lambda: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Found:  # fmt: skip
-    """Choose the searched fields of a spec.
+    """Choose the searched fields of a spec. Trials that a checkpoint has are not run again.
 
     Args:
         uploaded: validation images were uploaded; the report will rest on these, and the search does not see them.
         earlier: recipes that were chosen for earlier versions of the model.
         spent_s: seconds of `search.seconds` already used.
-        on_trial: called with a record after each trial of a round.
+        on_trial: called with a record after each trial of a round that is run.
         check: called about twice a second; raises to end the search.
 
     Raises:
@@ -124,8 +128,12 @@ def search(
         return Found(asked.resolve(fallback(problem.same_classes)), warnings=[_TOO_FEW])
     folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
     after = [1.0] if uploaded else [1.0] + folds * [1 - 1 / folds]
-    clock = Clock(bounds.seconds, runs=makespan(after, at_once()), spent_s=spent_s)
-    rounds = _Rounds(problem, bounds, asked.fixed.seed, folds, clock, on_trial, check)
+    memory = _Memory.of(checkpoint or Checkpoint(), spent_s, earlier)
+    clock = Clock(
+        bounds.seconds, runs=makespan(after, at_once()), spent_s=memory.spent_s, used_s=memory.used_s,
+        stopped=memory.ended,
+    )  # fmt: skip
+    rounds = _Rounds(problem, bounds, asked.fixed.seed, folds, clock, memory, on_trial, check)
     trials: list[Trial] = []
     lost: set[Trial] = set()  # diverged
 
@@ -135,7 +143,7 @@ def search(
         trials.extend(added)
         return added
 
-    standing = add(candidates(asked, problem.same_classes, len(problem.data.labels), earlier))
+    standing = add(candidates(asked, problem.same_classes, len(problem.data.labels), memory.earlier))
     for rung in rungs(len(standing), folds, len(problem.data.labels)):
         done: list[Trial] = []
         while not done:
@@ -189,6 +197,7 @@ def search(
     again = spec.model_copy(update={"epochs": spec.epochs + last.epochs})
     if "epochs" in asked.auto and last.rung.folds == folds and not clock.is_up(again):
         short = last.epochs, rounds.in_order(last.right)
+    memory.end(clock.elapsed_s)
     return Found(
         spec, trials, choice.trial.number, " ".join([sentence(spec, choice.trial, trials), *choice.why]),
         worth(choice.trial, trials), warnings, [trial.number for trial in choice.front], short,
@@ -199,10 +208,10 @@ class _Rounds:
     """Runs trials, round after round."""
 
     def __init__(
-        self, problem: Problem, bounds: Search, seed: int, folds: int, clock: "Clock",
+        self, problem: Problem, bounds: Search, seed: int, folds: int, clock: "Clock", memory: "_Memory",
         on_trial: Callable[[dict[str, Any]], None], check: Check,
     ) -> None:  # fmt: skip
-        self._bounds, self._seed = bounds, seed
+        self._bounds, self._seed, self._memory = bounds, seed, memory
         self._problem, self._clock, self._on_trial, self._check = problem, clock, on_trial, check
         self._folds = list(stratified_folds(problem.data.labels, seed, folds))
         self._parts = [(problem.part(~fold), problem.part(fold)) for fold in self._folds]
@@ -224,9 +233,17 @@ class _Rounds:
         done: list[Trial] = []
         found: dict[int, dict[int, Predicted]] = {trial.number: {} for trial in trials}  # by fold
         failed: dict[int, dict[int, str]] = {}  # why there is no prediction, by fold
+        known = set(self._memory.results)
+
+        def key(trial: Trial, fold: int) -> str:
+            return _key(shortened(trial.spec, rung), fold, self._measures(rung))
 
         def work(task: tuple[Trial, int], check: Check) -> Predicted | str:
             trial, fold = task
+            if key(*task) in known:
+                return self._memory.results[key(*task)]
+            if self._memory.ended:
+                return NO_TIME
             best = min(done, key=loss_of, default=after)
             if best and self._clock.is_up(best.spec, meanwhile=shortened(trial.spec, rung)):
                 return NO_TIME
@@ -237,6 +254,8 @@ class _Rounds:
 
         tasks = [(trial, fold) for trial in trials for fold in range(rung.folds)]
         for (trial, fold), result in side_by_side(work, tasks, self._check):
+            if result != NO_TIME and key(trial, fold) not in known:
+                self._memory.note(key(trial, fold), result, self._clock.elapsed_s)
             if isinstance(result, str):
                 failed.setdefault(trial.number, {})[fold] = result
                 continue
@@ -250,11 +269,12 @@ class _Rounds:
             trial.scores.append(score)
             done.append(trial)
             best = min(done, key=loss_of)
-            self._on_trial(
-                {"round": self._number, "trial": trial.number, "trials": len(trials), "tried": len(done),
-                 "epochs": score.epochs, "folds": rung.folds,
-                 "best": {"trial": best.number, **best.scores[-1].headline()}}
-            )  # fmt: skip
+            if not known.issuperset(key(trial, fold) for fold in range(rung.folds)):
+                self._on_trial(
+                    {"round": self._number, "trial": trial.number, "trials": len(trials), "tried": len(done),
+                     "epochs": score.epochs, "folds": rung.folds,
+                     "best": {"trial": best.number, **best.scores[-1].headline()}}
+                )  # fmt: skip
         for trial in trials:
             if reasons := failed.get(trial.number):
                 trial.dropped = next((reasons[fold] for fold in sorted(reasons) if reasons[fold] != NO_TIME), NO_TIME)
@@ -286,7 +306,8 @@ class _Rounds:
         extra = None
         if self._measures(rung):
             extra = measure(self._bounds.objective, params, held_out, self._bounds.epsilon, self._seed)
-        return Predicted(Network(params).logits(held_out.images), run.seconds, extra)
+        logits = Network(params).logits(held_out.images)
+        return Predicted(logits, run.seconds, extra, self._clock.elapsed_s)
 
     def _scored(self, spec: Spec, rung: Rung, found: Mapping[int, "Predicted"]) -> Score:
         """The score of the out-of-fold predictions on the folds of a rung."""
@@ -295,8 +316,8 @@ class _Rounds:
         truth = np.concatenate([self._problem.data.labels[self._folds[fold]] for fold in range(rung.folds)])
         extras = [part.extra for part in parts if part.extra]
         reached = combined(self._bounds.objective, logits, truth, extras) if self._measures(rung) else {}
-        hits = evaluate.right(logits, truth)
-        return Score(rung, shortened(spec, rung).epochs, losses(logits, truth), hits, self._clock.elapsed_s, reached)
+        hits, ended_s = evaluate.right(logits, truth), max(part.ended_s for part in parts)
+        return Score(rung, shortened(spec, rung).epochs, losses(logits, truth), hits, ended_s, reached)
 
 
 class Predicted(NamedTuple):
@@ -305,6 +326,69 @@ class Predicted(NamedTuple):
     logits: np.ndarray
     seconds: float  # of training
     extra: Extra | None  # in the last round, of several objectives
+    ended_s: float  # after the search began
+
+
+@dataclass
+class _Memory:
+    """What a search has found out, kept in case that it is interrupted.
+
+    What a trial predicts depends on nothing but its key, the data and the base, so a search that is run again from the
+    start, and meets trials that it has run before, decides as it would have without the interruption.
+    """
+
+    checkpoint: Checkpoint
+    spent_s: float  # of `search.seconds`, before the search
+    earlier: Sequence[Recipe]  # which other jobs may add to meanwhile
+    used_s: float = 0.0  # by the search
+    ended: bool = False
+    results: dict[str, "Predicted | str"] = field(default_factory=dict)  # or why a trial failed, by `_key`
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, spent_s: float, earlier: Sequence[Recipe]) -> "_Memory":
+        """What is known at the start of a search."""
+        found = checkpoint.load()
+        if found is None:
+            return cls(checkpoint, spent_s, earlier)
+        arrays, record = found
+        spent_s = record["spent_s"] + (0.0 if record["ended"] else spent_s)
+        memory = cls(checkpoint, spent_s, record["earlier"], record["used_s"], record["ended"])
+        for key, (seconds, sparsity, ended_s) in record["trials"].items():
+            extra = None if sparsity is None else Extra(arrays[f"{key}/robust"], sparsity)
+            memory.results[key] = Predicted(arrays[key], seconds, extra, ended_s)
+        memory.results |= record["failed"]
+        return memory
+
+    def note(self, key: str, result: "Predicted | str", elapsed_s: float) -> None:
+        """Remember a result."""
+        self.results[key], self.used_s = result, elapsed_s
+        self.checkpoint.save(self._state)
+
+    def end(self, elapsed_s: float) -> None:
+        """Remember that nothing is left to be tried. From now on no decision depends on the time any more."""
+        if not self.ended:
+            self.used_s, self.ended = elapsed_s, True
+            self.checkpoint.save(self._state, now=True)
+
+    def _state(self) -> State:
+        found = {key: result for key, result in self.results.items() if isinstance(result, Predicted)}
+        arrays = {key: result.logits for key, result in found.items()}
+        arrays |= {f"{key}/robust": result.extra.robust for key, result in found.items() if result.extra}
+        record = {
+            "spent_s": self.spent_s, "used_s": self.used_s, "ended": self.ended,
+            "earlier": [dict(recipe) for recipe in self.earlier],
+            "trials": {
+                key: [result.seconds, result.extra and result.extra.sparsity, result.ended_s]
+                for key, result in found.items()
+            },
+            "failed": {key: result for key, result in self.results.items() if isinstance(result, str)},
+        }  # fmt: skip
+        return arrays, record
+
+
+def _key(spec: Spec, fold: int, measured: bool) -> str:
+    """What a result depends on, besides data and base: the spec as it was run, the fold that was held out."""
+    return sha256(json.dumps([spec.model_dump_json(), fold, measured]).encode()).hexdigest()
 
 
 def shortened(spec: Spec, rung: Rung) -> Spec:
@@ -356,23 +440,28 @@ def makespan(lengths: Sequence[float], workers: int) -> float:
 class Clock:
     """Keeps a search within its time. Without a bound nothing depends on the time, so the choice can be repeated."""
 
-    def __init__(self, seconds: float | None, *, runs: float, spent_s: float = 0.0) -> None:
+    def __init__(
+        self, seconds: float | None, *, runs: float, spent_s: float = 0.0, used_s: float = 0.0, stopped: bool = False
+    ) -> None:
         """Start.
 
         Args:
             seconds: from the start of the job until the version is live.
             spent_s: seconds of these already used.
             runs: how long the training that follows the search takes, in runs on all images.
+            used_s: seconds that the search took before it was interrupted.
+            stopped: it had ended then, so the time stands still.
         """
         self._bound = math.inf if seconds is None else max(seconds / 2, seconds - ENDING_S - spent_s)
-        self._began = time.perf_counter()
+        self._began = time.perf_counter() - used_s
+        self._stopped_s = used_s if stopped else None
         self._runs = runs
         self._taken: dict[tuple[str, str], tuple[float, float]] = {}  # kind -> epochs on all images, and their seconds
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the search began."""
-        return time.perf_counter() - self._began
+        """Seconds that the search has taken."""
+        return time.perf_counter() - self._began if self._stopped_s is None else self._stopped_s
 
     def note(self, spec: Spec, epochs: float, seconds: float) -> None:
         """Learn from a trial, of so many epochs on all images, how long an epoch takes."""

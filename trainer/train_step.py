@@ -6,7 +6,7 @@ structure, not once per job.
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -134,6 +134,18 @@ class TrainStep:
         flat = self._compiled.optimizer.flat(trained)
         self._state.flat.assign(flat)
         self._state.served.assign(flat)
+
+    def state(self) -> list[np.ndarray]:
+        """A copy of everything that training changes, for `resume`."""
+        return [variable.numpy() for variable in self._changing()]
+
+    def resume(self, state: Sequence[np.ndarray]) -> None:
+        """Go on, after `load`, from where another step of this structure was."""
+        for variable, value in zip(self._changing(), state, strict=True):
+            variable.assign(value)
+
+    def _changing(self) -> list[Tensor]:
+        return [self._state.flat, *self._state.moments, self._state.served]
 
     def params(self) -> dict[str, Tensor]:
         """Effective parameters of the served network, with the update merged in."""

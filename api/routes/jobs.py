@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: upload, list, inspect, cancel."""
+"""Fine-tuning jobs: upload, list, inspect, pause, cancel."""
 
 import asyncio
 import logging
@@ -92,6 +92,10 @@ class JobView(BaseModel):
         "the data loss and each penalty apart, validation accuracy. `publishing` has the time of every step: staged, "
         "verified, renamed, available, proven, warmed, labelled."
     )
+    attempts: int = Field(
+        description="How often a worker has started it. When a worker dies, the next attempt goes on from the last "
+        "checkpoint; after three the job fails. Pauses do not count."
+    )
     created_at: float = Field(description="Unix seconds.")
     started_at: float | None = Field(description="Unix seconds.")
     finished_at: float | None = Field(description="Unix seconds.")
@@ -181,8 +185,23 @@ async def get_job(request: Request, id: JobId) -> JobView:
 
 @router.post("/finetune/{id}/cancel", responses=errors(404, 409, 422, 503))
 def cancel_job(request: Request, id: JobId) -> JobView:
-    """Cancel a queued job at once, or a running one at the end of its epoch."""
+    """Cancel a job that is queued or paused at once, or a running one within a second."""
     return JobView.of(gateway_of(request).jobs.cancel(id))
+
+
+@router.post("/finetune/{id}/pause", responses=errors(404, 409, 422, 503))
+def pause_job(request: Request, id: JobId) -> JobView:
+    """Pause a queued job at once, or a running one at the end of its epoch; it frees its worker and stands as `paused`.
+
+    A job that is trained already is published instead.
+    """
+    return JobView.of(gateway_of(request).jobs.pause(id))
+
+
+@router.post("/finetune/{id}/resume", responses=errors(404, 409, 422, 503))
+def resume_job(request: Request, id: JobId) -> JobView:
+    """Queue a paused job again. It goes on from where it was."""
+    return JobView.of(gateway_of(request).jobs.resume(id))
 
 
 def _resolve_base(gateway: Gateway, spec: Spec) -> str:

@@ -15,7 +15,7 @@ JOB = Job(
     id="ftjob-1", model="m", version=None, preview_version=None, label="stable", base="lenet5:1", status="running",
     stage="training", progress=Progress(), created_at=0.0, started_at=0.0, finished_at=None,
     spec=described(parse_spec("{}")), resolved_spec=None, dataset=DatasetCard(), error=None, report_status="none",
-    worker="w", attempts=1, cancel_requested=False,
+    worker="w", attempts=1, cancel_requested=False, pause_requested=False,
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ JOB = Job(
         {"spec": {**JOB.spec, "from_the_future": 1}},
         {"spec": {**JOB.spec, "method": "magic", "l2": "auto"}},
         {"spec": {}},
-        {"stage": "searching", "status": "paused", "report_status": "partial"},
+        {"stage": "searching", "status": "waiting", "report_status": "partial"},
         {"error": {"message": "worker lost"}, "status": "failed"},
         {"spec": None},
     ],
@@ -44,5 +44,5 @@ def test_a_job_of_another_release_is_shown_as_it_was_stored(stored: dict[str, An
 
 def test_the_documentation_lists_what_this_release_writes() -> None:
     properties = JobView.model_json_schema()["properties"]
-    assert properties["status"]["enum"] == ["queued", "running", "succeeded", "failed", "cancelled"]
+    assert properties["status"]["enum"] == ["queued", "running", "paused", "succeeded", "failed", "cancelled"]
     assert "training" in properties["stage"]["anyOf"][0]["enum"]

@@ -34,6 +34,7 @@ from store.engine import connect
 from store.errors import TemperError
 from store.settings import Settings
 from tests.conftest import Place, eventually, npz
+from trainer import checkpoints
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Jobs
 from trainer.worker.pretrained import publish_base
@@ -193,8 +194,9 @@ def finish(settings: Settings, engine: sa.Engine, server: ModelServer, job_id: s
 
 @pytest.mark.slow
 def test_after_a_power_failure_at_any_moment_nothing_acknowledged_is_lost(
-    tmp_path: Path, model_server: str, upload: bytes
+    tmp_path: Path, model_server: str, upload: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checkpoints, "FIRST_S", 0.0)
     home = tmp_path / "home"
     settings = Settings(home=home, model_server=model_server)
     home.mkdir()
@@ -232,6 +234,7 @@ def test_after_a_power_failure_at_any_moment_nothing_acknowledged_is_lost(
             store.dispose()
             shutil.rmtree(place)
         assert len(seen) > 3
+        assert any(path.suffix == ".npz" and "checkpoints" in path.parts for files, _ in seen for path in files)
         server.reload(home, {})
 
 

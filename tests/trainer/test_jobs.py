@@ -128,6 +128,84 @@ def test_a_job_that_its_worker_puts_back_costs_no_attempt(jobs: Jobs) -> None:
     assert (again.id, again.attempts) == (job.id, 1)
 
 
+def test_a_queued_job_is_paused_at_once_and_queued_again_by_resume(jobs: Jobs) -> None:
+    job_id = queued(jobs).id
+    assert jobs.pause(job_id).status == "paused"
+    assert jobs.claim("w") is None
+    with pytest.raises(WrongState, match="is paused already"):
+        jobs.pause(job_id)
+    assert jobs.resume(job_id).status == "queued"
+    with pytest.raises(WrongState, match="is not paused; its status is 'queued'"):
+        jobs.resume(job_id)
+    job = jobs.claim("w")
+    assert job is not None
+    assert job.attempts == 1
+    jobs.finish(job, "succeeded", version=1)
+    with pytest.raises(WrongState, match="has already succeeded"):
+        jobs.pause(job_id)
+    with pytest.raises(UnknownJob):
+        jobs.pause("none")
+    with pytest.raises(UnknownJob):
+        jobs.resume("none")
+
+
+def test_a_running_job_is_paused_by_its_worker_and_that_costs_no_attempt(jobs: Jobs) -> None:
+    job_id = queued(jobs).id
+    for _ in range(module.MAX_ATTEMPTS + 1):
+        job = jobs.claim("w")
+        assert job is not None
+        assert (job.attempts, job.pause_requested) == (1, False)
+        assert not jobs.check_lease(job)
+        assert jobs.pause(job_id).status == "running"
+        assert jobs.check_lease(job)
+        jobs.append_event(job, "epoch", {"epoch": 1})  # it still has the lease
+        jobs.requeue(job)
+        found = jobs.get(job_id)
+        assert (found.status, found.stage, found.worker, found.attempts) == ("paused", None, None, 0)
+        assert found.progress.epoch == 1
+        with pytest.raises(LeaseLost):
+            jobs.check_lease(job)
+        assert jobs.needed_datasets() == [found.dataset]
+        assert jobs.open() == {job_id}
+        jobs.resume(job_id)
+    told = [event.data["status"] for event in jobs.events(job_id) if event.type == "status"]
+    assert told[:5] == ["queued", "running", "paused", "queued", "running"]
+
+
+def test_a_pause_is_taken_back_by_resume_and_overruled_by_cancel(jobs: Jobs) -> None:
+    job_id = queued(jobs).id
+    job = jobs.claim("w")
+    assert job is not None
+    jobs.pause(job_id)
+    assert jobs.resume(job_id).status == "running"
+    assert not jobs.check_lease(job)
+    jobs.pause(job_id)
+    jobs.cancel(job_id)
+    with pytest.raises(WrongState, match="is being cancelled"):
+        jobs.pause(job_id)
+    with pytest.raises(LeaseLost):
+        jobs.check_lease(job)
+    jobs.finish(job, "cancelled")
+    assert jobs.get(job_id).status == "cancelled"
+    other = queued(jobs).id
+    jobs.pause(other)
+    assert jobs.cancel(other).status == "cancelled"
+    with pytest.raises(WrongState, match="its status is 'cancelled'"):
+        jobs.resume(other)
+
+
+def test_a_job_that_was_to_pause_when_its_worker_died_is_paused_but_not_for_ever(jobs: Jobs) -> None:
+    job_id = queued(jobs).id
+    for attempt in range(1, module.MAX_ATTEMPTS + 1):
+        assert jobs.claim("w") is not None
+        jobs.pause(job_id)
+        jobs.recover()
+        if attempt < module.MAX_ATTEMPTS:
+            assert jobs.get(job_id).status == "paused"
+            jobs.resume(job_id)
+    assert jobs.get(job_id).status == "failed"
+
+
 def test_pages_are_newest_first_and_complete(jobs: Jobs) -> None:
     made = []
     for _ in range(5):

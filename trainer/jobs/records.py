@@ -1,14 +1,19 @@
 """Jobs as records in the store: the gateway creates and reads them, workers lease and run them.
 
-queued ──claim──▶ running ──▶ succeeded
-  ▲  │              │  │ ╰──▶ failed
-  │  ╰▶ cancelled ◀─╯  │
-  ╰──────requeue───────╯
+  ╭───────────────── requeue ─────────────────╮
+  ▼                                           │
+queued ───────────── claim ───────────────▶ running ──▶ succeeded
+  │  ▲                                       │ │ ╰────▶ failed
+  │  ╰─ resume ─╮                            │ │
+  ├─── pause ──▶ paused ◀── pause ───────────╯ │
+  │                │                           │
+  ╰── cancel ──────┴──▶ cancelled ◀── cancel ──╯
 
 A claim gives a worker the lease of a job: the pair (worker, attempts) in its row. Whoever writes to a running job
 shows the pair, and the write fails once the job has been requeued, cancelled or claimed by another worker. A worker
-that has sent no heartbeat for `LOST_AFTER_S` is taken for dead, and its jobs are requeued. All times are those of the
-database's clock.
+that has sent no heartbeat for `LOST_AFTER_S` is taken for dead, and its jobs are requeued. A client that pauses or
+cancels a running job asks its worker to; a pause, and a worker that is stopped, cost no attempt. All times are those of
+the database's clock.
 """
 
 import secrets
@@ -23,7 +28,7 @@ from store.errors import UnknownJob, WrongState
 from store.records import DatasetCard, Progress
 from trainer.jobs.events import Event, EventType, events, insert, progress_of
 
-Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 WorkerState = Literal["warming", "idle", "busy", "reporting"]
 Happened = tuple[EventType, dict[str, Any]]
 FINISHED = ("succeeded", "failed", "cancelled")
@@ -52,6 +57,7 @@ jobs = sa.Table(
     sa.Column("worker", sa.String),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    sa.Column("pause_requested", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("last_seq", sa.Integer, nullable=False),  # of its events
     sa.Column("progress_seq", sa.Integer, nullable=False),  # the event that its progress begins with
 )
@@ -88,8 +94,9 @@ class Job:
     error: dict[str, Any] | None  # code, message, param
     report_status: str  # none, quick or complete
     worker: str | None
-    attempts: int  # how often a worker has started it
+    attempts: int  # how often a worker has started it, without those that were paused or stopped
     cancel_requested: bool
+    pause_requested: bool
 
 
 _COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
@@ -121,7 +128,7 @@ class Jobs:
                 base=base, status="queued", stage=None, progress=Progress(), created_at=created_at, started_at=None,
                 finished_at=None, spec=dict(spec), resolved_spec=dict(resolved_spec) if resolved_spec else None,
                 dataset=dataset, error=None, report_status="none", worker=None, attempts=0, cancel_requested=False,
-                preview_version=None,
+                pause_requested=False, preview_version=None,
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
@@ -161,7 +168,7 @@ class Jobs:
             return [Event(**row) for row in connection.execute(query).mappings()]
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel a queued job now, or a running one at its next epoch.
+        """Cancel a job that waits now, or a running one within a second.
 
         Raises:
             UnknownJob: no job has this id.
@@ -170,12 +177,50 @@ class Jobs:
         of_job = jobs.c.id == job_id
         with self._engine.begin() as connection:
             changed = _write(
-                connection, of_job & (jobs.c.status == "queued"), [_status("cancelled")],
+                connection, of_job & jobs.c.status.in_(("queued", "paused")), [_status("cancelled")],
                 status="cancelled", finished_at=now(),
             ) or _write(connection, of_job & (jobs.c.status == "running"), (), cancel_requested=True)  # fmt: skip
         job = self.get(job_id)
         if not changed:
             raise WrongState(f"job {job_id} has already {_ENDED[job.status]}", param="id")
+        return job
+
+    def pause(self, job_id: str) -> Job:
+        """Pause a queued job now, or a running one at its next epoch. One that is trained already is not held up.
+
+        Raises:
+            UnknownJob: no job has this id.
+            WrongState: it is paused, is being cancelled or has finished.
+        """
+        of_job = (jobs.c.id == job_id) & ~jobs.c.cancel_requested
+        with self._engine.begin() as connection:
+            changed = _write(
+                connection, of_job & (jobs.c.status == "queued"), [_status("paused")], status="paused"
+            ) or _write(connection, of_job & (jobs.c.status == "running"), (), pause_requested=True)  # fmt: skip
+        job = self.get(job_id)
+        if not changed:
+            stands = "is being cancelled" if job.cancel_requested else f"is {job.status} already"
+            stands = f"has already {_ENDED[job.status]}" if job.status in FINISHED else stands
+            raise WrongState(f"job {job_id} {stands}", param="id")
+        return job
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a paused job again, or take back the request to pause a running one.
+
+        Raises:
+            UnknownJob: no job has this id.
+            WrongState: it is not paused.
+        """
+        of_job = jobs.c.id == job_id
+        with self._engine.begin() as connection:
+            changed = _write(
+                connection, of_job & (jobs.c.status == "paused"), [_status("queued")], **_QUEUED
+            ) or _write(
+                connection, of_job & (jobs.c.status == "running") & jobs.c.pause_requested, (), pause_requested=False
+            )  # fmt: skip
+        job = self.get(job_id)
+        if not changed:
+            raise WrongState(f"job {job_id} is not paused; its status is {job.status!r}", param="id")
         return job
 
     def claim(self, worker: str) -> Job | None:
@@ -236,8 +281,8 @@ class Jobs:
         """
         self._write_leased(job, [("preview", {"version": version})], preview_version=version)
 
-    def check_lease(self, job: Job, connection: sa.Connection | None = None) -> None:
-        """Check that a job still belongs to the worker that claimed it.
+    def check_lease(self, job: Job, connection: sa.Connection | None = None) -> bool:
+        """Check that a job still belongs to the worker that claimed it; returns whether a client wants it paused.
 
         Args:
             connection: lock the job's row until its transaction ends, so that the answer holds until then.
@@ -245,7 +290,7 @@ class Jobs:
         Raises:
             LeaseLost: another worker has the job, or a client has cancelled it.
         """
-        held = sa.select(jobs.c.id).where(_leased(job), ~jobs.c.cancel_requested)
+        held = sa.select(jobs.c.pause_requested).where(_leased(job), ~jobs.c.cancel_requested)
         if connection is not None:
             row = connection.execute(held.with_for_update()).first()
         else:
@@ -253,6 +298,7 @@ class Jobs:
                 row = own.execute(held).first()
         if row is None:
             raise LeaseLost(job.id)
+        return bool(row.pause_requested)
 
     def _write_leased(self, job: Job, happened: Sequence[Happened], **values: Any) -> None:
         with self._engine.begin() as connection:
@@ -270,9 +316,9 @@ class Jobs:
             )  # fmt: skip
 
     def requeue(self, job: Job) -> None:
-        """Give back the lease of a running job whose worker stops; the attempt does not count."""
+        """Give back the lease of a running job that is to pause, or whose worker stops; the attempt does not count."""
         with self._engine.begin() as connection:
-            _write(connection, _leased(job), [_status("queued")], **_QUEUED, attempts=jobs.c.attempts - 1)
+            _put_back(connection, _leased(job), attempts=jobs.c.attempts - 1)
 
     def unreported(self, worker: str, but: Collection[str] = ()) -> Job | None:
         """Lease to `worker` the oldest job whose report is not complete and that no living worker works on."""
@@ -291,6 +337,11 @@ class Jobs:
         with self._engine.begin() as connection:
             happened: list[Happened] = [("report", {"report_status": report_status})]
             _write(connection, jobs.c.id == job.id, happened, report_status=report_status)
+
+    def open(self) -> set[str]:
+        """Return the ids of unfinished jobs."""
+        with self._engine.connect() as connection:
+            return set(connection.execute(sa.select(jobs.c.id).where(jobs.c.status.not_in(FINISHED))).scalars())
 
     def open_bases(self) -> set[str]:
         """Return the versions, `name:version`, that unfinished jobs start from."""
@@ -324,7 +375,7 @@ class Jobs:
             return {row.id: row.state for row in connection.execute(query)}
 
     def recover(self, worker: str | None = None, *, others: bool = True) -> list[Job]:
-        """Requeue running jobs that no worker runs, but end those to be cancelled and those out of attempts.
+        """Requeue or pause running jobs that no worker runs, but end those to be cancelled and those out of attempts.
 
         Args:
             worker: the caller. It runs no job now, so one that is leased to it has been dropped.
@@ -344,7 +395,7 @@ class Jobs:
         with self._engine.begin() as connection:
             if others:
                 connection.execute(workers.delete().where(workers.c.seen_at < now() - LOST_AFTER_S))
-            _write(connection, again, [_status("queued")], **_QUEUED)
+            _put_back(connection, again)
             cancelled = _write(
                 connection, lost & jobs.c.cancel_requested, [_status("cancelled")], status="cancelled", **ending
             )
@@ -356,6 +407,14 @@ _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cance
 _QUEUED = {
     "status": "queued", "stage": None, "worker": None, "started_at": None, "progress_seq": jobs.c.last_seq + 2,
 }  # fmt: skip
+_PAUSED = {"status": "paused", "stage": None, "worker": None, "pause_requested": False}
+
+
+def _put_back(connection: sa.Connection, where: sa.ColumnElement[bool], **values: Any) -> None:
+    """Queue the running jobs that match, or pause those that a client wants paused."""
+    pauses = where & jobs.c.pause_requested & ~jobs.c.cancel_requested
+    _write(connection, pauses, [_status("paused")], **_PAUSED, **values)
+    _write(connection, where, [_status("queued")], **_QUEUED, **values)
 
 
 def _leased(job: Job) -> sa.ColumnElement[bool]:

@@ -20,6 +20,7 @@ from store import logging
 from store.disk import translated
 from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StorageFailed, StorageFull, StoreUnavailable, TemperError
+from store.files import remove_tree
 from store.processes import pulse_file
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
@@ -150,7 +151,7 @@ class Worker:
             self._loop(servers)
 
     def _loop(self, servers: Sequence[ModelServer]) -> None:
-        from trainer.worker.retention import retire_surplus, sweep_datasets
+        from trainer.worker.retention import retire_surplus, sweep_checkpoints, sweep_datasets
 
         recover_at = sweep_at = 0.0
         while True:
@@ -168,6 +169,7 @@ class Worker:
                 elif time.monotonic() >= sweep_at:
                     sweep_at = time.monotonic() + SWEEP_S
                     sweep_datasets(self.settings, self.jobs, self.registry)
+                    sweep_checkpoints(self.settings, self.jobs)
                 elif not self._continue_report():
                     self.state = "idle"
                     time.sleep(POLL_S)
@@ -191,6 +193,7 @@ class Worker:
 
         A failure of the store goes up to the loop. The job is still ours then, and `_recover` requeues it.
         """
+        from trainer.parallel import Paused
         from trainer.worker.run_job import run_job
 
         bound = log.bind(job=job.id)
@@ -204,6 +207,8 @@ class Worker:
             if isinstance(exc, StorageFull | StorageFailed):
                 bound.error("the disk failed", reason=str(exc.__cause__))
             self.jobs.finish(job, "failed", error={"code": exc.code, "message": exc.message, "param": exc.param})
+        except Paused:
+            self.jobs.requeue(job)
         except Stopped:
             with suppress(*PASSING_FAILURES):  # then it looks like that of a dead worker, which it is
                 self.jobs.requeue(job)
@@ -214,7 +219,10 @@ class Worker:
             bound.exception("job crashed")
             message = "the trainer crashed; see the worker's log"
             self.jobs.finish(job, "failed", error={"code": "internal_error", "message": message, "param": None})
-        bound.info("job ended", status=self.jobs.get(job.id).status)
+        status = self.jobs.get(job.id).status
+        bound.info("job ended" if status in records.FINISHED else "job put back", status=status)
+        if status in records.FINISHED:
+            remove_tree(self.settings.checkpoints / job.id)
 
     def _continue_report(self) -> bool:
         """Work on an open report for a moment; False if there is none."""

@@ -1,4 +1,4 @@
-"""What is deleted: versions that newer ones have replaced, and data sets that nothing needs any more."""
+"""What is deleted: versions that newer ones have replaced, and files that nothing needs any more."""
 
 import time
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from serving.client import ModelServer
 from serving.publishing import reconcile
 from serving.registry import BASE, Registry
 from store.errors import TemperError
+from store.files import remove_tree
 from store.settings import Settings
 from trainer.jobs.records import Jobs
 
@@ -48,3 +49,12 @@ def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry) -> None:
         with suppress(FileNotFoundError):
             if path.stem not in needed and time.time() - path.stat().st_mtime > UNUSED_S:
                 path.unlink()
+
+
+def sweep_checkpoints(settings: Settings, jobs: Jobs) -> None:
+    """Delete checkpoints of jobs that have finished without a worker: cancelled while they waited, or given up."""
+    found = list(settings.checkpoints.iterdir())  # first: a job is in the store before it has a directory
+    needed = jobs.open()
+    for path in found:
+        if path.name not in needed:
+            remove_tree(path)

@@ -5,12 +5,12 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -21,25 +21,29 @@ from serving.publishing import Probe, publish, seal, withdraw
 from serving.registry import STABLE, Registry
 from store.engine import reason, retrying
 from store.errors import Diverged
+from store.files import make_directory
 from store.records import Manifest, ReportCard
 from store.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.asked import Asked
-from trainer.export import digest, export, load_params
+from trainer.checkpoints import Checkpoint
+from trainer.export import digest, export, load_params, prepare
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
 from trainer.jobs.records import Happened, Job, Jobs
 from trainer.lenet import Arrays
 from trainer.network import bottleneck_of
-from trainer.parallel import Check, side_by_side
+from trainer.parallel import Check, Paused, side_by_side, watched
 from trainer.recipes import preview_recipe
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, search
-from trainer.spec import Spec, pinned
+from trainer.spec import Spec, described, pinned
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
 
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 FOLD_PAUSE_S = 0.25  # between two records of epochs of a fold
 EARLIER = 3  # versions whose recipes are tried again for the next
+
+T = TypeVar("T")
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
@@ -52,12 +56,21 @@ class Run:
     jobs: Jobs
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     published: set[str] = field(default_factory=set)  # publishing steps that are done
+    chosen: dict[str, Any] | None = field(init=False)  # the resolved spec in the record
+
+    def __post_init__(self) -> None:
+        self.chosen = self.job.resolved_spec
 
     def trial(self, record: dict[str, Any]) -> None:
         """Note a trial of the search."""
         self.patiently(lambda: self.jobs.append_event(self.job, "trial", record))
 
     def check(self) -> None:
+        """End a job that a client has cancelled, or wants paused while there is much left to do."""
+        if self.patiently(lambda: self.jobs.check_lease(self.job)):
+            raise Paused
+
+    def go_on(self) -> None:
         """End a cancelled job."""
         self.patiently(lambda: self.jobs.check_lease(self.job))
 
@@ -68,7 +81,7 @@ class Run:
     def publishing(self, done: str) -> None:
         """Note a publishing step. Called again while the next step waits, to end a cancelled job."""
         if done in self.published:
-            self.patiently(lambda: self.jobs.check_lease(self.job))
+            self.go_on()
             return
         stage = {"proven": "warming", "warmed": "publishing"}.get(done)
         self.patiently(lambda: self.jobs.append_event(self.job, "publishing", {"step": done}, stage=stage))
@@ -86,6 +99,13 @@ class Run:
         """Note the version that is live while the job searches."""
         self.patiently(lambda: self.jobs.previewed(self.job, version))
 
+    def resolved(self, spec: Spec) -> None:
+        """Note what the search has chosen, unless that is noted, by an earlier attempt perhaps."""
+        chosen = pinned(spec, self.job.base)
+        if chosen != self.chosen:
+            self.patiently(lambda: self.jobs.resolve(self.job, chosen))
+            self.chosen = chosen
+
     def succeeded(self, version: int) -> None:
         """End the job."""
         labelled: Happened = ("publishing", {"step": "labelled"})
@@ -95,27 +115,29 @@ class Run:
             )
         )  # fmt: skip
 
-    def patiently(self, write: Callable[[], None]) -> None:
+    def patiently(self, write: Callable[[], T]) -> T:
         """Wait for a store that is away: what has been trained is worth more than the wait."""
 
         def tell(exc: Exception) -> None:
             log.warning("the store failed; the job waits for it", job=self.job.id, reason=reason(exc))
 
-        retrying(write, timeout_s=STORE_PATIENCE_S, failed=tell)
+        return retrying(write, timeout_s=STORE_PATIENCE_S, failed=tell)
 
 
 def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:
-    """Run a claimed job to its success.
+    """Run a claimed job to its success, from the checkpoints of earlier attempts.
 
     Raises:
-        TemperError: why it failed; nothing of it is served or left on disk, but for a preview.
+        TemperError: why it failed; nothing of it is served or left on disk, but for a preview and checkpoints.
         LeaseLost: it was cancelled or given to another worker.
+        Paused: a client wants it paused. Checkpoints have what was done.
     """
     run = Run(job, jobs)
     clear_leftovers(job, settings=settings, registry=registry, servers=servers)
     for version in registry.of_job(job.id):  # a worker died between making it live and saying so
         if version.live and version.manifest.preview:
-            run.previewed(version.version)
+            if job.preview_version is None:
+                run.previewed(version.version)
         elif version.live:
             run.succeeded(version.version)
             return
@@ -128,26 +150,40 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             data = JobData.load(job.dataset, settings, asked.fixed)
             source = named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
+            make_directory(settings.checkpoints / job.id)
         with tf.device(device):
             problem = Problem(data.all, base, len(data.classes), data.classes == source.manifest.classes)
-            maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged)
+            kept = _Kept(settings.checkpoints / job.id, [job.dataset.dump(), source.manifest.classes, digest(base)])
+            maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged, kept)
             bounds, found = asked.fixed.search, Found(asked.fixed)
             if asked.auto:
-                if bounds and bounds.preview and job.label == STABLE and not registry.has_live(job.model):
+                first = job.label == STABLE and job.preview_version is None and not registry.has_live(job.model)
+                if bounds and bounds.preview and first:
                     with run.stage("previewing"), contextlib.suppress(Diverged):  # the search may find what does not
                         run.previewed(maker.preview())
                 with run.stage("searching"):
                     found = search(
                         asked, problem, uploaded=data.validation is not None, earlier=_earlier(job.model, registry),
                         spent_s=sum(run.seconds.values()),
-                        on_trial=run.trial, check=run.check,
+                        on_trial=run.trial, check=run.check, checkpoint=kept("search", job.spec),
                     )  # fmt: skip
-                    run.patiently(lambda: jobs.resolve(job, pinned(found.spec, job.base)))
+                    run.resolved(found.spec)
             run.succeeded(maker.make(found))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         with contextlib.suppress(OSError):
             staged.parent.rmdir()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The checkpoints of a job."""
+
+    folder: Path
+    learned_from: list[Any]  # data and base
+
+    def __call__(self, name: str, spec: Mapping[str, Any]) -> Checkpoint:
+        return Checkpoint.of(self.folder, name, *self.learned_from, dict(spec))
 
 
 @dataclass(frozen=True)
@@ -163,6 +199,7 @@ class _Maker:
     problem: Problem
     device: str
     staged: Path
+    kept: _Kept
 
     def preview(self) -> int:
         """Publish the first version of a model from a quick recipe; returns its number."""
@@ -171,14 +208,14 @@ class _Maker:
         spec = spec.model_copy(update={"epochs": min(spec.epochs, recipe["epochs"])})
         start = self._start(spec)
         train, validation = self.data.split(spec)
-        fitted = fit(
-            spec, start, train, validation, classes=len(self.data.classes), on_epoch=lambda _: self.run.check(),
-            shares=False,
-        )  # fmt: skip
-        card = self._evaluated(spec, start, fitted, train, HeldOut.apart(fitted, validation or train))
+        classes, check = len(self.data.classes), self.run.check
+        fitted = watched(lambda: fit(spec, start, train, validation, classes=classes, shares=False), check)
+        card = watched(
+            lambda: self._evaluated(spec, start, fitted, train, HeldOut.apart(fitted, validation or train)), check
+        )
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         manifest = self._exported(spec, fitted, train, card, preview=True)
-        return self._published(manifest, ReportCard.model_validate(card), step=lambda _: self.run.check())
+        return self._published(manifest, ReportCard.model_validate(card), step=lambda _: check())
 
     def make(self, found: Found) -> int:
         """Train a resolved spec and publish the result; returns the number of the version."""
@@ -186,22 +223,14 @@ class _Maker:
         start = self._start(spec)
         with run.stage("training"):
             train, validation = data.split(spec)
-            fitted, across = _trained(spec, start, train, validation, data, run)
+            fitted, across = _trained(spec, start, train, validation, data, run, self.kept)
             if across and (confirmed := found.confirmed(across.logits, across.split.labels)) is not found:
                 found, spec = confirmed, confirmed.spec
-                run.patiently(lambda: run.jobs.resolve(run.job, pinned(spec, run.job.base)))
-                fitted, across = _trained(spec, start, train, validation, data, run)
+                run.resolved(spec)
+                fitted, across = _trained(spec, start, train, validation, data, run, self.kept)
         with run.stage("evaluating"):
-            held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
-            temperature = 1.0
-            if spec.calibrate:
-                temperature = evaluate.temperature(held_out.logits, held_out.split.labels)
-                fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
-                across = across and across.cooled(temperature)
-            card = self._evaluated(spec, start, fitted, train, held_out)
-            card["calibration"]["temperature"] = temperature
-            if across:
-                card["cross_validation"] = report.cross_validation(across, data.folds(spec))
+            judge = functools.partial(self._judged, spec, start, fitted, across, train, validation)
+            fitted, held_out, card = watched(judge, run.go_on)
             if self.asked.auto:
                 card["search"] = found.dump()
                 card["warnings"] += found.warnings
@@ -218,6 +247,22 @@ class _Maker:
         problem = self.problem
         return begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
 
+    def _judged(
+        self, spec: Spec, start: Start, fitted: Fitted, across: HeldOut | None, train: Split, validation: Split | None
+    ) -> tuple[Fitted, HeldOut, dict[str, Any]]:  # fmt: skip
+        """The network as it will be served, what its report rests on, and the report."""
+        held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
+        temperature = 1.0
+        if spec.calibrate:
+            temperature = evaluate.temperature(held_out.logits, held_out.split.labels)
+            fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
+            across = across and across.cooled(temperature)
+        card = self._evaluated(spec, start, fitted, train, held_out)
+        card["calibration"]["temperature"] = temperature
+        if across:
+            card["cross_validation"] = report.cross_validation(across, self.data.folds(spec))
+        return fitted, held_out, card
+
     def _evaluated(
         self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut
     ) -> dict[str, Any]:  # fmt: skip
@@ -232,6 +277,7 @@ class _Maker:
     ) -> Manifest:  # fmt: skip
         """Write everything that is published to the staging directory."""
         job, data, staged = self.run.job, self.data, self.staged
+        watched(functools.partial(prepare, fitted.params, invert=data.invert), self.run.go_on)
         manifest = Manifest(
             classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(self.problem.base),
             sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, job.base),
@@ -271,7 +317,7 @@ def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
 
 
 def _trained(
-    spec: Spec, start: Start, train: Split, validation: Split | None, data: JobData, run: Run
+    spec: Spec, start: Start, train: Split, validation: Split | None, data: JobData, run: Run, kept: _Kept
 ) -> tuple[Fitted, HeldOut | None]:
     """The network to serve, and with folds out-of-fold predictions, all trained at the same time.
 
@@ -283,21 +329,24 @@ def _trained(
     records: SimpleQueue[tuple[int, dict[str, Any]]] = SimpleQueue()
     written = -math.inf
 
-    def work(number: int, check: Check) -> Fitted:
+    def work(number: int, check: Check) -> tuple[Fitted, np.ndarray | None]:
         def on_epoch(record: dict[str, Any]) -> None:
-            check()
             records.put((number, record))
+            check()
 
         seen, unseen = train, validation
         if number:
             held_out = folds[number - 1]
             seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
-        return fit(spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number)
+        fitted = fit(
+            spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number,
+            checkpoint=kept(f"network-{number}", described(spec)),
+        )  # fmt: skip
+        return fitted, fitted.network.logits(data.part(held_out).images) if number else None
 
     def write_down() -> None:
         """Every epoch of the served network, and the progress of one fold at a time."""
         nonlocal written
-        run.check()
         while not records.empty():
             number, record = records.get()
             fold = {"fold": number, "folds": len(folds)} if number else {}
@@ -305,14 +354,22 @@ def _trained(
                 written = time.monotonic()
                 run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **fold})
 
+    def check() -> None:
+        write_down()
+        run.check()
+
     logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
     found: dict[int, Fitted] = {}
-    for number, fitted in side_by_side(work, sorted(going_on), write_down):
+    try:
+        for number, (fitted, predicted) in side_by_side(work, sorted(going_on), check):
+            write_down()
+            going_on.discard(number)
+            found[number] = fitted
+            if predicted is not None:
+                logits[folds[number - 1]] = predicted
+    except Paused:
         write_down()
-        going_on.discard(number)
-        found[number] = fitted
-        if number:
-            logits[folds[number - 1]] = fitted.network.logits(data.part(folds[number - 1]).images)
+        raise
     if not folds:
         return found[0], None
     return found[0], HeldOut(data.all, logits, data.part(folds[0]), found[1].params, out_of_fold=True)
