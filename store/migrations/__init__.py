@@ -11,7 +11,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 FOLDER = Path(__file__).parent
-HEAD = max(path.stem for path in FOLDER.glob("versions/m[0-9]*.py"))[1:5]
+HEAD = max(path.stem for path in FOLDER.glob("versions/m[0-9]*.py")).partition("_")[0][1:]
 
 
 def revision(connection: sa.Connection) -> str | None:

@@ -150,7 +150,7 @@ class Worker:
             self._loop(servers)
 
     def _loop(self, servers: Sequence[ModelServer]) -> None:
-        from trainer.worker.retention import retire_surplus, sweep_datasets
+        from trainer.worker.retention import retire_surplus, sweep_datasets, sweep_leftovers
 
         recover_at = sweep_at = 0.0
         while True:
@@ -168,6 +168,7 @@ class Worker:
                 elif time.monotonic() >= sweep_at:
                     sweep_at = time.monotonic() + SWEEP_S
                     sweep_datasets(self.settings, self.jobs, self.registry)
+                    sweep_leftovers(self.settings, self.jobs, self.registry, servers)
                 elif not self._continue_report():
                     self.state = "idle"
                     time.sleep(POLL_S)
@@ -236,6 +237,9 @@ class Worker:
         except StopIteration:
             self._report = None
             bound.info("report complete")
+        except LeaseLost:
+            self._report = None
+            bound.info("another worker has taken over the report")
         except PASSING_FAILURES as exc:
             self._report = None
             bound.warning("the store failed; the report starts again", reason=reason(exc))

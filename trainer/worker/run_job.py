@@ -13,12 +13,13 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 import structlog
 import tensorflow as tf
 
 from serving.client import ModelServer
 from serving.publishing import Probe, publish, seal, withdraw
-from serving.registry import STABLE, Registry
+from serving.registry import STABLE, Fence, Registry
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.records import Manifest, ReportCard
@@ -27,7 +28,7 @@ from trainer import delta, evaluate, report
 from trainer.asked import Asked
 from trainer.export import digest, export, load_params
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
-from trainer.jobs.records import Happened, Job, Jobs
+from trainer.jobs.records import Job, Jobs
 from trainer.lenet import Arrays
 from trainer.network import bottleneck_of
 from trainer.parallel import Check, side_by_side
@@ -52,6 +53,7 @@ class Run:
     jobs: Jobs
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     published: set[str] = field(default_factory=set)  # publishing steps that are done
+    _under_way: tuple[str, float] = ("", 0.0)  # stage, and when it began
 
     def trial(self, record: dict[str, Any]) -> None:
         """Note a trial of the search."""
@@ -79,21 +81,14 @@ class Run:
         """Everything inside belongs to this stage."""
         self.patiently(lambda: self.jobs.set_stage(self.job, name))
         began = time.perf_counter()
+        self._under_way = name, began
         yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
-    def previewed(self, version: int) -> None:
-        """Note the version that is live while the job searches."""
-        self.patiently(lambda: self.jobs.previewed(self.job, version))
-
-    def succeeded(self, version: int) -> None:
-        """End the job."""
-        labelled: Happened = ("publishing", {"step": "labelled"})
-        self.patiently(
-            lambda: self.jobs.finish(
-                self.job, "succeeded", happened=[labelled], version=version, report_status="quick"
-            )
-        )  # fmt: skip
+    def seconds_so_far(self) -> dict[str, float]:
+        """Seconds by stage, with those of the stage that is under way."""
+        name, began = self._under_way
+        return {**self.seconds, name: round(time.perf_counter() - began, 3)}
 
     def patiently(self, write: Callable[[], None]) -> None:
         """Wait for a store that is away: what has been trained is worth more than the wait."""
@@ -107,20 +102,20 @@ class Run:
 def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:
     """Run a claimed job to its success.
 
+    Whatever this writes shows the lease of the job, so that an attempt that was frozen and replaced changes nothing
+    when it goes on: it works in a directory of its own and finds its lease lost at its next step.
+
     Raises:
         TemperError: why it failed; nothing of it is served or left on disk, but for a preview.
         LeaseLost: it was cancelled or given to another worker.
     """
     run = Run(job, jobs)
-    clear_leftovers(job, settings=settings, registry=registry, servers=servers)
-    for version in registry.of_job(job.id):  # a worker died between making it live and saying so
-        if version.live and version.manifest.preview:
-            run.previewed(version.version)
-        elif version.live:
-            run.succeeded(version.version)
-            return
+    run.check()
+    clear_leftovers(
+        job, settings=settings, registry=registry, servers=servers, fence=functools.partial(jobs.check_lease, job)
+    )
     report.reset_peak_memory()
-    staged = settings.staging / job.id / str(job.attempts)  # an earlier attempt may wake up and clean up after itself
+    staged = settings.staging / f"{job.id}.{job.lease}"
     try:
         with run.stage("validating"):
             asked = Asked.of(job.spec)
@@ -135,7 +130,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             if asked.auto:
                 if bounds and bounds.preview and job.label == STABLE and not registry.has_live(job.model):
                     with run.stage("previewing"), contextlib.suppress(Diverged):  # the search may find what does not
-                        run.previewed(maker.preview())
+                        maker.preview()
                 with run.stage("searching"):
                     found = search(
                         asked, problem, uploaded=data.validation is not None, earlier=_earlier(job.model, registry),
@@ -143,11 +138,9 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                         on_trial=run.trial, check=run.check,
                     )  # fmt: skip
                     run.patiently(lambda: jobs.resolve(job, pinned(found.spec, job.base)))
-            run.succeeded(maker.make(found))
+            maker.make(found)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            staged.parent.rmdir()
 
 
 @dataclass(frozen=True)
@@ -164,8 +157,8 @@ class _Maker:
     device: str
     staged: Path
 
-    def preview(self) -> int:
-        """Publish the first version of a model from a quick recipe; returns its number."""
+    def preview(self) -> None:
+        """Publish the first version of a model from a quick recipe."""
         recipe = preview_recipe(self.problem.same_classes)
         spec = self.asked.resolve(recipe)
         spec = spec.model_copy(update={"epochs": min(spec.epochs, recipe["epochs"])})
@@ -178,10 +171,13 @@ class _Maker:
         card = self._evaluated(spec, start, fitted, train, HeldOut.apart(fitted, validation or train))
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         manifest = self._exported(spec, fitted, train, card, preview=True)
-        return self._published(manifest, ReportCard.model_validate(card), step=lambda _: self.run.check())
+        self._publish(
+            manifest, lambda: ReportCard.model_validate(card), step=lambda _: self.run.check(),
+            finish=self.run.jobs.previewed,
+        )  # fmt: skip
 
-    def make(self, found: Found) -> int:
-        """Train a resolved spec and publish the result; returns the number of the version."""
+    def make(self, found: Found) -> None:
+        """Train a resolved spec and publish the result, which ends the job."""
         run, data, spec = self.run, self.data, found.spec
         start = self._start(spec)
         with run.stage("training"):
@@ -208,11 +204,11 @@ class _Maker:
         with run.stage("exporting"):
             manifest = self._exported(spec, fitted, train, card, fold=held_out.params if held_out.out_of_fold else None)
         with run.stage("publishing"):
-            first = ReportCard.model_validate({**card, "cost": report.cost(run.seconds, fitted)})
-            version = self._published(manifest, first, step=run.publishing)
-        last = ReportCard.model_validate({**card, "cost": report.cost(run.seconds, fitted)})
-        run.patiently(lambda: self.registry.set_report(run.job.model, version, last))
-        return version
+            self._publish(
+                manifest,
+                lambda: ReportCard.model_validate({**card, "cost": report.cost(run.seconds_so_far(), fitted)}),
+                step=run.publishing, finish=run.jobs.succeeded,
+            )  # fmt: skip
 
     def _start(self, spec: Spec) -> Start:
         problem = self.problem
@@ -246,21 +242,33 @@ class _Maker:
         seal(staged)
         return manifest
 
-    def _published(self, manifest: Manifest, card: ReportCard, *, step: Callable[[str], None]) -> int:
+    def _publish(
+        self, manifest: Manifest, card: Callable[[], ReportCard], *, step: Callable[[str], None],
+        finish: Callable[[Job, int, sa.Connection], None],
+    ) -> None:  # fmt: skip
         job = self.run.job
-        return publish(
+        publish(
             self.settings, self.registry, self.servers,
             staged=self.staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
             step=step, fence=functools.partial(self.run.jobs.check_lease, job),
+            finish=lambda connection, version: finish(job, version, connection),
         )  # fmt: skip
 
 
-def clear_leftovers(job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
-    """Remove what an earlier attempt at a job may have left half-done."""
-    shutil.rmtree(settings.staging / job.id, ignore_errors=True)
+def clear_leftovers(
+    job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer], fence: Fence = lambda _: None
+) -> None:
+    """Remove what earlier attempts at a job may have left half-done.
+
+    Raises:
+        LeaseLost: with a fence, which is asked before a version is withdrawn: it may be a later attempt's.
+    """
+    for path in settings.staging.glob(f"{job.id}.*"):
+        if int(path.suffix[1:]) < job.lease:
+            shutil.rmtree(path, ignore_errors=True)
     for version in registry.of_job(job.id):
         if not version.live:
-            withdraw(settings, registry, servers, version.model, version.version)
+            withdraw(settings, registry, servers, version.model, version.version, fence)
 
 
 def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
