@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -98,9 +99,10 @@ class Gateway:
         reconcile(self.settings, self.registry, [target.control])
         if target.lost_at is None:
             return
+        since = self.registry.clock() - (time.monotonic() - target.lost_at) - PUBLISHING_S
         for version in self.registry.live():
             model, number = version.model, version.version
-            if version.created_at > target.lost_at - PUBLISHING_S and has_files(self.settings, model, number):
+            if version.created_at > since and has_files(self.settings, model, number):
                 try:
                     target.control.wait_until_available(model, number)
                     prove(target.control, model, number, Probe.load(self.settings.version(model, number)))

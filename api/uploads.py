@@ -402,7 +402,7 @@ def remove_leftovers(settings: Settings, jobs: Jobs) -> None:
 def _is_of_open_job(name: str, jobs: Jobs) -> bool:
     """Tell whether a worker exports this job there, or will."""
     try:
-        return jobs.get(name).status not in FINISHED
+        return jobs.get(name.partition(".")[0]).status not in FINISHED  # the rest is the number of its lease
     except UnknownJob:
         return False
 

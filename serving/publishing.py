@@ -20,7 +20,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from serving.client import ModelServer
-from serving.registry import BASE, STABLE, Registry
+from serving.registry import BASE, STABLE, Fence, Registry
 from store.errors import (
     ModelServerError,
     ModelServerTimeout,
@@ -165,10 +165,11 @@ def publish(
     model: str,
     job_id: str | None,
     manifest: Manifest,
-    report: ReportCard,
+    report: Callable[[], ReportCard],
     label: str = STABLE,
     step: Callable[[str], None] = lambda done: None,
-    fence: Callable[[sa.Connection], object] = lambda connection: None,
+    fence: Fence = lambda _: None,
+    finish: Callable[[sa.Connection, int], None] = lambda connection, version: None,
 ) -> int:
     """Move a staged SavedModel into place, prove that it is served, and point the label at it.
 
@@ -177,9 +178,11 @@ def publish(
 
     Args:
         staged: sealed directory with a probe, on the file system of the models.
+        report: makes the report card, once for the record of the version and again when it goes live.
         label: requests for the model that follow this label get the new version.
         step: called after every step, and again while the next one waits; raises to abandon the publication.
-        fence: called in the transaction that makes the version live; raises if the caller may no longer do so.
+        fence: called in the transaction that reserves the number; raises if the caller may no longer publish.
+        finish: called in the transaction that makes the version live, with its number; raises likewise.
 
     Returns:
         The number of the version, live.
@@ -193,7 +196,7 @@ def publish(
     check_files(staged)
     probe = Probe.load(staged)
     step("verified")
-    version = registry.reserve(model, job_id, manifest, report)
+    version = registry.reserve(model, job_id, manifest, report(), fence)
     try:
         place = settings.version(model, version)
         make_directory(place.parent)
@@ -213,7 +216,7 @@ def publish(
             here = _on_each(here, act, load, deadline, wait=functools.partial(step, done))
             done = name
             step(done)
-        registry.go_live(model, version, label, fence)
+        registry.go_live(model, version, label, report=report(), fence=lambda connection: finish(connection, version))
     except BaseException:
         with contextlib.suppress(TemperError):
             withdraw(settings, registry, servers, model, version)
@@ -291,11 +294,16 @@ def _warm(server: ModelServer, model: str, version: int, probe: Probe) -> None:
             server.predict(model, version, np.resize(images, (size, *images.shape[1:])))
 
 
-def withdraw(settings: Settings, registry: Registry, servers: Sequence[ModelServer], model: str, version: int) -> None:
+def withdraw(
+    settings: Settings, registry: Registry, servers: Sequence[ModelServer], model: str, version: int,
+    fence: Fence = lambda _: None,
+) -> None:  # fmt: skip
     """Take a version that did not go live out of the registry, the model servers and the disk.
 
     A server that cannot be reached drops the version when the gateway brings it up to date.
     """
-    registry.remove(model, version)
+    registry.remove(model, version, fence)
     with contextlib.suppress(ModelServerError):
         reconcile(settings, registry, servers)
+    if not registry.is_recorded(model, version):  # others have forgotten it, perhaps before its files came
+        remove_tree(settings.version(model, version))

@@ -94,6 +94,10 @@ class Route:
     labels: dict[str, Label] = field(default_factory=dict)
 
 
+# Called in the transaction of a change; raises to roll it back, because the caller may no longer make it.
+Fence = Callable[[sa.Connection], object]
+
+
 class Registry:
     """Reads and writes the registry's tables."""
 
@@ -101,7 +105,7 @@ class Registry:
         self._engine = engine
 
     @contextmanager
-    def _change(self) -> Iterator[sa.Connection]:
+    def _change(self, fence: Fence = lambda _: None) -> Iterator[sa.Connection]:
         """A transaction that changes the registry; transactions run one after another."""
         with self._engine.begin() as connection:
             count: Any = _insert(connection)(revisions).values(id=1, revision=1)
@@ -109,6 +113,7 @@ class Registry:
                 index_elements=["id"], set_={"revision": revisions.c.revision + 1}
             )  # locks the row until the transaction ends
             connection.execute(count)
+            fence(connection)
             yield connection
 
     def revision(self) -> int:
@@ -116,9 +121,16 @@ class Registry:
         with self._engine.connect() as connection:
             return connection.execute(sa.select(revisions.c.revision)).scalar_one_or_none() or 0
 
-    def reserve(self, model: str, job_id: str | None, manifest: Manifest, report: ReportCard) -> int:
+    def clock(self) -> float:
+        """The time that `created_at` is measured in, Unix seconds."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(now())).scalar_one()
+
+    def reserve(
+        self, model: str, job_id: str | None, manifest: Manifest, report: ReportCard, fence: Fence = lambda _: None
+    ) -> int:
         """Record a new version as `publishing`; returns its number."""
-        with self._change() as connection:
+        with self._change(fence) as connection:
             insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now())
             insert = insert.on_conflict_do_update(
                 index_elements=["name"], set_={"last_version": models.c.last_version + 1}
@@ -130,34 +142,31 @@ class Registry:
         return int(number)
 
     def go_live(
-        self,
-        model: str,
-        version: int,
-        label: str = STABLE,
-        fence: Callable[[sa.Connection], object] = lambda connection: None,
-    ) -> None:
+        self, model: str, version: int, label: str = STABLE, *, report: ReportCard | None = None,
+        fence: Fence = lambda _: None,
+    ) -> None:  # fmt: skip
         """Make a proven version live and point `label` at it; a model's first version becomes `stable` too.
 
         Args:
-            fence: called in the same transaction; raises to roll it back.
+            report: replaces its report card.
 
         Raises:
             WrongState: the version has been withdrawn.
         """
-        with self._change() as connection:
-            fence(connection)
+        with self._change(fence) as connection:
             waiting = versions.update().where(_is(model, version), ~versions.c.removed)
             if not connection.execute(waiting.values(live=True)).rowcount:
                 raise WrongState(f"{model}:{version} has been withdrawn", param="version")
+            if report:
+                _put_report(connection, model, version, report)
             _put_label(connection, model, label, version)
             if label != STABLE and STABLE not in _labels(connection, model):
                 _put_label(connection, model, STABLE, version)
 
-    def set_report(self, model: str, version: int, report: ReportCard) -> None:
+    def set_report(self, model: str, version: int, report: ReportCard, fence: Fence = lambda _: None) -> None:
         """Replace the report card of a version."""
-        with self._change() as connection:
-            of_version = (reports.c.model == model) & (reports.c.version == version)
-            connection.execute(reports.update().where(of_version).values(report=report.dump()))
+        with self._change(fence) as connection:
+            _put_report(connection, model, version, report)
 
     def put_label(self, model: str, label: str, version: int, weight: float | None = None) -> Label:
         """Point a label at a live version.
@@ -226,9 +235,9 @@ class Registry:
             connection.execute(versions.update().where(live).values(live=False, removed=True))
         return sorted(known if version is None else {version})
 
-    def remove(self, model: str, version: int) -> None:
+    def remove(self, model: str, version: int, fence: Fence = lambda _: None) -> None:
         """Mark a version that did not go live as removed."""
-        with self._change() as connection:
+        with self._change(fence) as connection:
             row = _is(model, version) & ~versions.c.live
             connection.execute(versions.update().where(row).values(removed=True))
 
@@ -237,6 +246,11 @@ class Registry:
         with self._engine.connect() as connection:
             query = sa.select(versions.c.model, versions.c.version).where(versions.c.removed)
             return [(row.model, row.version) for row in connection.execute(query)]
+
+    def is_recorded(self, model: str, version: int) -> bool:
+        """Tell whether there is a record of a version: it is live or being published, or its files have to go."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(versions.c.version).where(_is(model, version))).first() is not None
 
     def forget(self, model: str, version: int) -> None:
         """Delete the record of a removed version after its files."""
@@ -248,6 +262,10 @@ class Registry:
         route = self.routes().get(model, Route())
         labelled = {label.version for label in route.labels.values()}
         return [version for version in sorted(route.classes)[:-keep] if version not in labelled]
+
+    def publishing(self) -> list[Version]:
+        """Versions that are neither live nor removed, by model, newest first."""
+        return self._select(~versions.c.live & ~versions.c.removed)
 
     def of_job(self, job_id: str) -> list[Version]:
         """Versions that a job has published or is publishing."""
@@ -336,6 +354,11 @@ def _check_version(model: str, version: int, known: set[int]) -> None:
 def _labels(connection: sa.Connection, model: str) -> dict[str, Label]:
     rows = connection.execute(sa.select(labels).where(labels.c.model == model))
     return {row.label: Label(row.version, row.weight) for row in rows}
+
+
+def _put_report(connection: sa.Connection, model: str, version: int, report: ReportCard) -> None:
+    of_version = (reports.c.model == model) & (reports.c.version == version)
+    connection.execute(reports.update().where(of_version).values(report=report.dump()))
 
 
 def _put_label(connection: sa.Connection, model: str, label: str, version: int, weight: float | None = None) -> None:

@@ -25,7 +25,7 @@ class PooledServer:
     calls: set[asyncio.Task[Prediction]] = field(default_factory=set)  # under way
     up: bool = False  # it answers, and has been told what to serve
     silent: bool = False  # it did not answer when it was last looked at
-    lost_at: float | None = None  # unix seconds when it was given up; None once it is up to date again
+    lost_at: float | None = None  # time.monotonic() when it was given up; None once it is up to date again
     behind: bool = True  # it may not serve what the registry says
     look: asyncio.Event = field(default_factory=asyncio.Event)  # set to have it looked at soon
 
@@ -47,7 +47,7 @@ class PooledServer:
     def give_up(self) -> None:
         """Stop asking a server that does not answer; its pending calls go to another one, if there is one."""
         if self.lost_at is None:
-            self.lost_at = time.time()
+            self.lost_at = time.monotonic()
         self.up, self.behind, self.silent = False, True, True
         for call in self.calls:
             call.cancel()

@@ -28,7 +28,7 @@ from tests.conftest import Place, eventually, opened, running_model_server
 from trainer.export import export
 from trainer.jobs.records import Jobs, LeaseLost
 from trainer.lenet import initial, logits
-from trainer.worker.retention import UNUSED_S, retire_surplus, sweep_datasets
+from trainer.worker.retention import UNUSED_S, retire_surplus, sweep_datasets, sweep_leftovers
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 784), np.uint8)
 IMAGES = (PIXELS / np.float32(255)).reshape(-1, 28, 28, 1)
@@ -60,7 +60,7 @@ class Press:
         claimed = how.pop("claimed", None)
         return publish(
             self.settings, self.registry, self.servers, staged=self.staged(seed, claimed),  # type: ignore[arg-type]
-            model="m", job_id="job", manifest=Manifest(classes=("a",)), report=ReportCard(), **how,  # type: ignore[arg-type]
+            model="m", job_id="job", manifest=Manifest(classes=("a",)), report=ReportCard, **how,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def left(self) -> list[str]:
@@ -123,7 +123,7 @@ def test_files_that_are_not_those_that_were_exported_are_never_published(press: 
     with pytest.raises(PublishFailed, match=damage):
         publish(
             press.settings, press.registry, press.servers, staged=folder, model="m", job_id=None,
-            manifest=Manifest(classes=("a",)), report=ReportCard(),
+            manifest=Manifest(classes=("a",)), report=ReportCard,
         )  # fmt: skip
     assert press.registry.wanted() == {}
 
@@ -243,7 +243,7 @@ def test_only_the_holder_of_the_lease_makes_a_version_live(engine: sa.Engine, lo
     assert job is not None
     fence = functools.partial(jobs.check_lease, job)
     registry.go_live("m", registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard()), fence=fence)
-    second = registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard())
+    second = registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard(), fence)
     if loss == "cancelled":
         jobs.cancel(job.id)
     else:
@@ -251,9 +251,28 @@ def test_only_the_holder_of_the_lease_makes_a_version_live(engine: sa.Engine, lo
         jobs.claim("other")
     revision = registry.revision()
     with pytest.raises(LeaseLost):
-        registry.go_live("m", second, "canary", fence)
+        registry.go_live("m", second, "canary", fence=fence)
+    for change in (
+        lambda: registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard(), fence),
+        lambda: registry.set_report("m", 1, ReportCard(warnings=["late"]), fence),
+        lambda: registry.remove("m", second, fence),
+    ):
+        with pytest.raises(LeaseLost):
+            change()
     assert (registry.revision(), registry.labels("m")) == (revision, {"stable": Label(1)})
     assert [version.version for version in registry.of_model("m")] == [1]
+
+
+def test_files_that_arrive_after_their_version_was_forgotten_are_removed(press: Press) -> None:
+    def step(done: str) -> None:
+        if done == "renamed":  # just before, the worker froze, and another one cleared up after it
+            press.registry.remove("m", 1)
+            press.registry.forget("m", 1)
+            raise LeaseLost("job")
+
+    with pytest.raises(LeaseLost):
+        press.publish(1, step=step)
+    assert press.left() == []
 
 
 @pytest.mark.parametrize(("scale", "accepted"), [(1.0, False), (1000.0, True)])
@@ -342,6 +361,22 @@ def test_data_sets_go_when_neither_a_job_nor_a_version_needs_them(place: Place) 
     place.registry.retire("m")
     sweep_datasets(place.settings, place.jobs, place.registry)
     assert not used.exists()
+
+
+def test_what_dead_workers_left_of_finished_jobs_is_removed(place: Place) -> None:
+    ended, running = (place.claimed({"epochs": 1}, model=model) for model in ("m", "n"))
+    for job in (ended, running):
+        half = place.registry.reserve(job.model, job.id, Manifest(classes=("a",)), ReportCard())
+        place.settings.version(job.model, half).mkdir(parents=True)
+        (place.settings.staging / f"{job.id}.{job.lease}").mkdir()
+    place.jobs.finish(ended, "failed")
+    gone = place.registry.reserve("o", None, Manifest(classes=("a",)), ReportCard())
+    place.registry.remove("o", gone)  # by one that died before it deleted the files
+    sweep_leftovers(place.settings, place.jobs, place.registry, place.servers)
+    assert place.registry.wanted() == {"lenet5": [1], "n": [1]}
+    assert place.registry.removed() == []
+    assert not place.settings.version("m", 1).exists()
+    assert [path.stem for path in place.settings.staging.iterdir()] == [running.id]
 
 
 def test_a_job_whose_base_has_gone_fails_and_says_so(place: Place) -> None:

@@ -1,5 +1,6 @@
 """The steps of a job, apart from the processes around them."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import tensorflow as tf
 
 from store.errors import Diverged
@@ -14,11 +16,13 @@ from store.records import Manifest, ReportCard
 from tests.conftest import Place, eventually
 from trainer import report
 from trainer.asked import parse_spec
-from trainer.export import export, load_params
+from trainer.export import export
 from trainer.fit import Split, begin, fit
+from trainer.jobs.records import LeaseLost
 from trainer.lenet import initial
 from trainer.report import HeldOut
 from trainer.worker.pretrained import pretrained
+from trainer.worker.run_job import clear_leftovers
 
 
 def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> None:
@@ -30,7 +34,7 @@ def test_a_run_that_diverges_stops_at_once_and_leaves_nothing(place: Place) -> N
     with pytest.raises(Diverged, match=r"in step \d, epoch 1"):
         place.run(job)
     assert list(place.registry.wanted()) == ["lenet5"]
-    assert not (place.settings.staging / job.id).exists()
+    assert list(place.settings.staging.glob("ftjob-*")) == []
 
 
 def test_a_loss_that_explodes_without_end_is_divergence_too(place: Place) -> None:
@@ -59,26 +63,54 @@ def test_the_same_job_gives_the_same_version_bit_for_bit(place: Place) -> None:
     assert hashes[0] == hashes[1]
 
 
-def test_a_job_that_is_run_again_after_it_went_live_only_says_so(place: Place) -> None:
+def test_a_version_is_live_if_and_only_if_its_job_has_succeeded(place: Place) -> None:
     job = place.claimed({"epochs": 1})
-    place.run(job)
-    weights = load_params(place.settings.models / "m/1")
-    again = place.run(job)
-    assert (again.status, again.version) == ("succeeded", 1)
-    assert [version.version for version in place.registry.of_model("m")] == [1]
-    assert all(
-        np.array_equal(value, weights[name]) for name, value in load_params(place.settings.models / "m/1").items()
-    )
+    failing = sa.exc.OperationalError("COMMIT", {}, Exception("the power fails"))
+
+    def fail(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("UPDATE jobs SET version"):
+            sa.event.remove(place.engine, "before_cursor_execute", fail)
+            raise failing
+
+    sa.event.listen(place.engine, "before_cursor_execute", fail)
+    with pytest.raises(sa.exc.OperationalError):
+        place.run(job)
+    assert place.jobs.get(job.id).status == "running"
+    assert list(place.registry.wanted()) == ["lenet5"]
+    done = place.run(job)
+    assert (done.status, done.version) == ("succeeded", 2)
+    assert [version.version for version in place.registry.of_model("m")] == [2]
+
+
+def test_an_attempt_that_was_frozen_leaves_a_later_one_alone(place: Place) -> None:
+    """Nothing that the later one stages or publishes is taken for a leftover."""
+    frozen = place.claimed({"epochs": 1})
+    place.jobs.recover("w")
+    job = place.jobs.claim("v")
+    assert job is not None
+    half = place.registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard())
+    staged = place.settings.staging / f"{job.id}.{job.lease}"
+    staged.mkdir()
+    happened = place.jobs.events(job.id)
+    with pytest.raises(LeaseLost):
+        place.run(frozen)
+    rest = {"settings": place.settings, "registry": place.registry, "servers": place.servers}
+    with pytest.raises(LeaseLost):  # as when it freezes between the two
+        clear_leftovers(frozen, **rest, fence=functools.partial(place.jobs.check_lease, frozen))  # type: ignore[arg-type]
+    assert place.registry.wanted()["m"] == [half]
+    assert staged.exists()
+    assert place.jobs.events(job.id) == happened
 
 
 def test_what_a_dead_worker_left_half_published_is_taken_back(place: Place) -> None:
     job = place.claimed({"epochs": 1})
     half = place.registry.reserve("m", job.id, Manifest(classes=("a",)), ReportCard())
     export(place.settings.models / "m" / str(half), initial(10, 0), invert=False, manifest={})
-    (place.settings.staging / job.id).mkdir()
+    (place.settings.staging / f"{job.id}.0").mkdir()
     done = place.run(job)
     assert (done.status, done.version) == ("succeeded", 2)
     assert not (place.settings.models / "m/1").exists()
+    assert list(place.settings.staging.iterdir()) == []
     eventually(lambda: place.servers[0].available("m") == {2}, "only the new version is served")
 
 

@@ -9,15 +9,17 @@ queued ───────────── claim ─────────
   │                │                           │
   ╰── cancel ──────┴──▶ cancelled ◀── cancel ──╯
 
-A claim gives a worker the lease of a job: the pair (worker, attempts) in its row. Whoever writes to a running job
-shows the pair, and the write fails once the job has been requeued, cancelled or claimed by another worker. A worker
-that has sent no heartbeat for `LOST_AFTER_S` is taken for dead, and its jobs are requeued. A client that pauses or
-cancels a running job asks its worker to; a pause, and a worker that is stopped, cost no attempt. All times are those of
-the database's clock.
+A claim gives a worker the lease of a job: a number in its row that grows whenever the job changes hands, a fencing
+token that is never given twice. Whoever writes to a job, or to the registry on its behalf, shows the number in the same
+transaction, and the write fails once the job has been requeued, paused, cancelled or claimed by another worker. A
+worker that has sent no heartbeat for `LOST_AFTER_S` is taken for dead, and its jobs are requeued; one that was only
+frozen finds its lease lost. A client that pauses or cancels a running job asks its worker to; a pause, and a worker
+that is stopped, cost no attempt. All times are those of the database's clock.
 """
 
 import secrets
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +58,7 @@ jobs = sa.Table(
     sa.Column("report_status", sa.String, nullable=False),
     sa.Column("worker", sa.String),
     sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("lease", sa.Integer, nullable=False, server_default="0"),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
     sa.Column("pause_requested", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("last_seq", sa.Integer, nullable=False),  # of its events
@@ -97,6 +100,7 @@ class Job:
     attempts: int  # how often a worker has started it, without those that were paused or stopped
     cancel_requested: bool
     pause_requested: bool
+    lease: int = 0  # grows whenever the job changes hands
 
 
 _COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
@@ -176,6 +180,7 @@ class Jobs:
         """
         of_job = jobs.c.id == job_id
         with self._engine.begin() as connection:
+            connection.execute(sa.select(jobs.c.id).where(of_job).with_for_update())  # its status stays what it is
             changed = _write(
                 connection, of_job & jobs.c.status.in_(("queued", "paused")), [_status("cancelled")],
                 status="cancelled", finished_at=now(),
@@ -240,7 +245,7 @@ class Jobs:
                 connection, (jobs.c.id == oldest.scalar_subquery()) & (jobs.c.status == "queued"),
                 [_status("running", "validating")],
                 status="running", stage="validating", worker=worker, started_at=now(),
-                attempts=jobs.c.attempts + 1, progress_seq=jobs.c.last_seq + 2,
+                attempts=jobs.c.attempts + 1, lease=jobs.c.lease + 1, progress_seq=jobs.c.last_seq + 2,
             )  # fmt: skip
         return claimed[0] if claimed else None
 
@@ -273,13 +278,30 @@ class Jobs:
         """
         self._write_leased(job, [("resolved", {"spec": dict(spec)})], resolved_spec=dict(spec))
 
-    def previewed(self, job: Job, version: int) -> None:
+    def previewed(self, job: Job, version: int, connection: sa.Connection) -> None:
         """Note the version that is live while a job searches.
+
+        Args:
+            connection: of the transaction that makes it live.
 
         Raises:
             LeaseLost: as above.
         """
-        self._write_leased(job, [("preview", {"version": version})], preview_version=version)
+        self._write_leased(job, [("preview", {"version": version})], connection, preview_version=version)
+
+    def succeeded(self, job: Job, version: int, connection: sa.Connection) -> None:
+        """End a running job with its version.
+
+        Args:
+            connection: of the transaction that makes the version live, so that neither is there without the other.
+
+        Raises:
+            LeaseLost: as above.
+        """
+        happened: list[Happened] = [("publishing", {"step": "labelled"}), _status("succeeded", version=version)]
+        self._write_leased(
+            job, happened, connection, **_ENDING, status="succeeded", version=version, report_status="quick"
+        )
 
     def check_lease(self, job: Job, connection: sa.Connection | None = None) -> bool:
         """Check that a job still belongs to the worker that claimed it; returns whether a client wants it paused.
@@ -300,20 +322,18 @@ class Jobs:
             raise LeaseLost(job.id)
         return bool(row.pause_requested)
 
-    def _write_leased(self, job: Job, happened: Sequence[Happened], **values: Any) -> None:
-        with self._engine.begin() as connection:
-            if not _write(connection, _leased(job) & ~jobs.c.cancel_requested, happened, **values):
+    def _write_leased(
+        self, job: Job, happened: Sequence[Happened], connection: sa.Connection | None = None, **values: Any
+    ) -> None:
+        with nullcontext(connection) if connection is not None else self._engine.begin() as within:
+            if not _write(within, _leased(job) & ~jobs.c.cancel_requested, happened, **values):
                 raise LeaseLost(job.id)
 
-    def finish(self, job: Job, status: Status, *, happened: Sequence[Happened] = (), **values: Any) -> None:
-        """End a running job, unless its lease is lost; `happened` are its last events before that."""
-        ending = {name: values[name] for name in ("version", "error") if name in values}
-        last = _status(status, **ending)
+    def finish(self, job: Job, status: Literal["failed", "cancelled"], *, error: dict[str, Any] | None = None) -> None:
+        """End a running job without a version, unless its lease is lost."""
+        last = _status(status, error=error) if error else _status(status)
         with self._engine.begin() as connection:
-            _write(
-                connection, _leased(job), [*happened, last],
-                status=status, stage=None, finished_at=now(), worker=None, **values,
-            )  # fmt: skip
+            _write(connection, _leased(job), [last], **_ENDING, status=status, error=error)
 
     def requeue(self, job: Job) -> None:
         """Give back the lease of a running job that is to pause, or whose worker stops; the attempt does not count."""
@@ -329,14 +349,21 @@ class Jobs:
             if connection.execute(oldest).first() is None:
                 return None
         with self._engine.begin() as connection:
-            claimed = _write(connection, (jobs.c.id == oldest.scalar_subquery()) & open_, (), worker=worker)
+            to_us = (jobs.c.id == oldest.scalar_subquery()) & open_
+            claimed = _write(connection, to_us, (), worker=worker, lease=jobs.c.lease + 1)
         return claimed[0] if claimed else None
 
-    def reported(self, job: Job, report_status: str) -> None:
-        """Note how much of a finished job's report there is."""
-        with self._engine.begin() as connection:
-            happened: list[Happened] = [("report", {"report_status": report_status})]
-            _write(connection, jobs.c.id == job.id, happened, report_status=report_status)
+    def reported(self, job: Job, report_status: str, connection: sa.Connection | None = None) -> None:
+        """Note how much of a finished job's report there is.
+
+        Args:
+            connection: of the transaction that stores the report.
+
+        Raises:
+            LeaseLost: another worker has taken over the report.
+        """
+        happened: list[Happened] = [("report", {"report_status": report_status})]
+        self._write_leased(job, happened, connection, report_status=report_status)
 
     def open(self) -> set[str]:
         """Return the ids of unfinished jobs."""
@@ -390,24 +417,26 @@ class Jobs:
         if others:
             lost |= jobs.c.worker.not_in(sa.select(workers.c.id))
         lost &= jobs.c.status == "running"
-        again = lost & (jobs.c.attempts < MAX_ATTEMPTS) & ~jobs.c.cancel_requested
-        ending = {"stage": None, "worker": None, "finished_at": now()}
+        # PostgreSQL may find jobs lost by the second or third statement that were not by the first: each tells its own.
+        last = jobs.c.attempts >= MAX_ATTEMPTS
         with self._engine.begin() as connection:
             if others:
                 connection.execute(workers.delete().where(workers.c.seen_at < now() - LOST_AFTER_S))
-            _put_back(connection, again)
+            _put_back(connection, lost & ~last & ~jobs.c.cancel_requested)
             cancelled = _write(
-                connection, lost & jobs.c.cancel_requested, [_status("cancelled")], status="cancelled", **ending
+                connection, lost & jobs.c.cancel_requested, [_status("cancelled")], **_ENDING, status="cancelled"
             )
-            failed = _write(connection, lost, [_status("failed", error=died)], status="failed", error=died, **ending)
+            failed = _write(
+                connection, lost & last, [_status("failed", error=died)], **_ENDING, status="failed", error=died
+            )
         return [*cancelled, *failed]
 
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}
-_QUEUED = {
-    "status": "queued", "stage": None, "worker": None, "started_at": None, "progress_seq": jobs.c.last_seq + 2,
-}  # fmt: skip
-_PAUSED = {"status": "paused", "stage": None, "worker": None, "pause_requested": False}
+_FREE = {"stage": None, "worker": None, "lease": jobs.c.lease + 1}
+_QUEUED = {**_FREE, "status": "queued", "started_at": None, "progress_seq": jobs.c.last_seq + 2}
+_PAUSED = {**_FREE, "status": "paused", "pause_requested": False}
+_ENDING = {**_FREE, "finished_at": now()}
 
 
 def _put_back(connection: sa.Connection, where: sa.ColumnElement[bool], **values: Any) -> None:
@@ -418,9 +447,8 @@ def _put_back(connection: sa.Connection, where: sa.ColumnElement[bool], **values
 
 
 def _leased(job: Job) -> sa.ColumnElement[bool]:
-    """The row of a running job, as long as the claim that `job` came from holds."""
-    lease = (jobs.c.worker == job.worker) & (jobs.c.attempts == job.attempts)
-    return (jobs.c.id == job.id) & lease & (jobs.c.status == "running")
+    """The row of a job, as long as the claim that `job` came from holds."""
+    return (jobs.c.id == job.id) & (jobs.c.lease == job.lease) & (jobs.c.status == job.status)
 
 
 def _status(status: Status, stage: str | None = None, **more: Any) -> Happened:

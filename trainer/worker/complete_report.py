@@ -24,7 +24,11 @@ FORGETTING_IMAGES = 500
 
 
 def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry) -> Iterator[None]:
-    """Work out the costly part of a report; yields wherever other work may come first."""
+    """Work out the costly part of a report; yields wherever other work may come first.
+
+    Raises:
+        LeaseLost: another worker has taken it over.
+    """
     assert job.version is not None
     try:
         version = registry.find(job.model, job.version)
@@ -57,8 +61,8 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
     outdated = report.fgsm_flatters(spec, quick)
     warnings = [text for text in card["warnings"] if text not in outdated] + report.fgsm_flatters(spec, attacked)
     card |= {"robustness": attacked, "warnings": warnings, "forgetting": lost}
-    registry.set_report(job.model, job.version, ReportCard.model_validate(card))
-    jobs.reported(job, "complete")
+    complete = ReportCard.model_validate(card)
+    registry.set_report(job.model, job.version, complete, lambda connection: jobs.reported(job, "complete", connection))
 
 
 def _forgetting(

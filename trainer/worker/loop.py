@@ -151,7 +151,7 @@ class Worker:
             self._loop(servers)
 
     def _loop(self, servers: Sequence[ModelServer]) -> None:
-        from trainer.worker.retention import retire_surplus, sweep_checkpoints, sweep_datasets
+        from trainer.worker.retention import retire_surplus, sweep_checkpoints, sweep_datasets, sweep_leftovers
 
         recover_at = sweep_at = 0.0
         while True:
@@ -170,6 +170,7 @@ class Worker:
                     sweep_at = time.monotonic() + SWEEP_S
                     sweep_datasets(self.settings, self.jobs, self.registry)
                     sweep_checkpoints(self.settings, self.jobs)
+                    sweep_leftovers(self.settings, self.jobs, self.registry, servers)
                 elif not self._continue_report():
                     self.state = "idle"
                     time.sleep(POLL_S)
@@ -244,6 +245,9 @@ class Worker:
         except StopIteration:
             self._report = None
             bound.info("report complete")
+        except LeaseLost:
+            self._report = None
+            bound.info("another worker has taken over the report")
         except PASSING_FAILURES as exc:
             self._report = None
             bound.warning("the store failed; the report starts again", reason=reason(exc))

@@ -42,10 +42,10 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
         export(staged, params, invert=False, manifest=manifest.dump())
         Probe(pixels, logits).save(staged)
         seal(staged)
-        report_card = ReportCard.model_validate(card)
         publish(
             settings, registry, servers,
-            staged=staged, model=BASE, job_id=BASE, manifest=manifest, report=report_card,
+            staged=staged, model=BASE, job_id=BASE, manifest=manifest,
+            report=lambda: ReportCard.model_validate(card),
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
-"""What is deleted: versions that newer ones have replaced, and files that nothing needs any more."""
+"""What is deleted: versions that newer ones have replaced, unneeded files, and what dead workers have left."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -7,12 +8,12 @@ from contextlib import suppress
 import structlog
 
 from serving.client import ModelServer
-from serving.publishing import reconcile
+from serving.publishing import reconcile, withdraw
 from serving.registry import BASE, Registry
-from store.errors import TemperError
+from store.errors import TemperError, UnknownJob
 from store.files import remove_tree
 from store.settings import Settings
-from trainer.jobs.records import Jobs
+from trainer.jobs.records import FINISHED, Jobs
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
@@ -58,3 +59,23 @@ def sweep_checkpoints(settings: Settings, jobs: Jobs) -> None:
     for path in found:
         if path.name not in needed:
             remove_tree(path)
+
+
+def sweep_leftovers(settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:
+    """Remove what workers that died, or that others had replaced, left of finished jobs."""
+
+    def has_ended(job_id: str) -> bool:
+        try:
+            return jobs.get(job_id).status in FINISHED
+        except UnknownJob:
+            return False
+
+    for path in settings.staging.glob("ftjob-*"):
+        if has_ended(path.stem):
+            shutil.rmtree(path, ignore_errors=True)
+    for version in registry.publishing():
+        if version.job_id and has_ended(version.job_id):
+            withdraw(settings, registry, servers, version.model, version.version)
+    if registry.removed():
+        with suppress(TemperError):  # whoever reconciles next does so
+            reconcile(settings, registry, servers)

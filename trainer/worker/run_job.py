@@ -13,12 +13,13 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
+import sqlalchemy as sa
 import structlog
 import tensorflow as tf
 
 from serving.client import ModelServer
 from serving.publishing import Probe, publish, seal, withdraw
-from serving.registry import STABLE, Registry
+from serving.registry import STABLE, Fence, Registry
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.files import make_directory
@@ -29,7 +30,7 @@ from trainer.asked import Asked
 from trainer.checkpoints import Checkpoint
 from trainer.export import digest, export, load_params, prepare
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
-from trainer.jobs.records import Happened, Job, Jobs
+from trainer.jobs.records import Job, Jobs
 from trainer.lenet import Arrays
 from trainer.network import bottleneck_of
 from trainer.parallel import Check, Paused, side_by_side, watched
@@ -57,6 +58,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     published: set[str] = field(default_factory=set)  # publishing steps that are done
     chosen: dict[str, Any] | None = field(init=False)  # the resolved spec in the record
+    _under_way: tuple[str, float] = ("", 0.0)  # stage, and when it began
 
     def __post_init__(self) -> None:
         self.chosen = self.job.resolved_spec
@@ -92,12 +94,14 @@ class Run:
         """Everything inside belongs to this stage."""
         self.patiently(lambda: self.jobs.set_stage(self.job, name))
         began = time.perf_counter()
+        self._under_way = name, began
         yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
-    def previewed(self, version: int) -> None:
-        """Note the version that is live while the job searches."""
-        self.patiently(lambda: self.jobs.previewed(self.job, version))
+    def seconds_so_far(self) -> dict[str, float]:
+        """Seconds by stage, with those of the stage that is under way."""
+        name, began = self._under_way
+        return {**self.seconds, name: round(time.perf_counter() - began, 3)}
 
     def resolved(self, spec: Spec) -> None:
         """Note what the search has chosen, unless that is noted, by an earlier attempt perhaps."""
@@ -105,15 +109,6 @@ class Run:
         if chosen != self.chosen:
             self.patiently(lambda: self.jobs.resolve(self.job, chosen))
             self.chosen = chosen
-
-    def succeeded(self, version: int) -> None:
-        """End the job."""
-        labelled: Happened = ("publishing", {"step": "labelled"})
-        self.patiently(
-            lambda: self.jobs.finish(
-                self.job, "succeeded", happened=[labelled], version=version, report_status="quick"
-            )
-        )  # fmt: skip
 
     def patiently(self, write: Callable[[], T]) -> T:
         """Wait for a store that is away: what has been trained is worth more than the wait."""
@@ -127,22 +122,21 @@ class Run:
 def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:
     """Run a claimed job to its success, from the checkpoints of earlier attempts.
 
+    Whatever this writes shows the lease of the job, so that an attempt that was frozen and replaced changes nothing
+    when it goes on: it works in a directory of its own and finds its lease lost at its next step.
+
     Raises:
         TemperError: why it failed; nothing of it is served or left on disk, but for a preview and checkpoints.
         LeaseLost: it was cancelled or given to another worker.
         Paused: a client wants it paused. Checkpoints have what was done.
     """
     run = Run(job, jobs)
-    clear_leftovers(job, settings=settings, registry=registry, servers=servers)
-    for version in registry.of_job(job.id):  # a worker died between making it live and saying so
-        if version.live and version.manifest.preview:
-            if job.preview_version is None:
-                run.previewed(version.version)
-        elif version.live:
-            run.succeeded(version.version)
-            return
+    run.check()
+    clear_leftovers(
+        job, settings=settings, registry=registry, servers=servers, fence=functools.partial(jobs.check_lease, job)
+    )
     report.reset_peak_memory()
-    staged = settings.staging / job.id / str(job.attempts)  # an earlier attempt may wake up and clean up after itself
+    staged = settings.staging / f"{job.id}.{job.lease}"
     try:
         with run.stage("validating"):
             asked = Asked.of(job.spec)
@@ -160,7 +154,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                 first = job.label == STABLE and job.preview_version is None and not registry.has_live(job.model)
                 if bounds and bounds.preview and first:
                     with run.stage("previewing"), contextlib.suppress(Diverged):  # the search may find what does not
-                        run.previewed(maker.preview())
+                        maker.preview()
                 with run.stage("searching"):
                     found = search(
                         asked, problem, uploaded=data.validation is not None, earlier=_earlier(job.model, registry),
@@ -168,11 +162,9 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                         on_trial=run.trial, check=run.check, checkpoint=kept("search", job.spec),
                     )  # fmt: skip
                     run.resolved(found.spec)
-            run.succeeded(maker.make(found))
+            maker.make(found)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            staged.parent.rmdir()
 
 
 @dataclass(frozen=True)
@@ -201,8 +193,8 @@ class _Maker:
     staged: Path
     kept: _Kept
 
-    def preview(self) -> int:
-        """Publish the first version of a model from a quick recipe; returns its number."""
+    def preview(self) -> None:
+        """Publish the first version of a model from a quick recipe."""
         recipe = preview_recipe(self.problem.same_classes)
         spec = self.asked.resolve(recipe)
         spec = spec.model_copy(update={"epochs": min(spec.epochs, recipe["epochs"])})
@@ -215,10 +207,12 @@ class _Maker:
         )
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         manifest = self._exported(spec, fitted, train, card, preview=True)
-        return self._published(manifest, ReportCard.model_validate(card), step=lambda _: check())
+        self._publish(
+            manifest, lambda: ReportCard.model_validate(card), step=lambda _: check(), finish=self.run.jobs.previewed
+        )
 
-    def make(self, found: Found) -> int:
-        """Train a resolved spec and publish the result; returns the number of the version."""
+    def make(self, found: Found) -> None:
+        """Train a resolved spec and publish the result, which ends the job."""
         run, data, spec = self.run, self.data, found.spec
         start = self._start(spec)
         with run.stage("training"):
@@ -237,11 +231,11 @@ class _Maker:
         with run.stage("exporting"):
             manifest = self._exported(spec, fitted, train, card, fold=held_out.params if held_out.out_of_fold else None)
         with run.stage("publishing"):
-            first = ReportCard.model_validate({**card, "cost": report.cost(run.seconds, fitted)})
-            version = self._published(manifest, first, step=run.publishing)
-        last = ReportCard.model_validate({**card, "cost": report.cost(run.seconds, fitted)})
-        run.patiently(lambda: self.registry.set_report(run.job.model, version, last))
-        return version
+            self._publish(
+                manifest,
+                lambda: ReportCard.model_validate({**card, "cost": report.cost(run.seconds_so_far(), fitted)}),
+                step=run.publishing, finish=run.jobs.succeeded,
+            )  # fmt: skip
 
     def _start(self, spec: Spec) -> Start:
         problem = self.problem
@@ -292,21 +286,33 @@ class _Maker:
         seal(staged)
         return manifest
 
-    def _published(self, manifest: Manifest, card: ReportCard, *, step: Callable[[str], None]) -> int:
+    def _publish(
+        self, manifest: Manifest, card: Callable[[], ReportCard], *, step: Callable[[str], None],
+        finish: Callable[[Job, int, sa.Connection], None],
+    ) -> None:  # fmt: skip
         job = self.run.job
-        return publish(
+        publish(
             self.settings, self.registry, self.servers,
             staged=self.staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
             step=step, fence=functools.partial(self.run.jobs.check_lease, job),
+            finish=lambda connection, version: finish(job, version, connection),
         )  # fmt: skip
 
 
-def clear_leftovers(job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:
-    """Remove what an earlier attempt at a job may have left half-done."""
-    shutil.rmtree(settings.staging / job.id, ignore_errors=True)
+def clear_leftovers(
+    job: Job, *, settings: Settings, registry: Registry, servers: Sequence[ModelServer], fence: Fence = lambda _: None
+) -> None:
+    """Remove what earlier attempts at a job may have left half-done.
+
+    Raises:
+        LeaseLost: with a fence, which is asked before a version is withdrawn: it may be a later attempt's.
+    """
+    for path in settings.staging.glob(f"{job.id}.*"):
+        if int(path.suffix[1:]) < job.lease:
+            shutil.rmtree(path, ignore_errors=True)
     for version in registry.of_job(job.id):
         if not version.live:
-            withdraw(settings, registry, servers, version.model, version.version)
+            withdraw(settings, registry, servers, version.model, version.version, fence)
 
 
 def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
