@@ -22,6 +22,7 @@ from trainer.lenet import Arrays
 FORMAT = 1  # of the values in a checkpoint; a release that changes their meaning increments it
 SHARE = 0.02  # of the time that saving may take
 FIRST_S = 0.5  # less work than this is not worth a file
+MOST_BYTES = 256 << 20  # of a file; only a search on very many images and classes has more to keep
 RECORD = "record"
 
 State = tuple[Arrays, dict[str, Any]]  # float values exactly, and a record that JSON can hold
@@ -66,6 +67,8 @@ class Checkpoint:
             return
         arrays, record = state()
         arrays = {**arrays, RECORD: np.frombuffer(json.dumps(record).encode(), np.uint8)}
+        if sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
+            return
         aside = self._path.with_suffix(f".{secrets.token_hex(4)}")
         try:
             with aside.open("wb") as file:

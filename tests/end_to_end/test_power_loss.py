@@ -63,6 +63,11 @@ def gateway(settings: Settings) -> Iterator[httpx.Client]:
     thread.join(30)
 
 
+@pytest.fixture(autouse=True)
+def checkpoint_after_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "FIRST_S", 0.0)
+
+
 @pytest.fixture
 def upload(digits: tuple[np.ndarray, np.ndarray]) -> bytes:
     return npz(images=digits[0][:60], labels=digits[1][:60])
@@ -194,9 +199,8 @@ def finish(settings: Settings, engine: sa.Engine, server: ModelServer, job_id: s
 
 @pytest.mark.slow
 def test_after_a_power_failure_at_any_moment_nothing_acknowledged_is_lost(
-    tmp_path: Path, model_server: str, upload: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_server: str, upload: bytes
 ) -> None:
-    monkeypatch.setattr(checkpoints, "FIRST_S", 0.0)
     home = tmp_path / "home"
     settings = Settings(home=home, model_server=model_server)
     home.mkdir()
@@ -213,6 +217,7 @@ def test_after_a_power_failure_at_any_moment_nothing_acknowledged_is_lost(
         job = jobs.claim("w1")
         assert job is not None
         run_job(job, settings=settings, jobs=jobs, registry=registry, servers=[server])
+        sha256 = registry.find("m").manifest.sha256
         engine.dispose()
         done = len(recorder.states)
         assert 10 < acknowledged < done - 10, (acknowledged, done)
@@ -231,6 +236,7 @@ def test_after_a_power_failure_at_any_moment_nothing_acknowledged_is_lost(
                 seen.add((files, status))
                 server.reload(place, {})
                 finish(restarted, store, server, job.id)
+                assert Registry(store).find("m").manifest.sha256 == sha256
             store.dispose()
             shutil.rmtree(place)
         assert len(seen) > 3
@@ -320,6 +326,7 @@ def test_when_any_one_write_fails_the_error_is_clear_and_nothing_is_half_done(
             assert jobs_left(place) == [], "a job is stuck"
             staged = [path for path in place.settings.staging.rglob("*") if path.is_file() and path.name != "lock"]
             assert staged == []
+            assert {path.suffix for path in place.settings.checkpoints.glob("*/*")} <= {".npz"}
             if failing.calls < at:
                 break
     assert outcomes[-1] == "succeeded"
