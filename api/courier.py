@@ -14,13 +14,13 @@ import itertools
 import logging
 import random
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
-import httpx
 import orjson
 
 from api import __version__
@@ -28,6 +28,9 @@ from api.metrics import WEBHOOKS
 from store.errors import InvalidRequest, TemperError
 from store.health import Notice
 from store.webhooks import Attempt, Claimed, Delivery, Webhooks
+
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # its command, with rich and pygments: 3 MB
+import httpx  # noqa: E402
 
 log = logging.getLogger("temper.gateway")
 

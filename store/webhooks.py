@@ -8,7 +8,7 @@ pending ──2xx──▶ succeeded
 a crash neither loses nor invents one. Gateways share the deliveries: `claim` leases those that are due, and a lease
 that nobody settles in time expires, so that another gateway sends its delivery, once more perhaps, with the same id.
 The lease is a token, which a gateway that was taken for dead does not have any more. All times are those of the
-database's clock.
+database's clock. Secrets are stored as they are, because deliveries are signed with them.
 """
 
 import base64

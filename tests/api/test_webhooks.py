@@ -562,7 +562,7 @@ def test_what_cannot_be_done_is_refused_by_name(
 
 
 @pytest.mark.slow
-def test_a_gateway_killed_between_what_happens_and_its_delivery_loses_and_doubles_nothing(
+def test_a_gateway_killed_between_what_happens_and_its_delivery_loses_nothing(
     tmp_path: Path, receiver: Receiver, digits_zip: bytes
 ) -> None:
     with running_service(tmp_path) as service:
@@ -571,7 +571,8 @@ def test_a_gateway_killed_between_what_happens_and_its_delivery_loses_and_double
         job = service.finetune(digits_zip, "m", '{"epochs": 1}').json()
         os.kill(gateway, signal.SIGSTOP)  # it delivers nothing, while the worker goes on
         eventually(lambda: tmp_path.joinpath("models/m/1").is_dir(), "the version is there")
-        os.kill(gateway, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # the supervisor may have replaced it, as it does not answer
+            os.kill(gateway, signal.SIGKILL)
         expected = {"created", "running", "succeeded", "report_completed"}
 
         def told() -> set[str]:

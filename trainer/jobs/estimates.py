@@ -236,7 +236,9 @@ class Estimates:
         compiled = set[Structure]()
         for job in reversed(newest_first):
             work = self._work(job)
-            if work and math.isinf(work.bound_s) and job.started_at is not None and job.finished_at is not None:
+            if not work or math.isfinite(work.bound_s) or job.attempts != 1:  # which say less of how fast a worker is
+                continue
+            if job.started_at is not None and job.finished_at is not None:
                 took_s = job.finished_at - job.started_at
                 if work.structure not in compiled:
                     took_s = max(took_s - work.compiled_s, took_s / 2)
