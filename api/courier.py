@@ -7,6 +7,7 @@ import asyncio
 import base64
 import contextlib
 import email.utils
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import orjson
 
@@ -33,6 +34,8 @@ sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # its com
 import httpx  # noqa: E402
 
 log = logging.getLogger("temper.gateway")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Pauses before each attempt: at once, then 5 s, 5 min, 30 min, 2, 5, 10, 14, 20 and 24 h after the one before.
 SCHEDULE_S = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
@@ -42,6 +45,7 @@ TIMEOUT_S = 15.0  # of an attempt, from the look-up of the name to the head of t
 LOOK_S = 1.0  # between looks for what is due
 CLEAN_UP_S = 3600.0
 RESOLVERS = 8  # names that are looked up at a time
+STORE_THREADS = 2
 MAX_URL = 2048  # characters
 # IPv6 networks whose last 32 bits are an IPv4 address: IPv4-compatible addresses, and NAT64 (RFC 6052).
 EMBEDDING = (ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b::/96"))
@@ -163,6 +167,7 @@ class Courier:
         self._schedule_s, self._timeout_s, self._look_s = schedule_s, timeout_s, look_s
         self._busy: set[str] = set()  # endpoints that are being sent to
         self._sending = Notice("sending webhooks")
+        self._threads = ThreadPoolExecutor(STORE_THREADS, "courier")  # a store that hangs holds up no other work
         self._client: httpx.AsyncClient | None = None  # reading the certificates takes a moment and a megabyte
 
     async def check(self, url: str) -> None:
@@ -185,9 +190,9 @@ class Courier:
                 while True:
                     try:
                         if time.monotonic() >= clean_up_at:
-                            await asyncio.to_thread(self._webhooks.clean_up)
+                            await self._stored(self._webhooks.clean_up)
                             clean_up_at = time.monotonic() + CLEAN_UP_S
-                        claimed = await asyncio.to_thread(self._webhooks.claim, busy=tuple(self._busy))
+                        claimed = await self._stored(self._webhooks.claim, tuple(self._busy))
                         claimed.sort(key=lambda each: each.delivery.webhook)
                         for webhook, batch in itertools.groupby(claimed, lambda each: each.delivery.webhook):
                             self._busy.add(webhook)
@@ -198,6 +203,7 @@ class Courier:
                     await asyncio.sleep(self._look_s)
         finally:
             self._destinations.close()
+            self._threads.shutdown(wait=False, cancel_futures=True)
             if self._client is not None:
                 with contextlib.suppress(Exception):
                     await self._client.aclose()
@@ -207,7 +213,7 @@ class Courier:
 
         async def send(claimed: Claimed) -> None:
             attempt = await self._attempt(claimed)
-            await asyncio.to_thread(self._webhooks.settle, claimed.delivery, attempt)
+            await self._stored(self._webhooks.settle, claimed.delivery, attempt)
             _tell(claimed.delivery, attempt)
 
         try:
@@ -218,6 +224,11 @@ class Courier:
                     self._sending.worked()
         finally:
             self._busy.discard(webhook)
+
+    async def _stored(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the store in a thread of the courier's own."""
+        todo = functools.partial(call, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, todo)
 
     async def _attempt(self, claimed: Claimed) -> Attempt:
         status, error, asked_s = None, None, 0.0
@@ -232,7 +243,7 @@ class Courier:
             error = f"no answer within {self._timeout_s:g} s"
         except TemperError as exc:
             error = exc.message
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
+        except Exception as exc:  # of the network, of TLS, or whatever a strange answer provokes
             error = f"{type(exc).__name__}: {exc}"
         following = claimed.delivery.attempts + 1
         if error is None or status == httpx.codes.GONE or following >= len(self._schedule_s):

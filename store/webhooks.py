@@ -174,7 +174,7 @@ class Webhooks:
                 raise WrongState(f"there are {MAX_WEBHOOKS} webhooks already; delete one first")
             at = connection.execute(sa.select(now())).scalar_one()
             webhook = Webhook(
-                id=_id("webhook", at), tenant=tenant, url=url, types=sorted(types) if types else None,
+                id=_id("webhook", at), tenant=tenant, url=url, types=sorted(set(types)) if types else None,
                 secret=_new_secret(), old_secret=None, old_secret_until=None, created_at=at, disabled_at=None,
                 disabled_because=None,
             )  # fmt: skip
@@ -274,7 +274,7 @@ class Webhooks:
             raise UnknownWebhook(f"there is no delivery {delivery_id!r} to webhook {webhook_id}", param=param)
         return Delivery(**row)
 
-    def claim(self, *, busy: Collection[str] = (), lease_s: float = LEASE_S) -> list[Claimed]:
+    def claim(self, busy: Collection[str] = (), *, lease_s: float = LEASE_S) -> list[Claimed]:
         """Lease what is due: up to `BATCH` deliveries to each endpoint.
 
         Args:

@@ -8,8 +8,11 @@ import hashlib
 import hmac
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +82,8 @@ class Receiver:
 
 
 @contextlib.contextmanager
-def receiving() -> Iterator[Receiver]:
+def receiving(certificate: Path | None = None) -> Iterator[Receiver]:
+    """A receiver, with TLS if it has a file of its key and certificate."""
     receiver = Receiver()
 
     class Handler(BaseHTTPRequestHandler):
@@ -101,6 +105,10 @@ def receiving() -> Iterator[Receiver]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     receiver.port = server.server_address[1]
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -493,6 +501,37 @@ def test_the_connection_goes_to_the_address_that_was_checked(
     deliver(webhooks, finished(webhooks, webhook), courier)
     assert looked_up == ["hook.invalid"]
     assert receiver.received[0].headers["host"] == f"hook.invalid:{receiver.port}"
+
+
+def test_tls_is_verified_for_the_name_and_not_for_the_address(
+    engine: sa.Engine, webhooks: Webhooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl on this machine")
+    file = tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=hook.invalid",
+         "-addext", "subjectAltName=DNS:hook.invalid", "-keyout", file, "-out", tmp_path / "certificate"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    certificate = (tmp_path / "certificate").read_text()
+    file.write_text(file.read_text() + certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate"))
+    with receiving(file) as receiver:
+        rules = Destinations(private=True, http=False, resolve=lambda *_, **__: [entry("127.0.0.1")])
+        right, wrong = (
+            webhooks.create(f"https://{name}:{receiver.port}/hook?token=t")
+            for name in ("hook.invalid", "other.invalid")
+        )
+        tell(engine)
+        courier = Courier(webhooks, rules, schedule_s=(0.0,), look_s=LOOK_S)
+        deliver(webhooks, lambda: finished(webhooks, right)() and finished(webhooks, wrong)(), courier)
+        assert [delivery.status for delivery in of(webhooks, right)] == ["succeeded"]
+        (refused,) = of(webhooks, wrong)
+        assert refused.status == "failed"
+        assert refused.error is not None
+        assert "certificate" in refused.error.lower()
+        assert len(receiver.received) == 1
 
 
 def test_a_fine_tune_is_told_from_its_creation_to_its_complete_report(

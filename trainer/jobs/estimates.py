@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from store.errors import InvalidSpec
 from store.records import DatasetCard
 from trainer.asked import Asked, default_folds
-from trainer.jobs.records import FINISHED, Job, Jobs
+from trainer.jobs.records import FINISHED, RECENT, Job, Jobs
 from trainer.recipes import Recipe, known
 from trainer.spec import FEWEST_OF_A_CLASS, Fgsm, Free, Spec, batch_size
 
@@ -29,6 +29,7 @@ JOB_S, JOB_S_PER_IMAGE = 0.5, 1e-4  # data, evaluation, quick attacks, export, p
 PREVIEW_S = 1.3
 EPOCH_S, ATTACKED_EPOCH_S = 0.009, 0.1  # validation and the record; and the attack on validation images
 COMPILED_S, ATTACKED_COMPILED_S = 0.7, 2.0  # once in a worker's life for each structure
+WARM_UP_S = 1.5  # of the first job of all
 STEP_S = {  # and more for each image of the batch
     "full": (1.1e-3, 7.8e-5), "bias": (1.0e-3, 7.8e-5), "ia3": (6e-4, 7e-5), "lora": (4e-4, 5.8e-5),
     "adapter": (4e-4, 3.4e-5), "head": (4e-4, 1e-5),
@@ -176,6 +177,7 @@ class Estimates:
         Args:
             peak_of: the peak of the worker's memory in bytes while it ran a job, if that is known.
         """
+        self._read_at = -math.inf
         work = _Work.of(asked, dataset)
         like = self._like(work.kind)
         peaks = [(job, peak) for job, _ in like if (peak := peak_of(job))]
@@ -241,7 +243,8 @@ class Estimates:
             if job.started_at is not None and job.finished_at is not None:
                 took_s = job.finished_at - job.started_at
                 if work.structure not in compiled:
-                    took_s = max(took_s - work.compiled_s, took_s / 2)
+                    more_s = work.compiled_s + (WARM_UP_S if not compiled and len(newest_first) < RECENT else 0.0)
+                    took_s = max(took_s - more_s, took_s / 3)
                 compiled.add(work.structure)
                 finished.setdefault(work.kind, []).insert(0, (job, took_s / work.nominal_s))
         self._finished, self._compiled = finished, compiled
