@@ -78,13 +78,13 @@ def test_estimates_know_the_rounds_of_the_search() -> None:
 def test_an_estimate_follows_from_jobs_of_the_same_kind(jobs: Jobs, engine: sa.Engine) -> None:
     full, lora = parse_asked('{"method": "full"}'), parse_asked("{}")
     unknown = Estimates(jobs).of(full, card(300), lambda job: None)
-    assert (unknown.jobs, unknown.within) == (0, module.WITHIN_UNCALIBRATED)
+    assert (unknown.jobs, unknown.within) == (0, 0.5)
     assert unknown.seconds == nominal(full, card(300)) + module.COMPILED_S
     for factor in (3.0, 2.0, 40.0):  # the last one is an outlier
         compiled_s = COLD_S if factor == 3.0 else 0.0
         has_run(jobs, engine, {"method": "full"}, 300, factor * nominal(full, card(300)) + compiled_s)
     found = Estimates(jobs).of(full, card(300), lambda job: 2_000_000_000)
-    assert (found.jobs, found.within) == (3, module.WITHIN)
+    assert (found.jobs, found.within) == (3, 0.2)
     assert found.seconds == pytest.approx(3.0 * nominal(full, card(300)), rel=1e-3)
     assert found.memory_bytes == 2_000_000_000
     larger = Estimates(jobs).of(full, card(1000), lambda job: 2_000_000_000)  # in halves, which is another structure

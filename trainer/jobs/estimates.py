@@ -40,7 +40,7 @@ CHOSEN = 0.8  # recipes that a search keeps are cheaper than the mean
 BASE_BYTES, IMAGE_BYTES = 800 << 20, 40 << 10  # of a worker, and of each image
 # As in `trainer.search`: the images that decide the first round, shares of the epochs, and who is in the last one.
 FIRST_IMAGES, FIRST_SHARE, LAST_SHARE, FINALISTS = 200, 1 / 16, 1 / 4, 4
-WITHIN, WITHIN_UNCALIBRATED = 0.2, 0.5  # stated uncertainty, as a share of the estimate
+WITHIN = (0.5, 0.35, 0.2)  # stated uncertainty, as a share: from constants, from one job, from more
 LIKE = 10  # finished jobs of a kind, the latest ones, whose median counts
 REFRESH_S = 5.0  # after which the finished jobs are read anew
 FRESH_S = 0.5  # age of the queue that is good enough: clients ask often, and it may be long
@@ -183,7 +183,7 @@ class Estimates:
         peaks = [(job, peak) for job, _ in like if (peak := peak_of(job))]
         base = median(peak - IMAGE_BYTES * job.dataset.images for job, peak in peaks) if peaks else BASE_BYTES
         seconds = self._seconds(work) or min(work.nominal_s + work.compiled_s, work.bound_s)
-        within = WITHIN if like else WITHIN_UNCALIBRATED
+        within = WITHIN[min(len(like), 2)]
         return Estimate(seconds, within, int(base + IMAGE_BYTES * dataset.images), len(like))
 
     def standings(self, jobs: Sequence[Job]) -> list[Standing]:
