@@ -11,6 +11,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 from api import __version__
+from api.courier import Courier, Destinations
 from api.gateway import Gateway
 from api.http import errors
 from api.http.fast_path import fast_path
@@ -21,7 +22,7 @@ from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.inference.service import InferenceService
-from api.routes import events, health, jobs, models, open_inference, predict, tensorflow_rest
+from api.routes import events, health, jobs, models, open_inference, predict, tensorflow_rest, webhooks
 from api.uploads import Uploads
 from serving.publishing import has_files
 from serving.registry import Registry
@@ -30,6 +31,8 @@ from store.engine import connect
 from store.health import Health
 from store.memory import settle
 from store.settings import Settings
+from store.webhooks import Webhooks
+from trainer.jobs.estimates import Estimates
 from trainer.jobs.records import Jobs
 
 
@@ -51,9 +54,12 @@ def create_app(settings: Settings) -> ASGIApp:
             router = Router(registry)
             inference = InferenceService(router, MicroBatcher(pool), settings.predict_timeout_s)
             decoder, health_watch = ImageDecoder(settings), Health(engine, settings.home)
+            owed = Webhooks(engine)
+            courier = Courier(owed, Destinations(private=settings.webhook_private, http=settings.webhook_http))
             gateway = Gateway(
-                settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve
-            )
+                settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve,
+                owed, courier, Estimates(job_records),
+            )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}
@@ -73,7 +79,7 @@ def create_app(settings: Settings) -> ASGIApp:
     )
     errors.install(app)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
-    for router in (*predicting, jobs.router, events.router, models.router, health.router):
+    for router in (*predicting, jobs.router, events.router, models.router, webhooks.router, health.router):
         app.include_router(router)
     fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
     limited = BodyLimit(fast, uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)

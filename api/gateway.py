@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from api.courier import Courier
 from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import PooledServer, ServerPool
@@ -21,6 +22,8 @@ from store.errors import ModelServerError, TemperError
 from store.health import Health, Notice
 from store.records import DEFAULT_TENANT
 from store.settings import Settings
+from store.webhooks import Webhooks
+from trainer.jobs.estimates import Estimates
 from trainer.jobs.records import Jobs
 
 log = logging.getLogger("temper.gateway")
@@ -44,11 +47,15 @@ class Gateway:
     uploads: Uploads
     health: Health
     reserve: Reserve
+    webhooks: Webhooks
+    courier: Courier
+    estimates: Estimates
     streams: int = 0  # of events, that clients read
 
     async def look_after(self) -> None:
-        """Keep the routes fresh and the model servers up to date, until cancelled."""
+        """Keep the routes fresh and the model servers up to date, and deliver webhooks, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.courier.run())
             tasks.create_task(self._keep_routes())
             for target in self.pool.all:
                 tasks.create_task(self._watch(target))

@@ -32,6 +32,9 @@ QUEUE_S = Histogram(
 IN_FLIGHT = Gauge("temper_calls_in_flight", "Calls to model servers under way.", registry=COLLECTORS)
 WAITING = Gauge("temper_images_waiting", "Images that wait for a call.", registry=COLLECTORS)
 SERVER_UP = Gauge("temper_model_server_up", "Whether the model server answers.", ["target"], registry=COLLECTORS)
+WEBHOOKS = Counter(
+    "temper_webhook_attempts_total", "Attempts to deliver a webhook, by outcome.", ["outcome"], registry=COLLECTORS
+)
 VERSIONS = Gauge("temper_versions_served", "Live versions.", ["model"], registry=COLLECTORS)
 
 

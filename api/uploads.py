@@ -150,11 +150,12 @@ class Uploads:
         process = await spare if spare else await start_decoder()
         return process if process.returncode is None else await start_decoder()
 
-    async def store(self, form: Form, check: Callable[[DatasetCard], None]) -> DatasetCard:
+    async def store(self, form: Form, check: Callable[[DatasetCard], None], *, keep: bool = True) -> DatasetCard:
         """Prepare the files of a form and keep the result; returns what the job record says of it.
 
         Args:
             check: called with that; raises to reject it, and then nothing is kept.
+            keep: false to keep nothing in any case.
 
         Raises:
             InvalidDataset: what is wrong with either file, or with the two together.
@@ -170,7 +171,8 @@ class Uploads:
                     _check_apart(dataset, apart)
                     dataset = dataset.model_copy(update={"validation": apart})
             check(dataset)
-            await asyncio.to_thread(self._keep, prepared)
+            if keep:
+                await asyncio.to_thread(self._keep, prepared)
         return dataset
 
     def _keep(self, prepared: dict[Path, str]) -> None:

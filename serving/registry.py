@@ -16,6 +16,7 @@ from store.engine import metadata, now
 from store.errors import InvalidRequest, UnknownModel, WrongState
 from store.records import Manifest, ReportCard
 from store.validation import in_words
+from store.webhooks import enqueue
 
 BASE = "lenet5"  # the pretrained model, which every service has
 STABLE = "stable"  # the label that a request without version or label follows
@@ -202,8 +203,10 @@ class Registry:
             raise WrongState(f"{STABLE!r} can only be moved", param="label")
         with self._change() as connection:
             row = (labels.c.model == model) & (labels.c.label == label)
-            if not connection.execute(labels.delete().where(row)).rowcount:
+            before = connection.execute(labels.delete().where(row).returning(labels.c.version)).scalar_one_or_none()
+            if before is None:
                 raise UnknownModel(f"model {model!r} has no label {label!r}", param="label")
+            _announce(connection, model, label, before, None)
 
     def retire(self, model: str, version: int | None = None) -> list[int]:
         """Remove a live version that has no label, or all versions and labels of a model.
@@ -223,7 +226,10 @@ class Registry:
             if not known:
                 raise UnknownModel(f"there is no model {model!r}", param="model")
             if version is None:
+                gone = _labels(connection, model)
                 connection.execute(labels.delete().where(labels.c.model == model))
+                for name, label in gone.items():
+                    _announce(connection, model, name, label.version, None)
             else:
                 _check_version(model, version, known)
                 names = [name for name, label in _labels(connection, model).items() if label.version == version]
@@ -363,9 +369,17 @@ def _put_report(connection: sa.Connection, model: str, version: int, report: Rep
 
 def _put_label(connection: sa.Connection, model: str, label: str, version: int, weight: float | None = None) -> None:
     """Move a label; without a weight it keeps the one that it has."""
+    before = _labels(connection, model).get(label)
     row: Any = _insert(connection)(labels).values(model=model, label=label, version=version, weight=weight or 0.0)
     moved = {"version": version} | ({} if weight is None else {"weight": weight})
     connection.execute(row.on_conflict_do_update(index_elements=["model", "label"], set_=moved))
+    _announce(connection, model, label, before.version if before else None, version)
+
+
+def _announce(connection: sa.Connection, model: str, label: str, old: int | None, new: int | None) -> None:
+    """Tell the endpoints that a label stands for another version; None for none."""
+    if old != new:
+        enqueue(connection, "model.label.moved", {"model": model, "label": label, "from": old, "to": new})
 
 
 def _insert(connection: sa.Connection) -> Any:

@@ -105,6 +105,12 @@ class UnknownJob(NotFound):
     code = "unknown_job"
 
 
+class UnknownWebhook(NotFound):
+    """No webhook, or no delivery to it, has that id."""
+
+    code = "unknown_webhook"
+
+
 class WrongState(TemperError):
     """The object's state does not allow what was asked."""
 

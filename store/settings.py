@@ -53,6 +53,10 @@ class Settings(BaseSettings):
     decode_seconds: int = Field(120, ge=1, description="Longest time that decoding an upload may take.")
     decode_memory_bytes: int = Field(2 << 30, ge=1 << 28, description="Most memory that decoding an upload may take.")
     predict_timeout_s: float = Field(10.0, gt=0, description="Longest time that a prediction may take.")
+    webhook_private: bool = Field(
+        False, description="Whether webhooks may go to private, loopback and link-local addresses."
+    )
+    webhook_http: bool = Field(False, description="Whether webhooks may go to `http://` URLs, unencrypted.")
 
     @property
     def models(self) -> Path:

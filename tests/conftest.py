@@ -36,6 +36,9 @@ from trainer.jobs.records import Job, Jobs
 
 T = TypeVar("T")
 
+# Short reports, and webhooks to servers in the test's process.
+SERVICE_ENVIRONMENT = {"TEMPER_ATTACK_IMAGES": "16", "TEMPER_WEBHOOK_PRIVATE": "true", "TEMPER_WEBHOOK_HTTP": "true"}
+
 import_tensorflow()
 if gpus := tf.config.list_physical_devices("GPU"):  # as in the worker
     for gpu in gpus:
@@ -262,7 +265,7 @@ def running_service(home: Path, **environment: str) -> Iterator[Service]:
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", "serve", "--port", str(port)],
-        env={**os.environ, "TEMPER_HOME": str(home), "TEMPER_ATTACK_IMAGES": "16", **environment},
+        env={**os.environ, "TEMPER_HOME": str(home), **SERVICE_ENVIRONMENT, **environment},
     )
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=60) as api:

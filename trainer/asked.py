@@ -201,6 +201,11 @@ def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -
         raise _refused("the spec does not fit the data", {f"spec.{field}": why for field, why in wrong.items()})
 
 
+def default_folds(images: int) -> int:
+    """Folds of a search on this many images: the more there are, the less it matters to train on fewer of them."""
+    return 5 if images < 200 else 3
+
+
 def refused(field: str, why: str) -> InvalidSpec:
     """The error about one field, given as a path within the spec."""
     return _refused("the spec is invalid", {f"spec.{field}": why})

@@ -18,12 +18,11 @@ from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
 from trainer.methods import Method, first_trained
 from trainer.network import Network, bottleneck_of
 from trainer.optimizers import RISE, learning_rates
-from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat
+from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat, batch_size
 from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep
 
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
 HALVED = 32  # images of a batch from which on its halves are worth computing at the same time
-FEW = 160  # images that determine the smallest batch
 SHARE_IMAGES = 64  # that gradient shares are measured on
 SHARES = 20  # times at most that they are measured in a run
 EXPLODED = 100.0  # nats, mean cross-entropy over an epoch; no run has recovered from more
@@ -147,14 +146,6 @@ def structure(spec: Spec, start: Start, classes: int, images: int, device: str) 
         halves=batch_size(spec, images) >= HALVED and not isinstance(attack, Free) and "CPU" in device,
         device=device,
     )
-
-
-def batch_size(spec: Spec, images: int) -> int:
-    """Images of a batch.
-
-    With too few steps an epoch, a default job on a small set ends before it has learned anything.
-    """
-    return min(spec.batch_size, max(FEW, images) // spec.min_steps)
 
 
 def coefficients(spec: Spec, images: int) -> Coefficients:

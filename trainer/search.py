@@ -18,7 +18,7 @@ import numpy as np
 
 from store.errors import Diverged, InvalidSpec, SearchFailed
 from trainer import evaluate
-from trainer.asked import Asked
+from trainer.asked import Asked, default_folds
 from trainer.checkpoints import Checkpoint, State
 from trainer.fit import Split, Training, begin
 from trainer.folds import stratified_folds
@@ -399,11 +399,6 @@ def shortened(spec: Spec, rung: Rung) -> Spec:
 OVERFITTED = 2.0  # standard errors by which more epochs must have lost accuracy
 NO_TIME = "no time was left"
 _TOO_FEW = f"nothing was searched, because a class has fewer than {FEWEST_OF_A_CLASS} images; a fixed recipe was used"
-
-
-def default_folds(images: int) -> int:
-    """Folds for this many images: the more there are, the less it matters to train on fewer of them."""
-    return 5 if images < 200 else 3
 
 
 def rungs(trials: int, folds: int, images: int) -> tuple[Rung, ...]:

@@ -22,6 +22,7 @@ from store.validation import in_words
 _NAME = "1 to 64 of the characters a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 MODEL_NAME = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}$", _NAME)
 _BASE = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$", "a model's name, or name:version")
+FEW = 160  # images that determine the smallest batch
 FEWEST_OF_A_CLASS = 3  # images without which nothing can be chosen by predictions on held-out ones
 Layer = Literal["conv1", "conv2", "dense1", "dense2"]
 Method = Literal["full", "head", "bias", "lora", "adapter", "ia3"]
@@ -394,3 +395,11 @@ def described(spec: Spec) -> dict[str, Any]:
     """The spec as JSON values."""
     result: dict[str, Any] = json.loads(spec.model_dump_json())
     return result
+
+
+def batch_size(spec: Spec, images: int) -> int:
+    """Images of a batch.
+
+    With too few steps an epoch, a default job on a small set ends before it has learned anything.
+    """
+    return min(spec.batch_size, max(FEW, images) // spec.min_steps)

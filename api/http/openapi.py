@@ -56,7 +56,7 @@ class PlainError(BaseModel):
 
 TEXTS = {
     400: "The request cannot be parsed",
-    404: "Unknown model, version or job",
+    404: "Unknown model, version, job or webhook",
     409: "The state does not allow it",
     413: "Too large",
     415: "Media type not supported",

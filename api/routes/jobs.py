@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
 
 from api.gateway import Gateway, gateway_of
@@ -14,9 +16,10 @@ from api.routes.examples import SPEC_EXAMPLE
 from serving.registry import BASE, LABEL, STABLE
 from store.errors import InvalidRequest, UnknownModel
 from store.records import DatasetCard
-from trainer.asked import check_dataset, parse_asked, refused
-from trainer.jobs.records import Job, Status
-from trainer.spec import MODEL_NAME, Spec, pinned
+from trainer.asked import Asked, check_dataset, default_folds, parse_asked, refused
+from trainer.jobs.estimates import Standing
+from trainer.jobs.records import AGING_S, MAX_PRIORITY, Job, Status
+from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Spec, pinned
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])
@@ -40,6 +43,14 @@ class FinetuneFields(BaseModel):
         description='How to train, as JSON (schema `Spec`, in which `"auto"` stands for what is searched); without it '
         "everything is.",
         examples=[SPEC_EXAMPLE],
+    )
+    priority: int = Field(
+        0, ge=-MAX_PRIORITY, le=MAX_PRIORITY,
+        description="Of the queued jobs the one with the highest priority is next, and of equal ones the oldest. "
+        f"{AGING_S / 60:g} minutes of waiting make up for one point.",
+    )  # fmt: skip
+    dry_run: bool = Field(
+        False, description="Validate everything, answer 200 with an estimate (schema `DryRun`), and create nothing."
     )
 
 
@@ -114,9 +125,15 @@ class JobView(BaseModel):
     report_status: Annotated[str, _one_of(Literal["none", "quick", "complete"])] = Field(
         description="How much of the report card is there."
     )
+    priority: int = Field(description="The highest is next.")
+    queue_position: int | None = Field(description="1 if it is the next one; null unless it is queued.")
+    estimated_start_at: float | None = Field(
+        description="Unix seconds; null unless it is queued, and while no job of its kind has finished here."
+    )
+    estimated_end_at: float | None = Field(description="Likewise; also while it runs.")
 
     @classmethod
-    def of(cls, job: Job) -> "JobView":
+    def of(cls, job: Job, standing: Standing = Standing()) -> "JobView":  # noqa: B008 (frozen)
         """The public face of a job record, also of one that another release has stored."""
         spec: Spec | dict[str, Any]
         try:
@@ -125,7 +142,11 @@ class JobView(BaseModel):
             spec = dict(job.spec or {})
         fields = {name: value for name, value in vars(job).items() if name in cls.model_fields}
         lenient = {"spec": spec, "progress": job.progress.dump(), "dataset": job.dataset.dump()}
-        return cls.model_validate({**fields, **lenient})
+        stands = {
+            "queue_position": standing.position, "estimated_start_at": standing.start_at,
+            "estimated_end_at": standing.end_at,
+        }  # fmt: skip
+        return cls.model_validate({**fields, **lenient, **stands})
 
 
 class JobList(BaseModel):
@@ -136,11 +157,39 @@ class JobList(BaseModel):
     has_more: bool = Field(description="Are there more? Ask with `after` = the last id.")
 
 
+class Estimated(BaseModel):
+    """What a fine-tune would take."""
+
+    seconds: float = Field(description="From its start until its version is live.")
+    seconds_within: float = Field(description="How far off that may be, as a share of it.", examples=[0.2])
+    memory_bytes: int = Field(description="Peak of the worker's memory.")
+    jobs: int = Field(description="Finished jobs of its kind that this rests on; 0 for another machine's figures.")
+
+
+class DryRun(BaseModel):
+    """What a fine-tune would be."""
+
+    object: Literal["fine_tuning.dry_run"] = Field("fine_tuning.dry_run", description="Kind of this object.")
+    model: str = Field(description="The model that would get a new version.")
+    base: str = Field(description="What training would start from, `name:version`.")
+    dataset: dict[str, Any] = Field(description="What was uploaded: number of images, of each class, polarity, hash.")
+    spec: dict[str, Any] = Field(
+        description="The spec with every default filled in, also the `folds` of a search, and `auto` where it searches."
+    )
+    resolved_spec: dict[str, Any] | None = Field(description="The same with its base, if nothing is searched.")
+    warnings: list[str] = Field(description="What would be done in another way than asked for.")
+    estimate: Estimated = Field(description="What it would take.")
+
+
 @router.post(
-    "/finetune", status_code=202, responses=errors(400, 413, 415, 422, 429, 503, 507),
+    "/finetune", status_code=202, response_model=JobView,
+    responses={
+        200: {"model": DryRun, "description": "With `dry_run`: valid, and nothing was created."},
+        **errors(400, 413, 415, 422, 429, 503, 507),
+    },
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form()}}}},
 )  # fmt: skip
-async def finetune(request: Request, response: Response) -> JobView:
+async def finetune(request: Request, response: Response) -> JobView | Response:
     """Upload labelled images and queue a fine-tune on them."""
     gateway = gateway_of(request)
     async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
@@ -155,22 +204,33 @@ async def finetune(request: Request, response: Response) -> JobView:
         def check(dataset: DatasetCard) -> None:
             check_dataset(asked, dataset.classes, held_out="validation" in form.files)
 
-        dataset = await gateway.uploads.store(form, check)
+        dataset = await gateway.uploads.store(form, check, keep=not fields.dry_run)
+    if fields.dry_run:
+        return JSONResponse(
+            (await asyncio.to_thread(_dry_run, gateway, fields.model, base, asked, dataset)).model_dump()
+        )
     job = await asyncio.to_thread(
         gateway.jobs.create,
         model=fields.model, base=base, spec=asked.described(), dataset=dataset, label=fields.label,
-        resolved_spec=None if asked.auto else pinned(asked.fixed, base),
+        resolved_spec=None if asked.auto else pinned(asked.fixed, base), priority=fields.priority,
     )  # fmt: skip
     log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
     response.headers["Location"] = f"/finetune/{job.id}"
-    return JobView.of(job)
+    return await asyncio.to_thread(_view, gateway, job)
 
 
 @router.get("/finetune", responses=errors(404, 422, 503))
-def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobList:
+def list_jobs(
+    request: Request,
+    model: Annotated[str | None, Query(pattern=MODEL_NAME, description="Only the jobs of this model.")] = None,
+    status: Annotated[Status | None, Query(description="Only the jobs that have it.")] = None,
+    after: After = None,
+    limit: Limit = 20,
+) -> JobList:
     """Jobs, newest first."""
-    page, has_more = gateway_of(request).jobs.page(after=after, limit=limit)
-    return JobList(data=[JobView.of(job) for job in page], has_more=has_more)
+    gateway = gateway_of(request)
+    page, has_more = gateway.jobs.page(after=after, limit=limit, model=model, status=status)
+    return JobList(data=_views(gateway, page), has_more=has_more)
 
 
 @router.get("/finetune/{id}", responses=errors(404, 422, 503))
@@ -180,13 +240,14 @@ async def get_job(request: Request, id: JobId) -> JobView:
     job = await asyncio.to_thread(gateway.jobs.get, id)
     if job.version is not None and not gateway.router.knows(job.model, job.version):
         await gateway.router.refresh()  # the client may ask for this version next
-    return JobView.of(job)
+    return await asyncio.to_thread(_view, gateway, job)
 
 
 @router.post("/finetune/{id}/cancel", responses=errors(404, 409, 422, 503))
 def cancel_job(request: Request, id: JobId) -> JobView:
     """Cancel a job that is queued or paused at once, or a running one within a second."""
-    return JobView.of(gateway_of(request).jobs.cancel(id))
+    gateway = gateway_of(request)
+    return _view(gateway, gateway.jobs.cancel(id))
 
 
 @router.post("/finetune/{id}/pause", responses=errors(404, 409, 422, 503))
@@ -195,13 +256,53 @@ def pause_job(request: Request, id: JobId) -> JobView:
 
     A job that is trained already is published instead.
     """
-    return JobView.of(gateway_of(request).jobs.pause(id))
+    gateway = gateway_of(request)
+    return _view(gateway, gateway.jobs.pause(id))
 
 
 @router.post("/finetune/{id}/resume", responses=errors(404, 409, 422, 503))
 def resume_job(request: Request, id: JobId) -> JobView:
     """Queue a paused job again. It goes on from where it was."""
-    return JobView.of(gateway_of(request).jobs.resume(id))
+    gateway = gateway_of(request)
+    return _view(gateway, gateway.jobs.resume(id))
+
+
+def _view(gateway: Gateway, job: Job) -> JobView:
+    """A job with where it stands in the queue."""
+    return _views(gateway, [job])[0]
+
+
+def _views(gateway: Gateway, jobs: Sequence[Job]) -> list[JobView]:
+    return [JobView.of(job, standing) for job, standing in zip(jobs, gateway.estimates.standings(jobs), strict=True)]
+
+
+def _dry_run(gateway: Gateway, model: str, base: str, asked: Asked, dataset: DatasetCard) -> DryRun:
+    """What a fine-tune would be, and what it would take."""
+
+    def peak_of(job: Job) -> int | None:
+        try:
+            cost = gateway.registry.find(job.model, job.version).report.cost
+        except UnknownModel:  # removed since
+            return None
+        return cost.peak_memory_bytes if cost else None
+
+    spec, warnings = asked.described(), list[str]()
+    fewest = min(dataset.classes.values())
+    if asked.auto and fewest < FEWEST_OF_A_CLASS:
+        warnings.append(
+            f"a class has fewer than {FEWEST_OF_A_CLASS} images: nothing is searched, a fixed recipe is used"
+        )
+    elif asked.auto:
+        spec["search"]["folds"] = min(spec["search"]["folds"] or default_folds(dataset.images), fewest)
+    found = gateway.estimates.of(asked, dataset, peak_of)
+    return DryRun(
+        model=model, base=base, dataset=dataset.dump(), spec=spec,
+        resolved_spec=None if asked.auto else pinned(asked.fixed, base), warnings=warnings,
+        estimate=Estimated(
+            seconds=round(found.seconds, 1), seconds_within=found.within, memory_bytes=found.memory_bytes,
+            jobs=found.jobs,
+        ),
+    )  # fmt: skip
 
 
 def _resolve_base(gateway: Gateway, spec: Spec) -> str:

@@ -93,7 +93,7 @@ def test_a_store_from_before_migrations_is_adopted_with_all_it_holds(engine: sa.
         assert (done.version, done.label, done.finished_at, done.spec) == (1, "stable", 7.5, {"epochs": 3})
         assert failed.error == {"code": "diverged", "message": "x", "param": None}
         assert (failed.progress.dump(), failed.status) == ({}, "failed")
-        assert queued.error is None
+        assert (queued.error, queued.priority) == (None, 0)
         assert {version.version: version.report.dump() for version in registry.of_model("m")} == {
             1: {"warnings": ["w"]},
             2: {},

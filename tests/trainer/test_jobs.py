@@ -18,8 +18,9 @@ def jobs(engine: sa.Engine) -> Jobs:
     return Jobs(engine)
 
 
-def queued(jobs: Jobs, model: str = "m") -> Job:
-    return jobs.create(model=model, base="lenet5:1", spec={"epochs": 1}, dataset=DatasetCard(id="d", images=4))
+def queued(jobs: Jobs, model: str = "m", priority: int = 0) -> Job:
+    dataset = DatasetCard(id="d", images=4)
+    return jobs.create(model=model, base="lenet5:1", spec={"epochs": 1}, dataset=dataset, priority=priority)
 
 
 def succeed(jobs: Jobs, job: Job, version: int) -> None:
@@ -45,6 +46,38 @@ def test_jobs_are_claimed_oldest_first_and_once(jobs: Jobs) -> None:
         thread.join()
     assert sorted(claimed) == made
     assert {jobs.get(job_id).status for job_id in made} == {"running"}
+
+
+def test_the_highest_priority_is_claimed_first_and_waiting_makes_up_for_it(jobs: Jobs, engine: sa.Engine) -> None:
+    expected = []
+    for name, priority, waited_s in (
+        ("low", -100, 0.0), ("old", 0, 5.0), ("new", 0, 0.0), ("high", 1, 0.0), ("patient", -1, module.AGING_S + 1),
+        ("starved", -100, 300 * module.AGING_S),
+    ):  # fmt: skip
+        job = queued(jobs, name, priority)
+        with engine.begin() as connection:
+            earlier = module.jobs.update().where(module.jobs.c.id == job.id)
+            connection.execute(earlier.values(created_at=module.jobs.c.created_at - waited_s))
+    outlook = jobs.outlook()
+    while job := jobs.claim("w"):  # type: ignore[assignment]
+        expected.append(job.model)
+    assert expected == ["starved", "high", "old", "patient", "new", "low"]
+    assert [job.model for job in outlook.queued] == expected
+    assert (outlook.workers, outlook.running) == (0, [])
+    assert [job.model for job in jobs.outlook().running] == expected
+
+
+def test_a_page_has_only_the_jobs_that_are_asked_for(jobs: Jobs) -> None:
+    for name in ("a", "b", "a", "a"):
+        last = queued(jobs, name)
+        time.sleep(0.002)  # ids sort by the millisecond
+    jobs.cancel(last.id)
+    first, more = jobs.page(after=None, limit=2, model="a")
+    rest, end = jobs.page(after=first[-1].id, limit=2, model="a")
+    assert [job.model for job in first + rest] == ["a", "a", "a"]
+    assert (more, end) == (True, False)
+    assert jobs.page(after=None, limit=9, model="a", status="cancelled")[0] == [jobs.get(last.id)]
+    assert jobs.page(after=None, limit=9, model="b", status="cancelled") == ([], False)
 
 
 def test_a_claimed_job_is_only_its_workers(jobs: Jobs) -> None:

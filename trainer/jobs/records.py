@@ -15,6 +15,10 @@ transaction, and the write fails once the job has been requeued, paused, cancell
 worker that has sent no heartbeat for `LOST_AFTER_S` is taken for dead, and its jobs are requeued; one that was only
 frozen finds its lease lost. A client that pauses or cancels a running job asks its worker to; a pause, and a worker
 that is stopped, cost no attempt. All times are those of the database's clock.
+
+Of the queued jobs the one with the highest priority is next, and of equal ones the oldest. A point of priority is worth
+`AGING_S` of waiting: a job is overtaken only by those created within `AGING_S` times their advantage after it, so a low
+priority delays a job and cannot starve it.
 """
 
 import secrets
@@ -27,7 +31,8 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import UnknownJob, WrongState
-from store.records import DatasetCard, Progress
+from store.records import DEFAULT_TENANT, DatasetCard, Progress
+from store.webhooks import WebhookType, enqueue
 from trainer.jobs.events import Event, EventType, events, insert, progress_of
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -36,6 +41,16 @@ Happened = tuple[EventType, dict[str, Any]]
 FINISHED = ("succeeded", "failed", "cancelled")
 LOST_AFTER_S = 10.0  # a worker without a heartbeat for this long is taken for dead
 MAX_ATTEMPTS = 3
+AGING_S = 600.0  # of waiting that make up for one point of priority
+MAX_PRIORITY = 100
+RECENT = 50  # finished jobs that estimates rest on
+TOLD: Mapping[str, WebhookType] = {
+    "running": "fine_tuning.job.running",
+    "succeeded": "fine_tuning.job.succeeded",
+    "failed": "fine_tuning.job.failed",
+    "cancelled": "fine_tuning.job.cancelled",
+}  # what a new status is to webhooks; that a job is requeued is none of their business
+ANNOUNCED = ("id", "model", "label", "status", "version", "preview_version", "error", "report_status")  # by webhooks
 
 jobs = sa.Table(
     "jobs",
@@ -63,6 +78,7 @@ jobs = sa.Table(
     sa.Column("pause_requested", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("last_seq", sa.Integer, nullable=False),  # of its events
     sa.Column("progress_seq", sa.Integer, nullable=False),  # the event that its progress begins with
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
 )
 workers = sa.Table(
     "workers",
@@ -101,9 +117,21 @@ class Job:
     cancel_requested: bool
     pause_requested: bool
     lease: int = 0  # grows whenever the job changes hands
+    priority: int = 0  # from -MAX_PRIORITY to MAX_PRIORITY; the highest first
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is to be done."""
+
+    now: float  # Unix seconds
+    workers: int  # that live
+    running: list[Job]
+    queued: list[Job]  # the next one first
 
 
 _COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
+_TURN = (jobs.c.created_at - AGING_S * jobs.c.priority, jobs.c.id)  # in which queued jobs are claimed
 
 
 class LeaseLost(Exception):
@@ -118,12 +146,13 @@ class Jobs:
 
     def create(
         self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable",
-        resolved_spec: Mapping[str, Any] | None = None,
+        resolved_spec: Mapping[str, Any] | None = None, priority: int = 0,
     ) -> Job:  # fmt: skip
         """Queue a job. Ids sort by creation time.
 
         Args:
             resolved_spec: the spec if there is nothing to search.
+            priority: from -MAX_PRIORITY to MAX_PRIORITY; the highest first.
         """
         with self._engine.begin() as connection:
             created_at = connection.execute(sa.select(now())).scalar_one()
@@ -132,11 +161,12 @@ class Jobs:
                 base=base, status="queued", stage=None, progress=Progress(), created_at=created_at, started_at=None,
                 finished_at=None, spec=dict(spec), resolved_spec=dict(resolved_spec) if resolved_spec else None,
                 dataset=dataset, error=None, report_status="none", worker=None, attempts=0, cancel_requested=False,
-                pause_requested=False, preview_version=None,
+                pause_requested=False, preview_version=None, priority=priority,
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
             insert(connection, job.id, 1, [_status("queued")])
+            _announce(connection, "fine_tuning.job.created", row)
         return job
 
     def get(self, job_id: str, param: str = "id") -> Job:
@@ -151,13 +181,22 @@ class Jobs:
             raise UnknownJob(f"there is no job {job_id!r}", param=param)
         return found[0]
 
-    def page(self, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
+    def page(
+        self, *, after: str | None, limit: int, model: str | None = None, status: Status | None = None
+    ) -> tuple[list[Job], bool]:  # fmt: skip
         """Return up to `limit` jobs, newest first, that come after the job `after`; and whether there are more.
+
+        Args:
+            model: return only the jobs of this model.
+            status: return only the jobs that have it.
 
         Raises:
             UnknownJob: no job has the id `after`.
         """
         query = sa.select(*_COLUMNS).order_by(jobs.c.id.desc()).limit(limit + 1)
+        for column, wanted in ((jobs.c.model, model), (jobs.c.status, status)):
+            if wanted is not None:
+                query = query.where(column == wanted)
         if after is not None:
             query = query.where(jobs.c.id < self.get(after, "after").id)
         with self._engine.connect() as connection:
@@ -228,21 +267,37 @@ class Jobs:
             raise WrongState(f"job {job_id} is not paused; its status is {job.status!r}", param="id")
         return job
 
+    def outlook(self) -> "Outlook":
+        """Return what is to be done, without progress, and by how many workers."""
+        open_ = sa.select(*_COLUMNS).where(jobs.c.status.in_(("running", "queued"))).order_by(*_TURN)
+        living = sa.select(sa.func.count()).where(workers.c.seen_at > now() - LOST_AFTER_S).scalar_subquery()
+        with self._engine.connect() as connection:
+            found = [_job(dict(row), ()) for row in connection.execute(open_).mappings()]
+            at, count = connection.execute(sa.select(now(), living)).one()
+        queued, running = ([job for job in found if job.status == status] for status in ("queued", "running"))
+        return Outlook(at, count, running, queued)
+
+    def recent(self, most: int = RECENT) -> list[Job]:
+        """Return the newest jobs that have succeeded, without progress."""
+        query = sa.select(*_COLUMNS).where(jobs.c.status == "succeeded").order_by(jobs.c.id.desc()).limit(most)
+        with self._engine.connect() as connection:
+            return [_job(dict(row), ()) for row in connection.execute(query).mappings()]
+
     def claim(self, worker: str) -> Job | None:
-        """Lease the oldest queued job to `worker`; None if there is none."""
-        oldest = (
+        """Lease the queued job whose turn it is to `worker`; None if there is none."""
+        following = (
             sa.select(jobs.c.id)
             .where(jobs.c.status == "queued")
-            .order_by(jobs.c.id)
+            .order_by(*_TURN)
             .limit(1)
             .with_for_update(skip_locked=True)
         )
         with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
-            if connection.execute(oldest).first() is None:
+            if connection.execute(following).first() is None:
                 return None
         with self._engine.begin() as connection:
             claimed = _write(
-                connection, (jobs.c.id == oldest.scalar_subquery()) & (jobs.c.status == "queued"),
+                connection, (jobs.c.id == following.scalar_subquery()) & (jobs.c.status == "queued"),
                 [_status("running", "validating")],
                 status="running", stage="validating", worker=worker, started_at=now(),
                 attempts=jobs.c.attempts + 1, lease=jobs.c.lease + 1, progress_seq=jobs.c.last_seq + 2,
@@ -465,8 +520,21 @@ def _write(
     for row in connection.execute(update).mappings().all():
         fields = dict(row)
         insert(connection, row["id"], fields.pop("last_seq"), happened)
+        if told := _told_of(values):
+            _announce(connection, told, fields)
         changed.append(_job(fields, ()))
     return changed
+
+
+def _told_of(values: Mapping[str, Any]) -> WebhookType | None:
+    """What endpoints are told of a change, if anything; a new stage comes without a status."""
+    if values.get("report_status") == "complete":
+        return "fine_tuning.job.report_completed"
+    return TOLD.get(values.get("status", ""))
+
+
+def _announce(connection: sa.Connection, type: WebhookType, row: Mapping[str, Any]) -> None:
+    enqueue(connection, type, {name: row[name] for name in ANNOUNCED}, row.get("tenant", DEFAULT_TENANT))
 
 
 def _read(connection: sa.Connection, query: sa.Select[Any]) -> list[Job]:
