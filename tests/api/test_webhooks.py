@@ -30,7 +30,7 @@ from store import webhooks as module
 from store.errors import InvalidRequest, UnknownWebhook, WrongState
 from store.records import DatasetCard, Manifest, ReportCard
 from store.webhooks import Delivery, Webhook, Webhooks, enqueue
-from tests.conftest import Service, eventually, running_service
+from tests.conftest import Service, eventually, running_service, succeed
 from trainer.jobs.records import Jobs
 
 AT_ONCE = (0.0,) * 10  # as many attempts as in earnest, without pauses
@@ -362,8 +362,10 @@ def test_every_change_of_a_job_and_every_move_of_a_label_is_told_to_those_who_wa
     jobs.requeue(job)
     job = jobs.claim("w")
     assert job is not None
-    jobs.finish(job, "succeeded", version=1, report_status="quick")
-    jobs.reported(job, "complete")
+    succeed(jobs, job, 1)
+    open_report = jobs.unreported("w")
+    assert open_report is not None
+    jobs.reported(open_report, "complete")
     jobs.finish(run(), "failed", error={"code": "diverged", "message": "x", "param": None})
     cancelled = jobs.create(model="m", base="lenet5:1", spec={}, dataset=DatasetCard(id="d", images=4))
     jobs.cancel(cancelled.id)

@@ -7,6 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from store.records import DatasetCard
+from tests.conftest import succeed
 from trainer import fit, search
 from trainer.asked import default_folds, parse_asked
 from trainer.jobs import estimates as module
@@ -44,7 +45,7 @@ def has_run(jobs: Jobs, engine: sa.Engine, spec: dict[str, Any] | None, images: 
     queued(jobs, spec, images)
     job = jobs.claim("w")
     assert job is not None
-    jobs.finish(job, "succeeded", version=1, report_status="quick")
+    succeed(jobs, job, 1)
     with engine.begin() as connection:
         ended = records.jobs.update().where(records.jobs.c.id == job.id)
         connection.execute(ended.values(finished_at=records.jobs.c.started_at + seconds))

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from store.errors import UnknownJob, WrongState
 from store.records import DatasetCard
+from tests.conftest import succeed
 from trainer.jobs import records as module
 from trainer.jobs.records import Job, Jobs, LeaseLost
 
@@ -21,11 +22,6 @@ def jobs(engine: sa.Engine) -> Jobs:
 def queued(jobs: Jobs, model: str = "m", priority: int = 0) -> Job:
     dataset = DatasetCard(id="d", images=4)
     return jobs.create(model=model, base="lenet5:1", spec={"epochs": 1}, dataset=dataset, priority=priority)
-
-
-def succeed(jobs: Jobs, job: Job, version: int) -> None:
-    with jobs._engine.begin() as connection:
-        jobs.succeeded(job, version, connection)
 
 
 def test_jobs_are_claimed_oldest_first_and_once(jobs: Jobs) -> None:
@@ -202,7 +198,7 @@ def test_a_queued_job_is_paused_at_once_and_queued_again_by_resume(jobs: Jobs) -
     job = jobs.claim("w")
     assert job is not None
     assert job.attempts == 1
-    jobs.finish(job, "succeeded", version=1)
+    succeed(jobs, job, 1)
     with pytest.raises(WrongState, match="has already succeeded"):
         jobs.pause(job_id)
     with pytest.raises(UnknownJob):
