@@ -251,16 +251,21 @@ def test_retry_after_is_a_number_or_a_date_within_a_day(value: str, seconds: flo
 def test_410_disables_the_endpoint_and_gives_up_what_waits(
     engine: sa.Engine, webhooks: Webhooks, receiver: Receiver
 ) -> None:
-    receiver.answers = [(410, {})]
+    receiver.answers = [(503, {}), (410, {})]
     webhook = webhooks.create(receiver.url)
-    tell(engine)
-    deliver(webhooks, lambda: webhooks.get(webhook.id).disabled_at)
+    for number, until in (
+        (1, lambda: of(webhooks, webhook)[0].attempts), (2, lambda: webhooks.get(webhook.id).disabled_at)
+    ):  # fmt: skip
+        tell(engine, number)
+        rules = Destinations(private=True, http=True)
+        deliver(webhooks, until, Courier(webhooks, rules, schedule_s=(0.0, 50.0), look_s=LOOK_S))
     assert webhooks.get(webhook.id).disabled_because == "HTTP 410"
-    tell(engine, 2)
-    (delivery,) = of(webhooks, webhook)
-    assert (delivery.status, delivery.http_status, delivery.due_at) == ("failed", 410, None)
+    tell(engine, 3)
+    assert {(each.data["to"], each.status, each.due_at) for each in of(webhooks, webhook)} == {
+        (1, "failed", None), (2, "failed", None),
+    }  # fmt: skip
     with pytest.raises(WrongState, match="is disabled"):
-        webhooks.replay(webhook.id, delivery.id)
+        webhooks.replay(webhook.id, of(webhooks, webhook)[0].id)
 
 
 def test_old_and_new_secret_both_sign_until_the_rotation_ends(
