@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal, get_args
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
 
-from api.gateway import Gateway, gateway_of
+from api.gateway import Gateway, gateway_of, stored, tenant_of
 from api.http.errors import invalid_request
 from api.http.openapi import After, JobId, Limit, errors
 from api.routes.examples import SPEC_EXAMPLE
-from serving.registry import BASE, LABEL, STABLE
-from store.errors import InvalidRequest, UnknownModel
+from serving.registry import BASE, LABEL, STABLE, public_name, stored_name
+from store.errors import InvalidRequest, TooMany, UnknownModel
 from store.records import DatasetCard
 from trainer.asked import check_dataset, parse_asked, refused
 from trainer.jobs.records import Job, Status
@@ -20,6 +20,8 @@ from trainer.spec import MODEL_NAME, Spec, pinned
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])
+
+QUOTA_RETRY_S = 10.0  # when a client may ask again whether a fine-tune has finished
 
 FILES = {
     "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
@@ -120,6 +122,7 @@ class JobView(BaseModel):
         except ValidationError:
             spec = dict(job.spec or {})
         fields = {name: value for name, value in vars(job).items() if name in cls.model_fields}
+        fields |= {"model": public_name(job.model), "base": public_name(job.base)}
         lenient = {"spec": spec, "progress": job.progress.dump(), "dataset": job.dataset.dump()}
         return cls.model_validate({**fields, **lenient})
 
@@ -138,7 +141,8 @@ class JobList(BaseModel):
 )  # fmt: skip
 async def finetune(request: Request, response: Response) -> JobView:
     """Upload labelled images and queue a fine-tune on them."""
-    gateway = gateway_of(request)
+    gateway, tenant = gateway_of(request), tenant_of(request)
+    await asyncio.to_thread(_check_quota, gateway, tenant)
     async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
         fields = _fields(form.texts)
         if "data" not in form.files:
@@ -146,7 +150,7 @@ async def finetune(request: Request, response: Response) -> JobView:
         if fields.model == BASE:
             raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
         asked = parse_asked(fields.spec)
-        base = await asyncio.to_thread(_resolve_base, gateway, asked.fixed)
+        base = await asyncio.to_thread(_resolve_base, gateway, tenant, asked.fixed)
 
         def check(dataset: DatasetCard) -> None:
             check_dataset(asked, dataset.classes, held_out="validation" in form.files)
@@ -154,8 +158,8 @@ async def finetune(request: Request, response: Response) -> JobView:
         dataset = await gateway.uploads.store(form, check)
     job = await asyncio.to_thread(
         gateway.jobs.create,
-        model=fields.model, base=base, spec=asked.described(), dataset=dataset, label=fields.label,
-        resolved_spec=None if asked.auto else pinned(asked.fixed, base),
+        tenant=tenant, model=stored(request, fields.model), base=base, spec=asked.described(), dataset=dataset,
+        label=fields.label, resolved_spec=None if asked.auto else pinned(asked.fixed, public_name(base)),
     )  # fmt: skip
     log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
     response.headers["Location"] = f"/finetune/{job.id}"
@@ -165,7 +169,7 @@ async def finetune(request: Request, response: Response) -> JobView:
 @router.get("/finetune", responses=errors(404, 422, 503))
 def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobList:
     """Jobs, newest first."""
-    page, has_more = gateway_of(request).jobs.page(after=after, limit=limit)
+    page, has_more = gateway_of(request).jobs.page(after=after, limit=limit, tenant=tenant_of(request))
     return JobList(data=[JobView.of(job) for job in page], has_more=has_more)
 
 
@@ -173,7 +177,7 @@ def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobLi
 async def get_job(request: Request, id: JobId) -> JobView:
     """A job with its status, its progress, and its version or error."""
     gateway = gateway_of(request)
-    job = await asyncio.to_thread(gateway.jobs.get, id)
+    job = await asyncio.to_thread(gateway.jobs.get, id, tenant=tenant_of(request))
     if job.version is not None and not gateway.router.knows(job.model, job.version):
         await gateway.router.refresh()  # the client may ask for this version next
     return JobView.of(job)
@@ -182,19 +186,26 @@ async def get_job(request: Request, id: JobId) -> JobView:
 @router.post("/finetune/{id}/cancel", responses=errors(404, 409, 422, 503))
 def cancel_job(request: Request, id: JobId) -> JobView:
     """Cancel a queued job at once, or a running one at the end of its epoch."""
-    return JobView.of(gateway_of(request).jobs.cancel(id))
+    return JobView.of(gateway_of(request).jobs.cancel(id, tenant_of(request)))
 
 
-def _resolve_base(gateway: Gateway, spec: Spec) -> str:
-    """The live version that training starts from, as `name:version`."""
+def _check_quota(gateway: Gateway, tenant: str) -> None:
+    """Refuse an upload, before it is read, of a tenant that has as many unfinished jobs as it may have."""
+    most = gateway.settings.max_jobs
+    if most and gateway.jobs.unfinished(tenant) >= most:
+        raise TooMany(f"{most} fine-tunes are unfinished; wait for one, or cancel it", retry_after_s=QUOTA_RETRY_S)
+
+
+def _resolve_base(gateway: Gateway, tenant: str, spec: Spec) -> str:
+    """The live version that training starts from, as `name:version` with the stored name."""
     name, _, number = spec.base.partition(":")
     if spec.base == BASE and not gateway.registry.has_live(BASE):
         return f"{BASE}:1"  # the worker publishes it before it claims a job
     try:
-        found = gateway.registry.find(name, int(number) if number else None)
+        found = gateway.registry.find(stored_name(tenant, name), int(number) if number else None)
     except UnknownModel as exc:
         raise refused("base", exc.message) from exc
     has = found.manifest.adapter_bottleneck
     if spec.adapter and has not in (0, spec.adapter.bottleneck):
         raise refused("adapter.bottleneck", f"must be {has}, as in {name}:{found.version}")
-    return f"{name}:{found.version}"
+    return f"{found.model}:{found.version}"

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import UnknownJob, WrongState
-from store.records import DatasetCard, Progress
+from store.records import DEFAULT_TENANT, DatasetCard, Progress
 from trainer.jobs.events import Event, EventType, events, insert, progress_of
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -34,6 +34,7 @@ jobs = sa.Table(
     "jobs",
     metadata,
     sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant", sa.String, nullable=False, index=True, server_default=DEFAULT_TENANT),
     sa.Column("model", sa.String, nullable=False),
     sa.Column("version", sa.Integer),
     sa.Column("preview_version", sa.Integer),
@@ -69,11 +70,12 @@ class Job:
     """A fine-tune as it stands. Times are Unix seconds."""
 
     id: str
-    model: str
+    tenant: str
+    model: str  # its stored name
     version: int | None  # of the model, once it is live
     preview_version: int | None  # live while the job searches
     label: str  # moves to that version
-    base: str  # name:version
+    base: str  # stored name:version
     status: Status
     stage: (
         str | None
@@ -107,48 +109,56 @@ class Jobs:
 
     def create(
         self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable",
-        resolved_spec: Mapping[str, Any] | None = None,
+        resolved_spec: Mapping[str, Any] | None = None, tenant: str = DEFAULT_TENANT,
     ) -> Job:  # fmt: skip
         """Queue a job. Ids sort by creation time.
 
         Args:
+            model: the stored name of the model that gets a version.
+            base: the stored name and the version of what it starts from.
             resolved_spec: the spec if there is nothing to search.
         """
         with self._engine.begin() as connection:
             created_at = connection.execute(sa.select(now())).scalar_one()
             job = Job(
-                id=f"ftjob-{int(created_at * 1000):011x}{secrets.token_hex(5)}", model=model, version=None, label=label,
-                base=base, status="queued", stage=None, progress=Progress(), created_at=created_at, started_at=None,
-                finished_at=None, spec=dict(spec), resolved_spec=dict(resolved_spec) if resolved_spec else None,
-                dataset=dataset, error=None, report_status="none", worker=None, attempts=0, cancel_requested=False,
-                preview_version=None,
+                id=f"ftjob-{int(created_at * 1000):011x}{secrets.token_hex(5)}", tenant=tenant, model=model,
+                version=None, label=label, base=base, status="queued", stage=None, progress=Progress(),
+                created_at=created_at, started_at=None, finished_at=None, spec=dict(spec),
+                resolved_spec=dict(resolved_spec) if resolved_spec else None, dataset=dataset, error=None,
+                report_status="none", worker=None, attempts=0, cancel_requested=False, preview_version=None,
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
             insert(connection, job.id, 1, [_status("queued")])
         return job
 
-    def get(self, job_id: str, param: str = "id") -> Job:
+    def get(self, job_id: str, param: str = "id", tenant: str | None = None) -> Job:
         """Return a job.
 
+        Args:
+            tenant: whose job it has to be, for whoever asks on behalf of one.
+
         Raises:
-            UnknownJob: no job has this id.
+            UnknownJob: no job has this id, or it is another tenant's.
         """
         with self._engine.connect() as connection:
-            found = _read(connection, sa.select(*_COLUMNS).where(jobs.c.id == job_id))
+            found = _read(connection, sa.select(*_COLUMNS).where((jobs.c.id == job_id) & _of(tenant)))
         if not found:
             raise UnknownJob(f"there is no job {job_id!r}", param=param)
         return found[0]
 
-    def page(self, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
+    def page(self, *, after: str | None, limit: int, tenant: str | None = None) -> tuple[list[Job], bool]:
         """Return up to `limit` jobs, newest first, that come after the job `after`; and whether there are more.
 
+        Args:
+            tenant: whose jobs; everyone's without one.
+
         Raises:
-            UnknownJob: no job has the id `after`.
+            UnknownJob: no such job has the id `after`.
         """
-        query = sa.select(*_COLUMNS).order_by(jobs.c.id.desc()).limit(limit + 1)
+        query = sa.select(*_COLUMNS).where(_of(tenant)).order_by(jobs.c.id.desc()).limit(limit + 1)
         if after is not None:
-            query = query.where(jobs.c.id < self.get(after, "after").id)
+            query = query.where(jobs.c.id < self.get(after, "after", tenant).id)
         with self._engine.connect() as connection:
             found = _read(connection, query)
         return found[:limit], len(found) > limit
@@ -160,20 +170,23 @@ class Jobs:
         with self._engine.connect() as connection:
             return [Event(**row) for row in connection.execute(query).mappings()]
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str, tenant: str | None = None) -> Job:
         """Cancel a queued job now, or a running one at its next epoch.
 
+        Args:
+            tenant: whose job it has to be.
+
         Raises:
-            UnknownJob: no job has this id.
+            UnknownJob: no job has this id, or it is another tenant's.
             WrongState: it has finished.
         """
-        of_job = jobs.c.id == job_id
+        of_job = (jobs.c.id == job_id) & _of(tenant)
         with self._engine.begin() as connection:
             changed = _write(
                 connection, of_job & (jobs.c.status == "queued"), [_status("cancelled")],
                 status="cancelled", finished_at=now(),
             ) or _write(connection, of_job & (jobs.c.status == "running"), (), cancel_requested=True)  # fmt: skip
-        job = self.get(job_id)
+        job = self.get(job_id, tenant=tenant)
         if not changed:
             raise WrongState(f"job {job_id} has already {_ENDED[job.status]}", param="id")
         return job
@@ -292,6 +305,12 @@ class Jobs:
             happened: list[Happened] = [("report", {"report_status": report_status})]
             _write(connection, jobs.c.id == job.id, happened, report_status=report_status)
 
+    def unfinished(self, tenant: str) -> int:
+        """Return how many jobs of a tenant are queued or running."""
+        query = sa.select(sa.func.count()).where(_of(tenant), jobs.c.status.not_in(FINISHED))
+        with self._engine.connect() as connection:
+            return connection.execute(query).scalar_one()
+
     def open_bases(self) -> set[str]:
         """Return the versions, `name:version`, that unfinished jobs start from."""
         with self._engine.connect() as connection:
@@ -356,6 +375,11 @@ _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cance
 _QUEUED = {
     "status": "queued", "stage": None, "worker": None, "started_at": None, "progress_seq": jobs.c.last_seq + 2,
 }  # fmt: skip
+
+
+def _of(tenant: str | None) -> sa.ColumnElement[bool]:
+    """The rows of a tenant, or all."""
+    return sa.true() if tenant is None else jobs.c.tenant == tenant
 
 
 def _leased(job: Job) -> sa.ColumnElement[bool]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from serving.registry import BASE, Registry
+from serving.registry import BASE, Registry, public_name
 from store.errors import UnknownModel
 from store.records import ReportCard
 from store.settings import Settings
@@ -81,7 +81,7 @@ def _forgetting(
         except FileNotFoundError:
             return None
         train, validation = data.split(spec)
-        source = f"{'validation' if validation else 'training'} images of {base}"
+        source = f"{'validation' if validation else 'training'} images of {public_name(base)}"
         sample = validation or train
         sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
     before = load_params(settings.version(version.model, version.version))

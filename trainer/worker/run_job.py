@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from serving.client import ModelServer
 from serving.publishing import Probe, publish, seal, withdraw
-from serving.registry import STABLE, Registry
+from serving.registry import STABLE, Registry, public_name
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.records import Manifest, ReportCard
@@ -142,7 +142,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                         spent_s=sum(run.seconds.values()),
                         on_trial=run.trial, check=run.check,
                     )  # fmt: skip
-                    run.patiently(lambda: jobs.resolve(job, pinned(found.spec, job.base)))
+                    run.patiently(lambda: jobs.resolve(job, pinned(found.spec, public_name(job.base))))
             run.succeeded(maker.make(found))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -189,7 +189,7 @@ class _Maker:
             fitted, across = _trained(spec, start, train, validation, data, run)
             if across and (confirmed := found.confirmed(across.logits, across.split.labels)) is not found:
                 found, spec = confirmed, confirmed.spec
-                run.patiently(lambda: run.jobs.resolve(run.job, pinned(spec, run.job.base)))
+                run.patiently(lambda: run.jobs.resolve(run.job, pinned(spec, public_name(run.job.base))))
                 fitted, across = _trained(spec, start, train, validation, data, run)
         with run.stage("evaluating"):
             held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
@@ -231,10 +231,10 @@ class _Maker:
         preview: bool = False,
     ) -> Manifest:  # fmt: skip
         """Write everything that is published to the staging directory."""
-        job, data, staged = self.run.job, self.data, self.staged
+        job, data, staged, base = self.run.job, self.data, self.staged, public_name(self.run.job.base)
         manifest = Manifest(
-            classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(self.problem.base),
-            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, job.base),
+            classes=data.classes, polarity=data.polarity, base=base, base_sha256=digest(self.problem.base),
+            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, base),
             dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params), preview=preview,
         )  # fmt: skip
         export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
