@@ -25,6 +25,7 @@ import sqlalchemy as sa
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.http.limits import refuse
+from api.http.turns import Turns
 from store.errors import Forbidden, StoreUnavailable, TemperError, TooMany, Unauthorized
 from store.keys import ADMIN, FINETUNE, PREDICT, TENANT, Key, Keys, digest_of, is_well_formed
 from store.settings import Settings, is_loopback
@@ -137,6 +138,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
+        self._turns = Turns()
         self._held = 0  # requests that wait for their refusal
         names = frozenset(name.strip().lower() for name in settings.allowed_hosts.split(",")) - {""}
         self._checks_hosts = settings.is_local or bool(names)
@@ -147,19 +149,24 @@ class Guard:
         """Pass the request on, or refuse it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
+        headers, tenant = dict(scope["headers"]), None
         try:
             self._check_origin(scope["method"], scope["path"], headers)
             keys: KeyRing = scope["state"]["gateway"].keys
-            if keys.required:
-                await _check_key(keys, scope, headers)
+            if keys.required and await _check_key(keys, scope, headers):
+                tenant = scope["state"]["tenant"]
+                await self._turns.enter(tenant)
         except TemperError as refusal:
             if isinstance(refusal, TooMany):
                 await self._hold(refusal.retry_after_s)
             browser = isinstance(refusal, Unauthorized) and b"text/html" in headers.get(b"accept", b"")
             more = {"WWW-Authenticate": 'Basic realm="temper", charset="UTF-8"'} if browser else {}
             return await refuse(refusal, scope, receive, send, more)
-        return await self._app(scope, receive, send)
+        try:
+            return await self._app(scope, receive, send)
+        finally:
+            if tenant is not None:
+                self._turns.leave(tenant)
 
     async def _hold(self, seconds: float) -> None:
         """Let a client that asks too often wait for its refusal, so that asking again and again costs others little."""
@@ -183,8 +190,11 @@ class Guard:
                 raise Forbidden(f"another site may not send {method} here (Sec-Fetch-Site: cross-site)")
 
 
-async def _check_key(keys: KeyRing, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+async def _check_key(keys: KeyRing, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
     """Note the tenant of the request's key in the request's state.
+
+    Returns:
+        Whether it asks for a prediction, which tenants take turns for.
 
     Raises:
         Unauthorized: there is no key, or it is unknown or revoked.
@@ -199,7 +209,7 @@ async def _check_key(keys: KeyRing, scope: Scope, headers: Mapping[bytes, bytes]
             key = await keys.find_new(token)
     if needed is None:
         state["stranger"] = key is None
-        return
+        return False
     if key is None:
         if token:
             raise Unauthorized("the API key is unknown or revoked")
@@ -208,8 +218,10 @@ async def _check_key(keys: KeyRing, scope: Scope, headers: Mapping[bytes, bytes]
         raise Forbidden(f"this needs the scope {needed!r}, which key {key.id} ({key.name}) lacks")
     tenant = headers.get(b"x-temper-tenant")
     state["tenant"] = key.tenant if tenant is None else _chosen(tenant, key)
-    if needed is PREDICT and scope["method"] == "POST":
-        keys.count(key)
+    if needed is not PREDICT or scope["method"] != "POST":
+        return False
+    keys.count(key)
+    return True
 
 
 def _chosen(tenant: bytes, key: Key) -> str:

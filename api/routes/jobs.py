@@ -193,7 +193,8 @@ def _check_quota(gateway: Gateway, tenant: str) -> None:
     """Refuse an upload, before it is read, of a tenant that has as many unfinished jobs as it may have."""
     most = gateway.settings.max_jobs
     if most and gateway.jobs.unfinished(tenant) >= most:
-        raise TooMany(f"{most} fine-tunes are unfinished; wait for one, or cancel it", retry_after_s=QUOTA_RETRY_S)
+        text = f"{most} fine-tune{'s are' if most > 1 else ' is'} unfinished; wait for one, or cancel it"
+        raise TooMany(text, retry_after_s=QUOTA_RETRY_S)
 
 
 def _resolve_base(gateway: Gateway, tenant: str, spec: Spec) -> str:
