@@ -2,6 +2,7 @@
 
 import logging as standard
 import os
+import ssl
 import sys
 
 import click
@@ -27,9 +28,12 @@ def main() -> None:
         settings = from_environment()
         settings.make_home()
         prepare(settings.store_url)
+        _check_tls(settings)
         _create_first_key(settings)
     except ValueError as exc:
         sys.exit(f"python -m api: {exc}")
+    except ssl.SSLError as exc:
+        sys.exit(f"python -m api: cannot use TEMPER_TLS_CERT and TEMPER_TLS_KEY: {exc.reason or exc}")
     except OSError as exc:
         sys.exit(f"python -m api: cannot use TEMPER_HOME: {exc}")
     except StoreUnavailable as exc:
@@ -45,6 +49,12 @@ def main() -> None:
         access_log=False, log_config=None, log_level="warning", timeout_graceful_shutdown=5,
         loop="uvloop", http=Connection, ws="none", proxy_headers=False, server_header=False,
     )  # fmt: skip
+
+
+def _check_tls(settings: Settings) -> None:
+    """Raise `ssl.SSLError` unless certificate and key can be used."""
+    if settings.tls_cert:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
 
 
 def _create_first_key(settings: Settings) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from store.files import make_directory
@@ -40,8 +40,8 @@ class Settings(BaseSettings):
         description="Names, with commas, under which clients may address the gateway; without any, loopback names and "
         "addresses if it listens on one of these, and else all.",
     )
-    tls_cert: Path | None = Field(None, description="Certificate (chain) of the gateway, PEM; it then speaks HTTPS.")
-    tls_key: Path | None = Field(None, validate_default=True, description="Private key of that certificate, PEM.")
+    tls_cert: FilePath | None = Field(None, description="Certificate (chain) of the gateway, PEM, for HTTPS.")
+    tls_key: FilePath | None = Field(None, validate_default=True, description="Private key of that certificate, PEM.")
     max_rate: float = Field(
         0.0, ge=0, description="Most predict requests a second with one API key that has no rate of its own; 0: any."
     )
@@ -52,7 +52,7 @@ class Settings(BaseSettings):
         "`unix:/path` of one that runs (or several, with commas), or `auto`: the binary on the PATH, or else the "
         "embedded server.",
     )
-    model_server_ca: Path | None = Field(
+    model_server_ca: FilePath | None = Field(
         None,
         description="Certificates, PEM, that sign those of model servers at a `host:port`, which then use TLS.",
     )
