@@ -131,8 +131,8 @@ def service() -> Iterator[httpx.Client]:
     port = free_port()
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "TEMPER_HOME": home, "TEMPER_MODEL_SERVER": "embedded"}
-        for name in ("TEMPER_STORE", "TEMPER_MODEL_ROOT", "TEMPER_HOST"):
-            environment.pop(name, None)
+        for name in ("STORE", "MODEL_ROOT", "HOST", "KEYS", "TLS_CERT", "TLS_KEY"):
+            environment.pop(f"TEMPER_{name}", None)
         command = [sys.executable, "-m", "cli", "serve", "--port", str(port)]
         with (Path(home) / "log").open("w+") as log:
             server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

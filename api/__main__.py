@@ -1,6 +1,8 @@
 """`python -m api`: the gateway."""
 
+import logging as standard
 import os
+import ssl
 import sys
 
 import click
@@ -8,10 +10,13 @@ import uvicorn
 
 from api.http.tracing import add_request_id
 from store import logging
-from store.engine import prepare
+from store.engine import connect, prepare
 from store.errors import StoreUnavailable
+from store.keys import Keys
 from store.processes import choose_grpc_event_loop
-from store.settings import from_environment, warn_of_unknown_variables
+from store.settings import Settings, from_environment, warn_of_unknown_variables
+
+log = standard.getLogger("temper.gateway")
 
 
 @click.command()
@@ -23,8 +28,12 @@ def main() -> None:
         settings = from_environment()
         settings.make_home()
         prepare(settings.store_url)
+        _check_tls(settings)
+        _create_first_key(settings)
     except ValueError as exc:
         sys.exit(f"python -m api: {exc}")
+    except ssl.SSLError as exc:
+        sys.exit(f"python -m api: cannot use TEMPER_TLS_CERT and TEMPER_TLS_KEY: {exc.reason or exc}")
     except OSError as exc:
         sys.exit(f"python -m api: cannot use TEMPER_HOME: {exc}")
     except StoreUnavailable as exc:
@@ -36,9 +45,28 @@ def main() -> None:
 
     uvicorn.run(
         create_app(settings), host=settings.host, port=settings.port,
+        ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
         access_log=False, log_config=None, log_level="warning", timeout_graceful_shutdown=5,
         loop="uvloop", http=Connection, ws="none", proxy_headers=False, server_header=False,
     )  # fmt: skip
+
+
+def _check_tls(settings: Settings) -> None:
+    """Raise `ssl.SSLError` unless certificate and key can be used."""
+    if settings.tls_cert:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
+
+
+def _create_first_key(settings: Settings) -> None:
+    """Where keys are required and there has never been one, create one and print it: nobody could get in otherwise."""
+    if settings.keys == "required" or (settings.keys == "auto" and not settings.is_local):
+        engine = connect(settings.store_url)
+        token = Keys(engine).create_first()
+        engine.dispose()
+        if token:
+            click.echo(f"The first API key, with the scope admin; it is not shown again:\n{token}", err=True)
+    elif not settings.is_local:
+        log.warning("TEMPER_KEYS=off: whoever reaches %s may do everything", settings.host)
 
 
 if __name__ == "__main__":

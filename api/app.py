@@ -6,7 +6,8 @@ import functools
 import itertools
 from collections.abc import AsyncIterator
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
@@ -15,7 +16,10 @@ from api.courier import Courier, Destinations
 from api.gateway import Gateway
 from api.http import errors
 from api.http.fast_path import fast_path
+from api.http.keys import Guard, KeyRing
 from api.http.limits import BodyLimit
+from api.http.openapi import errors as documented
+from api.http.pages import PageHeaders
 from api.http.tracing import Tracing
 from api.inference.batcher import MicroBatcher
 from api.inference.bodies import ImageDecoder
@@ -29,6 +33,7 @@ from serving.registry import Registry
 from store.disk import Reserve
 from store.engine import connect
 from store.health import Health
+from store.keys import Keys
 from store.memory import settle
 from store.settings import Settings
 from store.webhooks import Webhooks
@@ -48,17 +53,21 @@ def create_app(settings: Settings) -> ASGIApp:
         reserve.keep()
         registry, job_records = Registry(engine), Jobs(engine)
         async with (
-            ServerPool(settings.server_addresses, functools.partial(has_files, settings)) as pool,
+            ServerPool(
+                settings.server_addresses, functools.partial(has_files, settings), settings.model_server_ca
+            ) as pool,
             Uploads(settings, job_records) as uploads,
         ):
             router = Router(registry)
             inference = InferenceService(router, MicroBatcher(pool), settings.predict_timeout_s)
             decoder, health_watch = ImageDecoder(settings), Health(engine, settings.home)
+            keys = KeyRing(Keys(engine), settings)
+            await keys.refresh()  # before the first request: whether keys are required is in the store
             owed = Webhooks(engine)
             courier = Courier(owed, Destinations(private=settings.webhook_private, http=settings.webhook_http))
             gateway = Gateway(
                 settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve,
-                owed, courier, Estimates(job_records),
+                keys, owed, courier, Estimates(job_records),
             )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())
             settle()
@@ -76,11 +85,14 @@ def create_app(settings: Settings) -> ASGIApp:
         separate_input_output_schemas=False,
         redirect_slashes=False,
         redoc_url=None,
-    )
+        responses=documented(401, 403),
+        dependencies=[Security(HTTPBearer(auto_error=False, description="An API key, where keys are required."))],
+    )  # the dependency documents what `Guard` does
     errors.install(app)
+    app.add_middleware(PageHeaders)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
     for router in (*predicting, jobs.router, events.router, models.router, webhooks.router, health.router):
         app.include_router(router)
     fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
     limited = BodyLimit(fast, uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)
-    return Tracing(limited)
+    return Tracing(Guard(limited, settings))

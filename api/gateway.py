@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fastapi import Request
 
 from api.courier import Courier
+from api.http.keys import KeyRing
 from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import PooledServer, ServerPool
@@ -16,7 +18,7 @@ from api.inference.service import InferenceService
 from api.metrics import SERVER_UP
 from api.uploads import Uploads
 from serving.publishing import PATIENCE_S, Probe, has_files, prove, reconcile
-from serving.registry import BASE, Registry
+from serving.registry import BASE, Registry, stored_name
 from store.disk import Reserve
 from store.errors import ModelServerError, TemperError
 from store.health import Health, Notice
@@ -47,28 +49,20 @@ class Gateway:
     uploads: Uploads
     health: Health
     reserve: Reserve
+    keys: KeyRing
     webhooks: Webhooks
     courier: Courier
     estimates: Estimates
     streams: int = 0  # of events, that clients read
 
     async def look_after(self) -> None:
-        """Keep the routes fresh and the model servers up to date, and deliver webhooks, until cancelled."""
+        """Keep routes and keys fresh and the model servers up to date, and deliver webhooks, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.courier.run())
-            tasks.create_task(self._keep_routes())
+            tasks.create_task(_keep_fresh(self.router.refresh, "reading the routes"))
+            tasks.create_task(_keep_fresh(self.keys.refresh, "reading the keys"))
             for target in self.pool.all:
                 tasks.create_task(self._watch(target))
-
-    async def _keep_routes(self) -> None:
-        reading = Notice("reading the routes")
-        while True:
-            try:
-                await self.router.refresh()
-                reading.worked()
-            except Exception as exc:
-                reading.failed(exc)
-            await asyncio.sleep(LOOK_S)
 
     async def _watch(self, target: PooledServer) -> None:
         looking = Notice(f"looking after the model server {target.address}")
@@ -130,6 +124,18 @@ class Gateway:
                 target.fell_behind()
 
 
+async def _keep_fresh(refresh: Callable[[], Awaitable[None]], task: str) -> None:
+    """Read something from the store again and again."""
+    reading = Notice(task)
+    while True:
+        try:
+            await refresh()
+            reading.worked()
+        except Exception as exc:
+            reading.failed(exc)
+        await asyncio.sleep(LOOK_S)
+
+
 def gateway_of(request: Request) -> Gateway:
     """Return the gateway that serves a request."""
     gateway: Gateway = request.scope["state"]["gateway"]
@@ -140,3 +146,8 @@ def tenant_of(request: Request) -> str:
     """Return the tenant on whose behalf a request is made."""
     tenant: str = request.scope["state"].get("tenant", DEFAULT_TENANT)
     return tenant
+
+
+def stored(request: Request, model: str) -> str:
+    """Return the stored name of what a request calls a model."""
+    return stored_name(tenant_of(request), model)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from api import __version__
+from cli import keys
 from store.settings import Settings, from_environment
 from trainer.spec import ATTACK_NAMES, SEARCHED, Fgsm, Spec
 
@@ -36,9 +37,10 @@ MAX_DETAILS = 20  # lines printed for one error
 class Api:
     """A client of the service at `url`. Raises `click.ClickException` for every failure."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            self._client = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=300))
+            self._client = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(30, read=300))
         except httpx.InvalidURL as exc:
             raise click.ClickException(f"--url {url}: {exc}") from exc
         self.url = url.rstrip("/")
@@ -91,13 +93,14 @@ class Commands(click.Group):
 
 @click.group(cls=Commands)
 @click.option("--url", envvar="TEMPER_URL", help="URL of the service.  [default: http://TEMPER_HOST:TEMPER_PORT]")
+@click.option("--key", envvar="TEMPER_API_KEY", help="API key, better given in TEMPER_API_KEY than on a command line.")
 @click.version_option(__version__)
 @click.pass_context
-def main(context: click.Context, url: str | None) -> None:
+def main(context: click.Context, url: str | None, key: str | None) -> None:
     """Fine-tune a small vision model on a few images without overfitting, and serve it."""
     settings = _settings()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    context.obj = Api(url or f"http://{host}:{settings.port}")
+    context.obj = Api(url or f"{settings.scheme}://{host}:{settings.port}", key)
 
 
 def _settings() -> Settings:
@@ -402,3 +405,6 @@ def models(api: Api) -> None:
 def show(table: Table) -> None:
     """Print a table; what is not a terminal gets whole lines."""
     (console if console.is_terminal else Console(highlight=False, width=WIDE)).print(table)
+
+
+main.add_command(keys.commands(show))

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,6 @@ PROBE_S, PROBE_TIMEOUT_S = 1.0, 2.0  # between probes of a sibling, and after wh
 PULSE_S = 5.0  # a worker touches its pulse file every second
 MAX_MISSES = 5  # probes in a row without an answer, after which a sibling counts as frozen
 CONNECT_S = 5  # to PostgreSQL
-GATEWAY = httpx.Client(timeout=PROBE_TIMEOUT_S, trust_env=False)  # shared by threads; a client costs a TLS context
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path; the system's limit is 107
 
 
@@ -139,15 +139,16 @@ def serve(settings: Settings) -> None:
         if settings.supervised:
             listen = stack.enter_context(_socket(settings))
             command, address = _model_server_command(settings, listen), f"unix:{listen}"
-        siblings = _siblings(settings, address, command)
+        client = _gateway_client(settings)
+        siblings = _siblings(settings, address, command, client)
         # After the siblings' environment is made. The supervisor forks beside threads of gRPC, but only to execute.
         os.environ |= {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
         click.echo(f"Temper starts in {settings.home.resolve()}, model server {address}")
-        _run(siblings, _url(settings))
+        _run(siblings, _url(settings), client)
     click.echo("stopped")
 
 
-def _run(siblings: list[Sibling], url: str) -> None:
+def _run(siblings: list[Sibling], url: str, client: httpx.Client) -> None:
     stopped = announced = False
 
     def stop(_: int, __: FrameType | None) -> None:
@@ -161,7 +162,7 @@ def _run(siblings: list[Sibling], url: str) -> None:
     while not stopped:
         for sibling in siblings:
             sibling.keep_running()
-        if not announced and _answers(f"{url}/readyz"):
+        if not announced and _answers(client, f"{url}/readyz"):
             announced = True
             click.echo(f"ready at {url} (documentation at {url}/docs)")
         time.sleep(0.1)
@@ -240,12 +241,12 @@ def _model_server_command(settings: Settings, listen: Path) -> list[str]:
     return tensorflow_serving_command(binary, 0, 0, settings.home.resolve() / "model_server.config", listen)
 
 
-def _siblings(settings: Settings, address: str, model_server: list[str] | None) -> list[Sibling]:
+def _siblings(settings: Settings, address: str, model_server: list[str] | None, client: httpx.Client) -> list[Sibling]:
     """All that `temper serve` runs; `model_server` is the command of the model server, if it runs that too."""
     python, url = sys.executable, _url(settings)
     environment = _environment(settings, address)
     gateway = {**environment, **allocator_environment()}
-    siblings = [Sibling("gateway", [python, "-m", "api"], gateway, lambda _: _answers(f"{url}/healthz"))]
+    siblings = [Sibling("gateway", [python, "-m", "api"], gateway, lambda _: _answers(client, f"{url}/healthz"))]
     if model_server:
         quiet = model_server[0] != python
         logging = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
@@ -296,17 +297,30 @@ class WorkerPulse:
         return time.monotonic() - self._last[2] < PULSE_S
 
 
-def _answers(url: str) -> bool:
+def _gateway_client(settings: Settings) -> httpx.Client:
+    """A client that threads share. With TLS it trusts the gateway's own certificate, whatever name that has."""
+    if settings.tls_cert is None:
+        return httpx.Client(timeout=PROBE_TIMEOUT_S, trust_env=False)
+    try:
+        context = ssl.create_default_context(cafile=settings.tls_cert)
+    except OSError as exc:  # SSLError is one
+        raise click.ClickException(f"TEMPER_TLS_CERT cannot be used: {settings.tls_cert}: {exc}") from exc
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return httpx.Client(timeout=PROBE_TIMEOUT_S, trust_env=False, verify=context)
+
+
+def _answers(client: httpx.Client, url: str) -> bool:
     """Tell whether a URL answers as the gateway does where all is well: status 200, and JSON."""
     with suppress(httpx.HTTPError, ValueError):
-        answer = GATEWAY.get(url)
+        answer = client.get(url)
         return answer.status_code == 200 and answer.json() is not None
     return False
 
 
 def _url(settings: Settings) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"http://{host}:{settings.port}"
+    return f"{settings.scheme}://{host}:{settings.port}"
 
 
 def _tensorflow_serving(wanted: str) -> str | None:

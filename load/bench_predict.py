@@ -63,12 +63,14 @@ GOALS: list[tuple[str, str, str, tuple[int, ...], str]] = [  # ours, theirs, fig
 ]
 MEMORY = {"api": ("gateway", "< 80 MB"), "serving": ("model server", "< 700 MB")}
 LUA = """
--- Cycles through the bodies args[2]/0, args[2]/1, ...; args[1] is their Content-Type.
+-- Cycles through the bodies args[2]/0, args[2]/1, ...; args[1] is their Content-Type, args[3] an API key, if any.
 local requests, at = {}, 0
 function init(args)
+  local headers = {["Content-Type"] = args[1]}
+  if args[3] then headers["Authorization"] = "Bearer " .. args[3] end
   local file = io.open(args[2] .. "/0", "rb")
   while file do
-    requests[#requests + 1] = wrk.format("POST", nil, {["Content-Type"] = args[1]}, file:read("*a"))
+    requests[#requests + 1] = wrk.format("POST", nil, headers, file:read("*a"))
     file:close()
     file = io.open(args[2] .. "/" .. #requests, "rb")
   end
@@ -246,11 +248,13 @@ def total(rounds: Iterable[Figures], figure: str) -> int:
 
 @dataclass(frozen=True)
 class Side:
-    """A server, a path on it, and the folder of the bodies to send there."""
+    """A server, a path on it, the folder of the bodies to send there, and an API key if it wants one."""
 
     server: Server
     path: str
     bodies: Path
+    key: str = ""
+    script: str = "wrk.lua"  # beside the folder
 
     @property
     def kind(self) -> str:
@@ -264,8 +268,9 @@ class Side:
     def command(self, connections: int, seconds: int) -> list[str]:
         """The wrk command."""
         options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "--latency"]
-        script = ["-s", str(self.bodies.parent / "wrk.lua")]
-        return ["wrk", *options, *script, self.server.url + self.path, "--", self.kind, str(self.bodies)]
+        script = ["-s", str(self.bodies.parent / self.script)]
+        key = [self.key] if self.key else []
+        return ["wrk", *options, *script, self.server.url + self.path, "--", self.kind, str(self.bodies), *key]
 
     def asked(self, connections: int, seconds: int) -> Figures:
         """Measure for `seconds`."""

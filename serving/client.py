@@ -12,6 +12,7 @@ import numpy as np
 
 from serving.pb import model_server_pb2 as pb
 from store import errors
+from store.records import public_name
 
 log = logging.getLogger("temper.client")
 
@@ -95,12 +96,26 @@ def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
             return errors.ModelServerError(f"the model server at {target} answered {code.name}: {text}")
 
 
+def credentials(target: str, ca: Path | None) -> grpc.ChannelCredentials | None:
+    """What a channel needs for TLS with the certificates in the file `ca`; None without it, and on a Unix socket.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if ca is None or target.startswith("unix:"):
+        return None
+    return grpc.ssl_channel_credentials(ca.read_bytes())
+
+
 class ModelServer:
     """Control calls, and a Predict for probes. Blocking; use it in a `with`."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, ca: Path | None = None) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, options=OPTIONS)
+        if tls := credentials(target, ca):
+            self._channel = grpc.secure_channel(target, tls, options=OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(target, options=OPTIONS)
         self._predict = self._channel.unary_unary(
             PREDICT, pb.PredictRequest.SerializeToString, pb.PredictResponse.FromString
         )
@@ -180,7 +195,7 @@ class ModelServer:
             if status and status.state == pb.ModelVersionStatus.AVAILABLE:
                 return
             state = pb.ModelVersionStatus.State.Name(status.state) if status else "unknown"
-            where = f"version {version} of {model} is {state} at the model server {self.target}"
+            where = f"version {version} of {public_name(model)} is {state} at the model server {self.target}"
             if status and status.status.error_code:  # END without an error means that it was unloaded once
                 raise errors.PublishFailed(f"{where}: {status.status.error_message}")
             if time.monotonic() > deadline:
@@ -194,9 +209,12 @@ class ModelServer:
 class Predictor:
     """Predict for asyncio, over one channel; use it in an `async with`."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, ca: Path | None = None) -> None:
         self.target = target
-        self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
+        if tls := credentials(target, ca):
+            self._channel = grpc.aio.secure_channel(target, tls, options=OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
         self._predict = self._channel.unary_unary(
             PREDICT, pb.PredictRequest.SerializeToString, pb.PredictResponse.FromString
         )

@@ -31,7 +31,7 @@ from store.errors import (
     UnknownModel,
 )
 from store.files import make_directory, move, remove_tree
-from store.records import GREY_28, Manifest, ReportCard
+from store.records import GREY_28, Manifest, ReportCard, public_name
 from store.settings import Settings
 
 log = logging.getLogger("temper.publishing")
@@ -273,15 +273,15 @@ def prove(server: ModelServer, model: str, version: int, probe: Probe) -> float:
     Raises:
         PublishFailed: it is more than `PARITY` times the largest logit, or another version answers.
     """
-    largest = 0.0
+    largest, which = 0.0, f"{public_name(model)}:{version}"
     for images in probe.forms():
         answer = server.predict(model, version, images)
         if answer.version != version or answer.logits.shape != probe.logits.shape:
-            raise PublishFailed(f"{model}:{version} is answered by {answer.version} with shape {answer.logits.shape}")
+            raise PublishFailed(f"{which} is answered by {answer.version} with shape {answer.logits.shape}")
         difference = float(np.max(np.abs(answer.logits - probe.logits)))
         if not difference <= PARITY * max(1.0, float(np.max(np.abs(probe.logits)))):  # `not`: NaN compares false
             raise PublishFailed(
-                f"{model}:{version} at {server.target} differs from the trained model by {difference:.2g} in a logit"
+                f"{which} at {server.target} differs from the trained model by {difference:.2g} in a logit"
             )
         largest = max(largest, difference)
     return largest

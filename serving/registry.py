@@ -3,6 +3,10 @@
 A version is `publishing` from when its number is reserved until the model servers have proven that they serve it, then
 `live`, and `removed` until its files are deleted. Numbers are never reused: a model server may refuse a number that has
 failed once.
+
+Every tenant has names of its own for its models. Here, in jobs, on disk and at the model servers a model goes by its
+stored name: that of the model for the tenant `default`, and `tenant~model` for others. `~` is in neither name. What
+clients see is the model's own name; messages of errors have it, too.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +18,7 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import InvalidRequest, UnknownModel, WrongState
-from store.records import Manifest, ReportCard
+from store.records import DEFAULT_TENANT, Manifest, ReportCard, public_name, tenant_of
 from store.validation import in_words
 from store.webhooks import enqueue
 
@@ -64,6 +68,21 @@ revisions = sa.Table(  # one row, incremented by every change
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("revision", sa.Integer, nullable=False),
 )
+
+
+def stored_name(tenant: str, model: str) -> str:
+    """The name under which a tenant's model is stored. The base model is everyone's.
+
+    No `model`, whatever a client has put into a URL, gives the stored name of another tenant's.
+    """
+    if model == BASE or (tenant == DEFAULT_TENANT and "~" not in model):
+        return model
+    return f"{tenant}~{model}"
+
+
+def is_visible(tenant: str, stored: str) -> bool:
+    """Tell whether a stored model is the tenant's, or everyone's."""
+    return stored == stored_name(tenant, public_name(stored))
 
 
 @dataclass(frozen=True)
@@ -157,7 +176,7 @@ class Registry:
         with self._change(fence) as connection:
             waiting = versions.update().where(_is(model, version), ~versions.c.removed)
             if not connection.execute(waiting.values(live=True)).rowcount:
-                raise WrongState(f"{model}:{version} has been withdrawn", param="version")
+                raise WrongState(f"{public_name(model)}:{version} has been withdrawn", param="version")
             if report:
                 _put_report(connection, model, version, report)
             _put_label(connection, model, label, version)
@@ -188,7 +207,8 @@ class Registry:
             others = (other.weight for name, other in _labels(connection, model).items() if name != label)
             shares = (weight or 0.0) + sum(others)
             if shares > 1 + 1e-9:
-                raise InvalidRequest(f"weight: the labels of {model!r} would get {shares:g} of 1", param="weight")
+                text = f"weight: the labels of {public_name(model)!r} would get {shares:g} of 1"
+                raise InvalidRequest(text, param="weight")
             _put_label(connection, model, label, version, weight)
             return _labels(connection, model)[label]
 
@@ -205,7 +225,7 @@ class Registry:
             row = (labels.c.model == model) & (labels.c.label == label)
             before = connection.execute(labels.delete().where(row).returning(labels.c.version)).scalar_one_or_none()
             if before is None:
-                raise UnknownModel(f"model {model!r} has no label {label!r}", param="label")
+                raise UnknownModel(f"model {public_name(model)!r} has no label {label!r}", param="label")
             _announce(connection, model, label, before, None)
 
     def retire(self, model: str, version: int | None = None) -> list[int]:
@@ -224,7 +244,7 @@ class Registry:
             live = (versions.c.model == model) & versions.c.live
             known = set(connection.execute(sa.select(versions.c.version).where(live)).scalars())
             if not known:
-                raise UnknownModel(f"there is no model {model!r}", param="model")
+                raise UnknownModel(f"there is no model {public_name(model)!r}", param="model")
             if version is None:
                 gone = _labels(connection, model)
                 connection.execute(labels.delete().where(labels.c.model == model))
@@ -234,9 +254,8 @@ class Registry:
                 _check_version(model, version, known)
                 names = [name for name, label in _labels(connection, model).items() if label.version == version]
                 if names:
-                    raise WrongState(
-                        f"{model}:{version} is labelled {' and '.join(names)}; move the label first", param="version"
-                    )
+                    text = f"{public_name(model)}:{version} is labelled {' and '.join(names)}; move the label first"
+                    raise WrongState(text, param="version")
                 live &= versions.c.version == version
             connection.execute(versions.update().where(live).values(live=False, removed=True))
         return sorted(known if version is None else {version})
@@ -281,7 +300,7 @@ class Registry:
         """Live versions of a model, newest first."""
         found = self._select((versions.c.model == model) & versions.c.live)
         if not found:
-            raise UnknownModel(f"there is no model {model!r}", param="model")
+            raise UnknownModel(f"there is no model {public_name(model)!r}", param="model")
         return found
 
     def find(self, model: str, version: int | None = None) -> Version:
@@ -353,8 +372,8 @@ def _is(model: str, version: int) -> Any:
 def _check_version(model: str, version: int, known: set[int]) -> None:
     if version not in known:
         if not known:
-            raise UnknownModel(f"there is no model {model!r}", param="model")
-        raise UnknownModel(f"model {model!r} has no version {version}", param="version")
+            raise UnknownModel(f"there is no model {public_name(model)!r}", param="model")
+        raise UnknownModel(f"model {public_name(model)!r} has no version {version}", param="version")
 
 
 def _labels(connection: sa.Connection, model: str) -> dict[str, Label]:
@@ -379,7 +398,8 @@ def _put_label(connection: sa.Connection, model: str, label: str, version: int, 
 def _announce(connection: sa.Connection, model: str, label: str, old: int | None, new: int | None) -> None:
     """Tell the endpoints that a label stands for another version; None for none."""
     if old != new:
-        enqueue(connection, "model.label.moved", {"model": model, "label": label, "from": old, "to": new})
+        data = {"model": public_name(model), "label": label, "from": old, "to": new}
+        enqueue(connection, "model.label.moved", data, tenant_of(model))
 
 
 def _insert(connection: sa.Connection) -> Any:

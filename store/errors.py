@@ -111,6 +111,24 @@ class UnknownWebhook(NotFound):
     code = "unknown_webhook"
 
 
+class UnknownKey(NotFound):
+    """No API key has that id."""
+
+    code = "unknown_key"
+
+
+class Unauthorized(TemperError):
+    """The request brings no API key, or one that is unknown or revoked."""
+
+    code = "unauthorized"
+
+
+class Forbidden(TemperError):
+    """The API key lacks the scope that the route needs, or the request comes from where none may come from."""
+
+    code = "forbidden"
+
+
 class WrongState(TemperError):
     """The object's state does not allow what was asked."""
 
@@ -121,6 +139,20 @@ class Overloaded(TemperError):
     """More is in flight than may wait; try again."""
 
     code = "overloaded"
+
+
+class TooMany(Overloaded):
+    """The key or its tenant has used up what it may have; try again.
+
+    Attributes:
+        retry_after_s: when that makes sense, in seconds.
+    """
+
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelServerError(TemperError):

@@ -16,6 +16,17 @@ log = logging.getLogger("temper.store")
 DEFAULT_TENANT = "default"  # whose everything is where there are no keys
 
 
+def public_name(stored: str) -> str:
+    """The name by which its tenant calls a stored model, `tenant~model`; also of `name:version`."""
+    return stored.partition("~")[2] or stored
+
+
+def tenant_of(stored: str) -> str:
+    """Whose a stored model is; the base, which is everyone's, counts as the default tenant's."""
+    tenant, separator, _ = stored.partition("~")
+    return tenant if separator else DEFAULT_TENANT
+
+
 class Record(BaseModel):
     """What all of them share."""
 

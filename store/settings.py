@@ -1,12 +1,14 @@
 """Settings of all three processes, read from `TEMPER_*` variables when a process starts."""
 
 import difflib
+import ipaddress
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from store.files import make_directory
@@ -17,7 +19,7 @@ ATTACK_IMAGES = 500
 AUTO, EMBEDDED = "auto", "embedded"
 LOCAL_TARGET = "127.0.0.1:8500"  # where `python -m serving` listens, and a gateway or worker looks without a setting
 LOCAL_REST = "127.0.0.1:8501"  # likewise, for TensorFlow Serving's REST API
-OTHERS = {"URL", "MNIST", "DOMAINS", "TFS_BINARY"}  # read by the command, the studies and the tests
+OTHERS = {"URL", "API_KEY", "MNIST", "DOMAINS", "TFS_BINARY"}  # read by the command, the studies and the tests
 
 
 class Settings(BaseSettings):
@@ -28,11 +30,31 @@ class Settings(BaseSettings):
     home: Path = Field(Path("var"), description="Directory of everything that is kept.")
     host: str = Field("127.0.0.1", description="Address on which the gateway listens.")
     port: int = Field(8080, ge=0, le=65535, description="Port on which the gateway listens; 0 takes a free one.")
+    keys: Literal["auto", "required", "off"] = Field(
+        "auto",
+        description="Whether requests need an API key: `auto` if the gateway listens on anything but a loopback "
+        "address, or once a key has been created; `off` lets everybody in.",
+    )
+    allowed_hosts: str = Field(
+        "",
+        description="Names, with commas, under which clients may address the gateway; without any, loopback names and "
+        "addresses if it listens on one of these, and else all.",
+    )
+    tls_cert: FilePath | None = Field(None, description="Certificate (chain) of the gateway, PEM, for HTTPS.")
+    tls_key: FilePath | None = Field(None, validate_default=True, description="Private key of that certificate, PEM.")
+    max_rate: float = Field(
+        0.0, ge=0, description="Most predict requests a second with one API key that has no rate of its own; 0: any."
+    )
+    max_jobs: int = Field(0, ge=0, description="Most unfinished fine-tunes of one tenant; 0 for any number.")
     model_server: str = Field(
         AUTO,
         description="`embedded`, the path of a tensorflow_model_server that `temper serve` starts, `host:port` or "
         "`unix:/path` of one that runs (or several, with commas), or `auto`: the binary on the PATH, or else the "
         "embedded server.",
+    )
+    model_server_ca: FilePath | None = Field(
+        None,
+        description="Certificates, PEM, that sign those of model servers at a `host:port`, which then use TLS.",
     )
     model_root: Path | None = Field(None, description="The models' directory as the model server sees it.")
     store: str | None = Field(None, description="SQLAlchemy URL; SQLite in the home by default.")
@@ -92,6 +114,23 @@ class Settings(BaseSettings):
         """SQLAlchemy URL of the store."""
         return self.store or f"sqlite:///{self.home.resolve() / 'temper.db'}"
 
+    @property
+    def is_local(self) -> bool:
+        """Tell whether the gateway listens where only this machine can reach it."""
+        return is_loopback(self.host)
+
+    @property
+    def scheme(self) -> str:
+        """Of the gateway's URLs."""
+        return "https" if self.tls_cert else "http"
+
+    @field_validator("tls_key")
+    @classmethod
+    def _check_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if (value is None) != (info.data.get("tls_cert") is None):
+            raise ValueError("TEMPER_TLS_CERT and TEMPER_TLS_KEY need each other")
+        return value
+
     @field_validator("model_server")
     @classmethod
     def _check_model_server(cls, value: str) -> str:
@@ -135,6 +174,14 @@ def from_environment() -> Settings:
     except ValidationError as exc:
         found = ((str(error["loc"][0]).upper(), error["msg"].removeprefix("Value error, ")) for error in exc.errors())
         raise ValueError("; ".join(f"TEMPER_{name}: {why}" for name, why in found)) from exc
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a name or an address, in brackets or not, is of this machine only."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _is_binary(model_server: str) -> bool:

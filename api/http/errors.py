@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from typing import Any
 
 import sqlalchemy as sa
@@ -26,6 +27,8 @@ STATUS: dict[type[errors.TemperError], int] = {
     errors.InvalidRequest: 422,
     errors.TooLarge: 413,
     errors.UnsupportedMediaType: 415,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.WrongState: 409,
     errors.Overloaded: 429,
@@ -36,7 +39,11 @@ STATUS: dict[type[errors.TemperError], int] = {
     errors.StorageFailed: 503,
     errors.JobFailed: 500,  # goes into a job, not into a response
 }
-RETRY_AFTER_S = {429: 1, 503: 1}
+HEADERS = {
+    401: {"WWW-Authenticate": 'Bearer realm="temper"'},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
 
 
 def status_of(error: errors.TemperError) -> int:
@@ -63,7 +70,9 @@ def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str]
 def response(error: errors.TemperError, path: str) -> ErrorResponse:
     """The response for an error of ours."""
     status = status_of(error)
-    headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else None
+    headers = HEADERS.get(status)
+    if isinstance(error, errors.TooMany):
+        headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
     return answer(path, status, error.body(), headers)
 
 

@@ -1,5 +1,8 @@
 """Limits on the bodies of requests."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http import errors as http_errors
@@ -13,10 +16,18 @@ def _predicts(path: str) -> bool:
     return path == "/predict" or path.endswith((":predict", "/infer"))
 
 
-async def _refuse(refusal: TemperError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with an error and close the connection, since the rest of the body is not read."""
+async def refuse(
+    refusal: TemperError, scope: Scope, receive: Receive, send: Send, more: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Answer with an error, and close the connection if there is a body, since it is not read.
+
+    Args:
+        more: further headers.
+    """
     response = http_errors.response(refusal, scope["path"])
-    response.headers["connection"] = "close"
+    response.headers.update(more)
+    if any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]):
+        response.headers["connection"] = "close"
     await response(scope, receive, send)
 
 
@@ -45,7 +56,7 @@ class BodyLimit:
         elif size > SMALL and _predicts(path) and self._held and self._held + size > MAX_HELD:
             refusal = Overloaded("too many large bodies are being read; try again")
         if refusal:
-            return await _refuse(refusal, scope, receive, send)
+            return await refuse(refusal, scope, receive, send)
         if declared is None:
             receive, send = self._counted(limit, scope, receive, send)
         if size <= SMALL or not _predicts(path):
@@ -72,6 +83,6 @@ class BodyLimit:
             if received <= limit:
                 await send(message)
             elif message["type"] == "http.response.start":
-                await _refuse(TooLarge(text), scope, receive, send)
+                await refuse(TooLarge(text), scope, receive, send)
 
         return counted, refused

@@ -56,6 +56,8 @@ class PlainError(BaseModel):
 
 TEXTS = {
     400: "The request cannot be parsed",
+    401: "No API key, or an unknown or revoked one",
+    403: "The API key lacks a scope, or the request comes from a foreign site",
     404: "Unknown model, version, job or webhook",
     409: "The state does not allow it",
     413: "Too large",
@@ -74,7 +76,10 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {
-    **{status: {"model": PlainError, "description": TEXTS[status]} for status in (400, 404, 413, 429, 503, 504)},
+    **{
+        status: {"model": PlainError, "description": TEXTS[status]}
+        for status in (400, 401, 403, 404, 413, 429, 503, 504)
+    },
     "4XX": {"model": PlainError, "description": "Refused"},  # instead of the 422 that FastAPI documents by itself
 }
 

@@ -142,7 +142,8 @@ class _Transport:
         self._flush()
         if not self._lingers and not self._transport.is_closing() and self._begins_to_linger():
             self._lingers = True
-            self._transport.write_eof()
+            if self._transport.can_write_eof():  # TLS cannot close one direction
+                self._transport.write_eof()
         else:
             self._transport.close()
 

@@ -12,13 +12,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict, WrappedLogger
 
 from api.metrics import REJECTIONS, REQUEST_SERIES
+from store.records import public_name
 
 log = logging.getLogger("temper.gateway")
 
 NO_REQUEST = "-"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_REQUEST)
 ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # ids that clients may choose
-REASONS = {413: "too_large", 429: "overloaded", 503: "unavailable", 504: "timeout"}
+REASONS = {
+    401: "unauthorized",
+    403: "forbidden",
+    413: "too_large",
+    429: "overloaded",
+    503: "unavailable",
+    504: "timeout",
+}
 LINES_A_SECOND = 20  # about failed requests
 QUIET = ("/healthz", "/readyz", "/metrics")
 
@@ -49,7 +57,7 @@ class Tracing:
                 headers = message["headers"]
                 headers.append((b"x-request-id", request_id))
                 if "model" in state:
-                    headers.append((b"x-temper-model", state["model"].encode()))
+                    headers.append((b"x-temper-model", public_name(state["model"]).encode()))
                     headers.append((b"x-temper-version", b"%d" % state["version"]))
             await send(message)
 
@@ -82,7 +90,7 @@ class Tracing:
 
 
 def answered_by(scope: Scope, model: str, version: int) -> None:
-    """Have the response headers and the metrics name this version."""
+    """Have the response headers and the metrics name this version, of a model by its stored name."""
     scope["state"]["model"], scope["state"]["version"] = model, version
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from api.inference.router import Servable
 from api.inference.server_pool import ServerPool
 from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, WAITING
 from store.errors import ModelServerTimeout, Overloaded
+from store.records import DEFAULT_TENANT
 
 MAX_BATCH = 128  # images in a call, unless a single request brings more
 CALLS = 4  # in flight to one model server; TensorFlow Serving rejects calls that its threads cannot take
@@ -28,13 +29,13 @@ class _Waiting:
     is_queued: bool = True
 
 
-_Key = tuple[Servable, str]  # and the data type of the images, which decides the signature
+_Key = tuple[str, Servable, str]  # tenant, and the data type of the images, which decides the signature
 
 
 class MicroBatcher:
-    """Joins concurrent requests for one servable and signature into one call. A lone request goes out at once.
+    """Joins a tenant's concurrent requests for one servable and signature into a call. A lone one goes out at once.
 
-    Servables take turns. A request whose time is up is not sent any more.
+    Tenants take turns, and so do the servables of each. A request whose time is up is not sent any more.
     """
 
     def __init__(self, pool: ServerPool) -> None:
@@ -43,11 +44,15 @@ class MicroBatcher:
         self._in_flight: dict[_Key, list[int]] = {}  # images of each call
         self._calls = 0
         self._waiting = 0
+        self._waiting_of: Counter[str] = Counter()  # images, by tenant
+        self._turn, self._turns = 0, dict[str, int]()  # and the last one of each tenant
         self._tasks: set[asyncio.Task[None]] = set()
         WAITING.set_function(lambda: self._waiting)
         IN_FLIGHT.set_function(lambda: self._calls)
 
-    async def predict(self, servable: Servable, images: np.ndarray, timeout_s: float) -> Outputs:
+    async def predict(
+        self, servable: Servable, images: np.ndarray, timeout_s: float, tenant: str = DEFAULT_TENANT
+    ) -> Outputs:
         """The outputs for `images`: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8.
 
         Raises:
@@ -56,13 +61,13 @@ class MicroBatcher:
             ModelServerTimeout: there was no answer in time.
         """
         loop = asyncio.get_running_loop()
-        key = (servable, images.dtype.char)
-        if self._waiting + len(images) > MAX_WAITING and self._has_its_share(key):
+        key = (tenant, servable, images.dtype.char)
+        if self._waiting + len(images) > MAX_WAITING and self._has_its_share(key, len(images)):
             raise Overloaded("too many predictions are waiting")
         waiting = _Waiting(images, loop.create_future(), time.perf_counter(), loop.time() + timeout_s)
         alarm = loop.call_at(waiting.deadline, _expire, waiting.answer, timeout_s)
         self._queues.setdefault(key, deque()).append(waiting)
-        self._waiting += len(images)
+        self._count(tenant, len(images))
         self._send()
         try:
             return await waiting.answer
@@ -73,28 +78,45 @@ class MicroBatcher:
 
     def _give_up(self, key: _Key, waiting: _Waiting) -> None:
         """Free the place of a request that nobody waits for."""
-        self._waiting -= len(waiting.images)
+        self._count(key[0], -len(waiting.images))
         queue = self._queues[key]
         queue.remove(waiting)
         if not queue:
             del self._queues[key]
 
-    def _has_its_share(self, key: _Key) -> bool:
-        """Tell whether a servable has its share of the places already: a crowd for one must not keep out others."""
+    def _count(self, tenant: str, images: int) -> None:
+        """Add to the number of images that wait."""
+        self._waiting += images
+        self._waiting_of[tenant] += images
+        if not self._waiting_of[tenant]:
+            del self._waiting_of[tenant]
+
+    def _has_its_share(self, key: _Key, images: int) -> bool:
+        """Tell whether a tenant, and the servable within it, would have more than their share of all places.
+
+        A crowd for one must not keep out others.
+        """
+        tenant = key[0]
+        share = MAX_WAITING // len(self._waiting_of.keys() | {tenant})
+        if self._waiting_of[tenant] + images <= share:
+            return False
+        queues = sum(other[0] == tenant for other in self._queues)
         if key not in self._queues:
-            return len(self._queues) >= MAX_WAITING
-        return sum(len(waiting.images) for waiting in self._queues[key]) >= MAX_WAITING // len(self._queues)
+            return queues >= share
+        return sum(len(waiting.images) for waiting in self._queues[key]) >= share // queues
 
     def _send(self) -> None:
         """Start calls for waiting requests, as far as the calls in flight allow."""
-        for key in list(self._queues):
+        for key in self._in_turn():
             if self._calls >= CALLS * max(1, len(self._pool.up)):
                 break
             if self._may_call(key):
                 queue = self._queues.pop(key)
-                batch = self._next_batch(queue)
+                batch = self._next_batch(key[0], queue)
                 if queue:
                     self._queues[key] = queue  # behind the others
+                self._turn += 1
+                self._turns[key[0]] = self._turn
                 if batch:
                     size = sum(len(waiting.images) for waiting in batch)
                     self._calls += 1
@@ -102,6 +124,12 @@ class MicroBatcher:
                     task = asyncio.create_task(self._call(key, batch, size))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
+
+    def _in_turn(self) -> list[_Key]:
+        """The queues, those of the tenant whose last turn is longest ago first."""
+        if len(self._waiting_of) < 2:
+            return list(self._queues)
+        return sorted(self._queues, key=lambda key: self._turns.get(key[0], 0))
 
     def _may_call(self, key: _Key) -> bool:
         """Allow one call of a servable per server: requests that wait for it share the next one.
@@ -111,13 +139,13 @@ class MicroBatcher:
         sizes, servers = self._in_flight.get(key, []), max(1, len(self._pool.up))
         return len(sizes) < servers or (len(sizes) < 2 * servers and min(sizes) >= MAX_BATCH)
 
-    def _next_batch(self, queue: deque[_Waiting]) -> list[_Waiting]:
+    def _next_batch(self, tenant: str, queue: deque[_Waiting]) -> list[_Waiting]:
         batch: list[_Waiting] = []
         size = 0
         while queue and (not batch or size + len(queue[0].images) <= MAX_BATCH):
             waiting = queue.popleft()
             waiting.is_queued = False
-            self._waiting -= len(waiting.images)
+            self._count(tenant, -len(waiting.images))
             if not waiting.answer.done():  # it may have expired, or its client hung up
                 batch.append(waiting)
                 size += len(waiting.images)
@@ -131,7 +159,7 @@ class MicroBatcher:
             for waiting in batch:
                 QUEUE_S.observe(now - waiting.since)
             left = max(waiting.deadline for waiting in batch) - asyncio.get_running_loop().time()
-            servable = key[0]
+            servable = key[1]
             found = await self._pool.predict(servable.name, servable.version, images, left)
             outputs = {"logits": found.logits, "probabilities": found.probabilities}
             position = 0

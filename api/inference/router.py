@@ -9,7 +9,7 @@ from typing import NamedTuple
 from api.metrics import REQUEST_SERIES, show_versions
 from serving.registry import STABLE, Registry, Route
 from store.errors import MalformedRequest, UnknownModel
-from store.records import GREY_28, InputForm
+from store.records import GREY_28, InputForm, public_name
 
 MAX_VERSION = 2**63 - 1
 
@@ -33,7 +33,10 @@ class Target:
 
 
 class Router:
-    """The registry's routes in memory. They are read again when the registry changes, or when a name is not found."""
+    """The registry's routes in memory, by stored names.
+
+    They are read again when the registry changes, or when a name is not found.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -74,6 +77,7 @@ class Router:
         """The version that a request means.
 
         Args:
+            model: its stored name.
             sticky_key: requests with the same one follow the same label, if they name neither version nor label.
 
         Raises:
@@ -88,18 +92,18 @@ class Router:
     def _look_up(self, model: str, version: int | None, label: str | None, sticky_key: bytes | None) -> Target:
         route = self._routes.get(model)
         if route is None:
-            raise UnknownModel(f"there is no model {model!r}", param="model")
+            raise UnknownModel(f"there is no model {public_name(model)!r}", param="model")
         if version is None:
             label = label or _draw(model, route, sticky_key)
             if label not in route.labels:
-                raise UnknownModel(f"model {model!r} has no label {label!r}", param="label")
+                raise UnknownModel(f"model {public_name(model)!r} has no label {label!r}", param="label")
             version = route.labels[label].version
         servable = Servable(model, version)
         found = self._targets.get(servable)
         if found is None:
             if version not in route.classes:
-                raise UnknownModel(f"model {model!r} has no version {version}", param="version")
-            found = Target(model, version, servable, route.classes[version], GREY_28)
+                raise UnknownModel(f"model {public_name(model)!r} has no version {version}", param="version")
+            found = Target(public_name(model), version, servable, route.classes[version], GREY_28)
             self._targets[servable] = found
         return found
 

@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from serving.client import ModelServer, Prediction, Predictor
 from store.errors import ModelServerError, ModelServerUnavailable, Overloaded, UnknownModel
+from store.records import public_name
 
 log = logging.getLogger("temper.gateway")
 
@@ -58,10 +60,12 @@ class ServerPool:
 
     Args:
         has_files: tells whether a version of a model is on disk.
+        ca: certificates that sign those of the model servers, which then use TLS.
     """
 
-    def __init__(self, addresses: Sequence[str], has_files: Callable[[str, int], bool]) -> None:
+    def __init__(self, addresses: Sequence[str], has_files: Callable[[str, int], bool], ca: Path | None = None) -> None:
         self._addresses = addresses
+        self._ca = ca
         self._has_files = has_files
         self._missing: set[tuple[str, int]] = set()  # versions whose loss has been logged
         self._stack = contextlib.AsyncExitStack()
@@ -69,8 +73,8 @@ class ServerPool:
 
     async def __aenter__(self) -> Self:
         for address in self._addresses:
-            predictor = await self._stack.enter_async_context(Predictor(address))
-            self.all.append(PooledServer(predictor, self._stack.enter_context(ModelServer(address))))
+            predictor = await self._stack.enter_async_context(Predictor(address, self._ca))
+            self.all.append(PooledServer(predictor, self._stack.enter_context(ModelServer(address, self._ca))))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -116,7 +120,7 @@ class ServerPool:
                     raise self._files_missing(model, version) from exc
                 target.fell_behind()
                 if not untried:
-                    text = f"{target.address} has not loaded {model}:{version} yet"
+                    text = f"{target.address} has not loaded {public_name(model)}:{version} yet"
                     raise ModelServerUnavailable(f"the model server at {text}") from exc
             except Overloaded:
                 if not untried:
@@ -125,8 +129,8 @@ class ServerPool:
                 target.calls.discard(call)
 
     def _files_missing(self, model: str, version: int) -> ModelServerError:
-        text = f"the files of {model}:{version} are missing; restore them or delete the version"
+        text = "the files of %s:%d are missing; restore them or delete the version"
         if (model, version) not in self._missing:
             self._missing.add((model, version))
-            log.error(text)
-        return ModelServerError(text)
+            log.error(text, model, version)
+        return ModelServerError(text % (public_name(model), version))

@@ -8,6 +8,7 @@ import numpy as np
 from api.inference.batcher import MicroBatcher
 from api.inference.router import Router, Target
 from store.errors import InvalidRequest
+from store.records import DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class InferenceService:
         version: int | None = None,
         label: str | None = None,
         *,
+        tenant: str = DEFAULT_TENANT,
         sticky_key: bytes | None = None,
         timeout_s: float | None = None,
         on_resolved: Callable[[Target], None] | None = None,
@@ -43,6 +45,8 @@ class InferenceService:
 
         Args:
             images: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8.
+            model: its stored name.
+            tenant: who asks; tenants take turns.
             version: or `label`; without both, the label that gets the request (see `Router.resolve`).
             sticky_key: requests with the same one follow the same label.
             timeout_s: the configured limit, unless this is shorter.
@@ -61,5 +65,5 @@ class InferenceService:
         if on_resolved is not None:
             on_resolved(target)
         limit_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
-        outputs = await self._batcher.predict(target.servable, images, limit_s)
+        outputs = await self._batcher.predict(target.servable, images, limit_s, tenant)
         return Prediction(target.model, target.version, target.classes, outputs)

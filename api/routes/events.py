@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import BaseModel, Field, WithJsonSchema
 
-from api.gateway import Gateway, gateway_of
+from api.gateway import Gateway, gateway_of, tenant_of
 from api.http.openapi import JobId, errors
 from store.errors import InvalidRequest, Overloaded
 from trainer.jobs.events import Event, EventType
@@ -75,7 +75,7 @@ async def list_events(
 ) -> Response:
     """The events of a job, oldest first, in a page or as they happen."""
     gateway = gateway_of(request)
-    await asyncio.to_thread(gateway.jobs.get, id)
+    await asyncio.to_thread(gateway.jobs.get, id, tenant=tenant_of(request))
     if "text/event-stream" in accept:
         after = _number(last_event_id) if last_event_id else after
         if gateway.streams >= MAX_STREAMS:

@@ -16,10 +16,15 @@ from api.metrics import COLLECTORS
 router = APIRouter(tags=["health"])
 
 
-class Ready(BaseModel):
-    """Which parts of the service work at the moment."""
+class Readiness(BaseModel):
+    """Whether the service works: all that a client without an API key is told, where keys are required."""
 
     status: Literal["ready", "not_ready"] = Field(description="Whether the store and a model server work.")
+
+
+class Ready(Readiness):
+    """Which parts of the service work at the moment."""
+
     store: Literal["ok", "unavailable"] = Field(description="The store of jobs and models.")
     model_server: Literal["ok", "unavailable"] = Field(description="Whether at least one model server answers.")
     disk: Literal["ok", "full"] = Field(description="Whether there is space for uploads and new versions.")
@@ -41,7 +46,7 @@ async def alive() -> dict[Literal["status"], Literal["ok"]]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", response_model=Ready, responses={503: {"model": Ready}})
+@router.get("/readyz", response_model=Ready | Readiness, responses={503: {"model": Ready | Readiness}})
 async def ready(request: Request) -> Response:
     """Whether the store and a model server work, whether the disk has space, and what the workers do."""
     gateway = gateway_of(request)
@@ -63,7 +68,8 @@ async def ready(request: Request) -> Response:
         model_servers={server.address: _state(server) for server in gateway.pool.all},
         workers=workers,
     )
-    return JSONResponse(body.model_dump(), 200 if store and up else 503)
+    hidden = set(Ready.model_fields) - {"status"} if request.scope["state"].get("stranger") else None
+    return JSONResponse(body.model_dump(exclude=hidden), 200 if store and up else 503)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

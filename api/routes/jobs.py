@@ -9,13 +9,13 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
 
-from api.gateway import Gateway, gateway_of
+from api.gateway import Gateway, gateway_of, stored, tenant_of
 from api.http.errors import invalid_request
 from api.http.openapi import After, JobId, Limit, errors
 from api.routes.examples import SPEC_EXAMPLE
-from serving.registry import BASE, LABEL, STABLE
-from store.errors import InvalidRequest, UnknownModel
-from store.records import DatasetCard
+from serving.registry import BASE, LABEL, STABLE, stored_name
+from store.errors import InvalidRequest, TooMany, UnknownModel
+from store.records import DatasetCard, public_name
 from trainer.asked import Asked, check_dataset, default_folds, parse_asked, refused
 from trainer.jobs.estimates import Standing
 from trainer.jobs.records import AGING_S, MAX_PRIORITY, Job, Status
@@ -23,6 +23,8 @@ from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Spec, pinned
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])
+
+QUOTA_RETRY_S = 10.0  # when a client may ask again whether a fine-tune has finished
 
 FILES = {
     "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
@@ -141,6 +143,7 @@ class JobView(BaseModel):
         except ValidationError:
             spec = dict(job.spec or {})
         fields = {name: value for name, value in vars(job).items() if name in cls.model_fields}
+        fields |= {"model": public_name(job.model), "base": public_name(job.base)}
         lenient = {"spec": spec, "progress": job.progress.dump(), "dataset": job.dataset.dump()}
         stands = {
             "queue_position": standing.position, "estimated_start_at": standing.start_at,
@@ -191,7 +194,8 @@ class DryRun(BaseModel):
 )  # fmt: skip
 async def finetune(request: Request, response: Response) -> JobView | Response:
     """Upload labelled images and queue a fine-tune on them."""
-    gateway = gateway_of(request)
+    gateway, tenant = gateway_of(request), tenant_of(request)
+    await asyncio.to_thread(_check_quota, gateway, tenant)
     async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
         fields = _fields(form.texts)
         if "data" not in form.files:
@@ -199,7 +203,7 @@ async def finetune(request: Request, response: Response) -> JobView | Response:
         if fields.model == BASE:
             raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
         asked = parse_asked(fields.spec)
-        base = await asyncio.to_thread(_resolve_base, gateway, asked.fixed)
+        base = await asyncio.to_thread(_resolve_base, gateway, tenant, asked.fixed)
 
         def check(dataset: DatasetCard) -> None:
             check_dataset(asked, dataset.classes, held_out="validation" in form.files)
@@ -211,8 +215,9 @@ async def finetune(request: Request, response: Response) -> JobView | Response:
         )
     job = await asyncio.to_thread(
         gateway.jobs.create,
-        model=fields.model, base=base, spec=asked.described(), dataset=dataset, label=fields.label,
-        resolved_spec=None if asked.auto else pinned(asked.fixed, base), priority=fields.priority,
+        tenant=tenant, model=stored(request, fields.model), base=base, spec=asked.described(), dataset=dataset,
+        label=fields.label, priority=fields.priority,
+        resolved_spec=None if asked.auto else pinned(asked.fixed, public_name(base)),
     )  # fmt: skip
     log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
     response.headers["Location"] = f"/finetune/{job.id}"
@@ -229,7 +234,9 @@ def list_jobs(
 ) -> JobList:
     """Jobs, newest first."""
     gateway = gateway_of(request)
-    page, has_more = gateway.jobs.page(after=after, limit=limit, model=model, status=status)
+    page, has_more = gateway.jobs.page(
+        after=after, limit=limit, tenant=tenant_of(request), model=model and stored(request, model), status=status
+    )
     return JobList(data=_views(gateway, page), has_more=has_more)
 
 
@@ -237,7 +244,7 @@ def list_jobs(
 async def get_job(request: Request, id: JobId) -> JobView:
     """A job with its status, its progress, and its version or error."""
     gateway = gateway_of(request)
-    job = await asyncio.to_thread(gateway.jobs.get, id)
+    job = await asyncio.to_thread(gateway.jobs.get, id, tenant=tenant_of(request))
     if job.version is not None and not gateway.router.knows(job.model, job.version):
         await gateway.router.refresh()  # the client may ask for this version next
     return await asyncio.to_thread(_view, gateway, job)
@@ -247,7 +254,7 @@ async def get_job(request: Request, id: JobId) -> JobView:
 def cancel_job(request: Request, id: JobId) -> JobView:
     """Cancel a job that is queued or paused at once, or a running one within a second."""
     gateway = gateway_of(request)
-    return _view(gateway, gateway.jobs.cancel(id))
+    return _view(gateway, gateway.jobs.cancel(id, tenant_of(request)))
 
 
 @router.post("/finetune/{id}/pause", responses=errors(404, 409, 422, 503))
@@ -257,14 +264,14 @@ def pause_job(request: Request, id: JobId) -> JobView:
     A job that is trained already is published instead.
     """
     gateway = gateway_of(request)
-    return _view(gateway, gateway.jobs.pause(id))
+    return _view(gateway, gateway.jobs.pause(id, tenant_of(request)))
 
 
 @router.post("/finetune/{id}/resume", responses=errors(404, 409, 422, 503))
 def resume_job(request: Request, id: JobId) -> JobView:
     """Queue a paused job again. It goes on from where it was."""
     gateway = gateway_of(request)
-    return _view(gateway, gateway.jobs.resume(id))
+    return _view(gateway, gateway.jobs.resume(id, tenant_of(request)))
 
 
 def _view(gateway: Gateway, job: Job) -> JobView:
@@ -296,8 +303,8 @@ def _dry_run(gateway: Gateway, model: str, base: str, asked: Asked, dataset: Dat
         spec["search"]["folds"] = min(spec["search"]["folds"] or default_folds(dataset.images), fewest)
     found = gateway.estimates.of(asked, dataset, peak_of)
     return DryRun(
-        model=model, base=base, dataset=dataset.dump(), spec=spec,
-        resolved_spec=None if asked.auto else pinned(asked.fixed, base), warnings=warnings,
+        model=model, base=public_name(base), dataset=dataset.dump(), spec=spec,
+        resolved_spec=None if asked.auto else pinned(asked.fixed, public_name(base)), warnings=warnings,
         estimate=Estimated(
             seconds=round(found.seconds, 1), seconds_within=found.within, memory_bytes=found.memory_bytes,
             jobs=found.jobs,
@@ -305,16 +312,24 @@ def _dry_run(gateway: Gateway, model: str, base: str, asked: Asked, dataset: Dat
     )  # fmt: skip
 
 
-def _resolve_base(gateway: Gateway, spec: Spec) -> str:
-    """The live version that training starts from, as `name:version`."""
+def _check_quota(gateway: Gateway, tenant: str) -> None:
+    """Refuse an upload, before it is read, of a tenant that has as many unfinished jobs as it may have."""
+    most = gateway.settings.max_jobs
+    if most and gateway.jobs.unfinished(tenant) >= most:
+        text = f"{most} fine-tune{'s are' if most > 1 else ' is'} unfinished; wait for one, or cancel it"
+        raise TooMany(text, retry_after_s=QUOTA_RETRY_S)
+
+
+def _resolve_base(gateway: Gateway, tenant: str, spec: Spec) -> str:
+    """The live version that training starts from, as `name:version` with the stored name."""
     name, _, number = spec.base.partition(":")
     if spec.base == BASE and not gateway.registry.has_live(BASE):
         return f"{BASE}:1"  # the worker publishes it before it claims a job
     try:
-        found = gateway.registry.find(name, int(number) if number else None)
+        found = gateway.registry.find(stored_name(tenant, name), int(number) if number else None)
     except UnknownModel as exc:
         raise refused("base", exc.message) from exc
     has = found.manifest.adapter_bottleneck
     if spec.adapter and has not in (0, spec.adapter.bottleneck):
         raise refused("adapter.bottleneck", f"must be {has}, as in {name}:{found.version}")
-    return f"{name}:{found.version}"
+    return f"{found.model}:{found.version}"

@@ -9,13 +9,15 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.gateway import Gateway, gateway_of
+from api.gateway import Gateway, gateway_of, stored, tenant_of
 from api.http.openapi import After, Limit, Name, Number, errors
+from api.http.pages import SELF_CONTAINED
 from api.inference.server_pool import PooledServer
 from serving.publishing import Probe, check_files, prove
-from serving.registry import LABEL, Label, Route, Version
+from serving.registry import BASE, LABEL, Label, Route, Version, is_visible
 from store.disk import is_full
-from store.errors import NotFound, PublishFailed, TemperError, WrongState
+from store.errors import Forbidden, NotFound, PublishFailed, TemperError, WrongState
+from store.records import DEFAULT_TENANT, public_name
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["models"])
@@ -144,7 +146,8 @@ class ModelView(BaseModel):
 @router.get("/models", responses=errors(422, 503))
 def list_models(request: Request, after: After = None, limit: Limit = 20) -> ModelList:
     """List the models that can answer predictions, by name."""
-    found = sorted(gateway_of(request).registry.routes().items())
+    tenant, routes = tenant_of(request), gateway_of(request).registry.routes()
+    found = sorted((public_name(model), route) for model, route in routes.items() if is_visible(tenant, model))
     later = [(name, route) for name, route in found if after is None or name > after]
     page = [ModelSummary.of(name, route) for name, route in later[:limit]]
     return ModelList(data=page, has_more=len(later) > limit)
@@ -153,35 +156,35 @@ def list_models(request: Request, after: After = None, limit: Limit = 20) -> Mod
 @router.get("/models/{model}", responses=errors(404, 422, 503))
 def get_model(request: Request, model: Name) -> ModelView:
     """A model with all its live versions and their report cards."""
-    registry = gateway_of(request).registry
-    versions = [VersionView.of(version) for version in registry.of_model(model)]
-    return ModelView.of(model, registry.labels(model), versions)
+    registry, name = gateway_of(request).registry, stored(request, model)
+    versions = [VersionView.of(version) for version in registry.of_model(name)]
+    return ModelView.of(model, registry.labels(name), versions)
 
 
 @router.delete("/models/{model}", responses=errors(404, 409, 422, 503, 507))
 async def delete_model(request: Request, model: Name) -> Deleted:
     """Delete a model with all its versions and labels. Version numbers are never reused."""
-    return await _delete(gateway_of(request), model, None)
+    return await _delete(gateway_of(request), stored(request, model), None)
 
 
 @router.get("/models/{model}/versions/{version}", responses=errors(404, 422, 503))
 def get_version(request: Request, model: Name, version: Number) -> VersionView:
     """One live version with its report card."""
-    return VersionView.of(gateway_of(request).registry.find(model, version))
+    return VersionView.of(gateway_of(request).registry.find(stored(request, model), version))
 
 
 @router.delete("/models/{model}/versions/{version}", responses=errors(404, 409, 422, 503, 507))
 async def delete_version(request: Request, model: Name, version: Number) -> Deleted:
     """Delete a version that has no label."""
-    return await _delete(gateway_of(request), model, version)
+    return await _delete(gateway_of(request), stored(request, model), version)
 
 
 @router.post("/models/{model}/versions/{version}/verify", responses=errors(404, 422, 503))
 async def verify(request: Request, model: Name, version: Number) -> Verification:
     """Check the files of a version, and that every model server still answers as the trainer did."""
-    gateway = gateway_of(request)
-    await asyncio.to_thread(gateway.registry.find, model, version)
-    found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, model, version)
+    gateway, name = gateway_of(request), stored(request, model)
+    await asyncio.to_thread(gateway.registry.find, name, version)
+    found = await asyncio.to_thread(_verify, gateway, gateway.pool.all, name, version)
     return Verification(model=model, version=version, proven=not any(found.values()), failures=found)
 
 
@@ -191,10 +194,10 @@ async def put_label(request: Request, model: Name, label: LabelName, move: Label
 
     Requests that name neither version nor label follow `stable`, except for the shares (`weight`) of other labels.
     """
-    gateway = gateway_of(request)
-    await asyncio.to_thread(_check_labelled, gateway, model, move.version)
-    moved = await asyncio.to_thread(gateway.registry.put_label, model, label, move.version, move.weight)
-    log.info("%s: label %s stands for %d, weight %g", model, label, moved.version, moved.weight)
+    gateway, name = gateway_of(request), _own(request, model)
+    await asyncio.to_thread(_check_labelled, gateway, name, move.version)
+    moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
+    log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
     await gateway.router.refresh()
     return LabelView.of(model, label, moved)
 
@@ -202,9 +205,9 @@ async def put_label(request: Request, model: Name, label: LabelName, move: Label
 @router.delete("/models/{model}/labels/{label}", responses=errors(404, 409, 422, 503, 507))
 async def delete_label(request: Request, model: Name, label: LabelName) -> Deleted:
     """Delete a label; its version stays."""
-    gateway = gateway_of(request)
-    await asyncio.to_thread(gateway.registry.drop_label, model, label)
-    log.info("%s: label %s removed", model, label)
+    gateway, name = gateway_of(request), _own(request, model)
+    await asyncio.to_thread(gateway.registry.drop_label, name, label)
+    log.info("%s: label %s removed", name, label)
     await gateway.router.refresh()
     return Deleted(model=model, label=label)
 
@@ -217,8 +220,9 @@ def get_report(request: Request, model: Name, version: Number) -> HTMLResponse:
     """The report card as a self-contained HTML page with plots."""
     from api.report.page import report_page  # takes a megabyte: load it on first use
 
-    found = gateway_of(request).registry.find(model, version)
-    return HTMLResponse(report_page(model, version, found.report, found.manifest))
+    found = gateway_of(request).registry.find(stored(request, model), version)
+    page = report_page(model, version, found.report, found.manifest)
+    return HTMLResponse(page, headers={"Content-Security-Policy": SELF_CONTAINED})
 
 
 @router.get(
@@ -227,12 +231,19 @@ def get_report(request: Request, model: Name, version: Number) -> HTMLResponse:
 )  # fmt: skip
 def get_delta(request: Request, model: Name, version: Number) -> FileResponse:
     """What the fine-tune changed: an `.npz` that `python -m trainer.delta` applies to the base."""
-    gateway = gateway_of(request)
-    gateway.registry.find(model, version)
-    path = gateway.settings.version(model, version) / "assets.extra" / "delta.npz"
+    gateway, name = gateway_of(request), stored(request, model)
+    gateway.registry.find(name, version)
+    path = gateway.settings.version(name, version) / "assets.extra" / "delta.npz"
     if not path.is_file():
         raise NotFound(f"{model}:{version} has no delta: it is a pretrained model", param="version")
     return FileResponse(path, filename=f"{model}-{version}.delta.npz", media_type="application/octet-stream")
+
+
+def _own(request: Request, model: str) -> str:
+    """The stored name of a model whose labels the request may change: the base model's are everyone's."""
+    if model == BASE and tenant_of(request) != DEFAULT_TENANT:
+        raise Forbidden(f"{BASE!r} is shared by all tenants; only the tenant {DEFAULT_TENANT!r} may change its labels")
+    return stored(request, model)
 
 
 async def _delete(gateway: Gateway, model: str, version: int | None) -> Deleted:
@@ -254,7 +265,7 @@ async def _delete(gateway: Gateway, model: str, version: int | None) -> Deleted:
     log.info("%s: versions %s removed", model, versions)
     await gateway.align()
     await asyncio.to_thread(gateway.reserve.keep)
-    return Deleted(model=model, versions=versions)
+    return Deleted(model=public_name(model), versions=versions)
 
 
 def _check_labelled(gateway: Gateway, model: str, version: int) -> None:
@@ -263,7 +274,8 @@ def _check_labelled(gateway: Gateway, model: str, version: int) -> None:
     try:
         check_files(gateway.settings.version(model, version))
     except PublishFailed as exc:
-        text = f"{model}:{version} cannot be labelled: {exc.message}; delete the version or restore its files"
+        which = f"{public_name(model)}:{version}"
+        text = f"{which} cannot be labelled: {exc.message}; delete the version or restore its files"
         raise WrongState(text, param="version") from exc
 
 

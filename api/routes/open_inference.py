@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from api import __version__
-from api.gateway import gateway_of
+from api.gateway import gateway_of, stored
 from api.http.errors import invalid_request
 from api.http.fast_path import Json
 from api.http.openapi import NAME, PLAIN_ERRORS, VERSION, Name, Number, add_fast_routes
@@ -198,15 +198,15 @@ def _images(data: Any, shape: list[int], datatype: str, most: int) -> np.ndarray
 
 
 async def _metadata(request: Request, name: str, version: int | None) -> dict[str, Any]:
-    router = gateway_of(request).router
-    target = await router.resolve(name, version, None)
+    router, model = gateway_of(request).router, stored(request, name)
+    target = await router.resolve(model, version, None)
     shape, classes = [-1, len(target.classes)], {"classes": list(target.classes)}
     outputs = [
         {"name": output, "datatype": "FP32", "shape": shape, "parameters": classes}
         for output in ("logits", "probabilities")
     ]
     return {
-        "name": name, "versions": [str(number) for number in reversed(router.versions(name))],
+        "name": name, "versions": [str(number) for number in reversed(router.versions(model))],
         "platform": "tensorflow_savedmodel",
         "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, *target.input.shape]}], "outputs": outputs,
     }  # fmt: skip
@@ -214,6 +214,6 @@ async def _metadata(request: Request, name: str, version: int | None) -> dict[st
 
 async def _ready(request: Request, name: str, version: int | None) -> JSONResponse:
     gateway = gateway_of(request)
-    await gateway.router.resolve(name, version, None)
+    await gateway.router.resolve(stored(request, name), version, None)
     up = bool(gateway.pool.up)
     return JSONResponse({"name": name, "ready": up}, 200 if up else 503)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 
-from api.gateway import gateway_of
+from api.gateway import gateway_of, stored, tenant_of
 from api.http.fast_path import FastRoute, Json
 from api.http.openapi import Instance, errors, whole
 from api.http.tracing import answered_by
@@ -102,10 +102,11 @@ async def ask(
     scope = request.scope
     headers = dict(scope["headers"])
     return await gateway_of(request).inference.predict(
-        images, model, version, label,
+        images, stored(request, model), version, label,
+        tenant=tenant_of(request),
         sticky_key=headers.get(b"x-sticky-key"),
         timeout_s=_timeout(headers.get(b"x-request-timeout")),
-        on_resolved=lambda target: answered_by(scope, target.model, target.version),
+        on_resolved=lambda target: answered_by(scope, *target.servable),
     )  # fmt: skip
 
 

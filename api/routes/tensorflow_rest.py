@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from api.gateway import gateway_of
+from api.gateway import gateway_of, stored
 from api.http.fast_path import Json
 from api.http.openapi import LABEL, NAME, PLAIN_ERRORS, VERSION, Instance, Name, Number, add_fast_routes
 from api.inference.json_body import as_images, images_of, is_array, is_object, one_by_one, parse, plain
@@ -92,7 +92,7 @@ async def status_of_version(request: Request, name: Name, version: Number) -> JS
 @router.get("/v1/models/{name}/labels/{label}")
 async def status_of_label(request: Request, name: Name, label: Labelled) -> JSONResponse:
     """The state of the version that a label points to."""
-    return _status([(await gateway_of(request).router.resolve(name, None, label)).version])
+    return _status([(await gateway_of(request).router.resolve(stored(request, name), None, label)).version])
 
 
 @router.get("/v1/models/{name}/metadata")
@@ -150,7 +150,7 @@ def _named(instance: Any) -> Any:
 
 
 def _versions(request: Request, name: str) -> list[int]:
-    versions = gateway_of(request).router.versions(name)
+    versions = gateway_of(request).router.versions(stored(request, name))
     if not versions:
         raise UnknownModel(f"Could not find any versions of model {name}")
     return versions
@@ -163,7 +163,7 @@ def _status(versions: list[int]) -> JSONResponse:
 
 
 async def _metadata(request: Request, name: str, version: int | None, label: str | None) -> JSONResponse:
-    target = await gateway_of(request).router.resolve(name, version, label)
+    target = await gateway_of(request).router.resolve(stored(request, name), version, label)
     outputs = {output: _tensor("DT_FLOAT", -1, len(target.classes)) for output in ("logits", "probabilities")}
     floats, whole_bytes = _tensor("DT_FLOAT", -1, *target.input.shape), _tensor("DT_UINT8", -1, target.input.pixels)
     signatures = {

@@ -244,6 +244,43 @@ def test_when_too_many_wait_more_are_refused_but_not_those_for_another_version()
     with_servers(1, test)
 
 
+def test_a_tenants_crowd_leaves_others_their_share_of_what_may_wait() -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        many = np.zeros((MAX_BATCH, 28, 28, 1), np.float32)
+
+        def ask(number: int, tenant: str) -> "asyncio.Task[Any]":
+            return asyncio.create_task(batcher.predict(Servable(f"m{number}", 1), many, 20, tenant))
+
+        crowd = [ask(number % 8, "a") for number in range(CALLS + MAX_WAITING // MAX_BATCH)]
+        await until(lambda: len(server.calls) == CALLS)
+        others = [ask(number, "b") for number in range(4)]  # also for the same models
+        with pytest.raises(Overloaded):
+            await ask(1, "a")
+        assert not any(other.done() for other in others)
+        server.gate.set()
+        await asyncio.gather(*others, *crowd)
+
+    with_servers(1, test)
+
+
+def test_tenants_take_turns_however_many_models_one_asks() -> None:
+    async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
+        (server,) = servers
+        crowd = [
+            asyncio.create_task(batcher.predict(Servable(f"m{number}", 1), image(1), 20, "a")) for number in range(100)
+        ]
+        await until(lambda: len(server.calls) == CALLS)
+        other = asyncio.create_task(batcher.predict(Servable("other", 1), image(1), 20, "b"))
+        await asyncio.sleep(0)
+        server.gate.set()
+        await other
+        assert [model for model, *_ in server.calls].index("other") <= CALLS + 1  # not behind the 96 that came before
+        await asyncio.gather(*crowd)
+
+    with_servers(1, test)
+
+
 def test_calls_go_to_the_server_with_the_least_in_flight() -> None:
     async def test(servers: list[Held], _: ServerPool, batcher: MicroBatcher) -> None:
         asked = [asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20)) for _ in range(2)]

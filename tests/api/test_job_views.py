@@ -12,8 +12,8 @@ from trainer.jobs.records import Job
 from trainer.spec import described
 
 JOB = Job(
-    id="ftjob-1", model="m", version=None, preview_version=None, label="stable", base="lenet5:1", status="running",
-    stage="training", progress=Progress(), created_at=0.0, started_at=0.0, finished_at=None,
+    id="ftjob-1", tenant="default", model="m", version=None, preview_version=None, label="stable", base="lenet5:1",
+    status="running", stage="training", progress=Progress(), created_at=0.0, started_at=0.0, finished_at=None,
     spec=described(parse_spec("{}")), resolved_spec=None, dataset=DatasetCard(), error=None, report_status="none",
     worker="w", attempts=1, cancel_requested=False, pause_requested=False,
 )  # fmt: skip

@@ -150,7 +150,8 @@ def test_every_temper_command_and_option_exists() -> None:
         if match := re.match(r"(?:\.venv/bin/)?temper ([a-z]+)\b(.*)", line):
             command = temper.commands.get(match[1])
             assert command, line
-            options = {name for parameter in command.params for name in parameter.opts}
+            parts = (command, *getattr(command, "commands", {}).values())  # a group has commands of its own
+            options = {name for part in parts for parameter in part.params for name in parameter.opts}
             assert set(re.findall(r"(?<= )--[a-z0-9-]+", match[2])) - options - {"--help"} == set(), line
             named.add(match[1])
     assert named == set(temper.commands)

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 import tensorflow as tf
 
+from serving.registry import stored_name
 from store.errors import Diverged
 from store.records import Manifest, ReportCard
 from tests.conftest import Place, eventually
@@ -131,3 +132,17 @@ def test_a_worker_does_not_grow_over_200_jobs(place: Place) -> None:
         shutil.rmtree(directory)
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
     assert max(memory[-20:]) - max(memory[:50]) < 10  # MiB
+
+
+def test_a_tenants_model_is_published_under_its_stored_name_and_shows_its_own(place: Place) -> None:
+    spec = {"epochs": 1, "method": "head"}
+    name = stored_name("acme", "m")
+    place.run(place.claimed(spec, model=name))
+    job = place.run(place.claimed(spec | {"base": "m"}, base=f"{name}:1", model=name))
+    assert (job.status, job.version, job.model) == ("succeeded", 2, "acme~m")
+    assert (place.settings.models / "acme~m" / "2" / "saved_model.pb").is_file()
+    manifest = place.registry.find(name).manifest
+    assert (manifest.base, (manifest.resolved_spec or {})["base"]) == ("m:1", "m:1")
+    assert "acme" not in (place.settings.version(name, 2) / "assets.extra" / "manifest.json").read_text()
+    answer = place.servers[0].predict(name, 2, np.zeros((1, 784), np.uint8))
+    assert answer.version == 2

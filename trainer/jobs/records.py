@@ -31,7 +31,7 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import UnknownJob, WrongState
-from store.records import DEFAULT_TENANT, DatasetCard, Progress
+from store.records import DEFAULT_TENANT, DatasetCard, Progress, public_name
 from store.webhooks import WebhookType, enqueue
 from trainer.jobs.events import Event, EventType, events, insert, progress_of
 
@@ -56,6 +56,7 @@ jobs = sa.Table(
     "jobs",
     metadata,
     sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant", sa.String, nullable=False, index=True, server_default=DEFAULT_TENANT),
     sa.Column("model", sa.String, nullable=False),
     sa.Column("version", sa.Integer),
     sa.Column("preview_version", sa.Integer),
@@ -94,11 +95,12 @@ class Job:
     """A fine-tune as it stands. Times are Unix seconds."""
 
     id: str
-    model: str
+    tenant: str
+    model: str  # its stored name
     version: int | None  # of the model, once it is live
     preview_version: int | None  # live while the job searches
     label: str  # moves to that version
-    base: str  # name:version
+    base: str  # stored name:version
     status: Status
     stage: (
         str | None
@@ -146,22 +148,25 @@ class Jobs:
 
     def create(
         self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable",
-        resolved_spec: Mapping[str, Any] | None = None, priority: int = 0,
+        resolved_spec: Mapping[str, Any] | None = None, priority: int = 0, tenant: str = DEFAULT_TENANT,
     ) -> Job:  # fmt: skip
         """Queue a job. Ids sort by creation time.
 
         Args:
+            model: the stored name of the model that gets a version.
+            base: the stored name and the version of what it starts from.
             resolved_spec: the spec if there is nothing to search.
             priority: from -MAX_PRIORITY to MAX_PRIORITY; the highest first.
         """
         with self._engine.begin() as connection:
             created_at = connection.execute(sa.select(now())).scalar_one()
             job = Job(
-                id=f"ftjob-{int(created_at * 1000):011x}{secrets.token_hex(5)}", model=model, version=None, label=label,
-                base=base, status="queued", stage=None, progress=Progress(), created_at=created_at, started_at=None,
-                finished_at=None, spec=dict(spec), resolved_spec=dict(resolved_spec) if resolved_spec else None,
-                dataset=dataset, error=None, report_status="none", worker=None, attempts=0, cancel_requested=False,
-                pause_requested=False, preview_version=None, priority=priority,
+                id=f"ftjob-{int(created_at * 1000):011x}{secrets.token_hex(5)}", tenant=tenant, model=model,
+                version=None, label=label, base=base, status="queued", stage=None, progress=Progress(),
+                created_at=created_at, started_at=None, finished_at=None, spec=dict(spec),
+                resolved_spec=dict(resolved_spec) if resolved_spec else None, dataset=dataset, error=None,
+                report_status="none", worker=None, attempts=0, cancel_requested=False, pause_requested=False,
+                preview_version=None, priority=priority,
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
@@ -169,36 +174,41 @@ class Jobs:
             _announce(connection, "fine_tuning.job.created", row)
         return job
 
-    def get(self, job_id: str, param: str = "id") -> Job:
+    def get(self, job_id: str, param: str = "id", tenant: str | None = None) -> Job:
         """Return a job.
 
+        Args:
+            tenant: whose job it has to be, for whoever asks on behalf of one.
+
         Raises:
-            UnknownJob: no job has this id.
+            UnknownJob: no job has this id, or it is another tenant's.
         """
         with self._engine.connect() as connection:
-            found = _read(connection, sa.select(*_COLUMNS).where(jobs.c.id == job_id))
+            found = _read(connection, sa.select(*_COLUMNS).where((jobs.c.id == job_id) & _of(tenant)))
         if not found:
             raise UnknownJob(f"there is no job {job_id!r}", param=param)
         return found[0]
 
     def page(
-        self, *, after: str | None, limit: int, model: str | None = None, status: Status | None = None
+        self, *, after: str | None, limit: int, tenant: str | None = None, model: str | None = None,
+        status: Status | None = None,
     ) -> tuple[list[Job], bool]:  # fmt: skip
         """Return up to `limit` jobs, newest first, that come after the job `after`; and whether there are more.
 
         Args:
+            tenant: whose jobs; everyone's without one.
             model: return only the jobs of this model.
             status: return only the jobs that have it.
 
         Raises:
-            UnknownJob: no job has the id `after`.
+            UnknownJob: no such job has the id `after`.
         """
-        query = sa.select(*_COLUMNS).order_by(jobs.c.id.desc()).limit(limit + 1)
+        query = sa.select(*_COLUMNS).where(_of(tenant)).order_by(jobs.c.id.desc()).limit(limit + 1)
         for column, wanted in ((jobs.c.model, model), (jobs.c.status, status)):
             if wanted is not None:
                 query = query.where(column == wanted)
         if after is not None:
-            query = query.where(jobs.c.id < self.get(after, "after").id)
+            query = query.where(jobs.c.id < self.get(after, "after", tenant).id)
         with self._engine.connect() as connection:
             found = _read(connection, query)
         return found[:limit], len(found) > limit
@@ -210,59 +220,68 @@ class Jobs:
         with self._engine.connect() as connection:
             return [Event(**row) for row in connection.execute(query).mappings()]
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str, tenant: str | None = None) -> Job:
         """Cancel a job that waits now, or a running one within a second.
 
+        Args:
+            tenant: whose job it has to be.
+
         Raises:
-            UnknownJob: no job has this id.
+            UnknownJob: no job has this id, or it is another tenant's.
             WrongState: it has finished.
         """
-        of_job = jobs.c.id == job_id
+        of_job = (jobs.c.id == job_id) & _of(tenant)
         with self._engine.begin() as connection:
             connection.execute(sa.select(jobs.c.id).where(of_job).with_for_update())  # its status stays what it is
             changed = _write(
                 connection, of_job & jobs.c.status.in_(("queued", "paused")), [_status("cancelled")],
                 status="cancelled", finished_at=now(),
             ) or _write(connection, of_job & (jobs.c.status == "running"), (), cancel_requested=True)  # fmt: skip
-        job = self.get(job_id)
+        job = self.get(job_id, tenant=tenant)
         if not changed:
             raise WrongState(f"job {job_id} has already {_ENDED[job.status]}", param="id")
         return job
 
-    def pause(self, job_id: str) -> Job:
+    def pause(self, job_id: str, tenant: str | None = None) -> Job:
         """Pause a queued job now, or a running one at its next epoch. One that is trained already is not held up.
 
+        Args:
+            tenant: whose job it has to be.
+
         Raises:
-            UnknownJob: no job has this id.
+            UnknownJob: no job has this id, or it is another tenant's.
             WrongState: it is paused, is being cancelled or has finished.
         """
-        of_job = (jobs.c.id == job_id) & ~jobs.c.cancel_requested
+        of_job = (jobs.c.id == job_id) & _of(tenant) & ~jobs.c.cancel_requested
         with self._engine.begin() as connection:
             changed = _write(
                 connection, of_job & (jobs.c.status == "queued"), [_status("paused")], status="paused"
             ) or _write(connection, of_job & (jobs.c.status == "running"), (), pause_requested=True)  # fmt: skip
-        job = self.get(job_id)
+        job = self.get(job_id, tenant=tenant)
         if not changed:
             stands = "is being cancelled" if job.cancel_requested else f"is {job.status} already"
             stands = f"has already {_ENDED[job.status]}" if job.status in FINISHED else stands
             raise WrongState(f"job {job_id} {stands}", param="id")
         return job
 
-    def resume(self, job_id: str) -> Job:
+    def resume(self, job_id: str, tenant: str | None = None) -> Job:
         """Queue a paused job again, or take back the request to pause a running one.
 
+        Args:
+            tenant: whose job it has to be.
+
         Raises:
-            UnknownJob: no job has this id.
+            UnknownJob: no job has this id, or it is another tenant's.
             WrongState: it is not paused.
         """
-        of_job = jobs.c.id == job_id
+        of_job = (jobs.c.id == job_id) & _of(tenant)
         with self._engine.begin() as connection:
             changed = _write(
                 connection, of_job & (jobs.c.status == "paused"), [_status("queued")], **_QUEUED
             ) or _write(
                 connection, of_job & (jobs.c.status == "running") & jobs.c.pause_requested, (), pause_requested=False
             )  # fmt: skip
-        job = self.get(job_id)
+        job = self.get(job_id, tenant=tenant)
         if not changed:
             raise WrongState(f"job {job_id} is not paused; its status is {job.status!r}", param="id")
         return job
@@ -425,6 +444,12 @@ class Jobs:
         with self._engine.connect() as connection:
             return set(connection.execute(sa.select(jobs.c.id).where(jobs.c.status.not_in(FINISHED))).scalars())
 
+    def unfinished(self, tenant: str) -> int:
+        """Return how many jobs of a tenant are queued or running."""
+        query = sa.select(sa.func.count()).where(_of(tenant), jobs.c.status.not_in(FINISHED))
+        with self._engine.connect() as connection:
+            return connection.execute(query).scalar_one()
+
     def open_bases(self) -> set[str]:
         """Return the versions, `name:version`, that unfinished jobs start from."""
         with self._engine.connect() as connection:
@@ -501,6 +526,11 @@ def _put_back(connection: sa.Connection, where: sa.ColumnElement[bool], **values
     _write(connection, where, [_status("queued")], **_QUEUED, **values)
 
 
+def _of(tenant: str | None) -> sa.ColumnElement[bool]:
+    """The rows of a tenant, or all."""
+    return sa.true() if tenant is None else jobs.c.tenant == tenant
+
+
 def _leased(job: Job) -> sa.ColumnElement[bool]:
     """The row of a job, as long as the claim that `job` came from holds."""
     return (jobs.c.id == job.id) & (jobs.c.lease == job.lease) & (jobs.c.status == job.status)
@@ -534,7 +564,8 @@ def _told_of(values: Mapping[str, Any]) -> WebhookType | None:
 
 
 def _announce(connection: sa.Connection, type: WebhookType, row: Mapping[str, Any]) -> None:
-    enqueue(connection, type, {name: row[name] for name in ANNOUNCED}, row.get("tenant", DEFAULT_TENANT))
+    data = {name: row[name] for name in ANNOUNCED} | {"model": public_name(row["model"])}
+    enqueue(connection, type, data, row["tenant"])
 
 
 def _read(connection: sa.Connection, query: sa.Select[Any]) -> list[Job]:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from serving.registry import BASE, Registry
 from store.errors import UnknownModel
-from store.records import ReportCard
+from store.records import ReportCard, public_name
 from store.settings import Settings
 from trainer import report
 from trainer.export import load_params
@@ -85,7 +85,7 @@ def _forgetting(
         except FileNotFoundError:
             return None
         train, validation = data.split(spec)
-        source = f"{'validation' if validation else 'training'} images of {base}"
+        source = f"{'validation' if validation else 'training'} images of {public_name(base)}"
         sample = validation or train
         sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
     before = load_params(settings.version(version.model, version.version))

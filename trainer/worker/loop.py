@@ -135,7 +135,8 @@ class Worker:
             tf.config.experimental.set_memory_growth(gpu, True)
             tf.config.experimental.enable_op_determinism()  # the same seed gives the same weights
         with ExitStack() as stack:
-            servers = [stack.enter_context(ModelServer(target)) for target in self.settings.server_addresses]
+            ca = self.settings.model_server_ca
+            servers = [stack.enter_context(ModelServer(target, ca)) for target in self.settings.server_addresses]
             while True:
                 try:
                     publish_base(self.settings, self.registry, servers)

@@ -23,7 +23,7 @@ from serving.registry import STABLE, Fence, Registry
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.files import make_directory
-from store.records import Manifest, ReportCard
+from store.records import Manifest, ReportCard, public_name
 from store.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.asked import Asked
@@ -105,7 +105,7 @@ class Run:
 
     def resolved(self, spec: Spec) -> None:
         """Note what the search has chosen, unless that is noted, by an earlier attempt perhaps."""
-        chosen = pinned(spec, self.job.base)
+        chosen = pinned(spec, public_name(self.job.base))
         if chosen != self.chosen:
             self.patiently(lambda: self.jobs.resolve(self.job, chosen))
             self.chosen = chosen
@@ -270,11 +270,11 @@ class _Maker:
         preview: bool = False,
     ) -> Manifest:  # fmt: skip
         """Write everything that is published to the staging directory."""
-        job, data, staged = self.run.job, self.data, self.staged
+        job, data, staged, base = self.run.job, self.data, self.staged, public_name(self.run.job.base)
         watched(functools.partial(prepare, fitted.params, invert=data.invert), self.run.go_on)
         manifest = Manifest(
-            classes=data.classes, polarity=data.polarity, base=job.base, base_sha256=digest(self.problem.base),
-            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, job.base),
+            classes=data.classes, polarity=data.polarity, base=base, base_sha256=digest(self.problem.base),
+            sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, base),
             dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params), preview=preview,
         )  # fmt: skip
         export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())

@@ -1,0 +1,194 @@
+"""`python -m load.bench_keys`: what API keys cost, and what one tenant's flood does to another.
+
+Two gateways share a store and a model server, one with keys on and one with keys off, and take turns. `wrk` runs on the
+same cores.
+"""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+from starlette.types import Receive, Scope, Send
+
+from api.http.keys import Guard, KeyRing
+from load.bench_predict import (
+    IMAGES,
+    LUA,
+    WARM_S,
+    Figures,
+    Side,
+    bodies,
+    figures,
+    middle,
+    total,
+    write,
+)
+from load.bench_served import digits, show
+from load.rivals.servers import Server, running, temper
+from serving.registry import BASE
+from store.engine import connect
+from store.keys import Keys
+from store.processes import end_with_parent, free_port
+from store.settings import Settings
+
+CALLS, REPEATS = 20_000, 7
+CONNECTIONS = (1, 16)
+FLOOD, PAUSE_MS, QUIET = 32, 10, 4  # connections of the flood; of the quiet tenant, and its pause between requests
+RATE = 200  # requests a second of the flooding tenant's key, where it has a rate
+
+
+@click.command()
+@click.option("--rounds", default=5, help="Rounds, in each of which every side has a turn.", show_default=True)
+@click.option("--seconds", default=4, help="Duration of one measurement.", show_default=True)
+def main(rounds: int, seconds: int) -> None:
+    """Measure keys on beside keys off, and a quiet tenant beside a flooding one."""
+    if not shutil.which("wrk"):
+        raise click.ClickException("wrk is missing: apt-get install wrk")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # cleans up on the way out
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        (folder / "wrk.lua").write_text(LUA)
+        (folder / "paced.lua").write_text(f"{LUA}\nfunction delay() return {PAUSE_MS} end\n")
+        images, _ = digits(IMAGES, seed=0)
+        for form in ("json", "bytes"):
+            write(folder / form, bodies(images)[form])
+        keys = Keys(connect(f"sqlite:///{folder / 'guard.db'}"))
+        rows = [[name, f"{cost:.2f} us", goal] for name, cost, goal in layer(keys)]
+        show("cost of the layer in a request, without a network", ["", "time", "goal"], rows)
+        off = stack.enter_context(temper("off", folder / "home"))
+        on = stack.enter_context(guarded(folder))
+        keys = Keys(connect(f"sqlite:///{folder / 'home' / 'temper.db'}"))
+        failed = beside_each_other(on, off, keys, folder, rounds, seconds)
+        failed += flooded(on, keys, folder, rounds, seconds)
+    if failed:
+        sys.exit(f"{failed:,} requests failed")
+
+
+@contextlib.contextmanager
+def guarded(folder: Path) -> Any:
+    """A second gateway on the same home and model server, with keys on."""
+    home, port = folder / "home", free_port()
+    environment = {
+        "TEMPER_HOME": str(home), "TEMPER_PORT": str(port), "TEMPER_KEYS": "required",
+        "TEMPER_MODEL_SERVER": f"unix:{home / 'run' / 'model_server.sock'}",
+    }  # fmt: skip
+    with running("on", folder, [sys.executable, "-m", "api"], port, environment) as server:
+        server.wait(lambda: server.get("/readyz").is_success)
+        yield server
+
+
+def layer(keys: Keys) -> list[tuple[str, float, str]]:
+    """Microseconds that the layer adds to a call of an application that does nothing."""
+
+    async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
+        pass
+
+    async def measured() -> list[tuple[str, float, str]]:
+        tokens = [keys.create(f"key {number}", rate=1e8 if number else None)[1] for number in range(100)]
+        settings = Settings(keys="required")
+        ring = KeyRing(keys, settings)
+        await ring.refresh()
+        guard, found = Guard(nothing, settings), []
+        bare = await _microseconds(nothing, ring, "")
+        for name, token, goal in (("a key", tokens[0], "<= 5 us"), ("a key that has a rate", tokens[1], "<= 5 us")):
+            found.append((name, await _microseconds(guard, ring, token) - bare, goal))
+        ring.required = False
+        found.append(("keys off", await _microseconds(guard, ring, "") - bare, ""))
+        return found
+
+    return asyncio.run(measured())
+
+
+async def _microseconds(app: Any, ring: KeyRing, token: str) -> float:
+    """The least time of a call, in repeated measurements."""
+    headers = [
+        (b"host", b"127.0.0.1:8080"), (b"user-agent", b"python-httpx/0.28.1"), (b"accept", b"*/*"),
+        (b"accept-encoding", b"gzip, deflate"), (b"connection", b"keep-alive"),
+        (b"content-type", b"application/octet-stream"), (b"content-length", b"784"),
+        (b"authorization", b"Bearer " + token.encode()),
+    ]  # fmt: skip
+    state = {"gateway": SimpleNamespace(keys=ring)}
+    best = float("inf")
+    for _ in range(REPEATS):
+        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "state": state}
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            await app(scope, None, None)
+        best = min(best, (time.perf_counter() - began) / CALLS)
+    return 1e6 * best
+
+
+def beside_each_other(on: Server, off: Server, keys: Keys, folder: Path, rounds: int, seconds: int) -> int:
+    """Compare keys on and keys off. Return the number of failed requests."""
+    token, path = keys.create("bench", scopes=["predict"])[1], f"/predict?model={BASE}"
+    sides = {
+        f"keys {name}, {form}": Side(server, path if form == "bytes" else "/predict", folder / form, key)
+        for form in ("bytes", "json")
+        for name, server, key in (("off", off, ""), ("on", on, token))
+    }
+    found: dict[tuple[str, int], list[Figures]] = {(name, c): [] for c in CONNECTIONS for name in sides}
+    for number in range(rounds):
+        click.echo(f"round {number + 1} of {rounds}", err=True)
+        for c in CONNECTIONS:
+            for name, side in reversed(sides.items()) if number % 2 else sides.items():
+                side.asked(c, WARM_S)
+                found[name, c].append(side.asked(c, seconds))
+    rows = []
+    for form in ("bytes", "json"):
+        for c in CONNECTIONS:
+            without, with_keys = (middle(found[f"keys {name}, {form}", c], "req/s") for name in ("off", "on"))
+            ratio = with_keys / without
+            rows.append([form, f"{c}", f"{without:,.0f}", f"{with_keys:,.0f}", f"{ratio:.3f}x", ">= 0.97x"])
+    title = f"requests a second; medians of {rounds} x {seconds} s"
+    show(title, ["", "connections", "keys off", "keys on", "ratio", "goal"], rows)
+    return sum(total(one, "failed") for one in found.values())
+
+
+def flooded(on: Server, keys: Keys, folder: Path, rounds: int, seconds: int) -> int:
+    """Measure a quiet tenant alone and beside a flooding one. Return how many of its requests failed."""
+    path = f"/predict?model={BASE}"
+    quiet = Side(on, path, folder / "bytes", keys.create("quiet", "quiet")[1], "paced.lua")
+    floods = {
+        "alone": None,
+        f"beside a flood of {FLOOD} connections": Side(on, path, folder / "bytes", keys.create("flood", "flood")[1]),
+        f"likewise, with a rate of {RATE}/s": Side(
+            on, path, folder / "bytes", keys.create("limited", "flood", rate=RATE)[1]
+        ),
+    }
+    found: dict[str, list[Figures]] = {name: [] for name in floods}
+    passed: dict[str, list[float]] = {name: [] for name in floods}
+    for _ in range(rounds):
+        for name, flood in floods.items():
+            asking = None
+            if flood is not None:
+                asking = subprocess.Popen(
+                    flood.command(FLOOD, 3600), stdout=subprocess.PIPE, preexec_fn=end_with_parent
+                )
+            quiet.asked(QUIET, WARM_S)
+            found[name].append(quiet.asked(QUIET, 2 * seconds))
+            if asking is not None:
+                asking.send_signal(signal.SIGINT)  # wrk ends and prints its figures
+                one = figures(asking.communicate(timeout=60)[0])
+                passed[name].append(one["req/s"] * (1 - one["failed"] / max(1.0, one["requests"])))
+    alone = middle(found["alone"], "p99")
+    rows = []
+    for name in floods:
+        p50, p99 = (middle(found[name], figure) for figure in ("p50", "p99"))
+        speed = f"{sum(passed[name]) / rounds:,.0f}" if passed[name] else ""
+        rows.append([name, f"{p50:.2f} ms", f"{p99:.2f} ms", f"{p99 / alone:.2f}x", speed])
+    title = f"a quiet tenant of {QUIET} connections with pauses of {PAUSE_MS} ms; goal for p99: <= 2x"
+    show(title, ["", "p50", "p99", "ratio", "flood's answers/s"], rows)
+    return sum(total(one, "failed") for one in found.values())
+
+
+if __name__ == "__main__":
+    main()
