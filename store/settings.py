@@ -17,7 +17,7 @@ ATTACK_IMAGES = 500
 AUTO, EMBEDDED = "auto", "embedded"
 LOCAL_TARGET = "127.0.0.1:8500"  # where `python -m serving` listens, and a gateway or worker looks without a setting
 LOCAL_REST = "127.0.0.1:8501"  # likewise, for TensorFlow Serving's REST API
-OTHERS = {"URL", "MNIST", "DOMAINS", "TFS_BINARY"}  # read by the command, the studies and the tests
+OTHERS = {"URL", "API_KEY", "MNIST", "DOMAINS", "TFS_BINARY"}  # read by the command, the studies and the tests
 
 
 class Settings(BaseSettings):

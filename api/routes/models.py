@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway import Gateway, gateway_of
 from api.http.openapi import After, Limit, Name, Number, errors
 from api.inference.server_pool import PooledServer
-from serving.publishing import Probe, check_files, prove
+from serving.publishing import Probe, check_files, prove, zipped
 from serving.registry import LABEL, Label, Route, Version
 from store.disk import is_full
 from store.errors import NotFound, PublishFailed, TemperError, WrongState
@@ -192,7 +192,7 @@ async def put_label(request: Request, model: Name, label: LabelName, move: Label
     Requests that name neither version nor label follow `stable`, except for the shares (`weight`) of other labels.
     """
     gateway = gateway_of(request)
-    await asyncio.to_thread(_check_labelled, gateway, model, move.version)
+    await asyncio.to_thread(_check_intact, gateway, model, move.version, "labelled")
     moved = await asyncio.to_thread(gateway.registry.put_label, model, label, move.version, move.weight)
     log.info("%s: label %s stands for %d, weight %g", model, label, moved.version, moved.weight)
     await gateway.router.refresh()
@@ -235,6 +235,21 @@ def get_delta(request: Request, model: Name, version: Number) -> FileResponse:
     return FileResponse(path, filename=f"{model}-{version}.delta.npz", media_type="application/octet-stream")
 
 
+@router.get(
+    "/models/{model}/versions/{version}/saved_model", response_class=StreamingResponse,
+    responses={200: {"content": {"application/zip": {}}}, **errors(404, 409, 422, 503)},
+)  # fmt: skip
+def get_saved_model(request: Request, model: Name, version: Number) -> StreamingResponse:
+    """A version as a zip of `model/version/`, a SavedModel that TensorFlow and TensorFlow Serving load."""
+    gateway = gateway_of(request)
+    _check_intact(gateway, model, version, "downloaded")
+    name = f"{model}-{version}.zip"
+    return StreamingResponse(
+        zipped(gateway.settings.version(model, version), f"{model}/{version}"), media_type="application/zip",
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
+    )  # fmt: skip
+
+
 async def _delete(gateway: Gateway, model: str, version: int | None) -> Deleted:
     """Take it out of the routes, unload it from the model servers, then remove its files."""
 
@@ -257,13 +272,13 @@ async def _delete(gateway: Gateway, model: str, version: int | None) -> Deleted:
     return Deleted(model=model, versions=versions)
 
 
-def _check_labelled(gateway: Gateway, model: str, version: int) -> None:
-    """Refuse to send requests to a version whose files are gone or damaged."""
+def _check_intact(gateway: Gateway, model: str, version: int, done: str) -> None:
+    """Refuse what would be `done` to a version whose files are gone or damaged."""
     gateway.registry.find(model, version)
     try:
         check_files(gateway.settings.version(model, version))
     except PublishFailed as exc:
-        text = f"{model}:{version} cannot be labelled: {exc.message}; delete the version or restore its files"
+        text = f"{model}:{version} cannot be {done}: {exc.message}; delete the version or restore its files"
         raise WrongState(text, param="version") from exc
 
 
