@@ -6,7 +6,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, Union
 
 from temper.errors import InvalidDataset, InvalidImage
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 PathOrBytes: TypeAlias = str | os.PathLike[str] | bytes
 # To train on: the path of a directory of class folders, of a zip of one or of an .npz; the content of such a file; or
 # images, (n, height, width[, channels]) uint8 or floats in [0, 1], with the label of each.
-Data: TypeAlias = "PathOrBytes | tuple[np.ndarray, np.ndarray | Sequence[int] | Sequence[str]]"
+Data: TypeAlias = Union[PathOrBytes, "tuple[np.ndarray, np.ndarray | Sequence[int] | Sequence[str]]"]
 # To predict on: a file (image, .npy or zip of images) by path or content; or (28, 28), (n, 28, 28), (n, 28, 28, 1) or
 # (n, 784) uint8, or floats in [0, 1].
-Image: TypeAlias = "PathOrBytes | np.ndarray"
+Image: TypeAlias = Union[PathOrBytes, "np.ndarray"]
 
 KINDS = {
     b"\x89PNG\r\n\x1a\n": "image/png",

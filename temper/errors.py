@@ -140,8 +140,8 @@ class JobFailed(TemperError):
     """A job that was waited for failed or was cancelled; `job` is its last state."""
 
     def __init__(self, message: str, job: "Job") -> None:
-        failure = job.error
-        super().__init__(message, code=failure.code if failure else job.status, param=failure and failure.param)
+        code, param = (job.error.code, job.error.param) if job.error else (job.status, None)
+        super().__init__(message, code=code, param=param)
         self.job = job
 
 

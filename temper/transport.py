@@ -327,7 +327,6 @@ class Verb(Generic[P, T]):
 
     def __init__(self, steps: Callable[Concatenate[Any, P], Steps[T]]) -> None:
         self._steps = steps
-        functools.update_wrapper(self, steps)
 
     @overload
     def __get__(self, driver: None, owner: type) -> Callable[Concatenate[Any, P], Steps[T]]: ...
@@ -356,7 +355,6 @@ class Lister(Generic[P, T]):
 
     def __init__(self, steps: Callable[Concatenate[Any, P], Listing[T]]) -> None:
         self._steps = steps
-        functools.update_wrapper(self, steps)
 
     @overload
     def __get__(self, driver: None, owner: type) -> Callable[Concatenate[Any, P], Listing[T]]: ...
