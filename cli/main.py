@@ -23,7 +23,7 @@ def main(context: click.Context, url: str | None) -> None:
     settings = _settings()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
-        context.obj = context.with_resource(Client(url or f"http://{host}:{settings.port}"))
+        context.obj = context.with_resource(Client(url or f"http://{host}:{settings.port}", retries=1))
     except ValueError as exc:
         raise Failed(f"--url {exc}" if url else str(exc)) from exc
 

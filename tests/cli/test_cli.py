@@ -218,7 +218,7 @@ def test_a_spec_that_is_no_object_is_refused_before_the_upload(spec: str, tmp_pa
 def test_every_plain_field_of_the_spec_has_an_option() -> None:
     listed = run("finetune", "--help").stdout
     for name in ("method", "l1", "l2", "dropout", "epochs", "learning-rate", "optimizer", "device", "seed", "momentum",
-                 "weight-decay", "class-weights", "folds", "calibrate/--no-calibrate"):  # fmt: skip
+                 "weight-decay", "class-weights", "folds", "calibrate / --no-calibrate"):  # fmt: skip
         assert f"--{name} " in listed
 
 

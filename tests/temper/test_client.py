@@ -220,8 +220,7 @@ def test_refusals_are_classes_with_all_that_the_service_says(temper: Client, job
         temper.job("none")
     with pytest.raises(InvalidSpec) as wrong:
         temper.finetune((digits[0][:60], digits[1][:60]), "m", {"epochs": 0})
-    assert wrong.value.param == "epochs"
-    assert wrong.value.details[0]["field"] == "epochs"
+    assert wrong.value.param == wrong.value.details[0]["field"] == "spec.epochs"
     with pytest.raises(InvalidDataset):
         temper.finetune(b"no archive", "m")
     with pytest.raises(InvalidInstances):
