@@ -8,7 +8,6 @@ choice of settings has seen them. Exits with 0 only if every step worked and the
 
 import contextlib
 import io
-import json
 import os
 import signal
 import subprocess
@@ -18,16 +17,15 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
-import httpx
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cli.main import console, follow, print_image, print_report
+from cli.show import console, print_image, print_report, progress
 from store.processes import free_port
+from temper import Client, JobFailed, TemperError
 
 TRAINING_IMAGES = 300
 GOAL = 0.93
@@ -48,30 +46,28 @@ def main() -> None:
     upload.write_bytes(class_folders(images[chosen], digits.target[chosen]))
     sample.write_bytes(png(images[held_out[0]]))
 
-    with service() as api:
+    with service() as temper:
         say(1, f"fine-tune on {TRAINING_IMAGES} of scikit-learn's digits; {len(held_out):,} are held out")
-        before = accuracy(api, "lenet5", images[held_out], digits.target[held_out])
-        spec = json.dumps(SPEC)
-        job = answer(api.post("/finetune", files={"data": upload.open("rb")}, data={"model": "digits", "spec": spec}))
-        job = follow(lambda: answer(api.get(f"/finetune/{job['id']}")))
-        if job["status"] != "succeeded":
-            sys.exit(f"the job {job['status']}: {job['error']}")
+        before = accuracy(temper, "lenet5", images[held_out], digits.target[held_out])
+        try:
+            with progress() as tell:
+                job = temper.finetune(upload, "digits", SPEC, wait=True, on_progress=tell)
+        except JobFailed as exc:
+            sys.exit(f"the job {exc.job.status}: {exc.message}")
 
         say(2, "the report card, measured out of fold: each of the 300 by a network that had not seen it")
-        version = answer(api.get("/models/digits"))["versions"][0]
-        print_report(version["report"])
+        print_report(temper.report("digits", job.version))
 
         say(3, f"predict the {len(held_out):,} held-out digits with POST /predict")
-        after = accuracy(api, "digits", images[held_out], digits.target[held_out])
+        after = accuracy(temper, "digits", images[held_out], digits.target[held_out])
         console.print(f"accuracy [bold]{before:.1%}[/] before, [bold green]{after:.1%}[/] after")
 
-        kind = {"Content-Type": "image/png"}
-        seen = answer(api.post("/predict?model=digits", content=sample.read_bytes(), headers=kind))
+        seen = temper.predict(sample, "digits")
         print_image(Image.open(sample).resize((28, 28), Image.Resampling.BILINEAR))
-        top = seen["predictions"][0]
+        top = seen.predictions[0]
         console.print(
-            f"this is a {digits.target[held_out[0]]}; digits:{seen['version']} predicts [bold]{top['label']}[/] "
-            f"({max(top['probabilities']):.1%})"
+            f"this is a {digits.target[held_out[0]]}; digits:{seen.version} predicts [bold]{top.label}[/] "
+            f"({max(top.probabilities):.1%})"
         )
     console.print(
         f"\ndone in {time.monotonic() - began:.0f} s. To go on, run [bold]make serve[/], and in a second terminal"
@@ -107,26 +103,18 @@ def png(image: np.ndarray) -> bytes:
     return encoded.getvalue()
 
 
-def accuracy(api: httpx.Client, model: str, images: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(temper: Client, model: str, images: np.ndarray, labels: np.ndarray) -> float:
     """Share of (n, 8, 8) uint8 images that the service classifies correctly."""
     big = [np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BILINEAR)) for image in images]
     right = 0
     for at in range(0, len(big), 500):
-        body = {"model": model, "range": "byte", "instances": [image.tolist() for image in big[at : at + 500]]}
-        found = answer(api.post("/predict", json=body))["predictions"]
-        right += sum(p["label"] == str(label) for p, label in zip(found, labels[at : at + 500], strict=True))
+        found = temper.predict(np.stack(big[at : at + 500]), model).labels
+        right += sum(name == str(label) for name, label in zip(found, labels[at : at + 500], strict=True))
     return right / len(labels)
 
 
-def answer(response: httpx.Response) -> Any:
-    """Return the JSON of a successful response; end the demo otherwise."""
-    if not response.is_success:
-        sys.exit(f"{response.request.method} {response.request.url.path}: {response.status_code} {response.text}")
-    return response.json()
-
-
 @contextlib.contextmanager
-def service() -> Iterator[httpx.Client]:
+def service() -> Iterator[Client]:
     """Run a service in a temporary home; yield a client once it is ready and its worker idle."""
     port = free_port()
     with tempfile.TemporaryDirectory() as home:
@@ -137,10 +125,10 @@ def service() -> Iterator[httpx.Client]:
         with (Path(home) / "log").open("w+") as log:
             server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             try:
-                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as api:
+                with Client(f"http://127.0.0.1:{port}", retries=0) as temper:
                     with console.status("starting the service"):
-                        wait_until_ready(api, server)
-                    yield api
+                        wait_until_ready(temper, server)
+                    yield temper
             except BaseException:
                 log.seek(0)
                 sys.stderr.write(log.read())
@@ -150,13 +138,13 @@ def service() -> Iterator[httpx.Client]:
                 server.wait(30)
 
 
-def wait_until_ready(api: httpx.Client, server: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(temper: Client, server: subprocess.Popen[bytes]) -> None:
     """Wait until the model server answers and a worker is idle, for at most two minutes."""
     for _ in range(600):
         if server.poll() is not None:
             sys.exit("the service ended before it was ready")
-        with contextlib.suppress(httpx.TransportError):
-            if "idle" in api.get("/readyz").json()["workers"].values():
+        with contextlib.suppress(TemperError):
+            if "idle" in temper.health().workers.values():
                 return
         time.sleep(0.2)
     sys.exit("the service was not ready within two minutes")

@@ -2,12 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import click
 from rich.table import Table
 
+from cli.show import show
 from store.engine import connect
 from store.errors import TemperError
 from store.keys import SCOPES, Key, Keys
@@ -34,47 +35,45 @@ def _keys() -> Iterator[Keys]:
         engine.dispose()
 
 
-def commands(show: Callable[[Table], None]) -> click.Group:
-    """The group of commands; `show` prints a table."""
+@click.group()
+def keys() -> None:
+    """Create, list and revoke API keys, in the store of TEMPER_HOME or TEMPER_STORE."""
 
-    @click.group()
-    def keys() -> None:
-        """Create, list and revoke API keys, in the store of TEMPER_HOME or TEMPER_STORE."""
 
-    @keys.command()
-    @click.option("--name", required=True, help="What the key is for.")
-    @click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose models and jobs it sees.")
-    @click.option(
-        "--scope", default="predict", show_default=True, help=f"What it may do: {', '.join(SCOPES)}, with commas."
-    )
-    @click.option("--rate", type=float, help="Most predict requests a second.  [default: TEMPER_MAX_RATE]")
-    def create(name: str, tenant: str, scope: str, rate: float | None) -> None:
-        """Create a key and print it, once."""
-        with _keys() as stored:
-            key, token = stored.create(name, tenant, [part.strip() for part in scope.split(",")], rate)
-        click.echo(f"{key.id} for the tenant {key.tenant}, with {_scopes(key)}; the key is not shown again:", err=True)
-        click.echo(token)
+@keys.command()
+@click.option("--name", required=True, help="What the key is for.")
+@click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose models and jobs it sees.")
+@click.option(
+    "--scope", default="predict", show_default=True, help=f"What it may do: {', '.join(SCOPES)}, with commas."
+)
+@click.option("--rate", type=float, help="Most predict requests a second.  [default: TEMPER_MAX_RATE]")
+def create(name: str, tenant: str, scope: str, rate: float | None) -> None:
+    """Create a key and print it, once."""
+    with _keys() as stored:
+        key, token = stored.create(name, tenant, [part.strip() for part in scope.split(",")], rate)
+    click.echo(f"{key.id} for the tenant {key.tenant}, with {_scopes(key)}; the key is not shown again:", err=True)
+    click.echo(token)
 
-    @keys.command("list")
-    def list_() -> None:
-        """List the keys, without their secrets."""
-        table = Table("id", "name", "tenant", "scopes", "rate", "created", "revoked", box=None)
-        with _keys() as stored:
-            for key in stored.all():
-                rate = "" if key.rate is None else f"{key.rate:g}/s"
-                times = (_day(key.created_at), _day(key.revoked_at))
-                table.add_row(key.id, key.name, key.tenant, _scopes(key), rate, *times)
-        show(table)
 
-    @keys.command()
-    @click.argument("id")
-    def revoke(id: str) -> None:
-        """End the validity of the key with this ID; gateways notice within a second."""
-        with _keys() as stored:
-            key = stored.revoke(id)
-        click.echo(f"{key.id} ({key.name}) is revoked")
+@keys.command("list")
+def list_() -> None:
+    """List the keys, without their secrets."""
+    table = Table("id", "name", "tenant", "scopes", "rate", "created", "revoked", box=None)
+    with _keys() as stored:
+        for key in stored.all():
+            rate = "" if key.rate is None else f"{key.rate:g}/s"
+            times = (_day(key.created_at), _day(key.revoked_at))
+            table.add_row(key.id, key.name, key.tenant, _scopes(key), rate, *times)
+    show(table)
 
-    return keys
+
+@keys.command()
+@click.argument("id")
+def revoke(id: str) -> None:
+    """End the validity of the key with this ID; gateways notice within a second."""
+    with _keys() as stored:
+        key = stored.revoke(id)
+    click.echo(f"{key.id} ({key.name}) is revoked")
 
 
 def _scopes(key: Key) -> str:

@@ -7,9 +7,11 @@ withdrawn, and the one before it goes on answering.
 import contextlib
 import fcntl
 import functools
+import io
 import json
 import logging
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -42,6 +44,7 @@ ABSENT_S = 3.0  # how long it waits for one that is away when another is there
 ANSWER_S = 2.0  # within which a server that is alive says so
 LOCK_S = 5.0  # how long a reload waits for another process that reloads the same server
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # sizes for which kernels are chosen before a client needs them
+CHUNK_BYTES = 1 << 16
 PROBE, FILES = "assets.extra/probe.npz", "assets.extra/files.json"
 
 
@@ -91,6 +94,40 @@ def _sums(version: Path) -> dict[str, Any]:
         str(path.relative_to(version)): {"bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
         for path in files
     }
+
+
+class _Sink(io.RawIOBase):
+    """Collects what is written until it is taken. It has no position, so a zip in it is written as a stream."""
+
+    def __init__(self) -> None:
+        self._written = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._written += data
+        return len(data)
+
+    def take(self) -> bytes:
+        """What has been written since the last call."""
+        taken = bytes(self._written)
+        self._written.clear()
+        return taken
+
+
+def zipped(version: Path, name: str) -> Iterator[bytes]:
+    """The files of a version as a zip, below the directory `name`, in chunks; the same bytes every time."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for path in sorted(path for path in version.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(f"{name}/{path.relative_to(version)}")
+            entry.external_attr = 0o644 << 16
+            with path.open("rb") as file, archive.open(entry, "w") as packed:
+                while chunk := file.read(CHUNK_BYTES):
+                    packed.write(chunk)
+                    yield sink.take()
+    yield sink.take()
 
 
 def reconcile(settings: Settings, registry: Registry, servers: Sequence[ModelServer]) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # of a file or within a function. `free` is the part of the trainer that needs no TensorFlow.
 FREE = ("trainer.spec", "trainer.asked", "trainer.recipes", "trainer.jobs")
 ROOMS = {
-    "cli": {"api", "free", "serving", "store"},
+    "cli": {"api", "free", "serving", "store", "temper"},
     "api": {"free", "serving", "store"},
     "trainer.worker": {"trainer", "free", "serving", "serving.quiet", "store"},
     "trainer": {"free", "serving.quiet", "store"},
@@ -29,6 +29,7 @@ ROOMS = {
     "serving.quiet": set(),
     "serving.pb": set(),
     "store": set(),
+    "temper": set(),
 }
 WITH_TENSORFLOW = {"trainer", "trainer.worker", "serving.embedded", "serving.quiet"}
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway import Gateway, gateway_of, stored, tenant_of
 from api.http.openapi import After, Limit, Name, Number, errors
 from api.http.pages import SELF_CONTAINED
 from api.inference.server_pool import PooledServer
-from serving.publishing import Probe, check_files, prove
+from serving.publishing import Probe, check_files, prove, zipped
 from serving.registry import BASE, LABEL, Label, Route, Version, is_visible
 from store.disk import is_full
 from store.errors import Forbidden, NotFound, PublishFailed, TemperError, WrongState
@@ -195,7 +195,7 @@ async def put_label(request: Request, model: Name, label: LabelName, move: Label
     Requests that name neither version nor label follow `stable`, except for the shares (`weight`) of other labels.
     """
     gateway, name = gateway_of(request), _own(request, model)
-    await asyncio.to_thread(_check_labelled, gateway, name, move.version)
+    await asyncio.to_thread(_check_intact, gateway, name, move.version, "labelled")
     moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
     log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
     await gateway.router.refresh()
@@ -239,6 +239,20 @@ def get_delta(request: Request, model: Name, version: Number) -> FileResponse:
     return FileResponse(path, filename=f"{model}-{version}.delta.npz", media_type="application/octet-stream")
 
 
+@router.get(
+    "/models/{model}/versions/{version}/saved_model", response_class=StreamingResponse,
+    responses={200: {"content": {"application/zip": {}}}, **errors(404, 409, 422, 503)},
+)  # fmt: skip
+def get_saved_model(request: Request, model: Name, version: Number) -> StreamingResponse:
+    """A version as a zip of `model/version/`, a SavedModel that TensorFlow and TensorFlow Serving load."""
+    gateway, name = gateway_of(request), stored(request, model)
+    _check_intact(gateway, name, version, "downloaded")
+    return StreamingResponse(
+        zipped(gateway.settings.version(name, version), f"{model}/{version}"), media_type="application/zip",
+        headers={"Content-Disposition": f'attachment; filename="{model}-{version}.zip"'},
+    )  # fmt: skip
+
+
 def _own(request: Request, model: str) -> str:
     """The stored name of a model whose labels the request may change: the base model's are everyone's."""
     if model == BASE and tenant_of(request) != DEFAULT_TENANT:
@@ -268,14 +282,14 @@ async def _delete(gateway: Gateway, model: str, version: int | None) -> Deleted:
     return Deleted(model=public_name(model), versions=versions)
 
 
-def _check_labelled(gateway: Gateway, model: str, version: int) -> None:
-    """Refuse to send requests to a version whose files are gone or damaged."""
+def _check_intact(gateway: Gateway, model: str, version: int, done: str) -> None:
+    """Refuse what would be `done` to a version whose files are gone or damaged."""
     gateway.registry.find(model, version)
     try:
         check_files(gateway.settings.version(model, version))
     except PublishFailed as exc:
         which = f"{public_name(model)}:{version}"
-        text = f"{which} cannot be labelled: {exc.message}; delete the version or restore its files"
+        text = f"{which} cannot be {done}: {exc.message}; delete the version or restore its files"
         raise WrongState(text, param="version") from exc
 
 

@@ -1,22 +1,30 @@
 """The `temper` command as a client of a real service, and what it says when something is wrong."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 
-from cli.main import follow
+from cli.main import main
+from cli.show import progress
 from store.processes import free_port
+from temper import Job
 from tests.conftest import Service, eventually, npz, png
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -34,9 +42,9 @@ def temper(service: Service, *arguments: str) -> subprocess.CompletedProcess[str
     return run("--url", service.url, *arguments)
 
 
-def error_line(done: subprocess.CompletedProcess[str]) -> str:
+def error_line(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
     """The one line on standard error of a command that failed."""
-    assert done.returncode == 1, done
+    assert done.returncode == code, done
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: "), line
     return line
@@ -97,8 +105,11 @@ def test_the_command_uploads_a_folder_waits_and_predicts(service: Service, digit
 
 
 def test_a_job_that_was_only_published_again_is_followed_to_its_end() -> None:
-    job = {"progress": {"publishing": {"labelled": 1.0}}, "stage": None, "status": "succeeded", "finished_at": 1}
-    assert follow(lambda: job) is job
+    with progress() as tell:
+        tell(
+            Job(json={}, id="j", model="m", status="running", created_at=0, progress={"publishing": {"labelled": 1.0}})
+        )
+        tell(Job(json={}, id="j", model="m", status="succeeded", created_at=0, finished_at=1))
 
 
 def test_the_list_of_jobs_says_in_whole_lines_why_one_failed(service: Service, digits: Digits) -> None:
@@ -143,14 +154,14 @@ def test_interrupted_waiting_says_how_to_go_on(service: Service, digits: Digits,
     assert service.api.post(f"/finetune/{job}/cancel").is_success  # it was still running
     service.finished(job)
     assert waiting.returncode == 130
-    assert f"{service.url}/finetune/{job}/cancel" in said
-    assert "temper jobs" in said
+    assert f"temper --url {service.url} cancel {job}\n" in said
+    assert f"temper --url {service.url} wait {job}\n" in said
     assert "Traceback" not in said
 
 
 def test_a_service_that_does_not_answer_is_reported_with_its_url() -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    line = error_line(run("--url", url, "models"))
+    line = error_line(run("--url", url, "models"), 3)
     assert url in line
     assert "temper serve" in line
 
@@ -168,7 +179,7 @@ def test_a_server_that_is_not_temper_is_recognized(body: bytes, status: int) -> 
 
 
 def test_a_listening_address_of_ipv6_becomes_a_valid_url() -> None:
-    line = error_line(run("models", TEMPER_HOST="::1", TEMPER_PORT=str(port := free_port())))
+    line = error_line(run("models", TEMPER_HOST="::1", TEMPER_PORT=str(port := free_port())), 3)
     assert f"http://[::1]:{port}" in line
 
 
@@ -206,5 +217,151 @@ def test_a_spec_that_is_no_object_is_refused_before_the_upload(spec: str, tmp_pa
 
 def test_every_plain_field_of_the_spec_has_an_option() -> None:
     listed = run("finetune", "--help").stdout
-    for name in ("method", "l1", "l2", "dropout", "epochs", "learning-rate", "optimizer", "device", "seed"):
+    for name in ("method", "l1", "l2", "dropout", "epochs", "learning-rate", "optimizer", "device", "seed", "momentum",
+                 "weight-decay", "class-weights", "folds", "calibrate / --no-calibrate"):  # fmt: skip
         assert f"--{name} " in listed
+
+
+LONG = "a-model-whose-name-has-all-of-the-64-characters-that-are-allowed"
+
+
+def called(service: Service, *arguments: str, code: int = 0, stdin: str = "") -> Result:
+    """A command, run in this process to save time."""
+    done = CliRunner().invoke(main, ["--url", service.url, *arguments], input=stdin)
+    assert done.exit_code == code, (done.stdout, done.stderr, done.exception)
+    return done
+
+
+def json_of(service: Service, *arguments: str, code: int = 0, stdin: str = "") -> Any:
+    return json.loads(called(service, *arguments, "--json", code=code, stdin=stdin).stdout)
+
+
+@pytest.fixture(scope="module")
+def upload(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("upload") / "digits.npz"
+    path.write_bytes(npz(images=digits[0][:60], labels=digits[1][:60]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def job(service: Service, upload: Path) -> str:
+    """Name of a job that has made version 1 of the model `LONG`; version 2 is labelled `canary`."""
+    quick = ("--model", LONG, "--method", "head", "--epochs", "1", "--wait")
+    done = json_of(service, "finetune", str(upload), *quick)
+    assert (done["status"], done["version"]) == ("succeeded", 1)
+    json_of(service, "finetune", str(upload), *quick, "--label", "canary")
+    return str(done["id"])
+
+
+def test_every_command_prints_json_and_nothing_else(
+    service: Service, job: str, upload: Path, digits: Digits, tmp_path: Path
+) -> None:
+    (tmp_path / "image.png").write_bytes(png(digits[0][0]))
+    seen = {
+        "jobs": json_of(service, "jobs", "--limit", "1000")[-1],
+        "status": json_of(service, "status", job),
+        "wait": json_of(service, "wait", job),
+        "predict": json_of(service, "predict", str(tmp_path / "image.png"), "--model", LONG),
+        "models": next(model for model in json_of(service, "models") if model["name"] == LONG),
+        "report": json_of(service, "report", LONG),
+        "verify": json_of(service, "verify", f"{LONG}:2"),
+        "promote": json_of(service, "promote", f"{LONG}:2"),
+        "rollback": json_of(service, "rollback", LONG),
+        "delta": json_of(service, "delta", LONG, "--output", str(tmp_path)),
+        "download": json_of(service, "download", f"{LONG}:1", "--output", str(tmp_path / "x.zip")),
+        "health": json_of(service, "health"),
+        "events": [json.loads(line) for line in called(service, "events", job, "--json").stdout.splitlines()],
+    }
+    queued = json_of(service, "finetune", str(upload), "--model", LONG, "--epochs", "1000", "--method", "full")
+    seen["finetune"] = queued
+    seen["cancel"] = json_of(service, "cancel", queued["id"])
+    seen["delete"] = json_of(service, "delete", LONG, "--label", "canary", "--yes")
+    assert set(seen) | {"serve"} == set(main.commands)
+    assert (seen["status"], seen["wait"]["id"]) == (service.api.get(f"/finetune/{job}").json(), job)
+    assert (seen["promote"]["version"], seen["rollback"]["version"]) == (2, 1)
+    assert seen["verify"]["proven"]
+    assert seen["report"]["report"]["validation"]["images"] > 0
+    assert Path(seen["download"]["path"]).stat().st_size == seen["download"]["bytes"]
+    assert [event["seq"] for event in seen["events"]] == list(range(1, len(seen["events"]) + 1))
+    assert seen["delete"]["label"] == "canary"
+    ended = json_of(service, "wait", queued["id"], code=1)  # the job that did not succeed is printed as well
+    assert ended["status"] == "cancelled"
+
+
+def test_tables_fit_a_terminal_of_80_columns(service: Service, job: str, upload: Path) -> None:
+    wild = ("--method", "full", "--optimizer", "sgd", "--learning-rate", "1.0", "--l2", "10.0")
+    failed = json_of(service, "finetune", str(upload), "--model", LONG, *wild, "--wait", code=1)
+    commands = [["jobs"], ["models"], ["status", job], ["status", failed["id"]], ["events", job], ["report", LONG],
+                ["report", "lenet5"], ["verify", LONG], ["health"]]  # fmt: skip
+    call = f"main(['--url', {service.url!r}, *one], standalone_mode=False)"
+    program = f"from cli.main import main\nfor one in {commands}: {call}"
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", program], stdin=follower, stdout=follower, env=environment) as done:
+        os.close(follower)
+        shown = b""
+        with contextlib.suppress(OSError):  # at the end of a terminal
+            while data := os.read(leader, 1 << 16):
+                shown += data
+        os.close(leader)
+    assert done.returncode == 0
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).splitlines()
+    assert max(map(len, lines)) <= 80, [line for line in lines if len(line) > 80]
+    text = "".join(lines)
+    assert job in text
+    assert failed["id"] in text
+    assert failed["error"]["message"][:40] in text
+
+
+def test_labels_are_promoted_and_rolled_back(service: Service, job: str) -> None:
+    done = called(service, "promote", f"{LONG}:2", "--label", "canary", "--weight", "0.1")
+    assert f"canary of {LONG} is now {LONG}:2 and 10% of the requests" in done.stdout
+    assert "canary 2 (10%), stable 1" in called(service, "models").stdout
+    assert f"{LONG}:1" in called(service, "rollback", LONG, "--label", "canary").stdout
+    assert "no live version before 1" in called(service, "rollback", LONG, "--label", "canary", code=1).stderr
+    assert "name the version" in called(service, "promote", LONG, code=2).stderr
+    for wrong in (f"{LONG}:0", f"{LONG}:x", ":1", ""):
+        called(service, "promote", wrong, code=2)
+
+
+def test_deleting_asks_first(service: Service, job: str, upload: Path) -> None:
+    spec = json.dumps({"method": "head", "epochs": 1})
+    first = service.finished(service.finetune(upload.read_bytes(), "goner", spec).json()["id"])
+    assert first["status"] == "succeeded"
+    refused = called(service, "delete", "goner", code=1, stdin="n\n")
+    assert "the model goner with all its labels and versions (1)" in refused.stderr
+    assert "[wrong_state]" in called(service, "delete", "goner:1", "--yes", code=1).stderr
+    called(service, "delete", "goner:1", "--label", "stable", code=2)
+    assert "deleted goner:1" in called(service, "delete", "goner", stdin="y\n").stdout
+    assert "[unknown_model]" in called(service, "delete", "goner", "--yes", code=1).stderr
+
+
+def test_a_version_that_is_not_served_as_trained_is_an_error(service: Service, job: str) -> None:
+    (service.home / "models" / LONG / "2" / "assets.extra" / "probe.npz").write_bytes(b"")
+    failed = called(service, "verify", f"{LONG}:2", code=1)
+    assert "probe.npz" in failed.stdout
+    assert failed.stderr.startswith(f"Error: {LONG}:2 is not served as it was trained: files:")
+    assert not json_of(service, "verify", f"{LONG}:2", code=1)["proven"]
+
+
+def test_the_report_is_opened_in_the_browser(service: Service, job: str, tmp_path: Path) -> None:
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    page = tmp_path / "page.html"
+    done = run("--url", service.url, "report", LONG, "--open", "--output", str(page), BROWSER=f"{browser} %s")
+    assert done.returncode == 0, done
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert opened.read_text().strip() == page.as_uri()
+    assert "generalization gap" in done.stdout
+
+
+def test_a_spec_may_be_in_a_file(service: Service, upload: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"method": "full", "epochs": 1000, "momentum": 0.5, "optimizer": "sgd"}))
+    options = ("--model", LONG, "--spec", f"@{spec}", "--momentum", "0.8", "--no-calibrate")
+    job = json_of(service, "finetune", str(upload), *options)
+    json_of(service, "cancel", job["id"])
+    assert (job["spec"]["epochs"], job["spec"]["momentum"], job["spec"]["calibrate"]) == (1000, 0.8, False)
+    assert "no-such" in called(service, "finetune", str(upload), "--model", LONG, "--spec", "@no-such", code=1).stderr

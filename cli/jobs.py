@@ -1,0 +1,94 @@
+"""Commands about fine-tuning: start a job, watch it, stop it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.command import INTERRUPTED, command, to_paste
+from cli.show import console, print_report, progress, show_events, show_job, show_jobs
+from cli.spec_options import spec_of, spec_options
+from temper import Client, Event, Job
+
+job_id = click.argument("job")
+
+
+def _show_queued(job: Job) -> None:
+    if not job.finished:  # else `_wait` has told everything
+        show_job(job)
+
+
+@command(_show_queued)
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--model", required=True, help="The model to add a version to.")
+@click.option(
+    "--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, in the same form as PATH."
+)
+@click.option("--label", help="The label to move to the new version.  [default: stable]")
+@click.option("--wait", is_flag=True, help="Show progress until the job finishes.")
+@spec_options
+def finetune(
+    client: Client, path: Path, model: str, validation: Path | None, label: str | None, wait: bool, **given: Any
+) -> Job:
+    """Fine-tune on PATH: a directory of class folders, a zip of one, or an .npz of images and labels."""
+    job = client.finetune(path, model, spec_of(given), validation=validation, label=label)
+    if not wait:
+        return job
+    show_job(job)
+    return _wait(client, job.id)
+
+
+@command(_show_queued)
+@job_id
+def wait(client: Client, job: str) -> Job:
+    """Show the progress of a job until it finishes."""
+    return _wait(client, job)
+
+
+def _wait(client: Client, job_id: str) -> Job:
+    """Follow a job to its end, and print its report."""
+    try:
+        with progress() as tell:
+            job = client.wait(job_id, on_progress=tell)
+    except KeyboardInterrupt:
+        click.echo(
+            f"\nNo longer waiting for {job_id}, which goes on. To wait again, or to stop it:\n"
+            f"  {to_paste('wait', job_id)}\n  {to_paste('cancel', job_id)}",
+            err=True,
+        )
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    print_report(client.report(job.model, job.version))
+    where = "live" if job.label == "stable" else f"live as {job.label}"
+    console.print(f"[bold green]{job.model}:{job.version}[/] is {where}")
+    return job
+
+
+@command(show_jobs)
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1), help="Number of jobs to show.")
+def jobs(client: Client, limit: int) -> list[Job]:
+    """List the newest jobs."""
+    return list(client.jobs(limit))
+
+
+@command(show_job)
+@job_id
+def status(client: Client, job: str) -> Job:
+    """Show a job."""
+    return client.job(job)
+
+
+@command(show_job)
+@job_id
+def cancel(client: Client, job: str) -> Job:
+    """Cancel a job: a running one ends with its epoch."""
+    return client.cancel(job)
+
+
+@command(show_events)
+@job_id
+@click.option("--follow", is_flag=True, help="Go on with what happens, until nothing more can.")
+@click.option("--after", default=0, type=click.IntRange(0), help="Begin after the event of this number.")
+def events(client: Client, job: str, follow: bool, after: int) -> Iterator[Event]:
+    """Tell what has happened to a job; with --json a line for each event."""
+    return client.events(job, follow=follow, after=after)

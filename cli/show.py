@@ -1,0 +1,311 @@
+"""What commands print for a person. Tables fit the terminal; what is not a terminal gets whole lines."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from temper.records import (
+    Deleted,
+    Event,
+    Health,
+    Job,
+    Label,
+    ModelSummary,
+    Prediction,
+    Verification,
+    Version,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+console = Console(highlight=False)
+WIDE = 1000  # columns
+SHOWN = 20  # classes of a model, at most
+BEST = 5  # classes of a prediction
+TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
+
+
+def say(text: str) -> None:
+    """Print a line of markup; a terminal wraps it."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    if console.is_terminal or console.quiet:
+        console.print(table)
+    else:
+        Console(highlight=False, width=WIDE).print(table)
+
+
+def _columns(*names: str, whole: str = "") -> Table:
+    """A table whose cells are folded where they must be, but for the column `whole`."""
+    return Table(*(Column(name, no_wrap=name == whole, overflow="fold") for name in names), box=None)
+
+
+def _facts() -> Table:
+    """A table of names and values."""
+    return Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+
+
+def _when(seconds: float | None) -> str:
+    """A moment, to the minute if it is not long ago."""
+    if seconds is None:
+        return ""
+    return time.strftime("%H:%M" if time.time() - seconds < 86400 else "%b %d", time.localtime(seconds))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Job], None]]:
+    """A bar that follows a job: call what this yields with every state of it."""
+    columns = (
+        TextColumn("{task.description:<11}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("queued", total=None, text="")
+        printed: Any = None
+
+        def tell(job: Job) -> None:
+            nonlocal printed
+            if job.finished:
+                bar.update(task, description=job.status, text="", total=1, completed=job.status == "succeeded")
+                return
+            text, state = progress_line(job.progress), job.progress
+            if text and not console.is_terminal and _position(state) != printed:
+                printed = _position(state)
+                console.print(text)
+            done, of = _done(state)
+            bar.update(task, description=job.stage or job.status, text=text, total=of, completed=done)
+
+        yield tell
+
+
+def _position(state: dict[str, Any]) -> tuple[Any, ...]:
+    """What changes with every trial or epoch."""
+    keys = ("round", "tried") if "trial" in state else ("fold", "epoch")
+    return tuple(state.get(key) for key in keys)
+
+
+def _done(state: dict[str, Any]) -> tuple[int, int | None]:
+    """How many trials or epochs are done, and of how many."""
+    done, of = ("tried", "trials") if "trial" in state else ("epoch", "epochs")
+    return state.get(done, 0), state.get(of)
+
+
+def progress_line(state: dict[str, Any]) -> str:
+    """How far a search or a training is, in one line; empty if that is not known."""
+    if "trial" in state:
+        best = state["best"]
+        low, high = best["accuracy_interval"]
+        found = f"lowest loss {best['cross_entropy']:.3f}, {best['accuracy']:.1%} right ({low:.1%} to {high:.1%})"
+        work = f"epochs {state['epochs']}, folds {state['folds']}"
+        return f"round {state['round']}, {state['tried']}/{state['trials']} recipes, {work}: {found}"
+    if "epoch" not in state:
+        return ""
+    fold = f"fold {state['fold']}/{state['folds']} " if "fold" in state else ""
+    losses = "".join(f" {name} {state[key]:.3f}" for key, name in TERMS.items() if state.get(key))
+    text = f"{fold}{state['epoch']}/{state.get('epochs', '?')}{losses}"
+    if (accuracy := state.get("validation_accuracy")) is not None:
+        text += f" val {accuracy:.1%}"
+    if (robust := state.get("validation_accuracy_under_pgd")) is not None:
+        text += f" PGD {robust:.1%}"
+    return text
+
+
+def show_job(job: Job) -> None:
+    """A job in a few lines."""
+    version = f"{job.model}:{job.version}" if job.version else job.model
+    say(f"[bold]{job.id}[/] {escape(version)} {job.status}")
+    table, data = _facts(), job.dataset
+    if data:
+        polarity = data["polarity"].replace("_", " ")
+        table.add_row("data", f"{data['images']} images, {len(data['classes'])} classes, {polarity}")
+    if job.base:
+        table.add_row("base", job.base)
+    if job.stage:
+        table.add_row("stage", job.stage)
+    if not job.finished and (text := progress_line(job.progress)):
+        table.add_row("progress", text)
+    times = {"queued": job.created_at, "started": job.started_at, "finished": job.finished_at}
+    table.add_row("times", ", ".join(f"{name} {_when(at)}" for name, at in times.items() if at is not None))
+    if job.preview_version:
+        table.add_row("preview", f"{job.model}:{job.preview_version}")
+    if job.version:
+        table.add_row("report", job.report_status)
+    if job.error:
+        table.add_row("error", f"{escape(job.error.message)} \\[{job.error.code}]")
+    show(table)
+
+
+def show_jobs(jobs: Iterable[Job]) -> None:
+    """A line for each job; in a terminal, what went wrong below the table."""
+    names = ("job", "model", "status", "progress", "started")
+    table = _columns(*names, *(() if console.is_terminal else ("error",)), whole="job")
+    failures = []
+    for job in jobs:
+        done, of = _done(job.progress)
+        far = f"{done}/{of}" if done and not job.finished else ""
+        model = f"{job.model}:{job.version}" if job.version else job.model
+        cells = [job.id, model, job.stage or job.status, far, _when(job.started_at)]
+        error = escape(job.error.message) if job.error else ""
+        if console.is_terminal:
+            failures += [f"{job.id}: {error}"] if error else []
+        else:
+            cells.append(error)
+        table.add_row(*cells)
+    show(table)
+    for failure in failures:
+        say(failure)
+
+
+def show_events(events: Iterable[Event]) -> None:
+    """A line for each event, as it comes."""
+    for event in events:
+        clock = time.strftime("%T", time.localtime(event.created_at))
+        say(f"{clock} [bold]{event.type:<10}[/] {escape(_event_line(event))}")
+
+
+def _event_line(event: Event) -> str:
+    match event.type:
+        case "trial" | "epoch":
+            return progress_line(event.data)
+        case "resolved":
+            return json.dumps(event.data.get("spec"))
+    return " ".join(
+        str(value["message"] if isinstance(value, dict) and "message" in value else value)
+        for value in event.data.values()
+        if value is not None
+    )
+
+
+def show_models(models: Iterable[ModelSummary]) -> None:
+    """A line for each model."""
+    table = _columns("model", "versions", "labels", "classes")
+    for model in models:
+        classes = escape(" ".join(model.classes[:SHOWN]))
+        if len(model.classes) > SHOWN:
+            classes += f" … ({len(model.classes)})"
+        shares = {name: f" ({share:.0%})" for name, share in model.weights.items()}
+        labels = ", ".join(f"{name} {number}{shares.get(name, '')}" for name, number in sorted(model.labels.items()))
+        table.add_row(model.name, ", ".join(map(str, model.versions)), labels, classes)
+    show(table)
+
+
+def show_label(label: Label) -> None:
+    """Where a label has moved."""
+    share = f" and {label.weight:.0%} of the requests" if label.weight else ""
+    say(f"{label.label} of {label.model} is now [bold]{label.model}:{label.version}[/]{share}")
+
+
+def show_deleted(deleted: Deleted) -> None:
+    """What was deleted."""
+    if deleted.label is not None:
+        say(f"deleted the label {deleted.label} of {deleted.model}")
+    else:
+        say("deleted " + ", ".join(f"{deleted.model}:{number}" for number in deleted.versions or []))
+
+
+def show_verification(found: Verification) -> None:
+    """A line for the files and for each model server."""
+    table = _facts()
+    for name, failure in found.failures.items():
+        table.add_row(name, f"[red]{escape(failure)}[/]" if failure else "as trained")
+    show(table)
+
+
+def show_health(health: Health) -> None:
+    """A line for each part of the service."""
+    table = _facts()
+    table.add_row("service", "ready" if health.ready else "[red]not ready[/]")
+    table.add_row("store", health.store)
+    table.add_row("disk", health.disk)
+    for kind, states in (("model server", health.model_servers), ("worker", health.workers)):
+        for name, state in states.items():
+            table.add_row(kind, f"{state} ({escape(name)})")
+    show(table)
+
+
+def show_file(path: Path) -> None:
+    """Which file was written."""
+    say(f"{escape(str(path))}: {path.stat().st_size:,} bytes")
+
+
+def show_version(version: Version) -> None:
+    """The report card of a version."""
+    print_report(version.report)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report card in a few lines. A pretrained model has a card of other fields."""
+    if not report.get("validation"):
+        table = _facts()
+        for name, value in report.items():
+            table.add_row(name.replace("_", " "), escape(value if isinstance(value, str) else json.dumps(value)))
+        return show(table)
+    if sentence := (report.get("search") or {}).get("sentence"):
+        console.print(escape(sentence))
+    table = _facts()
+    validation, gap, attacked = report["validation"], report["generalization_gap"], report["robustness"]
+    low, high = validation["accuracy_interval"]
+    text = f"{validation['images']} images, 95% interval {low:.1%} to {high:.1%}"
+    kind = "out-of-fold" if validation.get("out_of_fold") else "validation"
+    table.add_row(f"{kind} accuracy", f"{validation['accuracy']:.1%}", text)
+    table.add_row("generalization gap", f"{gap['accuracy']:+.1%}", f"cross-entropy {gap['cross_entropy']:+.3f}")
+    name = f"accuracy under {attacked['attack'].upper()}"
+    weaker = attacked.get("accuracy_under_fgsm")
+    beside = "" if weaker is None else f", {weaker:.1%} under FGSM"
+    table.add_row(name, f"{attacked['accuracy']:.1%}", f"epsilon {attacked['epsilon']:g}{beside}")
+    error = report["calibration"]["expected_calibration_error"]
+    table.add_row("calibration error", f"{error:.1%}", "expected, over 10 bins")
+    counts = report["parameters"]
+    table.add_row("trained parameters", f"{counts['trained']:,}", f"of {counts['total']:,}")
+    by_stage = report["cost"]["seconds"]
+    seconds = "  ".join(f"{stage} {value:.2f}" for stage, value in by_stage.items())
+    table.add_row("seconds", f"{sum(by_stage.values()):.2f}", seconds)
+    console.print(table)
+    for text in [*report["warnings"], *(warning["message"] for warning in report["regularization"]["warnings"])]:
+        console.print(f"[yellow]{escape(text)}[/]")
+    if report["training"]["ended_by"] == "catastrophic_overfitting":
+        epochs = report["training"]["overfitted_attack_in_epoch"], report["training"]["kept_epoch"]
+        console.print(
+            "[yellow]the attack was overfitted in epoch {}; the weights are those of epoch {}[/]".format(*epochs)
+        )
+    return None
+
+
+def show_prediction(answer: Prediction) -> None:
+    """The most probable classes of one image, or a line for each of many."""
+    which = f"{answer.model}:{answer.version}"
+    if len(answer.predictions) > 1:
+        table = _columns("image", "class", "probability")
+        for number, one in enumerate(answer.predictions):
+            table.add_row(escape(one.file or str(number)), escape(one.label), f"{max(one.probabilities):.1%}")
+        show(table)
+        return say(f"predicted by {which}")
+    (one,) = answer.predictions
+    console.print(f"[bold]{escape(one.label)}[/] predicted by {which}")
+    for probability, name in sorted(zip(one.probabilities, answer.classes, strict=True), reverse=True)[:BEST]:
+        console.print(f"  {escape(f'{name:>8}')} {'█' * round(30 * probability)} {probability:.1%}")
+    return None
+
+
+def print_image(image: "Image", width: int = 28) -> None:
+    """Draw an image in the terminal, two pixels per character."""
+    scale = width / max(image.size)
+    grey = image.convert("L").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height / 2)) * 2))
+    shades = " .:-=+*#%@"
+    for y in range(0, grey.height, 2):
+        pairs = ((grey.getpixel((x, y)), grey.getpixel((x, y + 1))) for x in range(grey.width))
+        console.print("".join(shades[int((a + b) / 511 * len(shades))] for a, b in pairs), style="bold")  # type: ignore[operator]

@@ -1,0 +1,48 @@
+"""A client of a Temper service: `Client` blocks, `AsyncClient` is for asyncio; both have the same verbs."""
+
+from temper.client import AsyncClient, Client
+from temper.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    InvalidDataset,
+    InvalidImage,
+    InvalidInstances,
+    InvalidRequest,
+    InvalidSpec,
+    JobFailed,
+    NotFound,
+    NotTemper,
+    ServerError,
+    StorageFull,
+    TemperError,
+    TimedOut,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    Unreachable,
+    UnsupportedMediaType,
+)
+from temper.records import (
+    ClassPrediction,
+    Deleted,
+    Event,
+    Failure,
+    Health,
+    Job,
+    Label,
+    Model,
+    ModelSummary,
+    Prediction,
+    Verification,
+    Version,
+)
+
+__all__ = [
+    "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Deleted", "Event", "Failure", "Forbidden",
+    "Health", "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed",
+    "Label", "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull",
+    "TemperError", "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable",
+    "UnsupportedMediaType", "Verification", "Version",
+]  # fmt: skip

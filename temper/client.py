@@ -1,0 +1,423 @@
+"""The verbs of the API, and the two clients that have them."""
+
+import functools
+import itertools
+import json as jsons
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from temper import bodies
+from temper.bodies import Data, Image
+from temper.errors import Conflict, JobFailed, NotFound, TooManyRequests, Unavailable, Unreachable
+from temper.records import (
+    Deleted,
+    Event,
+    Health,
+    Job,
+    Label,
+    Model,
+    ModelSummary,
+    Prediction,
+    Verification,
+    Version,
+)
+from temper.transport import (
+    Answer,
+    AsyncDriver,
+    Chunk,
+    Driver,
+    Lister,
+    Listing,
+    Open,
+    Pause,
+    Request,
+    Send,
+    Steps,
+    SyncDriver,
+    Verb,
+    Work,
+    at,
+)
+
+LOOK_S = 0.25  # between looks at a job that is waited for
+PATIENCE_S = 60.0  # how long the service may be away while a job is followed
+LONG_S = 300.0  # what an upload, a proof or a page may take
+SHORTEST_S, LONGEST_S = 0.25, 5.0  # between attempts
+MOST = 100  # items of a page
+MOST_EVENTS = 1000
+STABLE = "stable"
+
+Path_ = str | PathLike[str]
+
+
+class Verbs(Driver):
+    """What can be asked of the service. Every failure is a `TemperError`; a file that cannot be read an `OSError`."""
+
+    def _ask(self, request: Request, step: type[Send | Open] = Send, patience_s: float = 0.0) -> Steps[Answer]:
+        """The answer, if it is a success.
+
+        Args:
+            patience_s: for how long a request that can be repeated is repeated at least.
+        """
+        began = time.monotonic()
+        for attempt in itertools.count():
+            try:
+                answer: Answer = yield step(request)
+                answer.check()
+                return answer
+            except (Unavailable, TooManyRequests) as exc:
+                if not request.repeatable or (attempt >= self.retries and time.monotonic() - began >= patience_s):
+                    raise
+                pause_s = min(LONGEST_S, SHORTEST_S * 2**attempt) * random.uniform(0.5, 1.0)
+                yield Pause(max(pause_s, exc.retry_after_s or 0.0))
+        raise AssertionError
+
+    def _get(self, path: str, patience_s: float = 0.0, **params: Any) -> Steps[Answer]:
+        return (yield from self._ask(Request("GET", path, params, repeatable=True), patience_s=patience_s))
+
+    def _number(self, model: str, version: int | None) -> Steps[int]:
+        """The version, or the one labelled `stable`."""
+        if version is not None:
+            return version
+        return _labelled((yield from self._get(at("models", model))).read(Model), STABLE)
+
+    def _of_version(self, model: str, version: int | None, *parts: str) -> Steps[str]:
+        """The path of a version, or of something that belongs to it."""
+        number = yield from self._number(model, version)
+        return at("models", model, "versions", number, *parts)
+
+    def _wait(self, job: str, on_progress: Callable[[Job], object] | None, timeout_s: float | None) -> Steps[Job]:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        shown: Job | None = None
+        while True:
+            found = (yield from self._get(at("finetune", job), PATIENCE_S)).read(Job)
+            if on_progress and found != shown:
+                shown = found
+                on_progress(found)
+            if found.status == "succeeded":
+                return found
+            if found.finished:
+                raise JobFailed(found.error.message if found.error else f"the job was {found.status}", found)
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"{job} is still {found.status} after {timeout_s:g} s")
+            yield Pause(LOOK_S)
+
+    def _save(self, path: str, to: Path_, name: str) -> Steps[Path]:
+        """Stream a file to a path, or into a directory under this name. It appears when it is complete."""
+        target = Path(to) / name if Path(to).is_dir() else Path(to)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        yield from self._ask(Request("GET", path, repeatable=True, timeout_s=LONG_S), Open)
+        try:
+            with part.open("xb") as file:
+                while chunk := (yield Chunk()):
+                    file.write(chunk)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    @Verb
+    def health(self) -> Steps[Health]:
+        """Which parts of the service work. Does not raise if it is not ready, only if nothing answers."""
+        return (yield from self._ask(Request("GET", "/readyz", repeatable=True, accepted=(503,)))).read(Health)
+
+    @Verb
+    def finetune(
+        self,
+        data: Data,
+        model: str,
+        spec: Mapping[str, Any] | None = None,
+        *,
+        validation: Data | None = None,
+        label: str | None = None,
+        wait: bool = False,
+        on_progress: Callable[[Job], object] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Steps[Job]:
+        """Upload labelled images and queue a fine-tune on them.
+
+        Args:
+            data: the path of a directory of class folders, of a zip of one or of an `.npz`; or a pair of arrays, images
+                (n, height, width[, channels]) as uint8 or floats from 0 to 1, and the label of each.
+            model: gets a new version.
+            spec: how to train; chosen automatically if not given.
+            validation: images to measure on, in the same form.
+            label: moves to the new version; `stable` if not given.
+            wait: return when the job has succeeded, as `wait` does.
+            on_progress: as in `wait`.
+            idempotency_key: requests with the same one are one job; made up if not given.
+
+        Raises:
+            InvalidDataset: the images cannot be trained on.
+            InvalidSpec: the spec is wrong.
+            JobFailed: `wait` was given, and the job failed or was cancelled.
+        """
+        key = idempotency_key or uuid.uuid4().hex
+        fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
+        fields |= {"label": label} if label else {}
+        given = {"data": data} | ({"validation": validation} if validation is not None else {})
+        files: dict[str, Any] = {}
+        try:
+            for name, part in given.items():
+                files[name] = yield Work(functools.partial(bodies.upload, part))
+            request = Request(
+                "POST", "/finetune", data=fields, files=files, repeatable=True, timeout_s=LONG_S,
+                # A fixed boundary makes a repeated request equal to the first, byte by byte.
+                headers={"Idempotency-Key": key, "Content-Type": f"multipart/form-data; boundary={uuid.uuid4().hex}"},
+            )  # fmt: skip
+            job = (yield from self._ask(request)).read(Job)
+        finally:
+            for _, file in files.values():
+                file.close()
+        return (yield from self._wait(job.id, on_progress, None)) if wait else job
+
+    @Verb
+    def job(self, job: str) -> Steps[Job]:
+        """A job with its status, its progress, and its version or error."""
+        return (yield from self._get(at("finetune", job))).read(Job)
+
+    @Lister
+    def jobs(self, limit: int | None = None) -> Listing[Job]:
+        """Jobs, newest first; at most `limit` of them."""
+        yield from self._pages("/finetune", Job, "id", limit)
+
+    @Verb
+    def wait(
+        self, job: str, on_progress: Callable[[Job], object] | None = None, timeout_s: float | None = None
+    ) -> Steps[Job]:
+        """Wait until a job has succeeded. The service may be away for up to a minute meanwhile.
+
+        Args:
+            on_progress: called with the job whenever it has changed.
+            timeout_s: longest time to wait; the job goes on after it.
+
+        Raises:
+            JobFailed: it failed or was cancelled.
+            TimeoutError: it has not finished in time.
+        """
+        return (yield from self._wait(job, on_progress, timeout_s))
+
+    @Verb
+    def cancel(self, job: str) -> Steps[Job]:
+        """Cancel a queued job at once, or a running one at the end of its epoch."""
+        return (yield from self._ask(Request("POST", at("finetune", job, "cancel")))).read(Job)
+
+    @Lister
+    def events(self, job: str, follow: bool = False, after: int = 0) -> Listing[Event]:
+        """What has happened to a job, oldest first.
+
+        Args:
+            follow: go on with what happens, until nothing more can. A connection that breaks is made again: no event is
+                lost or told twice, and the service may be away for up to a minute.
+            after: number of the last event that is known.
+        """
+        path = at("finetune", job, "events")
+        while not follow:
+            answer = yield from self._get(path, after=after, limit=MOST_EVENTS)
+            found, more = answer.page(Event)
+            yield from found
+            if not more:
+                return
+            after = found[-1].seq
+        while True:
+            headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+            yield from self._ask(Request("GET", path, headers=headers, repeatable=True), Open, PATIENCE_S)
+            stream = EventStream()
+            try:
+                while chunk := (yield Chunk()):
+                    for data in stream.read(chunk):
+                        event = Event.read(data)
+                        after = event.seq
+                        yield event
+            except Unreachable:
+                yield Pause(SHORTEST_S)
+                continue
+            state = (yield from self._get(at("finetune", job), PATIENCE_S)).read(Job)
+            if state.finished and state.report_status != "quick":  # else something on the way has ended the stream
+                return
+            yield Pause(SHORTEST_S)
+
+    @Verb
+    def predict(
+        self, image: Image, model: str, version: int | None = None, label: str | None = None, top_k: int | None = None
+    ) -> Steps[Prediction]:
+        """Classify an image, or many.
+
+        Args:
+            image: the path or the content of an image file, an `.npy` or a zip of images; or an array of (28, 28),
+                (n, 28, 28), (n, 28, 28, 1) or (n, 784) uint8, or floats from 0 to 1.
+            model: the model to use.
+            version: one of its versions.
+            label: the label of one; without both, `stable` or a label with a share of the requests.
+            top_k: also return so many of the most probable classes, best first.
+
+        Raises:
+            InvalidImage, InvalidInstances: the image or array cannot be read.
+        """
+        kind, content = yield Work(functools.partial(bodies.prediction, image))
+        options = {"model": model, "version": version, "label": label, "top_k": top_k}
+        request = Request("POST", "/predict", options, headers={"Content-Type": kind}, content=content, repeatable=True)
+        return (yield from self._ask(request)).read(Prediction)
+
+    @Lister
+    def models(self, limit: int | None = None) -> Listing[ModelSummary]:
+        """The models by name; at most `limit` of them."""
+        yield from self._pages("/models", ModelSummary, "name", limit)
+
+    @Verb
+    def model(self, model: str) -> Steps[Model]:
+        """A model with its live versions and their report cards."""
+        return (yield from self._get(at("models", model))).read(Model)
+
+    @Verb
+    def version(self, model: str, version: int | None = None) -> Steps[Version]:
+        """A live version with its report card, by default the one labelled `stable`."""
+        path = yield from self._of_version(model, version)
+        return (yield from self._get(path)).read(Version)
+
+    @Verb
+    def report(self, model: str, version: int | None = None) -> Steps[dict[str, Any]]:
+        """The report card of a version, by default of the one labelled `stable`."""
+        path = yield from self._of_version(model, version)
+        return (yield from self._get(path)).read(Version).report
+
+    @Verb
+    def report_page(self, model: str, version: int | None = None) -> Steps[str]:
+        """The report card as a page of HTML that needs no other file."""
+        path = yield from self._of_version(model, version, "report")
+        request = Request("GET", path, repeatable=True, timeout_s=LONG_S)
+        return (yield from self._ask(request)).body.decode()
+
+    @Verb
+    def promote(self, model: str, version: int) -> Steps[Label]:
+        """Have `stable` stand for a version."""
+        return (yield from self._put_label(model, STABLE, version, None))
+
+    @Verb
+    def rollback(self, model: str, label: str = STABLE) -> Steps[Label]:
+        """Move a label back to the live version before the one that it stands for.
+
+        Raises:
+            Conflict: there is none.
+        """
+        found = (yield from self._get(at("models", model))).read(Model)
+        now = _labelled(found, label)
+        before = [version.version for version in found.versions if version.version < now]
+        if not before:
+            text = f"model {model!r} has no live version before {now}, for which {label!r} stands"
+            raise Conflict(text, code="wrong_state", param="version")
+        return (yield from self._put_label(model, label, max(before), None))
+
+    @Verb
+    def set_label(self, model: str, label: str, version: int, weight: float | None = None) -> Steps[Label]:
+        """Have a label stand for a version.
+
+        Args:
+            weight: its share of the requests that name neither version nor label; stays as it is if not given.
+        """
+        return (yield from self._put_label(model, label, version, weight))
+
+    @Verb
+    def delete_label(self, model: str, label: str) -> Steps[Deleted]:
+        """Delete a label; its version stays."""
+        return (yield from self._ask(Request("DELETE", at("models", model, "labels", label)))).read(Deleted)
+
+    @Verb
+    def delete(self, model: str, version: int | None = None) -> Steps[Deleted]:
+        """Delete a version that has no label; without a version the whole model."""
+        path = at("models", model) if version is None else at("models", model, "versions", version)
+        return (yield from self._ask(Request("DELETE", path, timeout_s=LONG_S))).read(Deleted)
+
+    @Verb
+    def verify(self, model: str, version: int | None = None) -> Steps[Verification]:
+        """Check the files of a version, and that every model server answers as the trainer did."""
+        path = yield from self._of_version(model, version, "verify")
+        return (yield from self._ask(Request("POST", path, timeout_s=LONG_S))).read(Verification)
+
+    @Verb
+    def download(self, model: str, to: Path_, version: int | None = None) -> Steps[Path]:
+        """Save a version as a zip of its SavedModel, as `model/version/`; return the path.
+
+        Args:
+            to: a file, which is replaced, or a directory.
+        """
+        number = yield from self._number(model, version)
+        path = at("models", model, "versions", number, "saved_model")
+        return (yield from self._save(path, to, f"{model}-{number}.zip"))
+
+    @Verb
+    def delta(self, model: str, to: Path_, version: int | None = None) -> Steps[Path]:
+        """Save what a fine-tune changed, from which `python -m trainer.delta` rebuilds the version; return the path.
+
+        Args:
+            to: a file, which is replaced, or a directory.
+        """
+        number = yield from self._number(model, version)
+        path = at("models", model, "versions", number, "delta")
+        return (yield from self._save(path, to, f"{model}-{number}.delta.npz"))
+
+    def _put_label(self, model: str, label: str, version: int, weight: float | None) -> Steps[Label]:
+        move = {"version": version} | ({} if weight is None else {"weight": weight})
+        return (yield from self._ask(Request("PUT", at("models", model, "labels", label), json=move))).read(Label)
+
+    def _pages(self, path: str, kind: Any, key: str, limit: int | None) -> Listing[Any]:
+        """All items of a list, by pages; `key` is what names an item."""
+        after, left = None, limit
+        while left is None or left > 0:
+            size = MOST if left is None else min(left, MOST)
+            found, more = (yield from self._get(path, after=after, limit=size)).page(kind)
+            yield from found
+            if not more:
+                return
+            after = getattr(found[-1], key)
+            left = None if left is None else left - len(found)
+
+
+def _labelled(model: Model, label: str) -> int:
+    if label not in model.labels:
+        raise NotFound(f"model {model.name!r} has no label {label!r}", code="unknown_model", param="label")
+    return model.labels[label]
+
+
+class EventStream:
+    """Reads server-sent events (section 9.2 of the HTML standard), of which each `data` is JSON."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def read(self, chunk: bytes) -> Iterator[Any]:
+        """The data of the events that a chunk completes. What is incomplete when a stream breaks off is dropped."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:])
+            elif not line and self._data:
+                yield jsons.loads(b"\n".join(self._data))
+                self._data = []
+
+
+class Client(Verbs, SyncDriver):
+    """A client of a Temper service.
+
+        with Client("http://localhost:8080") as temper:
+            temper.finetune("digits.zip", "digits", wait=True)
+            print(temper.predict("seven.png", "digits").labels)
+
+    It may be shared by threads.
+    """
+
+
+class AsyncClient(Verbs, AsyncDriver):
+    """The same for asyncio: verbs with one outcome are awaited, those with many iterated over.
+
+    async with AsyncClient() as temper:
+        async for event in temper.events("ftjob-…", follow=True):
+            print(event.type)
+    """

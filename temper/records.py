@@ -1,0 +1,190 @@
+"""What the service answers, as frozen records. Each keeps the whole answer as `json`, also fields unknown here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What all records share."""
+
+    PARTS: ClassVar[dict[str, type["Record"]]] = {}  # fields that are records, or lists of them
+
+    json: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def read(cls, json: Mapping[str, Any]) -> Self:
+        """The record in the JSON of an answer.
+
+        Raises:
+            TypeError: a field is missing.
+        """
+        values: dict[str, Any] = {}
+        for name in {own.name for own in fields(cls)} & json.keys() - {"json"}:
+            value, part = json[name], cls.PARTS.get(name)
+            if part and isinstance(value, list):
+                value = tuple(part.read(one) for one in value)
+            elif part and value is not None:
+                value = part.read(value)
+            values[name] = value
+        return cls(json=dict(json), **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure(Record):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Record):
+    """A fine-tuning job. Times are in Unix seconds."""
+
+    PARTS: ClassVar = {"error": Failure}
+
+    id: str
+    model: str
+    status: str  # queued, running, succeeded, failed or cancelled
+    created_at: float
+    version: int | None = None  # that it has published
+    preview_version: int | None = None
+    label: str = "stable"  # that moves to the version
+    base: str = ""
+    stage: str | None = None  # of a running job
+    progress: dict[str, Any] = field(default_factory=dict)
+    started_at: float | None = None
+    finished_at: float | None = None
+    spec: dict[str, Any] = field(default_factory=dict)
+    resolved_spec: dict[str, Any] | None = None
+    dataset: dict[str, Any] = field(default_factory=dict)
+    error: Failure | None = None
+    report_status: str = "none"  # then quick, then complete
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has succeeded, failed or been cancelled."""
+        return self.finished_at is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(Record):
+    """Something that has happened to a job."""
+
+    id: str
+    seq: int  # from 1, without gaps
+    created_at: float
+    type: str  # status, preview, trial, resolved, epoch, publishing or report
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version(Record):
+    """A live version of a model, with its report card."""
+
+    version: int
+    created_at: float
+    classes: list[str]  # in the order of the probabilities
+    base: str | None = None
+    job: str | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary(Record):
+    """A model in a list."""
+
+    name: str
+    versions: list[int]  # live ones, newest first
+    labels: dict[str, int]
+    weights: dict[str, float]  # share of the requests of each label besides `stable`
+    classes: list[str]  # of the newest version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Record):
+    """A model with its live versions, newest first."""
+
+    PARTS: ClassVar = {"versions": Version}
+
+    name: str
+    versions: tuple[Version, ...]
+    labels: dict[str, int]
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label(Record):
+    """A movable name for a version, and its share of the requests that name neither."""
+
+    model: str
+    label: str
+    version: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deleted(Record):
+    """What was deleted: versions, or a label."""
+
+    model: str
+    versions: list[int] | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification(Record):
+    """Whether a version's files are intact and every model server answers as the trainer did."""
+
+    model: str
+    version: int
+    proven: bool
+    failures: dict[str, str | None]  # for "files" and every model server: what is wrong, or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPrediction(Record):
+    """The answer for one image."""
+
+    label: str  # the most probable class
+    probabilities: list[float]  # in the order of `classes`
+    file: str | None = None  # in a zip: the image's name
+    top_k: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Record):
+    """The answer for all images, and the version that gave it."""
+
+    PARTS: ClassVar = {"predictions": ClassPrediction}
+
+    model: str
+    version: int
+    classes: list[str]
+    predictions: tuple[ClassPrediction, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """The most probable class of each image."""
+        return [one.label for one in self.predictions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health(Record):
+    """Which parts of the service work."""
+
+    status: str  # ready or not_ready
+    store: str
+    model_server: str
+    disk: str
+    model_servers: dict[str, str]
+    workers: dict[str, str]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the store and a model server work."""
+        return self.status == "ready"
