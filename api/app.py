@@ -21,7 +21,7 @@ from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.inference.service import InferenceService
-from api.routes import events, health, jobs, models, open_inference, predict, tensorflow_rest
+from api.routes import datasets, events, health, jobs, models, open_inference, predict, tensorflow_rest
 from api.uploads import Uploads
 from serving.publishing import has_files
 from serving.registry import Registry
@@ -30,6 +30,8 @@ from store.engine import connect
 from store.health import Health
 from store.memory import settle
 from store.settings import Settings
+from trainer.jobs.answers import Answers
+from trainer.jobs.library import Library
 from trainer.jobs.records import Jobs
 
 
@@ -52,8 +54,9 @@ def create_app(settings: Settings) -> ASGIApp:
             inference = InferenceService(router, MicroBatcher(pool), settings.predict_timeout_s)
             decoder, health_watch = ImageDecoder(settings), Health(engine, settings.home)
             gateway = Gateway(
-                settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve
-            )
+                settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve,
+                Library(engine), Answers(engine),
+            )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())
             settle()
             yield {"gateway": gateway}
@@ -73,7 +76,8 @@ def create_app(settings: Settings) -> ASGIApp:
     )
     errors.install(app)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
-    for router in (*predicting, jobs.router, events.router, models.router, health.router):
+    managing = (jobs.router, events.router, datasets.router, models.router, health.router)
+    for router in (*predicting, *managing):
         app.include_router(router)
     fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
     limited = BodyLimit(fast, uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)

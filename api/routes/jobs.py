@@ -1,20 +1,29 @@
 """Fine-tuning jobs: upload, list, inspect, cancel."""
 
 import asyncio
+import functools
+import json
 import logging
+import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
 
-from api.gateway import Gateway, gateway_of
+from api.gateway import Gateway, gateway_of, tenant_of
 from api.http.errors import invalid_request
 from api.http.openapi import After, JobId, Limit, errors
+from api.http.repeats import IdempotencyKey, Note, once
 from api.routes.examples import SPEC_EXAMPLE
+from api.uploads import URLENCODED
 from serving.registry import BASE, LABEL, STABLE
 from store.errors import InvalidRequest, UnknownModel
 from store.records import DatasetCard
-from trainer.asked import check_dataset, parse_asked, refused
+from store.validation import in_words
+from trainer.asked import Asked, check_dataset, parse_asked, refused
+from trainer.jobs.answers import Answer
 from trainer.jobs.records import Job, Status
 from trainer.spec import MODEL_NAME, Spec, pinned
 
@@ -26,12 +35,34 @@ FILES = {
     "validation": "Images to validate on, in the same format; without them images of `data` are held out in turn, or "
     "some of them, as the spec says.",
 }
+INSTEAD = {"dataset": "data", "validation_dataset": "validation"}  # fields that name a kept data set, and those files
+
+
+_KEY = in_words(r"^[ !#-\[\]-~]{1,64}$", '1 to 64 printable ASCII characters without " and \\')
+_VALUE = in_words(r"^[^\x00]{0,512}$", "up to 512 characters")
+Metadata = Annotated[
+    dict[Annotated[str, Field(pattern=_KEY)], Annotated[str, Field(pattern=_VALUE)]], Field(max_length=16)
+]
+METADATA = TypeAdapter(Metadata)
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"is not valid JSON: {exc}") from exc
 
 
 class FinetuneFields(BaseModel):
     """The text fields of the form."""
 
     model: str = Field(pattern=MODEL_NAME, description="The model that gets a new version.")
+    dataset: str | None = Field(
+        None, max_length=100, description="Id of a kept data set to train on, instead of the file `data`."
+    )
+    validation_dataset: str | None = Field(
+        None, max_length=100, description="Id of a kept data set to validate on, instead of the file `validation`."
+    )
     label: str = Field(
         STABLE, pattern=LABEL, description="Label to move to the new version, such as `stable` or `canary`."
     )
@@ -41,6 +72,11 @@ class FinetuneFields(BaseModel):
         "everything is.",
         examples=[SPEC_EXAMPLE],
     )
+    metadata: Annotated[Metadata | None, BeforeValidator(_parsed), WithJsonSchema({"type": "string"})] = Field(
+        None,
+        description="Up to 16 names with values of your own, as a JSON object of strings; jobs can be listed by them.",
+        examples=['{"team": "meters"}'],
+    )
 
 
 def _form() -> dict[str, Any]:
@@ -48,7 +84,7 @@ def _form() -> dict[str, Any]:
     schema = FinetuneFields.model_json_schema()
     binary = {"type": "string", "contentMediaType": "application/octet-stream"}
     files = {name: {**binary, "description": text} for name, text in FILES.items()}
-    return {"type": "object", "properties": {**files, **schema["properties"]}, "required": ["data", "model"]}
+    return {"type": "object", "properties": {**files, **schema["properties"]}, "required": ["model"]}
 
 
 def _fields(texts: dict[str, str]) -> FinetuneFields:
@@ -103,13 +139,17 @@ class JobView(BaseModel):
         description="The spec with what the search has chosen. Sent as the spec with the same data, it gives the same "
         "weights."
     )
-    dataset: dict[str, Any] = Field(description="What was uploaded: number of images, of each class, polarity, hash.")
+    dataset: dict[str, Any] = Field(
+        description="What it learns from: number of images, of each class, polarity, hash; `kept` is the id of a data "
+        "set that was given by it."
+    )
     error: Annotated[JobError | dict[str, Any] | None, Field(union_mode="left_to_right")] = Field(
         description="Why it failed."
     )
     report_status: Annotated[str, _one_of(Literal["none", "quick", "complete"])] = Field(
         description="How much of the report card is there."
     )
+    metadata: dict[str, str] | None = Field(description="What the client has noted on the job.")
 
     @classmethod
     def of(cls, job: Job) -> "JobView":
@@ -133,39 +173,111 @@ class JobList(BaseModel):
 
 
 @router.post(
-    "/finetune", status_code=202, responses=errors(400, 413, 415, 422, 429, 503, 507),
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form()}}}},
+    "/finetune", status_code=202, response_model=JobView, responses=errors(400, 404, 413, 415, 422, 429, 503, 507),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": _form()},
+                URLENCODED: {"schema": FinetuneFields.model_json_schema()},  # with a data set that is kept
+            },
+        }
+    },
 )  # fmt: skip
-async def finetune(request: Request, response: Response) -> JobView:
-    """Upload labelled images and queue a fine-tune on them."""
-    gateway = gateway_of(request)
+async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> Response:
+    """Queue a fine-tune on labelled images: an upload, or a data set that is kept."""
+    gateway, tenant = gateway_of(request), tenant_of(request)
     async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
         fields = _fields(form.texts)
-        if "data" not in form.files:
-            raise InvalidRequest("data: is required", param="data")
+        ids = {field: name for field in INSTEAD if (name := getattr(fields, field)) is not None}
+        for field, file in INSTEAD.items():
+            if field in ids and file in form.files:
+                raise InvalidRequest(f"{field}: give either it or the file {file!r}", param=field)
+        if "data" not in form.files and "dataset" not in ids:
+            raise InvalidRequest("data: is required, or `dataset`", param="data")
         if fields.model == BASE:
             raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
         asked = parse_asked(fields.spec)
-        base = await asyncio.to_thread(_resolve_base, gateway, asked.fixed)
 
-        def check(dataset: DatasetCard) -> None:
-            check_dataset(asked, dataset.classes, held_out="validation" in form.files)
+        async def create(note: Note) -> Answer:
+            base = await asyncio.to_thread(resolve_base, gateway, asked.fixed)
+            kept = await asyncio.to_thread(_kept, gateway, tenant, ids)
+            dataset = await gateway.uploads.store(form, functools.partial(check, asked), kept)
+            return await asyncio.to_thread(
+                queue, gateway, tenant, note, _accepted,
+                model=fields.model, base=base, asked=asked, dataset=dataset, label=fields.label,
+                metadata=fields.metadata,
+            )  # fmt: skip
 
-        dataset = await gateway.uploads.store(form, check)
-    job = await asyncio.to_thread(
-        gateway.jobs.create,
-        model=fields.model, base=base, spec=asked.described(), dataset=dataset, label=fields.label,
+        return await once(request, form.digest(), create)
+
+
+def _accepted(job: Job) -> Answer:
+    return Answer(202, JobView.of(job).model_dump_json(), f"/finetune/{job.id}")
+
+
+def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, DatasetCard]:
+    """The data sets that stand for the files of the form."""
+    return {INSTEAD[field]: gateway.library.get(tenant, name, field).card() for field, name in ids.items()}
+
+
+def check(asked: Asked, dataset: DatasetCard) -> None:
+    """Refuse a spec that the data set does not allow."""
+    check_dataset(asked, dataset.classes, held_out=dataset.validation is not None)
+
+
+def queue(
+    gateway: Gateway, tenant: str, note: Note, answer: Callable[[Job], Answer], *,
+    model: str, base: str, asked: Asked, dataset: DatasetCard, label: str = STABLE,
+    metadata: Mapping[str, str] | None = None,
+) -> Answer:  # fmt: skip
+    """Queue a job, and in the same transaction note the answer and see that its data sets are still there."""
+    kept = [card.kept for card in (dataset, dataset.validation) if card and card.kept]
+
+    def also(connection: sa.Connection, job: Job) -> None:
+        gateway.library.hold(connection, tenant, kept)
+        note(connection, answer(job))
+
+    job = gateway.jobs.create(
+        model=model, base=base, spec=asked.described(), dataset=dataset, label=label, metadata=metadata, also=also,
         resolved_spec=None if asked.auto else pinned(asked.fixed, base),
     )  # fmt: skip
     log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
-    response.headers["Location"] = f"/finetune/{job.id}"
-    return JobView.of(job)
+    return answer(job)
 
 
-@router.get("/finetune", responses=errors(404, 422, 503))
+METADATA_FILTER = {
+    "name": "metadata", "in": "query", "style": "deepObject", "explode": True,
+    "description": "Only jobs with these metadata, as in `metadata[team]=meters`.",
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+}  # fmt: skip
+
+
+def metadata_filter(request: Request) -> dict[str, str] | None:
+    """What `metadata[key]=value` asks for; None for `metadata=null`.
+
+    Raises:
+        InvalidRequest: it cannot be metadata of a job.
+    """
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name == "metadata":
+            if value != "null":
+                raise InvalidRequest("metadata: write metadata[key]=value", param="metadata")
+            return None
+        if match := re.fullmatch(r"metadata\[(.*)\]", name, re.DOTALL):
+            found[match[1]] = value
+    try:
+        return METADATA.validate_python(found)
+    except ValidationError as exc:
+        located = [{**error, "loc": ("metadata", *error["loc"])} for error in exc.errors(include_url=False)]
+        raise invalid_request(located) from exc
+
+
+@router.get("/finetune", responses=errors(404, 422, 503), openapi_extra={"parameters": [METADATA_FILTER]})
 def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobList:
     """Jobs, newest first."""
-    page, has_more = gateway_of(request).jobs.page(after=after, limit=limit)
+    page, has_more = gateway_of(request).jobs.page(after=after, limit=limit, metadata=metadata_filter(request))
     return JobList(data=[JobView.of(job) for job in page], has_more=has_more)
 
 
@@ -185,7 +297,7 @@ def cancel_job(request: Request, id: JobId) -> JobView:
     return JobView.of(gateway_of(request).jobs.cancel(id))
 
 
-def _resolve_base(gateway: Gateway, spec: Spec) -> str:
+def resolve_base(gateway: Gateway, spec: Spec) -> str:
     """The live version that training starts from, as `name:version`."""
     name, _, number = spec.base.partition(":")
     if spec.base == BASE and not gateway.registry.has_live(BASE):

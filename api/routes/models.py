@@ -14,7 +14,6 @@ from api.http.openapi import After, Limit, Name, Number, errors
 from api.inference.server_pool import PooledServer
 from serving.publishing import Probe, check_files, prove
 from serving.registry import LABEL, Label, Route, Version
-from store.disk import is_full
 from store.errors import NotFound, PublishFailed, TemperError, WrongState
 
 log = logging.getLogger("temper.gateway")
@@ -161,7 +160,7 @@ def get_model(request: Request, model: Name) -> ModelView:
 @router.delete("/models/{model}", responses=errors(404, 409, 422, 503, 507))
 async def delete_model(request: Request, model: Name) -> Deleted:
     """Delete a model with all its versions and labels. Version numbers are never reused."""
-    return await _delete(gateway_of(request), model, None)
+    return await delete(gateway_of(request), model, None)
 
 
 @router.get("/models/{model}/versions/{version}", responses=errors(404, 422, 503))
@@ -173,7 +172,7 @@ def get_version(request: Request, model: Name, version: Number) -> VersionView:
 @router.delete("/models/{model}/versions/{version}", responses=errors(404, 409, 422, 503, 507))
 async def delete_version(request: Request, model: Name, version: Number) -> Deleted:
     """Delete a version that has no label."""
-    return await _delete(gateway_of(request), model, version)
+    return await delete(gateway_of(request), model, version)
 
 
 @router.post("/models/{model}/versions/{version}/verify", responses=errors(404, 422, 503))
@@ -235,22 +234,21 @@ def get_delta(request: Request, model: Name, version: Number) -> FileResponse:
     return FileResponse(path, filename=f"{model}-{version}.delta.npz", media_type="application/octet-stream")
 
 
-async def _delete(gateway: Gateway, model: str, version: int | None) -> Deleted:
-    """Take it out of the routes, unload it from the model servers, then remove its files."""
+async def delete(gateway: Gateway, model: str, version: int | None, *, last_too: bool = False) -> Deleted:
+    """Take it out of the routes, unload it from the model servers, then remove its files.
+
+    Args:
+        version: None for the whole model.
+        last_too: also a labelled version, if the model has no other.
+    """
 
     def retire() -> list[int]:
         needed = gateway.jobs.open_bases()
         if f"{model}:{version}" in needed or (version is None and any(base.startswith(f"{model}:") for base in needed)):
             raise WrongState("an unfinished fine-tune starts from it; wait for that job or cancel it", param="model")
-        return gateway.registry.retire(model, version)
+        return gateway.registry.retire(model, version, last_too=last_too)
 
-    try:
-        versions = await asyncio.to_thread(retire)
-    except Exception as exc:
-        if not is_full(exc):
-            raise
-        gateway.reserve.release()  # a deletion has to be recorded before its files go
-        versions = await asyncio.to_thread(retire)
+    versions = await gateway.record_deletion(retire)
     log.info("%s: versions %s removed", model, versions)
     await gateway.align()
     await asyncio.to_thread(gateway.reserve.keep)

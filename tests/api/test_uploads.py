@@ -164,7 +164,7 @@ DATA, MODEL = part("data", GOOD, "d.zip"), part("model", "formed")
     [
         ([MODEL, DATA, DATA], 422, "data", "given twice"),
         ([MODEL, MODEL, DATA], 422, "model", "given twice"),
-        ([MODEL, DATA, part("sepc", "{}")], 422, "sepc", "known are data, label, model, spec, validation"),
+        ([MODEL, DATA, part("sepc", "{}")], 422, "sepc", "known are data, dataset, label, metadata, model, spec"),
         ([MODEL, DATA, part("validation", "none")], 422, "validation", "must be a file"),
         ([MODEL, part("data", "text")], 422, "data", "must be a file"),
         ([part("model", "formed", "m.txt"), DATA], 422, "model", "must be text"),

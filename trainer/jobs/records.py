@@ -12,8 +12,9 @@ database's clock.
 """
 
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -54,6 +55,7 @@ jobs = sa.Table(
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
     sa.Column("last_seq", sa.Integer, nullable=False),  # of its events
     sa.Column("progress_seq", sa.Integer, nullable=False),  # the event that its progress begins with
+    sa.Column("metadata", sa.JSON(none_as_null=True)),
 )
 workers = sa.Table(
     "workers",
@@ -90,6 +92,7 @@ class Job:
     worker: str | None
     attempts: int  # how often a worker has started it
     cancel_requested: bool
+    metadata: dict[str, str] | None = None  # of the client's own
 
 
 _COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
@@ -107,12 +110,15 @@ class Jobs:
 
     def create(
         self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable",
-        resolved_spec: Mapping[str, Any] | None = None,
+        resolved_spec: Mapping[str, Any] | None = None, metadata: Mapping[str, str] | None = None,
+        also: Callable[[sa.Connection, Job], None] = lambda connection, job: None,
     ) -> Job:  # fmt: skip
         """Queue a job. Ids sort by creation time.
 
         Args:
             resolved_spec: the spec if there is nothing to search.
+            metadata: what the client wants to find the job by.
+            also: called in the same transaction; raises to roll it back.
         """
         with self._engine.begin() as connection:
             created_at = connection.execute(sa.select(now())).scalar_one()
@@ -121,11 +127,12 @@ class Jobs:
                 base=base, status="queued", stage=None, progress=Progress(), created_at=created_at, started_at=None,
                 finished_at=None, spec=dict(spec), resolved_spec=dict(resolved_spec) if resolved_spec else None,
                 dataset=dataset, error=None, report_status="none", worker=None, attempts=0, cancel_requested=False,
-                preview_version=None,
+                preview_version=None, metadata=dict(metadata) if metadata else None,
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
             insert(connection, job.id, 1, [_status("queued")])
+            also(connection, job)
         return job
 
     def get(self, job_id: str, param: str = "id") -> Job:
@@ -140,13 +147,22 @@ class Jobs:
             raise UnknownJob(f"there is no job {job_id!r}", param=param)
         return found[0]
 
-    def page(self, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
+    def page(
+        self, *, after: str | None, limit: int, metadata: Mapping[str, str] | None = MappingProxyType({})
+    ) -> tuple[list[Job], bool]:
         """Return up to `limit` jobs, newest first, that come after the job `after`; and whether there are more.
+
+        Args:
+            metadata: what all of them have in theirs; None for those that have none.
 
         Raises:
             UnknownJob: no job has the id `after`.
         """
         query = sa.select(*_COLUMNS).order_by(jobs.c.id.desc()).limit(limit + 1)
+        if metadata is None:
+            query = query.where(jobs.c.metadata.is_(sa.null()))
+        for key, value in (metadata or {}).items():
+            query = query.where(jobs.c.metadata[key].as_string() == value)
         if after is not None:
             query = query.where(jobs.c.id < self.get(after, "after").id)
         with self._engine.connect() as connection:
@@ -156,7 +172,14 @@ class Jobs:
     def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> list[Event]:
         """Return the first `limit` events of a job whose number is greater than `after`."""
         later = (events.c.job == job_id) & (events.c.seq > after)
-        query = sa.select(events).where(later).order_by(events.c.seq).limit(limit)
+        return self._events(sa.select(events).where(later).order_by(events.c.seq).limit(limit))
+
+    def latest_events(self, job_id: str, *, before: int | None, limit: int) -> list[Event]:
+        """Return the last `limit` events of a job whose number is less than `before`, newest first."""
+        query = sa.select(events).where(events.c.job == job_id).order_by(events.c.seq.desc()).limit(limit)
+        return self._events(query if before is None else query.where(events.c.seq < before))
+
+    def _events(self, query: sa.Select[Any]) -> list[Event]:
         with self._engine.connect() as connection:
             return [Event(**row) for row in connection.execute(query).mappings()]
 
@@ -300,10 +323,8 @@ class Jobs:
 
     def needed_datasets(self) -> list[DatasetCard]:
         """Return the data sets of jobs that have not finished or whose report is not complete."""
-        open_report = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
         with self._engine.connect() as connection:
-            query = sa.select(jobs.c.dataset).where(jobs.c.status.not_in(FINISHED) | open_report)
-            return [DatasetCard.read(card) for card in connection.execute(query).scalars()]
+            return needed_cards(connection)
 
     def heartbeat(self, worker: str, state: WorkerState) -> None:
         """Note that `worker` lives, and what it does."""
@@ -350,6 +371,13 @@ class Jobs:
             )
             failed = _write(connection, lost, [_status("failed", error=died)], status="failed", error=died, **ending)
         return [*cancelled, *failed]
+
+
+def needed_cards(connection: sa.Connection) -> list[DatasetCard]:
+    """Return the data sets of jobs that have not finished or whose report is not complete."""
+    open_report = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
+    query = sa.select(jobs.c.dataset).where(jobs.c.status.not_in(FINISHED) | open_report)
+    return [DatasetCard.read(card) for card in connection.execute(query).scalars()]
 
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}
