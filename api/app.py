@@ -21,7 +21,7 @@ from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.inference.service import InferenceService
-from api.routes import datasets, events, health, jobs, models, open_inference, predict, tensorflow_rest
+from api.routes import datasets, events, health, jobs, models, open_inference, openai, predict, tensorflow_rest
 from api.uploads import Uploads
 from serving.publishing import has_files
 from serving.registry import Registry
@@ -76,7 +76,7 @@ def create_app(settings: Settings) -> ASGIApp:
     )
     errors.install(app)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
-    managing = (jobs.router, events.router, datasets.router, models.router, health.router)
+    managing = (jobs.router, events.router, datasets.router, models.router, openai.router, health.router)
     for router in (*predicting, *managing):
         app.include_router(router)
     fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
