@@ -33,12 +33,14 @@ from api.routes.openai_schemas import (
     FileFields,
     FileList,
     Job,
+    JobCheckpoint,
+    JobCheckpointList,
     JobList,
     JobRequest,
     Model,
     ModelDeleted,
     ModelList,
-)  # fmt: skip
+)
 from api.uploads import with_validation
 from serving.registry import BASE
 from store.errors import InvalidDataset, InvalidRequest, InvalidSpec, NotFound, UnknownModel
@@ -242,6 +244,20 @@ def list_events(request: Request, id: JobId, after: After = None, limit: Limit =
         before = int(match[1])
     found = jobs.latest_events(id, before=before, limit=limit + 1)
     return EventList(data=[Event.of(event) for event in found[:limit]], has_more=len(found) > limit)
+
+
+@router.get("/fine_tuning/jobs/{id}/checkpoints", responses=openai_errors(404))
+def list_checkpoints(request: Request, id: JobId, after: After = None, limit: Limit = 10) -> JobCheckpointList:
+    """The versions that a job has made live, newest first: the preview of its search, and its result."""
+    gateway = gateway_of(request)
+    gateway.jobs.get(id)
+    found = [JobCheckpoint.of(version, id) for version in gateway.registry.of_job(id) if version.live]
+    if after is not None:
+        known = [checkpoint.id for checkpoint in found]
+        if after not in known:
+            raise InvalidRequest(f"after: {after!r} is not a checkpoint of this job", param="after")
+        found = found[known.index(after) + 1 :]
+    return JobCheckpointList(data=found[:limit], has_more=len(found) > limit)
 
 
 @router.get("/models", responses=openai_errors())

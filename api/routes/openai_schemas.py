@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from api.routes.jobs import JobError, Metadata
+from serving.registry import Version
 from store.records import DEFAULT_TENANT
 from trainer.jobs import records
 from trainer.jobs.events import Event as JobEvent
@@ -299,6 +300,52 @@ class EventList(BaseModel):
 
     object: Literal["list"] = Field("list", description="Kind of this object.")
     data: list[Event] = Field(description="The events of this page.")
+    has_more: bool = Field(description="Are there more? Ask with `after` = the last id.")
+
+
+class CheckpointMetrics(BaseModel):
+    """How good a checkpoint is, on the images that its training never saw; null where that is not measured."""
+
+    train_loss: float | None = Field(description="Cross-entropy on the training images, in nats.")
+    train_mean_token_accuracy: float | None = Field(description="Accuracy on the training images.")
+    full_valid_loss: float | None = Field(description="Cross-entropy on the held-out images, in nats.")
+    full_valid_mean_token_accuracy: float | None = Field(description="Accuracy on the held-out images.")
+
+
+class JobCheckpoint(BaseModel):
+    """A version that a job has made live, so that it can be used."""
+
+    id: str = Field(description="The job's id and the version.")
+    object: Literal["fine_tuning.job.checkpoint"] = Field(
+        "fine_tuning.job.checkpoint", description="Kind of this object."
+    )
+    created_at: int = Field(description="Unix seconds.")
+    fine_tuned_model_checkpoint: str = Field(description="The version, `name:version`.")
+    fine_tuning_job_id: str = Field(description="The job.")
+    metrics: CheckpointMetrics = Field(description="How good it is.")
+    step_number: int = Field(description="The epoch whose weights it has.")
+
+    @classmethod
+    def of(cls, version: Version, job_id: str) -> "JobCheckpoint":
+        """A version as OpenAI shows a checkpoint."""
+        train, held_out, training = version.report.train, version.report.validation, version.report.training
+        return cls(
+            id=f"{job_id}-v{version.version}", created_at=int(version.created_at),
+            fine_tuned_model_checkpoint=f"{version.model}:{version.version}", fine_tuning_job_id=job_id,
+            step_number=training.kept_epoch if training else 0,
+            metrics=CheckpointMetrics(
+                train_loss=train and train.cross_entropy, train_mean_token_accuracy=train and train.accuracy,
+                full_valid_loss=held_out and held_out.cross_entropy,
+                full_valid_mean_token_accuracy=held_out and held_out.accuracy,
+            ),
+        )  # fmt: skip
+
+
+class JobCheckpointList(BaseModel):
+    """Checkpoints, newest first."""
+
+    object: Literal["list"] = Field("list", description="Kind of this object.")
+    data: list[JobCheckpoint] = Field(description="The checkpoints of this page.")
     has_more: bool = Field(description="Are there more? Ask with `after` = the last id.")
 
 

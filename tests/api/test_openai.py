@@ -1,5 +1,6 @@
 """OpenAI's own client, unchanged and strict, through its whole loop of fine-tuning."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,9 @@ import openai
 import pytest
 from openai import OpenAI
 
+from api.routes.openai_schemas import Job
 from tests.api.test_datasets import upload
+from tests.api.test_job_views import JOB
 from tests.conftest import Service, eventually, npz
 
 RECIPE = {"spec": {"method": "head"}}
@@ -73,6 +76,11 @@ def test_the_whole_loop_of_fine_tuning(client: OpenAI, digits: tuple[np.ndarray,
         "Epoch 1 of 2", "Epoch 2 of 2",
     }  # fmt: skip
 
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert (checkpoint.fine_tuned_model_checkpoint, checkpoint.fine_tuning_job_id) == ("openai-loop:1", job.id)
+    assert checkpoint.step_number in (1, 2)
+    assert checkpoint.metrics.full_valid_mean_token_accuracy is not None
+    assert list(client.fine_tuning.jobs.checkpoints.list(job.id, after=checkpoint.id)) == []
     assert "openai-loop:1" in [model.id for model in client.models.list()]
     assert client.models.retrieve("openai-loop:1").id == client.models.retrieve("openai-loop").id == "openai-loop:1"
     assert client.models.delete("openai-loop:1").deleted
@@ -139,6 +147,7 @@ def test_every_other_mistake_raises_the_clients_error(client: OpenAI) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: client.files.retrieve("file-none"), lambda: client.files.delete("file-none"),
         lambda: client.files.content("file-none"), lambda: client.files.list(after="file-none"),
+        lambda: jobs.checkpoints.list("ftjob-none"),
         lambda: jobs.retrieve("ftjob-none"), lambda: jobs.cancel("ftjob-none"), lambda: jobs.list_events("ftjob-none"),
         lambda: client.models.retrieve("none"), lambda: client.models.delete("Nobody:x"),
         lambda: client.get("/nowhere", cast_to=object),
@@ -149,6 +158,12 @@ def test_every_other_mistake_raises_the_clients_error(client: OpenAI) -> None:
         assert caught_too.value.type == "invalid_request_error"
     with pytest.raises(openai.ConflictError):
         client.models.delete("lenet5:1")
+
+
+def test_statuses_that_openai_does_not_have_are_not_shown() -> None:
+    for stored, shown in {"paused": "queued", "of the future": "running", "failed": "failed"}.items():
+        job = dataclasses.replace(JOB, status=stored)  # type: ignore[arg-type]
+        assert Job.of(job, "t").status == shown
 
 
 def retry(api: httpx.Client, count: int, body: dict[str, Any]) -> dict[str, Any]:
