@@ -26,7 +26,18 @@ from api.inference.bodies import ImageDecoder
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.inference.service import InferenceService
-from api.routes import events, health, jobs, models, open_inference, predict, tensorflow_rest, webhooks
+from api.routes import (
+    datasets,
+    events,
+    health,
+    jobs,
+    models,
+    open_inference,
+    openai,
+    predict,
+    tensorflow_rest,
+    webhooks,
+)
 from api.uploads import Uploads
 from serving.publishing import has_files
 from serving.registry import Registry
@@ -37,7 +48,9 @@ from store.keys import Keys
 from store.memory import settle
 from store.settings import Settings
 from store.webhooks import Webhooks
+from trainer.jobs.answers import Answers
 from trainer.jobs.estimates import Estimates
+from trainer.jobs.library import Library
 from trainer.jobs.records import Jobs
 
 
@@ -67,7 +80,7 @@ def create_app(settings: Settings) -> ASGIApp:
             courier = Courier(owed, Destinations(private=settings.webhook_private, http=settings.webhook_http))
             gateway = Gateway(
                 settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve,
-                keys, owed, courier, Estimates(job_records),
+                keys, owed, courier, Estimates(job_records), Library(engine), Answers(engine),
             )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())
             settle()
@@ -91,7 +104,8 @@ def create_app(settings: Settings) -> ASGIApp:
     errors.install(app)
     app.add_middleware(PageHeaders)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
-    for router in (*predicting, jobs.router, events.router, models.router, webhooks.router, health.router):
+    managing = (jobs.router, events.router, datasets.router, models.router, webhooks.router, openai.router)
+    for router in (*predicting, *managing, health.router):
         app.include_router(router)
     fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
     limited = BodyLimit(fast, uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -19,16 +20,19 @@ from api.metrics import SERVER_UP
 from api.uploads import Uploads
 from serving.publishing import PATIENCE_S, Probe, has_files, prove, reconcile
 from serving.registry import BASE, Registry, stored_name
-from store.disk import Reserve
+from store.disk import Reserve, is_full
 from store.errors import ModelServerError, TemperError
 from store.health import Health, Notice
 from store.records import DEFAULT_TENANT
 from store.settings import Settings
 from store.webhooks import Webhooks
+from trainer.jobs.answers import Answers
 from trainer.jobs.estimates import Estimates
+from trainer.jobs.library import Library
 from trainer.jobs.records import Jobs
 
 log = logging.getLogger("temper.gateway")
+T = TypeVar("T")
 
 LOOK_S, LOOK_FOR_LOST_S = 0.5, 0.1  # between looks at a model server that answers, and at one that does not
 LOOK_TIMEOUT_S = 3.0  # after which a server that says nothing is taken for lost
@@ -53,6 +57,8 @@ class Gateway:
     webhooks: Webhooks
     courier: Courier
     estimates: Estimates
+    library: Library
+    answers: Answers
     streams: int = 0  # of events, that clients read
 
     async def look_after(self) -> None:
@@ -111,6 +117,16 @@ class Gateway:
                     raise  # the server itself is away again
                 except Exception as exc:  # one bad version must not keep the server from serving the others
                     log.error("%s:%d is not proven at %s: %s", model, number, target.address, exc)
+
+    async def record_deletion(self, delete: Callable[[], T]) -> T:
+        """Call what records a deletion, with the reserve's space if the disk is full."""
+        try:
+            return await asyncio.to_thread(delete)
+        except Exception as exc:
+            if not is_full(exc):
+                raise
+        self.reserve.release()  # a deletion has to be recorded before its files go
+        return await asyncio.to_thread(delete)
 
     async def align(self) -> None:
         """Have all model servers serve what the registry says now; one that is away will when it comes back."""

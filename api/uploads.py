@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -11,10 +12,12 @@ import shutil
 import signal
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Self
+from urllib.parse import parse_qsl
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -34,8 +37,9 @@ from store.errors import (
     UnsupportedMediaType,
 )
 from store.files import move
-from store.records import DatasetCard
+from store.records import DatasetCard, DatasetReport
 from store.settings import Settings
+from trainer.jobs.library import Upload
 from trainer.jobs.records import FINISHED, Jobs
 
 log = logging.getLogger("temper.gateway")
@@ -45,6 +49,7 @@ IDLE_S = 60.0  # after which an upload that sends nothing gives its place to ano
 MAX_TEXT_BYTES = 1 << 20  # of a form field that is no file
 WRITE_BYTES = 1 << 20  # that are collected before they are written
 LOCK = "lock"
+URLENCODED = "application/x-www-form-urlencoded"
 
 
 @dataclass
@@ -54,6 +59,12 @@ class Form:
     texts: dict[str, str] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)  # file names as the client gave them, by field
+    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file, by field
+
+    def digest(self) -> str:
+        """Return the SHA-256 of what the form says, whatever its boundary and the order of its fields."""
+        said = json.dumps([self.texts, self.names, self.hashes], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
 
 
 class Uploads:
@@ -114,7 +125,7 @@ class Uploads:
 
     @contextlib.asynccontextmanager
     async def receive(self, request: Request, texts: set[str], files: set[str]) -> AsyncIterator[Form]:
-        """Stream a multipart form to disk; its files go when the context ends.
+        """Stream a form to disk; its files go when the context ends. A form without files may be URL-encoded.
 
         Args:
             texts: names of the fields that hold text.
@@ -122,23 +133,20 @@ class Uploads:
 
         Raises:
             Overloaded: too many uploads are under way; nothing of this one was read.
-            UnsupportedMediaType, MalformedRequest: it is no multipart form.
+            UnsupportedMediaType, MalformedRequest: it is no form.
             InvalidRequest: a field is unknown, given twice, or of the wrong kind.
             StorageFull: no space is left.
         """
+        content_type = request.headers.get("content-type", "")
         with self.admitted(), contextlib.ExitStack() as stack:
-            receiver = _Receiver(request.headers.get("content-type", ""), self._staging, texts, files)
+            if content_type.partition(";")[0].strip().lower() == URLENCODED:
+                yield await _receive_texts(request, texts, files)
+                return
+            receiver = _Receiver(content_type, self._staging, texts, files)
             stack.callback(receiver.discard)
             if self._lock is None:  # the disk was full when the gateway started
                 await asyncio.to_thread(self._take_place)
-            stream = request.stream()
-            while True:
-                try:
-                    chunk = await asyncio.wait_for(anext(stream), IDLE_S)
-                except StopAsyncIteration:
-                    break
-                except TimeoutError as exc:
-                    raise MalformedRequest(f"the upload stalled: nothing arrived for {IDLE_S:g} s") from exc
+            async for chunk in _pieces(request):
                 receiver.feed(chunk)
                 if receiver.waiting >= WRITE_BYTES:
                     await asyncio.to_thread(receiver.write)
@@ -150,48 +158,109 @@ class Uploads:
         process = await spare if spare else await start_decoder()
         return process if process.returncode is None else await start_decoder()
 
-    async def store(self, form: Form, check: Callable[[DatasetCard], None], *, keep: bool = True) -> DatasetCard:
+    async def store(
+        self, form: Form, check: Callable[[DatasetCard], None],
+        kept: Mapping[str, DatasetCard] = MappingProxyType({}), *, keep: bool = True,
+    ) -> DatasetCard:  # fmt: skip
         """Prepare the files of a form and keep the result; returns what the job record says of it.
 
         Args:
             check: called with that; raises to reject it, and then nothing is kept.
+            kept: data sets that are stored already and take the place of the file `data` or `validation`.
             keep: false to keep nothing in any case.
 
         Raises:
             InvalidDataset: what is wrong with either file, or with the two together.
             StorageFull: no space is left.
         """
+        places: dict[Path, str] = {}
         with contextlib.ExitStack() as leftovers:
-            async with self._decoders:
-                dataset, path = await self._prepare(form, "data", 2, leftovers)
-                prepared = {path: dataset.id}
-                if "validation" in form.files:
-                    apart, path = await self._prepare(form, "validation", 1, leftovers)
-                    prepared[path] = apart.id
-                    _check_apart(dataset, apart)
-                    dataset = dataset.model_copy(update={"validation": apart})
+            async with self._decoders if form.files else contextlib.nullcontext():
+                cards = dict(kept)
+                for name, least in (("data", 2), ("validation", 1)):
+                    if name in form.files:
+                        cards[name], _, path = await self._prepare(form, name, least, leftovers)
+                        places[path] = f"{cards[name].id}.npz"
+            dataset = with_validation(cards["data"], cards.get("validation"))
             check(dataset)
             if keep:
-                await asyncio.to_thread(self._keep, prepared)
+                await asyncio.to_thread(self._move, places)
         return dataset
 
-    def _keep(self, prepared: dict[Path, str]) -> None:
+    async def keep(self, form: Form, name: str) -> Upload:
+        """Prepare a file of a form, and keep both the result and the file.
+
+        Raises:
+            InvalidDataset: what is wrong with it.
+            StorageFull: no space is left.
+        """
+        raw, sha256 = form.files[name], form.hashes[name]
+        with contextlib.ExitStack() as leftovers:
+            async with self._decoders:
+                dataset, report, path = await self._prepare(form, name, 2, leftovers)
+            size_bytes = raw.stat().st_size
+            await asyncio.to_thread(self._move, {path: f"{dataset.id}.npz", raw: f"{sha256}.upload"})
+        return Upload(sha256, size_bytes, dataset, report)
+
+    def _move(self, places: Mapping[Path, str]) -> None:
         with translated():
-            for path, name in prepared.items():
-                move(path, self._settings.datasets / f"{name}.npz")
+            for path, name in places.items():
+                move(path, self._settings.datasets / name)
 
     async def _prepare(
         self, form: Form, name: str, least: int, leftovers: contextlib.ExitStack
-    ) -> tuple[DatasetCard, Path]:
+    ) -> tuple[DatasetCard, DatasetReport, Path]:
         """Describe a file and say where its prepared form lies; `leftovers` removes that unless it is moved."""
         raw = form.files[name]
         prepared = raw.with_suffix(".npz")
         leftovers.callback(prepared.unlink, missing_ok=True)
         try:
-            dataset = await prepare_upload(await self._take_decoder(), raw, prepared, self._settings, least)
+            dataset, report = await prepare_upload(await self._take_decoder(), raw, prepared, self._settings, least)
         except InvalidDataset as exc:
             raise InvalidDataset(exc.message, param=name, details=exc.details) from exc
-        return dataset.model_copy(update={"filename": form.names[name]}), prepared
+        return dataset.model_copy(update={"filename": form.names[name]}), report, prepared
+
+
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    """A body as it arrives, unless it stops arriving."""
+    stream = request.stream()
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(stream), IDLE_S)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as exc:
+            raise MalformedRequest(f"the upload stalled: nothing arrived for {IDLE_S:g} s") from exc
+
+
+async def _receive_texts(request: Request, texts: set[str], files: set[str]) -> Form:
+    """A URL-encoded form."""
+    body = bytearray()
+    async for piece in _pieces(request):
+        body += piece
+        if len(body) > MAX_TEXT_BYTES:
+            raise InvalidRequest(f"a URL-encoded form must have at most {MAX_TEXT_BYTES} bytes", param="body")
+    form = Form()
+    try:
+        fields = parse_qsl(body.decode(), keep_blank_values=True, errors="strict")
+    except ValueError as exc:
+        raise MalformedRequest("the URL-encoded form is not UTF-8") from exc
+    for name, value in fields:
+        _check_field(name, texts, files, form.texts, is_file=False)
+        form.texts[name] = value
+    return form
+
+
+def _check_field(name: str, texts: set[str], files: set[str], seen: Collection[str], *, is_file: bool) -> None:
+    """Refuse a field that the form does not have, has had, or has of the other kind."""
+    if name not in texts | files:
+        known = ", ".join(sorted(texts | files))
+        raise InvalidRequest(f"{name}: unknown form field; known are {known}", param=name)
+    if name in seen:
+        raise InvalidRequest(f"{name}: given twice", param=name)
+    if is_file != (name in files):
+        reason = "must be a file, with a filename" if name in files else "must be text, not a file"
+        raise InvalidRequest(f"{name}: {reason}", param=name)
 
 
 class _Receiver:
@@ -199,10 +268,11 @@ class _Receiver:
 
     def __init__(self, content_type: str, folder: Path, texts: set[str], files: set[str]) -> None:
         kind, options = parse_options_header(content_type)
-        if kind.decode("latin-1").lower() not in ("", "multipart/form-data", "application/x-www-form-urlencoded"):
+        if kind.decode("latin-1").lower() not in ("", "multipart/form-data"):
             raise UnsupportedMediaType(f"Content-Type {kind.decode('latin-1')!r}: send multipart/form-data")
         if kind.lower() != b"multipart/form-data":
-            raise InvalidRequest("data: is required; send the fields as multipart/form-data", param="data")
+            name = min(files)
+            raise InvalidRequest(f"{name}: is required; send the fields as multipart/form-data", param=name)
         if b"boundary" not in options:
             raise MalformedRequest("Content-Type: multipart/form-data needs a boundary")
         self.form = Form()
@@ -214,6 +284,7 @@ class _Receiver:
         self._text: bytearray | None = None  # of the part that is being read, unless it is a file
         self._pending: list[tuple[str, bytes]] = []
         self._open: dict[str, IO[bytes]] = {}
+        self._hashes: dict[str, Any] = {}  # hashlib's, of each file
         try:
             self._parser = MultipartParser(
                 options[b"boundary"],
@@ -245,6 +316,8 @@ class _Receiver:
                 if name not in self._open:
                     self.form.files[name] = self._folder / f"{secrets.token_hex(8)}.upload"
                     self._open[name] = self.form.files[name].open("xb", buffering=0)
+                    self._hashes[name] = hashlib.sha256()
+                self._hashes[name].update(data)
                 view = memoryview(data)
                 while view:
                     view = view[self._open[name].write(view) :]
@@ -256,6 +329,7 @@ class _Receiver:
         if not self._complete:
             raise MalformedRequest("the multipart body ends before its closing boundary")
         self.write()
+        self.form.hashes = {name: digest.hexdigest() for name, digest in self._hashes.items()}
         self._close()
 
     def discard(self) -> None:
@@ -281,14 +355,7 @@ class _Receiver:
         if b"name" not in options:
             raise MalformedRequest("a part of the form has no name in its Content-Disposition")
         name, is_file = _decoded(options[b"name"]), b"filename" in options
-        if name not in self._texts | self._files:
-            known = ", ".join(sorted(self._texts | self._files))
-            raise InvalidRequest(f"{name}: unknown form field; known are {known}", param=name)
-        if name in self._seen:
-            raise InvalidRequest(f"{name}: given twice", param=name)
-        if is_file != (name in self._files):
-            reason = "must be a file, with a filename" if name in self._files else "must be text, not a file"
-            raise InvalidRequest(f"{name}: {reason}", param=name)
+        _check_field(name, self._texts, self._files, self._seen, is_file=is_file)
         self._name = name
         self._seen.add(name)
         self._text = None if is_file else bytearray()
@@ -323,8 +390,14 @@ def _decoded(name: bytes) -> str:
         return name.decode("latin-1")
 
 
-def _check_apart(dataset: DatasetCard, apart: DatasetCard) -> None:
-    """Refuse validation images of classes that `data` lacks, or that are the training images."""
+def with_validation(dataset: DatasetCard, apart: DatasetCard | None) -> DatasetCard:
+    """The data set with the images to validate on, if there are any.
+
+    Raises:
+        InvalidDataset: these are of classes that it lacks, or the training images.
+    """
+    if apart is None:
+        return dataset
     unknown = sorted(set(apart.classes) - set(dataset.classes))
     if unknown:
         details = [{"class": name, "reason": "is not a class of `data`"} for name in unknown]
@@ -333,6 +406,7 @@ def _check_apart(dataset: DatasetCard, apart: DatasetCard) -> None:
         raise InvalidDataset(message, param="validation", details=details)
     if apart.id == dataset.id:
         raise InvalidDataset("the validation images are the same as those of `data`", param="validation")
+    return dataset.model_copy(update={"validation": apart})
 
 
 async def start_decoder() -> Process:
@@ -346,7 +420,7 @@ async def start_decoder() -> Process:
 
 async def prepare_upload(
     process: Process, upload: Path, prepared: Path, settings: Settings, least: int = 2
-) -> DatasetCard:
+) -> tuple[DatasetCard, DatasetReport]:
     """Have a decoder read `upload` and write the data set to `prepared`.
 
     Args:
@@ -354,7 +428,7 @@ async def prepare_upload(
         least: as in `trainer.jobs.datasets.read`.
 
     Returns:
-        What was prepared.
+        What was prepared, and what is worth knowing of it.
 
     Raises:
         InvalidDataset: what is wrong with it, or that reading it took more time or memory than allowed.
@@ -380,7 +454,7 @@ async def prepare_upload(
         raise StorageFull("no space is left on the disk for the data set; delete models or free space")
     if "error" in verdict:
         raise InvalidDataset(**verdict["error"])
-    return DatasetCard.model_validate(verdict)
+    return DatasetCard.model_validate(verdict["dataset"]), DatasetReport.model_validate(verdict["report"])
 
 
 async def _end(process: Process) -> None:

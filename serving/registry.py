@@ -228,8 +228,11 @@ class Registry:
                 raise UnknownModel(f"model {public_name(model)!r} has no label {label!r}", param="label")
             _announce(connection, model, label, before, None)
 
-    def retire(self, model: str, version: int | None = None) -> list[int]:
+    def retire(self, model: str, version: int | None = None, *, last_too: bool = False) -> list[int]:
         """Remove a live version that has no label, or all versions and labels of a model.
+
+        Args:
+            last_too: with the last live version the whole model goes, labels and all.
 
         Returns:
             The numbers of the removed versions, ascending.
@@ -245,7 +248,7 @@ class Registry:
             known = set(connection.execute(sa.select(versions.c.version).where(live)).scalars())
             if not known:
                 raise UnknownModel(f"there is no model {public_name(model)!r}", param="model")
-            if version is None:
+            if version is None or (last_too and known == {version}):
                 gone = _labels(connection, model)
                 connection.execute(labels.delete().where(labels.c.model == model))
                 for name, label in gone.items():
@@ -324,6 +327,13 @@ class Registry:
     def live(self) -> list[Version]:
         """Every live version, by model, newest first."""
         return self._select(versions.c.live)
+
+    def creations(self) -> list[tuple[str, int, float]]:
+        """Model, version and time of creation of every live version, newest first."""
+        columns = (versions.c.model, versions.c.version, versions.c.created_at)
+        query = sa.select(*columns).where(versions.c.live).order_by(versions.c.created_at.desc(), *columns[:2])
+        with self._engine.connect() as connection:
+            return [(row.model, row.version, row.created_at) for row in connection.execute(query)]
 
     def wanted(self) -> dict[str, list[int]]:
         """Versions that model servers should load, by model: the live ones and those being published."""

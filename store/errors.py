@@ -51,6 +51,12 @@ class InvalidRequest(TemperError):
     code = "invalid_request"
 
 
+class IdempotencyMismatch(InvalidRequest):
+    """The idempotency key has been used for another request."""
+
+    code = "idempotency_mismatch"
+
+
 class InvalidSpec(InvalidRequest):
     """The fine-tuning spec has an unknown field, a value out of bounds or a contradiction."""
 
@@ -103,6 +109,12 @@ class UnknownJob(NotFound):
     """No job has that id."""
 
     code = "unknown_job"
+
+
+class UnknownDataset(NotFound):
+    """No data set has that id."""
+
+    code = "unknown_dataset"
 
 
 class UnknownWebhook(NotFound):

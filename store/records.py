@@ -89,11 +89,36 @@ class DatasetCard(Record):
     """A prepared data set. `id` is the SHA-256 of its content."""
 
     id: str = ""
+    kept: str | None = None  # the data set or file by whose id a job was given it; None if it was uploaded with the job
     filename: str = ""
     images: int = 0
     classes: dict[str, int] = Field(default_factory=dict)  # images of each class
     polarity: str = "light_on_dark"
     validation: "DatasetCard | None" = None  # uploaded with it, to measure on
+
+
+class DatasetReport(Record):
+    """What is worth knowing of an upload before training on it.
+
+    An image is listed as {"file" or "index", "class"}, with a "reason" where it is near-constant.
+    """
+
+    images: int = Field(0, description="Number of images.")
+    classes: dict[str, int] = Field(default_factory=dict, description="Images of each class.")
+    smallest: tuple[int, int] = Field(
+        (0, 0), description="Width and height of the image with the fewest pixels, as it was uploaded."
+    )
+    largest: tuple[int, int] = Field((0, 0), description="Likewise of the one with the most.")
+    sizes: int = Field(0, description="How many different sizes there are.")
+    duplicates: int = Field(
+        0, description="Images that equal another one at 28x28 pixels, without the first of each such group."
+    )
+    conflicts: int = Field(0, description="Duplicates whose class is not that of the first of their group.")
+    duplicate_groups: list[list[dict[str, Any]]] = Field(
+        default_factory=list, description="The first groups of equal images, those of several classes before others."
+    )
+    near_constant: int = Field(0, description="Images that show next to nothing.")
+    near_constant_images: list[dict[str, Any]] = Field(default_factory=list, description="The first of these.")
 
 
 class Manifest(Record):

@@ -67,7 +67,7 @@ class Settings(BaseSettings):
         description="Most validation images that a report's attacks run on; fewer take less of the worker.",
     )
     workers: int = Field(1, ge=0, le=64, description="Workers that `temper serve` starts here.")
-    max_upload_bytes: int = Field(256 << 20, ge=1, description="Largest body of POST /finetune.")
+    max_upload_bytes: int = Field(256 << 20, ge=1, description="Largest body of an upload.")
     max_predict_bytes: int = Field(8 << 20, ge=1, description="Largest body of POST /predict.")
     max_instances: int = Field(1024, ge=1, description="Most images of one POST /predict.")
     max_pixels: int = Field(50_000_000, ge=784, description="Most pixels of one image, uploaded or to predict on.")

@@ -21,7 +21,7 @@ from store.validation import in_words
 
 _NAME = "1 to 64 of the characters a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 MODEL_NAME = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}$", _NAME)
-_BASE = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$", "a model's name, or name:version")
+BASE_NAME = in_words(r"^[a-z0-9][a-z0-9._-]{0,63}(:[1-9][0-9]{0,8})?$", "a model's name, or name:version")
 FEW = 160  # images that determine the smallest batch
 FEWEST_OF_A_CLASS = 3  # images without which nothing can be chosen by predictions on held-out ones
 Layer = Literal["conv1", "conv2", "dense1", "dense2"]
@@ -268,7 +268,7 @@ class Spec(Strict):
     )
     base: str = Field(
         "lenet5",
-        pattern=_BASE,
+        pattern=BASE_NAME,
         description="Published model to start from, `name` or `name:version`.",
     )
     l1: Strength = Field(

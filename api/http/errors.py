@@ -61,10 +61,24 @@ class ErrorResponse(JSONResponse):
 
 def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> ErrorResponse:
     """An error in the form that a path's clients expect. TensorFlow Serving and Open Inference send one string."""
+    if path.startswith("/openai/"):
+        return _as_openai(status, body, headers or {})
     if path.startswith(("/v1/", "/v2/")):
         status = 400 if status == 422 else status
         return ErrorResponse({"error": body["message"]}, status, headers)
     return ErrorResponse({"error": {**body, "request_id": REQUEST_ID.get()}}, status, headers)
+
+
+def _as_openai(status: int, body: dict[str, Any], headers: dict[str, str]) -> ErrorResponse:
+    """As OpenAI writes it. Its clients repeat a request that was answered with 409, unless they are told not to."""
+    status = 400 if status == 422 else status
+    if status == 409:
+        headers = {**headers, "x-should-retry": "false"}
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
+    return ErrorResponse(
+        {"error": {**{name: body[name] for name in ("code", "message", "param")}, "type": kind}}, status, headers
+    )
 
 
 def response(error: errors.TemperError, path: str) -> ErrorResponse:
@@ -153,5 +167,11 @@ def invalid_request(found: Any, model: Any = None) -> errors.TemperError:
     if any(error["type"] == "json_invalid" for error in found):
         cause = found[0].get("ctx", {}).get("error", found[0]["msg"])
         return errors.MalformedRequest(f"the body is not valid JSON: {cause}")
-    details = [{"field": ".".join(map(str, error["loc"])) or "body", "reason": reason(error, model)} for error in found]
+    details = [
+        {
+            "field": ".".join(str(part) for part in error["loc"] if part != "[key]") or "body",
+            "reason": reason(error, model),
+        }
+        for error in found
+    ]
     return errors.InvalidRequest(errors.listed("", details), param=details[0]["field"], details=details)

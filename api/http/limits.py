@@ -9,6 +9,7 @@ from api.http import errors as http_errors
 from store.errors import Overloaded, TemperError, TooLarge, UnsupportedMediaType
 
 SMALL = 1 << 16  # bytes of a body that is neither an upload nor a prediction
+UPLOADS = ("/finetune", "/datasets", "/openai/v1/files")
 MAX_HELD = 32 << 20  # bytes of all larger predictions together
 
 
@@ -45,7 +46,7 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         path, headers = scope["path"], dict(scope["headers"])
-        limit = self._uploads if path == "/finetune" else self._predictions if _predicts(path) else SMALL
+        limit = self._uploads if path in UPLOADS else self._predictions if _predicts(path) else SMALL
         declared = headers.get(b"content-length")
         size = int(declared) if declared else limit if b"transfer-encoding" in headers else 0
         refusal: TemperError | None = None

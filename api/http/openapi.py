@@ -13,6 +13,7 @@ from store.records import GREY_28
 After = Annotated[str | None, Query(max_length=100, description="The last item of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")]
 Name = Annotated[ModelName, Path()]
+DatasetId = Annotated[str, Path(max_length=100, description="The data set's id.")]
 JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
 Number = Annotated[int, Path(ge=1, lt=2**63, description="A version.")]
 
@@ -54,11 +55,26 @@ class PlainError(BaseModel):
     error: str = Field(description="What went wrong.")
 
 
+class OpenAIErrorBody(BaseModel):
+    """What went wrong, as OpenAI's clients read it."""
+
+    code: str = Field(description="Stable name of the kind of failure.", examples=["unknown_job"])
+    message: str = Field(description="What went wrong and what to do about it.")
+    param: str | None = Field(description="The field that is to blame.")
+    type: str = Field(description="The family of the failure.", examples=["invalid_request_error"])
+
+
+class OpenAIError(BaseModel):
+    """The body of every answer under `/openai/v1` that is not a success."""
+
+    error: OpenAIErrorBody = Field(description="What went wrong.")
+
+
 TEXTS = {
     400: "The request cannot be parsed",
     401: "No API key, or an unknown or revoked one",
     403: "The API key lacks a scope, or the request comes from a foreign site",
-    404: "Unknown model, version, job or webhook",
+    404: "Unknown model, version, job, data set or webhook",
     409: "The state does not allow it",
     413: "Too large",
     415: "Media type not supported",
@@ -73,6 +89,15 @@ TEXTS = {
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Documentation of error responses."""
     return {status: {"model": Error, "description": TEXTS[status]} for status in statuses}
+
+
+def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Documentation of error responses under `/openai/v1`, where content that is invalid is a 400."""
+    texts = {**TEXTS, 400: "The request is invalid", 404: "Unknown file, job or model"}
+    documented: dict[int | str, dict[str, Any]] = {
+        status: {"model": OpenAIError, "description": texts[status]} for status in (400, *statuses, 503)
+    }
+    return {**documented, "4XX": {"model": OpenAIError, "description": "Refused"}}  # instead of FastAPI's own 422
 
 
 PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {

@@ -1,22 +1,30 @@
 """Fine-tuning jobs: upload, list, inspect, pause, cancel."""
 
 import asyncio
+import functools
+import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from api.gateway import Gateway, gateway_of, stored, tenant_of
 from api.http.errors import invalid_request
 from api.http.openapi import After, JobId, Limit, errors
+from api.http.repeats import IdempotencyKey, Note, once
 from api.routes.examples import SPEC_EXAMPLE
+from api.uploads import URLENCODED
 from serving.registry import BASE, LABEL, STABLE, stored_name
 from store.errors import InvalidRequest, TooMany, UnknownModel
 from store.records import DatasetCard, public_name
+from store.validation import in_words
 from trainer.asked import Asked, check_dataset, default_folds, parse_asked, refused
+from trainer.jobs.answers import Answer
 from trainer.jobs.estimates import Standing
 from trainer.jobs.records import AGING_S, MAX_PRIORITY, Job, Status
 from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Spec, pinned
@@ -31,12 +39,34 @@ FILES = {
     "validation": "Images to validate on, in the same format; without them images of `data` are held out in turn, or "
     "some of them, as the spec says.",
 }
+INSTEAD = {"dataset": "data", "validation_dataset": "validation"}  # fields that name a kept data set, and those files
+
+
+_KEY = in_words(r"^[ !#-\[\]-~]{1,64}$", '1 to 64 printable ASCII characters without " and \\')
+_VALUE = in_words(r"^[^\x00]{0,512}$", "up to 512 characters")
+Metadata = Annotated[
+    dict[Annotated[str, Field(pattern=_KEY)], Annotated[str, Field(pattern=_VALUE)]], Field(max_length=16)
+]
+METADATA = TypeAdapter(Metadata)
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"is not valid JSON: {exc}") from exc
 
 
 class FinetuneFields(BaseModel):
     """The text fields of the form."""
 
     model: str = Field(pattern=MODEL_NAME, description="The model that gets a new version.")
+    dataset: str | None = Field(
+        None, max_length=100, description="Id of a kept data set to train on, instead of the file `data`."
+    )
+    validation_dataset: str | None = Field(
+        None, max_length=100, description="Id of a kept data set to validate on, instead of the file `validation`."
+    )
     label: str = Field(
         STABLE, pattern=LABEL, description="Label to move to the new version, such as `stable` or `canary`."
     )
@@ -54,6 +84,11 @@ class FinetuneFields(BaseModel):
     dry_run: bool = Field(
         False, description="Validate everything, answer 200 with an estimate (schema `DryRun`), and create nothing."
     )
+    metadata: Annotated[Metadata | None, BeforeValidator(_parsed), WithJsonSchema({"type": "string"})] = Field(
+        None,
+        description="Up to 16 names with values of your own, as a JSON object of strings; jobs can be listed by them.",
+        examples=['{"team": "meters"}'],
+    )
 
 
 def _form() -> dict[str, Any]:
@@ -61,7 +96,7 @@ def _form() -> dict[str, Any]:
     schema = FinetuneFields.model_json_schema()
     binary = {"type": "string", "contentMediaType": "application/octet-stream"}
     files = {name: {**binary, "description": text} for name, text in FILES.items()}
-    return {"type": "object", "properties": {**files, **schema["properties"]}, "required": ["data", "model"]}
+    return {"type": "object", "properties": {**files, **schema["properties"]}, "required": ["model"]}
 
 
 def _fields(texts: dict[str, str]) -> FinetuneFields:
@@ -120,7 +155,10 @@ class JobView(BaseModel):
         description="The spec with what the search has chosen. Sent as the spec with the same data, it gives the same "
         "weights."
     )
-    dataset: dict[str, Any] = Field(description="What was uploaded: number of images, of each class, polarity, hash.")
+    dataset: dict[str, Any] = Field(
+        description="What it learns from: number of images, of each class, polarity, hash; `kept` is the id of a data "
+        "set that was given by it."
+    )
     error: Annotated[JobError | dict[str, Any] | None, Field(union_mode="left_to_right")] = Field(
         description="Why it failed."
     )
@@ -133,6 +171,7 @@ class JobView(BaseModel):
         description="Unix seconds; null unless it is queued, and while no job of its kind has finished here."
     )
     estimated_end_at: float | None = Field(description="Likewise; also while it runs.")
+    metadata: dict[str, str] | None = Field(description="What the client has noted on the job.")
 
     @classmethod
     def of(cls, job: Job, standing: Standing = Standing()) -> "JobView":  # noqa: B008 (frozen)
@@ -188,43 +227,123 @@ class DryRun(BaseModel):
     "/finetune", status_code=202, response_model=JobView,
     responses={
         200: {"model": DryRun, "description": "With `dry_run`: valid, and nothing was created."},
-        **errors(400, 413, 415, 422, 429, 503, 507),
+        **errors(400, 404, 413, 415, 422, 429, 503, 507),
     },
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form()}}}},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": _form()},
+                URLENCODED: {"schema": FinetuneFields.model_json_schema()},  # with a data set that is kept
+            },
+        }
+    },
 )  # fmt: skip
-async def finetune(request: Request, response: Response) -> JobView | Response:
-    """Upload labelled images and queue a fine-tune on them."""
+async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> Response:
+    """Queue a fine-tune on labelled images: an upload, or a data set that is kept."""
     gateway, tenant = gateway_of(request), tenant_of(request)
-    await asyncio.to_thread(_check_quota, gateway, tenant)
+    await asyncio.to_thread(check_quota, gateway, tenant)
     async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
         fields = _fields(form.texts)
-        if "data" not in form.files:
-            raise InvalidRequest("data: is required", param="data")
+        ids = {field: name for field in INSTEAD if (name := getattr(fields, field)) is not None}
+        for field, file in INSTEAD.items():
+            if field in ids and file in form.files:
+                raise InvalidRequest(f"{field}: give either it or the file {file!r}", param=field)
+        if "data" not in form.files and "dataset" not in ids:
+            raise InvalidRequest("data: is required, or `dataset`", param="data")
         if fields.model == BASE:
             raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
         asked = parse_asked(fields.spec)
-        base = await asyncio.to_thread(_resolve_base, gateway, tenant, asked.fixed)
 
-        def check(dataset: DatasetCard) -> None:
-            check_dataset(asked, dataset.classes, held_out="validation" in form.files)
+        async def prepare(*, keep: bool = True) -> tuple[str, DatasetCard]:
+            base = await asyncio.to_thread(resolve_base, gateway, tenant, asked.fixed)
+            kept = await asyncio.to_thread(_kept, gateway, tenant, ids)
+            return base, await gateway.uploads.store(form, functools.partial(check, asked), kept, keep=keep)
 
-        dataset = await gateway.uploads.store(form, check, keep=not fields.dry_run)
-    if fields.dry_run:
-        return JSONResponse(
-            (await asyncio.to_thread(_dry_run, gateway, fields.model, base, asked, dataset)).model_dump()
-        )
-    job = await asyncio.to_thread(
-        gateway.jobs.create,
-        tenant=tenant, model=stored(request, fields.model), base=base, spec=asked.described(), dataset=dataset,
-        label=fields.label, priority=fields.priority,
+        async def create(note: Note) -> Answer:
+            base, dataset = await prepare()
+            return await asyncio.to_thread(
+                queue, gateway, tenant, note, _accepted,
+                model=fields.model, base=base, asked=asked, dataset=dataset, label=fields.label,
+                metadata=fields.metadata, priority=fields.priority,
+            )  # fmt: skip
+
+        if fields.dry_run:
+            base, dataset = await prepare(keep=False)
+            plan = await asyncio.to_thread(_dry_run, gateway, fields.model, base, asked, dataset)
+            return JSONResponse(plan.model_dump())
+        return await once(request, form.digest(), create)
+
+
+def _accepted(job: Job) -> Answer:
+    return Answer(202, JobView.of(job).model_dump_json(), f"/finetune/{job.id}")
+
+
+def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, DatasetCard]:
+    """The data sets that stand for the files of the form."""
+    return {INSTEAD[field]: gateway.library.get(tenant, name, field).card() for field, name in ids.items()}
+
+
+def check(asked: Asked, dataset: DatasetCard) -> None:
+    """Refuse a spec that the data set does not allow."""
+    check_dataset(asked, dataset.classes, held_out=dataset.validation is not None)
+
+
+def queue(
+    gateway: Gateway, tenant: str, note: Note, answer: Callable[[Job], Answer], *,
+    model: str, base: str, asked: Asked, dataset: DatasetCard, label: str = STABLE,
+    metadata: Mapping[str, str] | None = None, priority: int = 0,
+) -> Answer:  # fmt: skip
+    """Queue a job, and in the same transaction note the answer and see that its data sets are still there.
+
+    Args:
+        model: its public name.
+        base: stored name and version.
+    """
+    kept = [card.kept for card in (dataset, dataset.validation) if card and card.kept]
+
+    def also(connection: sa.Connection, job: Job) -> None:
+        gateway.library.hold(connection, tenant, kept)
+        note(connection, answer(job))
+
+    job = gateway.jobs.create(
+        tenant=tenant, model=stored_name(tenant, model), base=base, spec=asked.described(), dataset=dataset,
+        label=label, priority=priority, metadata=metadata, also=also,
         resolved_spec=None if asked.auto else pinned(asked.fixed, public_name(base)),
     )  # fmt: skip
     log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
-    response.headers["Location"] = f"/finetune/{job.id}"
-    return await asyncio.to_thread(_view, gateway, job)
+    return answer(job)
 
 
-@router.get("/finetune", responses=errors(404, 422, 503))
+METADATA_FILTER = {
+    "name": "metadata", "in": "query", "style": "deepObject", "explode": True,
+    "description": "Only jobs with these metadata, as in `metadata[team]=meters`.",
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+}  # fmt: skip
+
+
+def metadata_filter(request: Request) -> dict[str, str] | None:
+    """What `metadata[key]=value` asks for; None for `metadata=null`.
+
+    Raises:
+        InvalidRequest: it cannot be metadata of a job.
+    """
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name == "metadata":
+            if value != "null":
+                raise InvalidRequest("metadata: write metadata[key]=value", param="metadata")
+            return None
+        if match := re.fullmatch(r"metadata\[(.*)\]", name, re.DOTALL):
+            found[match[1]] = value
+    try:
+        return METADATA.validate_python(found)
+    except ValidationError as exc:
+        located = [{**error, "loc": ("metadata", *error["loc"])} for error in exc.errors(include_url=False)]
+        raise invalid_request(located) from exc
+
+
+@router.get("/finetune", responses=errors(404, 422, 503), openapi_extra={"parameters": [METADATA_FILTER]})
 def list_jobs(
     request: Request,
     model: Annotated[str | None, Query(pattern=MODEL_NAME, description="Only the jobs of this model.")] = None,
@@ -233,10 +352,11 @@ def list_jobs(
     limit: Limit = 20,
 ) -> JobList:
     """Jobs, newest first."""
-    gateway = gateway_of(request)
+    gateway, tenant = gateway_of(request), tenant_of(request)
     page, has_more = gateway.jobs.page(
-        after=after, limit=limit, tenant=tenant_of(request), model=model and stored(request, model), status=status
-    )
+        after=after, limit=limit, tenant=tenant, model=model and stored(request, model), status=status,
+        metadata=metadata_filter(request),
+    )  # fmt: skip
     return JobList(data=_views(gateway, page), has_more=has_more)
 
 
@@ -312,7 +432,7 @@ def _dry_run(gateway: Gateway, model: str, base: str, asked: Asked, dataset: Dat
     )  # fmt: skip
 
 
-def _check_quota(gateway: Gateway, tenant: str) -> None:
+def check_quota(gateway: Gateway, tenant: str) -> None:
     """Refuse an upload, before it is read, of a tenant that has as many unfinished jobs as it may have."""
     most = gateway.settings.max_jobs
     if most and gateway.jobs.unfinished(tenant) >= most:
@@ -320,7 +440,7 @@ def _check_quota(gateway: Gateway, tenant: str) -> None:
         raise TooMany(text, retry_after_s=QUOTA_RETRY_S)
 
 
-def _resolve_base(gateway: Gateway, tenant: str, spec: Spec) -> str:
+def resolve_base(gateway: Gateway, tenant: str, spec: Spec) -> str:
     """The live version that training starts from, as `name:version` with the stored name."""
     name, _, number = spec.base.partition(":")
     if spec.base == BASE and not gateway.registry.has_live(BASE):

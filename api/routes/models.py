@@ -15,7 +15,6 @@ from api.http.pages import SELF_CONTAINED
 from api.inference.server_pool import PooledServer
 from serving.publishing import Probe, check_files, prove, zipped
 from serving.registry import BASE, LABEL, Label, Route, Version, is_visible
-from store.disk import is_full
 from store.errors import Forbidden, NotFound, PublishFailed, TemperError, WrongState
 from store.records import DEFAULT_TENANT, public_name
 
@@ -164,7 +163,7 @@ def get_model(request: Request, model: Name) -> ModelView:
 @router.delete("/models/{model}", responses=errors(404, 409, 422, 503, 507))
 async def delete_model(request: Request, model: Name) -> Deleted:
     """Delete a model with all its versions and labels. Version numbers are never reused."""
-    return await _delete(gateway_of(request), stored(request, model), None)
+    return await delete(gateway_of(request), stored(request, model), None)
 
 
 @router.get("/models/{model}/versions/{version}", responses=errors(404, 422, 503))
@@ -176,7 +175,7 @@ def get_version(request: Request, model: Name, version: Number) -> VersionView:
 @router.delete("/models/{model}/versions/{version}", responses=errors(404, 409, 422, 503, 507))
 async def delete_version(request: Request, model: Name, version: Number) -> Deleted:
     """Delete a version that has no label."""
-    return await _delete(gateway_of(request), stored(request, model), version)
+    return await delete(gateway_of(request), stored(request, model), version)
 
 
 @router.post("/models/{model}/versions/{version}/verify", responses=errors(404, 422, 503))
@@ -260,22 +259,22 @@ def _own(request: Request, model: str) -> str:
     return stored(request, model)
 
 
-async def _delete(gateway: Gateway, model: str, version: int | None) -> Deleted:
-    """Take it out of the routes, unload it from the model servers, then remove its files."""
+async def delete(gateway: Gateway, model: str, version: int | None, *, last_too: bool = False) -> Deleted:
+    """Take it out of the routes, unload it from the model servers, then remove its files.
+
+    Args:
+        model: the stored name.
+        version: None for the whole model.
+        last_too: also a labelled version, if the model has no other.
+    """
 
     def retire() -> list[int]:
         needed = gateway.jobs.open_bases()
         if f"{model}:{version}" in needed or (version is None and any(base.startswith(f"{model}:") for base in needed)):
             raise WrongState("an unfinished fine-tune starts from it; wait for that job or cancel it", param="model")
-        return gateway.registry.retire(model, version)
+        return gateway.registry.retire(model, version, last_too=last_too)
 
-    try:
-        versions = await asyncio.to_thread(retire)
-    except Exception as exc:
-        if not is_full(exc):
-            raise
-        gateway.reserve.release()  # a deletion has to be recorded before its files go
-        versions = await asyncio.to_thread(retire)
+    versions = await gateway.record_deletion(retire)
     log.info("%s: versions %s removed", model, versions)
     await gateway.align()
     await asyncio.to_thread(gateway.reserve.keep)

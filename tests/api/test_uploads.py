@@ -168,7 +168,7 @@ DATA, MODEL = part("data", GOOD, "d.zip"), part("model", "formed")
             [MODEL, DATA, part("sepc", "{}")],
             422,
             "sepc",
-            "known are data, dry_run, label, model, priority, spec, validation",
+            "known are data, dataset, dry_run, label, metadata, model, priority, spec, validation",
         ),
         ([MODEL, DATA, part("validation", "none")], 422, "validation", "must be a file"),
         ([MODEL, part("data", "text")], 422, "data", "must be a file"),

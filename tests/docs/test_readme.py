@@ -1,6 +1,5 @@
 """What README.md, CONTRIBUTING.md and docs/ say of the code is true of the code."""
 
-import ast
 import importlib.util
 import json
 import os
@@ -282,8 +281,7 @@ def test_the_examples_for_the_shell_work_when_pasted_in_order(service: Service, 
 
 
 def test_the_example_in_python_works(service: Service, tried: Path) -> None:
-    (example,) = blocks("python")
-    ast.parse(example)
+    example, _ = blocks("python")
     program = example.replace(f"http://{ADDRESS}", service.url)
     spec = {"search": {"trials": 2}, "epochs": 1}  # to save time
     program = program.replace('"digits-python", wait', f'"digits-python", {spec}, wait')
@@ -297,3 +295,14 @@ def test_the_example_in_python_works(service: Service, tried: Path) -> None:
     said = done.stdout.split()
     assert said[:2] == ["version", "1"]
     assert said[-1].isdecimal()
+
+
+def test_the_example_with_the_openai_client_works(service: Service, tried: Path) -> None:
+    _, example = blocks("python")
+    program = example.replace(f"http://{ADDRESS}", service.url)
+    program += "client.fine_tuning.jobs.cancel(job.id)\nprint(job.object, job.training_file == file.id)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tried, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["fine_tuning.job", "True"]

@@ -22,10 +22,11 @@ from serving.publishing import FILES, Probe, check_files, prove, publish, reconc
 from serving.registry import Label, Registry
 from store.errors import ModelServerTimeout, ModelServerUnavailable, PublishFailed, UnknownModel, WrongState
 from store.processes import free_port
-from store.records import DatasetCard, Manifest, ReportCard
+from store.records import DatasetCard, DatasetReport, Manifest, ReportCard
 from store.settings import Settings
 from tests.conftest import Place, eventually, opened, running_model_server
 from trainer.export import export
+from trainer.jobs.library import Library, Upload
 from trainer.jobs.records import Jobs, LeaseLost
 from trainer.lenet import initial, logits
 from trainer.worker.retention import UNUSED_S, retire_surplus, sweep_datasets, sweep_leftovers
@@ -356,11 +357,20 @@ def test_data_sets_go_when_neither_a_job_nor_a_version_needs_them(place: Place) 
     for path in (used, unused):
         os.utime(path, (0, time.time() - UNUSED_S - 60))
     place.jobs.reported(done, "complete")
-    sweep_datasets(place.settings, place.jobs, place.registry)
+    sweep_datasets(place.settings, place.jobs, place.registry, Library(place.engine))
     assert [path.exists() for path in (used, unused, young)] == [True, False, True]
     place.registry.retire("m")
-    sweep_datasets(place.settings, place.jobs, place.registry)
-    assert not used.exists()
+    library = Library(place.engine)
+    raw, unknown = (place.settings.datasets / f"{name}.upload" for name in ("2" * 64, "3" * 64))
+    for path in (raw, unknown):
+        path.touch()
+        os.utime(path, (0, time.time() - UNUSED_S - 60))
+    library.keep("t", Upload(raw.stem, 1, done.dataset, DatasetReport()))
+    sweep_datasets(place.settings, place.jobs, place.registry, library)
+    assert [path.exists() for path in (used, raw, unknown)] == [True, True, False]
+    library.delete("t", done.dataset.id)
+    sweep_datasets(place.settings, place.jobs, place.registry, library)
+    assert [path.exists() for path in (used, raw)] == [False, False]
 
 
 def test_what_dead_workers_left_of_finished_jobs_is_removed(place: Place) -> None:

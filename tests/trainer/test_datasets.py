@@ -31,7 +31,7 @@ GOOD = {f"{name}/{i}.png": png(DOT) for name in "ab" for i in range(2)}
 def reading(tmp_path: Path, content: bytes, **limits: int) -> Dataset:
     path = tmp_path / "upload"
     path.write_bytes(content)
-    return read(path, **{"max_pixels": 1 << 24, "max_images": 1000, **limits})
+    return read(path, **{"max_pixels": 1 << 24, "max_images": 1000, **limits})[0]
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -213,7 +213,7 @@ def test_broken_images_are_refused_whatever_pillow_raises(body: bytes) -> None:
 
 def decoded(folder: Path, settings: Settings) -> DatasetCard:
     async def decode() -> DatasetCard:
-        return await prepare_upload(await start_decoder(), folder / "upload", folder / "prepared", settings)
+        return (await prepare_upload(await start_decoder(), folder / "upload", folder / "prepared", settings))[0]
 
     return asyncio.run(decode())
 

@@ -17,6 +17,7 @@ import sys
 import unicodedata
 import zipfile
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from PIL import Image
 from store.disk import is_full
 from store.errors import InvalidDataset, InvalidImage, listed
 from store.processes import end_with_parent
-from store.records import DatasetCard
+from store.records import DatasetCard, DatasetReport
 from store.settings import Settings
-from trainer.jobs.images import SIDE, decode, is_dark_on_light, prepare
+from trainer.jobs.images import FORMATS, SIDE, decode, is_dark_on_light, prepare
+from trainer.jobs.survey import survey
 
 IGNORED = re.compile(r"(^|/)(\.[^./][^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
 MAX_CLASSES = 1000
@@ -76,8 +78,18 @@ class Dataset:
         )
 
 
-def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Dataset:
-    """Read the data set in a zip of class folders or an `.npz`.
+@dataclass(frozen=True)
+class _Upload:
+    """What an upload holds, before its classes are checked."""
+
+    images: np.ndarray  # (n, 28, 28) uint8
+    labels: list[str]
+    names: Sequence[str | int]  # files, or positions in the array
+    sizes: list[tuple[int, int]]  # width and height in pixels, before it was prepared
+
+
+def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> tuple[Dataset, DatasetReport]:
+    """Read the data set in a zip of class folders or an `.npz`, and say what is worth knowing of it.
 
     Args:
         max_pixels: most pixels of one image.
@@ -94,15 +106,17 @@ def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Dat
             if unpacked > MAX_UNPACKED_BYTES:
                 raise _invalid(f"the file unpacks to {unpacked} bytes; at most {MAX_UNPACKED_BYTES} are allowed")
             if entries and all(entry.filename.endswith(".npy") for entry in entries):
-                images, labels = _read_npz(archive, entries, max_pixels, max_images)
+                upload = _read_npz(archive, entries, max_pixels, max_images)
             else:
-                images, labels = _read_folders(archive, entries, max_pixels, max_images)
+                upload = _read_folders(archive, entries, max_pixels, max_images)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as exc:
         if isinstance(exc, OSError) and exc.errno not in (None, errno.EINVAL):  # of a seek to where a zip points
             raise  # the disk's fault, not the upload's
         empty = "it is empty" if path.stat().st_size == 0 else str(exc)
         raise _invalid(f"the file is neither a zip of class folders nor an .npz: {empty}") from exc
-    return _indexed(images, labels, least)
+    dataset = _indexed(upload.images, upload.labels, least)
+    labels = [dataset.classes[position] for position in dataset.labels]
+    return dataset, survey(upload.images, labels, upload.names, upload.sizes)
 
 
 def _invalid(message: str, details: list[dict[str, Any]] | None = None) -> InvalidDataset:
@@ -150,19 +164,21 @@ def _normalized(labels: list[str]) -> list[str]:
 
 def _read_folders(
     archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int
-) -> tuple[np.ndarray, list[str]]:
+) -> _Upload:
     """Images and labels of `class/.../image.ext`."""
     entries = [entry for entry in entries if not IGNORED.search(entry.filename)]
     if not entries:
         raise _invalid("the zip has no images")
     if len(entries) > max_images:
         raise _invalid(f"{len(entries)} files, more than the {max_images} allowed")
-    images, labels, wrong = [], [], []
+    images, labels, sizes, wrong = [], [], [], []
     for entry in entries:
         try:
-            label = _class_of(entry)
-            images.append(decode(_unpacked(archive, entry), max_pixels))
+            label, body = _class_of(entry), _unpacked(archive, entry)
+            images.append(decode(body, max_pixels))
             labels.append(label)
+            with Image.open(io.BytesIO(body), formats=FORMATS) as image:
+                sizes.append(image.size)
         except InvalidImage as exc:
             wrong.append({"file": entry.filename, "reason": exc.message})
         except MemoryError:
@@ -174,7 +190,7 @@ def _read_folders(
             f"all images are inside one folder, {labels[0]!r}; the folders at the top of the zip are the classes, "
             "so zip what is inside it"
         )
-    return np.stack(images), labels
+    return _Upload(np.stack(images), labels, [entry.filename for entry in entries], sizes)
 
 
 def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
@@ -203,9 +219,7 @@ def _class_of(entry: zipfile.ZipInfo) -> str:
     return parts[0]
 
 
-def _read_npz(
-    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int
-) -> tuple[np.ndarray, list[str]]:
+def _read_npz(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int) -> _Upload:
     """Images and labels of `images` (or `x`) and `labels` (or `y`)."""
     names = {entry.filename.removesuffix(".npy"): entry for entry in entries}
     found = []
@@ -224,7 +238,8 @@ def _read_npz(
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
         raise _invalid(f"labels must be (n,) integers or strings, not {labels.shape} {labels.dtype}")
-    return _prepared(images), _names(labels)
+    height, width = (SIDE, SIDE) if images.ndim == 2 else images.shape[1:3]
+    return _Upload(_prepared(images), _names(labels), range(len(images)), [(width, height)] * len(images))
 
 
 def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, max_pixels: int) -> np.ndarray:
@@ -301,7 +316,7 @@ def _prepared(images: np.ndarray) -> np.ndarray:
 
 
 def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[str, Any]:
-    """The verdict: the data set, `error` with what is wrong with the upload, or `full` if the disk is.
+    """The verdict: `dataset` and `report`, `error` with what is wrong with the upload, or `full` if the disk is.
 
     Whatever else goes wrong ends the process with a traceback, and SIGXCPU ends it when its time is up.
     """
@@ -311,9 +326,9 @@ def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGKILL, at the second, would not say why
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        dataset = read(upload, max_pixels=settings.max_pixels, max_images=settings.max_images, least=least)
+        dataset, report = read(upload, max_pixels=settings.max_pixels, max_images=settings.max_images, least=least)
         dataset.save(prepared)
-        return dataset.described().dump()
+        return {"dataset": dataset.described().dump(), "report": report.dump()}
     except InvalidDataset as exc:
         return {"error": {"message": exc.message, "param": exc.param, "details": exc.details}}
     except MemoryError:

@@ -22,9 +22,10 @@ priority delays a job and cannot starve it.
 """
 
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -80,6 +81,7 @@ jobs = sa.Table(
     sa.Column("last_seq", sa.Integer, nullable=False),  # of its events
     sa.Column("progress_seq", sa.Integer, nullable=False),  # the event that its progress begins with
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("metadata", sa.JSON(none_as_null=True)),
 )
 workers = sa.Table(
     "workers",
@@ -120,6 +122,7 @@ class Job:
     pause_requested: bool
     lease: int = 0  # grows whenever the job changes hands
     priority: int = 0  # from -MAX_PRIORITY to MAX_PRIORITY; the highest first
+    metadata: dict[str, str] | None = None  # of the client's own
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ class Jobs:
     def create(
         self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable",
         resolved_spec: Mapping[str, Any] | None = None, priority: int = 0, tenant: str = DEFAULT_TENANT,
+        metadata: Mapping[str, str] | None = None,
+        also: Callable[[sa.Connection, Job], None] = lambda connection, job: None,
     ) -> Job:  # fmt: skip
         """Queue a job. Ids sort by creation time.
 
@@ -157,6 +162,8 @@ class Jobs:
             base: the stored name and the version of what it starts from.
             resolved_spec: the spec if there is nothing to search.
             priority: from -MAX_PRIORITY to MAX_PRIORITY; the highest first.
+            metadata: what the client wants to find the job by.
+            also: called in the same transaction; raises to roll it back.
         """
         with self._engine.begin() as connection:
             created_at = connection.execute(sa.select(now())).scalar_one()
@@ -166,12 +173,13 @@ class Jobs:
                 created_at=created_at, started_at=None, finished_at=None, spec=dict(spec),
                 resolved_spec=dict(resolved_spec) if resolved_spec else None, dataset=dataset, error=None,
                 report_status="none", worker=None, attempts=0, cancel_requested=False, pause_requested=False,
-                preview_version=None, priority=priority,
+                preview_version=None, priority=priority, metadata=dict(metadata) if metadata else None,
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
             insert(connection, job.id, 1, [_status("queued")])
             _announce(connection, "fine_tuning.job.created", row)
+            also(connection, job)
         return job
 
     def get(self, job_id: str, param: str = "id", tenant: str | None = None) -> Job:
@@ -191,7 +199,7 @@ class Jobs:
 
     def page(
         self, *, after: str | None, limit: int, tenant: str | None = None, model: str | None = None,
-        status: Status | None = None,
+        status: Status | None = None, metadata: Mapping[str, str] | None = MappingProxyType({}),
     ) -> tuple[list[Job], bool]:  # fmt: skip
         """Return up to `limit` jobs, newest first, that come after the job `after`; and whether there are more.
 
@@ -199,6 +207,7 @@ class Jobs:
             tenant: whose jobs; everyone's without one.
             model: return only the jobs of this model.
             status: return only the jobs that have it.
+            metadata: what all of them have in theirs; None for those that have none.
 
         Raises:
             UnknownJob: no such job has the id `after`.
@@ -207,6 +216,10 @@ class Jobs:
         for column, wanted in ((jobs.c.model, model), (jobs.c.status, status)):
             if wanted is not None:
                 query = query.where(column == wanted)
+        if metadata is None:
+            query = query.where(jobs.c.metadata.is_(sa.null()))
+        for key, value in (metadata or {}).items():
+            query = query.where(jobs.c.metadata[key].as_string() == value)
         if after is not None:
             query = query.where(jobs.c.id < self.get(after, "after", tenant).id)
         with self._engine.connect() as connection:
@@ -216,7 +229,14 @@ class Jobs:
     def events(self, job_id: str, *, after: int = 0, limit: int | None = None) -> list[Event]:
         """Return the first `limit` events of a job whose number is greater than `after`."""
         later = (events.c.job == job_id) & (events.c.seq > after)
-        query = sa.select(events).where(later).order_by(events.c.seq).limit(limit)
+        return self._events(sa.select(events).where(later).order_by(events.c.seq).limit(limit))
+
+    def latest_events(self, job_id: str, *, before: int | None, limit: int) -> list[Event]:
+        """Return the last `limit` events of a job whose number is less than `before`, newest first."""
+        query = sa.select(events).where(events.c.job == job_id).order_by(events.c.seq.desc()).limit(limit)
+        return self._events(query if before is None else query.where(events.c.seq < before))
+
+    def _events(self, query: sa.Select[Any]) -> list[Event]:
         with self._engine.connect() as connection:
             return [Event(**row) for row in connection.execute(query).mappings()]
 
@@ -458,10 +478,8 @@ class Jobs:
 
     def needed_datasets(self) -> list[DatasetCard]:
         """Return the data sets of jobs that have not finished or whose report is not complete."""
-        open_report = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
         with self._engine.connect() as connection:
-            query = sa.select(jobs.c.dataset).where(jobs.c.status.not_in(FINISHED) | open_report)
-            return [DatasetCard.read(card) for card in connection.execute(query).scalars()]
+            return needed_cards(connection)
 
     def heartbeat(self, worker: str, state: WorkerState) -> None:
         """Note that `worker` lives, and what it does."""
@@ -510,6 +528,13 @@ class Jobs:
                 connection, lost & last, [_status("failed", error=died)], **_ENDING, status="failed", error=died
             )
         return [*cancelled, *failed]
+
+
+def needed_cards(connection: sa.Connection, tenant: str | None = None) -> list[DatasetCard]:
+    """Return the data sets of jobs, a tenant's or all, that have not finished or whose report is not complete."""
+    open_report = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
+    query = sa.select(jobs.c.dataset).where(_of(tenant), jobs.c.status.not_in(FINISHED) | open_report)
+    return [DatasetCard.read(card) for card in connection.execute(query).scalars()]
 
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}

@@ -24,6 +24,7 @@ from store.files import remove_tree
 from store.processes import pulse_file
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
+from trainer.jobs.library import Library
 from trainer.jobs.records import Job, Jobs, LeaseLost, WorkerState
 
 POLL_S = 0.1  # between looks for a job
@@ -78,7 +79,7 @@ class Worker:
         self.settings = settings
         self.id = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         engine = connect(settings.store_url)
-        self.jobs, self.registry = Jobs(engine), Registry(engine)
+        self.jobs, self.registry, self.library = Jobs(engine), Registry(engine), Library(engine)
         self.state: WorkerState = "warming"
         self._stopped = threading.Event()
         self._contact = _StoreContact()
@@ -169,7 +170,7 @@ class Worker:
                     )
                 elif time.monotonic() >= sweep_at:
                     sweep_at = time.monotonic() + SWEEP_S
-                    sweep_datasets(self.settings, self.jobs, self.registry)
+                    sweep_datasets(self.settings, self.jobs, self.registry, self.library)
                     sweep_checkpoints(self.settings, self.jobs)
                     sweep_leftovers(self.settings, self.jobs, self.registry, servers)
                 elif not self._continue_report():

@@ -13,6 +13,7 @@ from serving.registry import BASE, Registry
 from store.errors import TemperError, UnknownJob
 from store.files import remove_tree
 from store.settings import Settings
+from trainer.jobs.library import Library
 from trainer.jobs.records import FINISHED, Jobs
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
@@ -42,13 +43,14 @@ def retire_surplus(
             log.warning("model servers keep retired versions for now", model=model, reason=exc.message)
 
 
-def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry) -> None:
-    """Delete prepared data sets that neither a job nor a live version needs."""
+def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry, library: Library) -> None:
+    """Delete the files of data sets that no client keeps and that neither a job nor a live version needs."""
+    needed = library.files()  # before the jobs: who deletes a data set has made sure that no job took it from there
     cards = [*jobs.needed_datasets(), *(version.manifest.dataset for version in registry.live())]
-    needed = {part.id for card in cards if card for part in (card, card.validation) if part}
-    for path in settings.datasets.glob("*.npz"):
+    needed |= {f"{part.id}.npz" for card in cards if card for part in (card, card.validation) if part}
+    for path in (*settings.datasets.glob("*.npz"), *settings.datasets.glob("*.upload")):
         with suppress(FileNotFoundError):
-            if path.stem not in needed and time.time() - path.stat().st_mtime > UNUSED_S:
+            if path.name not in needed and time.time() - path.stat().st_mtime > UNUSED_S:
                 path.unlink()
 
 
