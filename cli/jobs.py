@@ -81,8 +81,22 @@ def status(client: Client, job: str) -> Job:
 @command(show_job)
 @job_id
 def cancel(client: Client, job: str) -> Job:
-    """Cancel a job: a running one ends with its epoch."""
+    """Cancel a job: a running one ends within a second."""
     return client.cancel(job)
+
+
+@command(show_job)
+@job_id
+def pause(client: Client, job: str) -> Job:
+    """Pause a job: a running one stops at the end of its epoch."""
+    return client.pause(job)
+
+
+@command(show_job)
+@job_id
+def resume(client: Client, job: str) -> Job:
+    """Have a paused job go on from where it was."""
+    return client.resume(job)
 
 
 @command(show_events)

@@ -204,8 +204,18 @@ class Verbs(Driver):
 
     @Verb
     def cancel(self, job: str) -> Steps[Job]:
-        """Cancel a queued job at once, or a running one at the end of its epoch."""
+        """Cancel a job that waits at once, or a running one within a second."""
         return (yield from self._ask(Request("POST", at("finetune", job, "cancel")))).read(Job)
+
+    @Verb
+    def pause(self, job: str) -> Steps[Job]:
+        """Pause a queued job at once, or a running one at the end of its epoch; its worker is free for others."""
+        return (yield from self._ask(Request("POST", at("finetune", job, "pause")))).read(Job)
+
+    @Verb
+    def resume(self, job: str) -> Steps[Job]:
+        """Queue a paused job again. It goes on from where it was."""
+        return (yield from self._ask(Request("POST", at("finetune", job, "resume")))).read(Job)
 
     @Lister
     def events(self, job: str, follow: bool = False, after: int = 0) -> Listing[Event]:

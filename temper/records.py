@@ -48,7 +48,7 @@ class Job(Record):
 
     id: str
     model: str
-    status: str  # queued, running, succeeded, failed or cancelled
+    status: str  # queued, running, paused, succeeded, failed or cancelled
     created_at: float
     version: int | None = None  # that it has published
     preview_version: int | None = None
@@ -63,6 +63,11 @@ class Job(Record):
     dataset: dict[str, Any] = field(default_factory=dict)
     error: Failure | None = None
     report_status: str = "none"  # then quick, then complete
+    attempts: int = 0  # how often a worker has started it
+    priority: int = 0
+    queue_position: int | None = None  # 1 for the next one
+    estimated_end_at: float | None = None
+    metadata: dict[str, str] | None = None
 
     @property
     def finished(self) -> bool:
