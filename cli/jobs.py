@@ -20,8 +20,9 @@ def _show_queued(job: Job) -> None:
 
 
 @command(_show_queued)
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option("--model", required=True, help="The model to add a version to.")
+@click.option("--dataset", help="Id of a data set that is kept, in place of PATH.")
 @click.option(
     "--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, in the same form as PATH."
 )
@@ -29,10 +30,13 @@ def _show_queued(job: Job) -> None:
 @click.option("--wait", is_flag=True, help="Show progress until the job finishes.")
 @spec_options
 def finetune(
-    client: Client, path: Path, model: str, validation: Path | None, label: str | None, wait: bool, **given: Any
-) -> Job:
+    client: Client, path: Path | None, model: str, dataset: str | None, validation: Path | None, label: str | None,
+    wait: bool, **given: Any,
+) -> Job:  # fmt: skip
     """Fine-tune on PATH: a directory of class folders, a zip of one, or an .npz of images and labels."""
-    job = client.finetune(path, model, spec_of(given), validation=validation, label=label)
+    if (path is None) is (dataset is None):
+        raise click.UsageError("give either PATH or --dataset")
+    job = client.finetune(path, model, spec_of(given), dataset=dataset, validation=validation, label=label)
     if not wait:
         return job
     show_job(job)

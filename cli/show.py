@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from temper.records import (
+    Dataset,
+    DatasetDeleted,
     Deleted,
     Event,
     Health,
@@ -168,6 +170,39 @@ def show_jobs(jobs: Iterable[Job]) -> None:
     show(table)
     for failure in failures:
         say(failure)
+
+
+def show_dataset(dataset: Dataset) -> None:
+    """What is worth knowing of a data set."""
+    report = dataset.report
+    say(f"[bold]{dataset.id}[/] {escape(dataset.filename)}, {dataset.polarity.replace('_', ' ')}")
+    facts = _facts()
+    facts.add_row("images", f"{report['images']:,}")
+    facts.add_row("classes", escape("  ".join(f"{name} {count}" for name, count in report["classes"].items())))
+    for name, key in (
+        ("duplicates", "duplicates"),
+        ("of another class", "conflicts"),
+        ("near-constant", "near_constant"),
+    ):
+        facts.add_row(name, f"{report[key]:,}")
+    console.print(facts)
+
+
+def show_datasets(datasets: Iterable[Dataset]) -> None:
+    """A line for each data set."""
+    table = _columns(
+        "data set", "file", "images", "classes", "created", whole="data set" if not console.is_terminal else ""
+    )
+    for one in datasets:
+        report = one.report
+        sizes = (f"{report['images']:,}", str(len(report["classes"])))
+        table.add_row(one.id, escape(one.filename), *sizes, _when(one.created_at))
+    show(table)
+
+
+def show_deleted_dataset(deleted: DatasetDeleted) -> None:
+    """What was deleted."""
+    say(f"deleted {deleted.id}")
 
 
 def show_events(events: Iterable[Event]) -> None:

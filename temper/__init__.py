@@ -26,6 +26,8 @@ from temper.errors import (
 )
 from temper.records import (
     ClassPrediction,
+    Dataset,
+    DatasetDeleted,
     Deleted,
     Event,
     Failure,
@@ -40,9 +42,9 @@ from temper.records import (
 )
 
 __all__ = [
-    "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Deleted", "Event", "Failure", "Forbidden",
-    "Health", "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed",
-    "Label", "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull",
-    "TemperError", "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable",
-    "UnsupportedMediaType", "Verification", "Version",
+    "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted", "Deleted",
+    "Event", "Failure", "Forbidden", "Health", "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest",
+    "InvalidSpec", "Job", "JobFailed", "Label", "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction",
+    "ServerError", "StorageFull", "TemperError", "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized",
+    "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification", "Version",
 ]  # fmt: skip

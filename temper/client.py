@@ -15,6 +15,8 @@ from temper import bodies
 from temper.bodies import Data, Image
 from temper.errors import Conflict, JobFailed, NotFound, TooManyRequests, Unavailable, Unreachable
 from temper.records import (
+    Dataset,
+    DatasetDeleted,
     Deleted,
     Event,
     Health,
@@ -121,6 +123,26 @@ class Verbs(Driver):
             part.unlink(missing_ok=True)
         return target
 
+    def _upload(
+        self, path: str, fields: Mapping[str, str], given: Mapping[str, Data | None], key: str | None = None
+    ) -> Steps[Answer]:
+        """Post a form with files; repeated if need be, which creates nothing twice."""
+        files: dict[str, Any] = {}
+        try:
+            for name, part in given.items():
+                if part is not None:
+                    files[name] = yield Work(functools.partial(bodies.upload, part))
+            # A fixed boundary makes a repeated request equal to the first, byte by byte.
+            content_type = {"Content-Type": f"multipart/form-data; boundary={uuid.uuid4().hex}"} if files else {}
+            request = Request(
+                "POST", path, data=fields, files=files, repeatable=True, timeout_s=LONG_S,
+                headers={"Idempotency-Key": key or uuid.uuid4().hex, **content_type},
+            )  # fmt: skip
+            return (yield from self._ask(request))
+        finally:
+            for _, file in files.values():
+                file.close()
+
     @Verb
     def health(self) -> Steps[Health]:
         """Which parts of the service work. Does not raise if it is not ready, only if nothing answers."""
@@ -129,10 +151,11 @@ class Verbs(Driver):
     @Verb
     def finetune(
         self,
-        data: Data,
+        data: Data | None,
         model: str,
         spec: Mapping[str, Any] | None = None,
         *,
+        dataset: str | None = None,
         validation: Data | None = None,
         label: str | None = None,
         wait: bool = False,
@@ -144,8 +167,10 @@ class Verbs(Driver):
         Args:
             data: the path of a directory of class folders, of a zip of one or of an `.npz`; or a pair of arrays, images
                 (n, height, width[, channels]) as uint8 or floats from 0 to 1, and the label of each.
+                None with `dataset`.
             model: gets a new version.
             spec: how to train; chosen automatically if not given.
+            dataset: id of a data set that is kept, in place of `data`.
             validation: images to measure on, in the same form.
             label: moves to the new version; `stable` if not given.
             wait: return when the job has succeeded, as `wait` does.
@@ -157,24 +182,37 @@ class Verbs(Driver):
             InvalidSpec: the spec is wrong.
             JobFailed: `wait` was given, and the job failed or was cancelled.
         """
-        key = idempotency_key or uuid.uuid4().hex
+        if (data is None) is (dataset is None):
+            raise ValueError("give either data or dataset")
         fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
-        fields |= {"label": label} if label else {}
-        given = {"data": data} | ({"validation": validation} if validation is not None else {})
-        files: dict[str, Any] = {}
-        try:
-            for name, part in given.items():
-                files[name] = yield Work(functools.partial(bodies.upload, part))
-            request = Request(
-                "POST", "/finetune", data=fields, files=files, repeatable=True, timeout_s=LONG_S,
-                # A fixed boundary makes a repeated request equal to the first, byte by byte.
-                headers={"Idempotency-Key": key, "Content-Type": f"multipart/form-data; boundary={uuid.uuid4().hex}"},
-            )  # fmt: skip
-            job = (yield from self._ask(request)).read(Job)
-        finally:
-            for _, file in files.values():
-                file.close()
+        fields |= ({"label": label} if label else {}) | ({"dataset": dataset} if dataset else {})
+        files = {"data": data, "validation": validation}
+        job = (yield from self._upload("/finetune", fields, files, idempotency_key)).read(Job)
         return (yield from self._wait(job.id, on_progress, None)) if wait else job
+
+    @Verb
+    def upload(self, data: Data) -> Steps[Dataset]:
+        """Upload labelled images, in the form that `finetune` takes, see what is in them, and keep them.
+
+        Raises:
+            InvalidDataset: the images cannot be trained on.
+        """
+        return (yield from self._upload("/datasets", {}, {"data": data})).read(Dataset)
+
+    @Lister
+    def datasets(self, limit: int | None = None) -> Listing[Dataset]:
+        """Data sets that are kept, newest first; at most `limit` of them."""
+        yield from self._pages("/datasets", Dataset, "id", limit)
+
+    @Verb
+    def dataset(self, dataset: str) -> Steps[Dataset]:
+        """A data set that is kept, with its report."""
+        return (yield from self._get(at("datasets", dataset))).read(Dataset)
+
+    @Verb
+    def delete_dataset(self, dataset: str) -> Steps[DatasetDeleted]:
+        """Delete a data set that no unfinished job needs."""
+        return (yield from self._ask(Request("DELETE", at("datasets", dataset)))).read(DatasetDeleted)
 
     @Verb
     def job(self, job: str) -> Steps[Job]:

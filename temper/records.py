@@ -76,6 +76,27 @@ class Job(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dataset(Record):
+    """A data set that is kept. Times are in Unix seconds."""
+
+    id: str
+    created_at: float
+    filename: str
+    size_bytes: int  # of the uploaded file
+    sha256: str
+    polarity: str  # light_on_dark or dark_on_light
+    report: dict[str, Any]  # images of each class, sizes, duplicates, near-constant images
+    expires_at: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetDeleted(Record):
+    """A data set that was deleted."""
+
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event(Record):
     """Something that has happened to a job."""
 
