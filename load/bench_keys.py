@@ -64,7 +64,7 @@ def main(rounds: int, seconds: int) -> None:
         keys = Keys(connect(f"sqlite:///{folder / 'guard.db'}"))
         rows = [[name, f"{cost:.2f} us", goal] for name, cost, goal in layer(keys)]
         show("cost of the layer in a request, without a network", ["", "time", "goal"], rows)
-        off = stack.enter_context(temper("off", folder / "home"))
+        off = stack.enter_context(temper("off", folder / "home", TEMPER_KEYS="off"))
         on = stack.enter_context(guarded(folder))
         keys = Keys(connect(f"sqlite:///{folder / 'home' / 'temper.db'}"))
         failed = beside_each_other(on, off, keys, folder, rounds, seconds)
@@ -135,6 +135,10 @@ def beside_each_other(on: Server, off: Server, keys: Keys, folder: Path, rounds:
         for form in ("bytes", "json")
         for name, server, key in (("off", off, ""), ("on", on, token))
     }
+    for name, side in sides.items():
+        answer = side.ask((side.bodies / "0").read_bytes())
+        if not answer.is_success:
+            raise click.ClickException(f"{name}: {answer.status_code} {answer.text}")
     found: dict[tuple[str, int], list[Figures]] = {(name, c): [] for c in CONNECTIONS for name in sides}
     for number in range(rounds):
         click.echo(f"round {number + 1} of {rounds}", err=True)

@@ -263,7 +263,8 @@ class Side:
 
     def ask(self, body: bytes) -> httpx.Response:
         """Send one request."""
-        return httpx.post(self.server.url + self.path, content=body, headers={"Content-Type": self.kind}, timeout=30)
+        headers = {"Content-Type": self.kind} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        return httpx.post(self.server.url + self.path, content=body, headers=headers, timeout=30)
 
     def command(self, connections: int, seconds: int) -> list[str]:
         """The wrk command."""

@@ -254,9 +254,11 @@ def test_a_tenants_crowd_leaves_others_their_share_of_what_may_wait() -> None:
 
         crowd = [ask(number % 8, "a") for number in range(CALLS + MAX_WAITING // MAX_BATCH)]
         await until(lambda: len(server.calls) == CALLS)
-        others = [ask(number, "b") for number in range(4)]  # also for the same models
-        with pytest.raises(Overloaded):
-            await ask(1, "a")
+        others = [ask(0, "b") for _ in range(MAX_WAITING // MAX_BATCH // 2)]  # half of all places, for a model of both
+        await asyncio.sleep(0)
+        for tenant in ("a", "b"):
+            with pytest.raises(Overloaded):
+                await ask(0, tenant)
         assert not any(other.done() for other in others)
         server.gate.set()
         await asyncio.gather(*others, *crowd)
