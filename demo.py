@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import httpx
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from cli.show import console, print_image, print_report, progress
 from store.processes import free_port
-from temper import Client, JobFailed, TemperError
+from temper import Client, JobFailed
 
 TRAINING_IMAGES = 300
 GOAL = 0.93
@@ -46,7 +47,7 @@ def main() -> None:
     upload.write_bytes(class_folders(images[chosen], digits.target[chosen]))
     sample.write_bytes(png(images[held_out[0]]))
 
-    with service() as temper:
+    with service() as api, Client(str(api.base_url)) as temper:
         say(1, f"fine-tune on {TRAINING_IMAGES} of scikit-learn's digits; {len(held_out):,} are held out")
         before = accuracy(temper, "lenet5", images[held_out], digits.target[held_out])
         try:
@@ -114,7 +115,7 @@ def accuracy(temper: Client, model: str, images: np.ndarray, labels: np.ndarray)
 
 
 @contextlib.contextmanager
-def service() -> Iterator[Client]:
+def service() -> Iterator[httpx.Client]:
     """Run a service in a temporary home; yield a client once it is ready and its worker idle."""
     port = free_port()
     with tempfile.TemporaryDirectory() as home:
@@ -125,10 +126,10 @@ def service() -> Iterator[Client]:
         with (Path(home) / "log").open("w+") as log:
             server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             try:
-                with Client(f"http://127.0.0.1:{port}", retries=0) as temper:
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as api:
                     with console.status("starting the service"):
-                        wait_until_ready(temper, server)
-                    yield temper
+                        wait_until_ready(api, server)
+                    yield api
             except BaseException:
                 log.seek(0)
                 sys.stderr.write(log.read())
@@ -138,13 +139,13 @@ def service() -> Iterator[Client]:
                 server.wait(30)
 
 
-def wait_until_ready(temper: Client, server: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(api: httpx.Client, server: subprocess.Popen[bytes]) -> None:
     """Wait until the model server answers and a worker is idle, for at most two minutes."""
     for _ in range(600):
         if server.poll() is not None:
             sys.exit("the service ended before it was ready")
-        with contextlib.suppress(TemperError):
-            if "idle" in temper.health().workers.values():
+        with contextlib.suppress(httpx.TransportError):
+            if "idle" in api.get("/readyz").json()["workers"].values():
                 return
         time.sleep(0.2)
     sys.exit("the service was not ready within two minutes")

@@ -25,8 +25,7 @@ import click
 import httpx
 import numpy as np
 
-from demo import answer
-from load.bench_served import digits, packed, show, wait
+from load.bench_served import answer, digits, packed, show, wait
 from load.rivals.servers import Server, start, temper
 from serving.registry import BASE, Registry
 from store.engine import connect

@@ -14,8 +14,8 @@ import click
 import httpx
 import numpy as np
 
-from demo import answer, service
-from load.bench_served import PATIENCE_S, digits, packed, show
+from demo import service
+from load.bench_served import PATIENCE_S, answer, digits, packed, show
 from serving.quiet import import_tensorflow
 
 RECIPES, GOAL, AIM = 32, 4.0, 2.0

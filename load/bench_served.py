@@ -18,7 +18,7 @@ import click
 import httpx
 import numpy as np
 
-from demo import answer, service
+from demo import service
 from quality.digits import all_digits
 
 ROUNDS = 5
@@ -114,6 +114,13 @@ def fine_tune(api: httpx.Client, seed: int) -> dict[str, float]:
         "POST /predict": total - (seen - began),
         "total": total,
     }
+
+
+def answer(response: httpx.Response) -> Any:
+    """Return the JSON of a successful response; end the benchmark otherwise."""
+    if not response.is_success:
+        sys.exit(f"{response.request.method} {response.request.url.path}: {response.status_code} {response.text}")
+    return response.json()
 
 
 def wait(api: httpx.Client, id: str, field: str) -> Any:

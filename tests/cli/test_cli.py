@@ -277,7 +277,8 @@ def test_every_command_prints_json_and_nothing_else(
     seen["cancel"] = json_of(service, "cancel", queued["id"])
     seen["delete"] = json_of(service, "delete", LONG, "--label", "canary", "--yes")
     assert set(seen) | {"serve"} == set(main.commands)
-    assert (seen["status"], seen["wait"]["id"]) == (service.api.get(f"/finetune/{job}").json(), job)
+    assert (seen["status"]["id"], seen["wait"]["id"]) == (job, job)
+    assert seen["status"].keys() == service.api.get(f"/finetune/{job}").json().keys()
     assert (seen["promote"]["version"], seen["rollback"]["version"]) == (2, 1)
     assert seen["verify"]["proven"]
     assert seen["report"]["report"]["validation"]["images"] > 0

@@ -395,7 +395,7 @@ def test_events_are_followed_across_a_killed_gateway(tmp_path: Path, digits_zip:
     with running_service(tmp_path) as service, Client(service.url) as temper:
         job = temper.finetune(digits_zip, "m", {"epochs": 40})
         waited: list[Job] = []
-        waiting = threading.Thread(target=lambda: waited.append(Client(service.url).wait(job.id)))
+        waiting = threading.Thread(target=lambda: waited.append(temper.wait(job.id)))
         waiting.start()
         seen: list[Any] = []
         for event in temper.events(job.id, follow=True):
