@@ -12,8 +12,8 @@ from typing import Any
 import click
 import httpx
 
-from demo import answer, service
-from load.bench_served import PATIENCE_S, digits, packed
+from demo import service
+from load.bench_served import PATIENCE_S, answer, digits, packed
 
 WITHIN = 0.2  # goal, of structures that have run before
 POLL_S = 0.1
