@@ -45,6 +45,10 @@ test-art: $(READY) ## Compare the attacks with the Adversarial Robustness Toolbo
 	$(VENV)-art/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/art.txt
 	$(VENV)-art/bin/python -m pytest tests/trainer/test_art.py
 
+SECONDS ?= 600
+torture: $(READY) ## Kill and freeze the processes of a service for SECONDS=600, and check that nothing is lost
+	$(BIN)/python -m tests.torture --seconds $(SECONDS)
+
 lint: $(READY) ## Check style, types and the Dockerfile
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -70,4 +74,4 @@ lock: ## Update the lock files (needs uv)
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-slow test-art test-contract test-gpu lint load quality lock pb
+.PHONY: help setup demo serve test test-slow test-art test-contract test-gpu torture lint load quality lock pb
