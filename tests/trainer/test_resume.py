@@ -265,7 +265,7 @@ def test_a_cancelled_job_does_not_wait_for_the_epoch_and_a_paused_one_does() -> 
         looks = 0
 
         def epoch(_: int, __: Any, ends: threading.Event = ends, ended: threading.Event = ended) -> None:
-            ends.wait(60)
+            ends.wait(10)
             ended.set()
 
         def check(ending: type[Exception] = ending, ends: threading.Event = ends) -> None:
@@ -276,10 +276,12 @@ def test_a_cancelled_job_does_not_wait_for_the_epoch_and_a_paused_one_does() -> 
             if looks > 1:
                 raise ending
 
-        with pytest.raises(ending):
-            list(side_by_side(epoch, [1], check))
-        assert ended.is_set() is waits
-        ends.set()
+        try:
+            with pytest.raises(ending):
+                list(side_by_side(epoch, [1], check))
+            assert ended.is_set() is waits
+        finally:
+            ends.set()
 
 
 @pytest.mark.slow
