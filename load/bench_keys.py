@@ -1,7 +1,7 @@
 """`python -m load.bench_keys`: what API keys cost, and what one tenant's flood does to another.
 
-Two gateways share a store and a model server, one with keys on and one with keys off, and take turns. `wrk` runs on the
-same cores.
+Two gateways of one service share its store and model server, one with keys on and one with keys off, and take turns.
+`wrk` runs on the same cores.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from load.rivals.servers import Server, running, temper
 from serving.registry import BASE
 from store.engine import connect
 from store.keys import Keys
+from store.memory import allocator_environment
 from store.processes import end_with_parent, free_port
 from store.settings import Settings
 
@@ -64,8 +66,8 @@ def main(rounds: int, seconds: int) -> None:
         keys = Keys(connect(f"sqlite:///{folder / 'guard.db'}"))
         rows = [[name, f"{cost:.2f} us", goal] for name, cost, goal in layer(keys)]
         show("cost of the layer in a request, without a network", ["", "time", "goal"], rows)
-        off = stack.enter_context(temper("off", folder / "home", TEMPER_KEYS="off"))
-        on = stack.enter_context(guarded(folder))
+        stack.enter_context(temper("temper", folder / "home"))
+        off, on = (stack.enter_context(gateway(folder, keys)) for keys in ("off", "required"))
         keys = Keys(connect(f"sqlite:///{folder / 'home' / 'temper.db'}"))
         failed = beside_each_other(on, off, keys, folder, rounds, seconds)
         failed += flooded(on, keys, folder, rounds, seconds)
@@ -74,14 +76,14 @@ def main(rounds: int, seconds: int) -> None:
 
 
 @contextlib.contextmanager
-def guarded(folder: Path) -> Any:
-    """A second gateway on the same home and model server, with keys on."""
+def gateway(folder: Path, keys: str) -> Iterator[Server]:
+    """A further gateway of the service in this folder, with keys on or off."""
     home, port = folder / "home", free_port()
     environment = {
-        "TEMPER_HOME": str(home), "TEMPER_PORT": str(port), "TEMPER_KEYS": "required",
-        "TEMPER_MODEL_SERVER": f"unix:{home / 'run' / 'model_server.sock'}",
+        "TEMPER_HOME": str(home), "TEMPER_PORT": str(port), "TEMPER_KEYS": keys,
+        "TEMPER_MODEL_SERVER": f"unix:{home / 'run' / 'model_server.sock'}", **allocator_environment(),
     }  # fmt: skip
-    with running("on", folder, [sys.executable, "-m", "api"], port, environment) as server:
+    with running(f"keys-{keys}", folder, [sys.executable, "-m", "api"], port, environment) as server:
         server.wait(lambda: server.get("/readyz").is_success)
         yield server
 

@@ -153,9 +153,14 @@ class Guard:
         try:
             self._check_origin(scope["method"], scope["path"], headers)
             keys: KeyRing = scope["state"]["gateway"].keys
-            if keys.required and await _check_key(keys, scope, headers):
-                tenant = scope["state"]["tenant"]
-                await self._turns.enter(tenant)
+            if keys.required:
+                token = _token_in(headers)
+                key = keys.find(token) if token else None
+                if key is None and token and scope["path"] not in OPEN:
+                    key = await keys.find_new(token)
+                tenant = _check_key(keys, key, scope, headers)
+                if tenant is not None and not self._turns.entered(tenant):
+                    await self._turns.wait(tenant)
         except TemperError as refusal:
             if isinstance(refusal, TooMany):
                 await self._hold(refusal.retry_after_s)
@@ -190,38 +195,33 @@ class Guard:
                 raise Forbidden(f"another site may not send {method} here (Sec-Fetch-Site: cross-site)")
 
 
-async def _check_key(keys: KeyRing, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
-    """Note the tenant of the request's key in the request's state.
+def _check_key(keys: KeyRing, key: Key | None, scope: Scope, headers: Mapping[bytes, bytes]) -> str | None:
+    """Note in the request's state for which tenant its key, if it has a valid one, lets it in.
 
     Returns:
-        Whether it asks for a prediction, which tenants take turns for.
+        That tenant, if the request asks for a prediction, which tenants take turns for.
 
     Raises:
-        Unauthorized: there is no key, or it is unknown or revoked.
+        Unauthorized: there is no valid key.
         Forbidden: it lacks the scope that the request needs.
         TooMany: it has used up its rate.
     """
-    needed, state, token = scope_of(scope["method"], scope["path"]), scope["state"], _token_in(headers)
-    key = None
-    if token:
-        key = keys.find(token)
-        if key is None and needed is not None:
-            key = await keys.find_new(token)
+    needed = scope_of(scope["method"], scope["path"])
     if needed is None:
-        state["stranger"] = key is None
-        return False
+        scope["state"]["stranger"] = key is None
+        return None
     if key is None:
-        if token:
+        if _token_in(headers):
             raise Unauthorized("the API key is unknown or revoked")
         raise Unauthorized("an API key is required; send it as `Authorization: Bearer tmp_...`")
     if needed and not key.allows(needed):
         raise Forbidden(f"this needs the scope {needed!r}, which key {key.id} ({key.name}) lacks")
-    tenant = headers.get(b"x-temper-tenant")
-    state["tenant"] = key.tenant if tenant is None else _chosen(tenant, key)
+    chosen = headers.get(b"x-temper-tenant")
+    tenant = scope["state"]["tenant"] = key.tenant if chosen is None else _chosen(chosen, key)
     if needed is not PREDICT or scope["method"] != "POST":
-        return False
+        return None
     keys.count(key)
-    return True
+    return tenant
 
 
 def _chosen(tenant: bytes, key: Key) -> str:

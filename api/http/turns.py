@@ -26,18 +26,22 @@ class Turns:
         self._inside: dict[str, int] = {}
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # none is empty
 
-    async def enter(self, tenant: str) -> None:
-        """Wait for a place; `leave` gives it back.
+    def entered(self, tenant: str) -> bool:
+        """Take a place, if there is one; `leave` gives it back."""
+        now = time.monotonic()
+        self._asked_at[tenant] = now
+        inside = self._inside.get(tenant, 0)
+        if len(self._asked_at) > 1 and inside >= self._share(now):
+            return False
+        self._inside[tenant] = inside + 1
+        return True
+
+    async def wait(self, tenant: str) -> None:
+        """Wait for a place after `entered` has found none, and take it.
 
         Raises:
             Overloaded: too many requests of the tenant are waiting.
         """
-        now = time.monotonic()
-        self._asked_at[tenant] = now
-        inside = self._inside.get(tenant, 0)
-        if len(self._asked_at) == 1 or inside < self._share(now):
-            self._inside[tenant] = inside + 1
-            return
         queue = self._waiting.setdefault(tenant, deque())
         if len(queue) >= MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} predictions of this tenant are waiting")

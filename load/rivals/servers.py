@@ -125,12 +125,12 @@ def start(stack: contextlib.ExitStack, folder: Path, names: set[str]) -> dict[st
 
 
 @contextlib.contextmanager
-def temper(name: str, home: Path, model_server: str = "embedded", **more: str) -> Iterator[Server]:
-    """Run Temper, with more variables; yield it once its base model is published and its worker idle."""
+def temper(name: str, home: Path, model_server: str = "embedded") -> Iterator[Server]:
+    """Run Temper; yield it once its base model is published and its worker idle."""
     home.mkdir(exist_ok=True)
     port = free_port()
     command = [sys.executable, "-m", "cli", "serve", "--port", f"{port}"]
-    environment = {"TEMPER_HOME": str(home), "TEMPER_MODEL_SERVER": model_server, "TEMPER_WORKERS": "1", **more}
+    environment = {"TEMPER_HOME": str(home), "TEMPER_MODEL_SERVER": model_server, "TEMPER_WORKERS": "1"}
     with running(name, home.parent, command, port, environment) as server:
         server.wait(lambda: "idle" in server.get("/readyz").json()["workers"].values())
         server.wait(lambda: server.get(f"/models/{BASE}").is_success)
