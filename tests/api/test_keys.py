@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from serving.client import ModelServer
 from serving.pb import model_server_pb2 as pb
 from serving.publishing import seal
 from serving.registry import BASE, is_visible, stored_name
-from store.errors import InvalidRequest, ModelServerError, Overloaded, UnknownKey
+from store.errors import InvalidRequest, ModelServerError, UnknownKey
 from store.keys import SCOPES, Keys, digest_of, is_well_formed
 from store.processes import free_port
 from store.records import public_name
@@ -44,7 +44,10 @@ from tests.trainer.test_datasets import DOT
 DEFAULT, ACME = "default", "acme"
 RAW = {"Content-Type": "application/octet-stream"}
 UPLOAD = zipped({f"{name}/{i}.png": png(DOT) for name in "ab" for i in range(2)})
-ABSENT = {"model": "absent", "id": "ftjob-00000000000aaaaaaaaaa"}  # nobody's
+ABSENT = {  # nobody's
+    "model": "absent", "job": "ftjob-00000000000aaaaaaaaaa", "dataset": 64 * "0", "webhook": "webhook-absent",
+    "delivery": "msg_absent",
+}  # fmt: skip
 
 
 @dataclass
@@ -108,7 +111,9 @@ def guarded(
     home = tmp_path_factory.mktemp("guarded")
     place, log = Place(home, model_server, digits), home / "gateway.log"
     keys = Keys(place.engine)
-    with running_gateway(home, log, TEMPER_MODEL_SERVER=model_server, TEMPER_KEYS="required") as url:
+    with running_gateway(
+        home, log, TEMPER_MODEL_SERVER=model_server, TEMPER_KEYS="required", TEMPER_WEBHOOK_PRIVATE="true"
+    ) as url:
         made = Guarded(place, url, log, keys)
         for tenant in (DEFAULT, ACME):
             made.tokens |= {(tenant, scope): keys.create(f"{tenant} {scope}", tenant, [scope])[1] for scope in SCOPES}
@@ -138,7 +143,12 @@ def document_of(guarded: Guarded) -> dict[str, Any]:
         return found
 
 
-FILLED = {"model": BASE, "name": BASE, "version": "1", "label": "stable", "id": ABSENT["id"]}
+FILLED = {
+    "model": BASE, "name": BASE, "version": "1", "label": "stable", "id": ABSENT["job"],
+    "delivery": ABSENT["delivery"],
+}  # fmt: skip
+IDS = {"/datasets": "dataset", "/webhooks": "webhook", "/openai/v1/files": "dataset"}  # others are of jobs
+CREATE = {"/datasets", "/webhooks", "/openai/v1/files"}  # and name nothing that could be another's
 
 
 def filled(path: str, **given: str) -> str:
@@ -198,7 +208,7 @@ ALLOWED = {  # the scopes with which a request is let in, whatever comes of it t
     ("DELETE", "/models/absent"): {"finetune", "admin"},
     ("GET", "/finetune"): {"finetune", "admin"},
     ("POST", "/finetune"): {"finetune", "admin"},
-    ("GET", f"/finetune/{ABSENT['id']}/events"): {"finetune", "admin"},
+    ("GET", f"/finetune/{ABSENT['job']}/events"): {"finetune", "admin"},
     ("GET", "/unheard-of"): {"finetune", "admin"},  # what nobody has thought about is not for predicting
     ("GET", "/metrics"): {"admin"},
     ("POST", "/metrics"): {"admin"},
@@ -306,8 +316,9 @@ IMAGES = {"instances": [[0] * 784]}
 TENSOR = {"name": "image", "shape": [1, 784], "datatype": "UINT8", "data": [0] * 784}
 
 
-def body_for(method: str, path: str, model: str, version: str) -> dict[str, Any]:
+def body_for(method: str, path: str, things: Mapping[str, str], version: str) -> dict[str, Any]:
     """Arguments of a request that is right but for whose things it names."""
+    model = things["model"]
     if method == "PUT":
         return {"json": {"version": int(version)}}
     if path == "/predict":
@@ -316,6 +327,8 @@ def body_for(method: str, path: str, model: str, version: str) -> dict[str, Any]
         return {"json": IMAGES}
     if path.endswith("/infer"):
         return {"json": {"inputs": [TENSOR]}}
+    if path == "/openai/v1/fine_tuning/jobs":
+        return {"json": {"model": f"{model}:{version}", "training_file": things["dataset"]}}
     if path == "/finetune":
         spec = json.dumps({"base": f"{model}:{version}", "method": "head"})
         return {"data": {"model": "mine", "spec": spec}, "files": {"data": ("data.zip", UPLOAD)}}
@@ -332,7 +345,19 @@ class Strangers(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.clients = {tenant: self.guarded.ask(tenant, "admin") for tenant in (DEFAULT, ACME)}
+        self.kept = {tenant: self.things_of(tenant) for tenant in (DEFAULT, ACME)}
         self.jobs: dict[str, list[str]] = {tenant: [self.guarded.job(tenant)] for tenant in (DEFAULT, ACME)}
+
+    def things_of(self, tenant: str) -> dict[str, str]:
+        """A model, a data set, and a webhook with a delivery that a tenant has, by their kinds."""
+        api = self.clients[tenant]
+        dataset = api.post("/datasets", files={"data": ("data.zip", UPLOAD)}).json()["id"]
+        hooks = api.get("/webhooks").json()["data"]
+        webhook = (hooks or [api.post("/webhooks", json={"url": "https://127.0.0.1:9/"}).json()])[0]["id"]
+        self.guarded.job(tenant)
+        deliveries = api.get(f"/webhooks/{webhook}/deliveries").json()["data"]
+        model = "hidden" if tenant == DEFAULT else "secret"
+        return {"model": model, "dataset": dataset, "webhook": webhook, "delivery": deliveries[0]["id"]}
 
     def teardown(self) -> None:
         for client in getattr(self, "clients", {}).values():
@@ -358,27 +383,33 @@ class Strangers(RuleBasedStateMachine):
     def ask_for_anothers(self, data: st.DataObject, owner: str) -> None:
         method, path = data.draw(st.sampled_from(self.operations))
         stranger = ACME if owner == DEFAULT else DEFAULT
-        theirs = "hidden" if owner == DEFAULT else "secret"
-        job = data.draw(st.sampled_from(self.jobs[owner]))
+        theirs = {**self.kept[owner], "job": data.draw(st.sampled_from(self.jobs[owner]))}
         version = data.draw(st.sampled_from(("1", "7")))
         streams = data.draw(st.booleans())
         kept = self.state_of(owner)
-        given = self.answer(stranger, method, path, theirs, job, version, streams=streams)
-        absent = self.answer(stranger, method, path, ABSENT["model"], ABSENT["id"], version, streams=streams)
+        given = self.answer(stranger, method, path, theirs, version, streams=streams)
+        absent = self.answer(stranger, method, path, ABSENT, version, streams=streams)
         assert given == absent
         assert "{" not in path or given[0] == 404
         assert self.state_of(owner) == kept
 
     def answer(
-        self, tenant: str, method: str, path: str, model: str, job: str, version: str, *, streams: bool
+        self, tenant: str, method: str, path: str, things: Mapping[str, str], version: str, *, streams: bool
     ) -> tuple[Any, ...]:
         """Status, body and headers, with the names that were asked for replaced."""
-        url = filled(path, model=model, name=model, id=job, version=version, label=DEFAULT)
-        more = body_for(method, path, model, version) if (method, path) in self.with_body else {}
+        model, job = things["model"], things["job"]
+        kind = next((kind for start, kind in IDS.items() if path.startswith(start)), "job")
+        asked = f"{model}:{version}" if path.startswith("/openai/v1/models") else things[kind]
+        url = filled(
+            path, model=model, name=model, id=asked, version=version, label=DEFAULT, delivery=things["delivery"]
+        )  # fmt: skip
+        more = body_for(method, path, things, version) if (method, path) in self.with_body else {}
         accept = {"Accept": "text/event-stream" if streams else "application/json", "X-Request-ID": "same"}
         after = {"after": job} if path == "/finetune" and method == "GET" else {}
         answer = self.clients[tenant].request(method, url, params=after, headers=accept, **more)
-        text = answer.text.replace(job, "JOB").replace(model, "MODEL")
+        text = answer.text
+        for kind, name in things.items():
+            text = text.replace(name, kind.upper())
         headers = {name: value for name, value in answer.headers.items() if name not in ("date", "content-length")}
         return answer.status_code, text, headers
 
@@ -401,7 +432,8 @@ class Strangers(RuleBasedStateMachine):
 def test_a_stranger_learns_nothing_on_any_route(guarded: Guarded) -> None:
     document = document_of(guarded)
     plain = {"/healthz", "/readyz", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready", "/models"}
-    asked = [operation for operation in operations(document) if operation[1] not in plain]
+    creating = {("POST", path) for path in CREATE}
+    asked = [one for one in operations(document) if one[1] not in plain and one not in creating]
     assert len(asked) > 20
 
     class OnThisGateway(Strangers):
@@ -413,10 +445,10 @@ def test_a_stranger_learns_nothing_on_any_route(guarded: Guarded) -> None:
     for owner in (DEFAULT, ACME):
         machine = OnThisGateway()
         machine.begin()
-        stranger, theirs = (ACME, "hidden") if owner == DEFAULT else (DEFAULT, "secret")
+        stranger, theirs = ACME if owner == DEFAULT else DEFAULT, {**machine.kept[owner], "job": machine.jobs[owner][0]}
         for method, path in asked:
-            given = machine.answer(stranger, method, path, theirs, machine.jobs[owner][0], "1", streams=False)
-            absent = machine.answer(stranger, method, path, ABSENT["model"], ABSENT["id"], "1", streams=False)
+            given = machine.answer(stranger, method, path, theirs, "1", streams=False)
+            absent = machine.answer(stranger, method, path, ABSENT, "1", streams=False)
             assert given == absent, (method, path)
             assert given[0] == 404 or "{" not in path, (method, path, given)
         machine.teardown()
