@@ -166,6 +166,7 @@ class Courier:
         self._webhooks, self._destinations = webhooks, destinations
         self._schedule_s, self._timeout_s, self._look_s = schedule_s, timeout_s, look_s
         self._busy: set[str] = set()  # endpoints that are being sent to
+        self._stopped = False
         self._sending = Notice("sending webhooks")
         self._threads = ThreadPoolExecutor(STORE_THREADS, "courier")  # a store that hangs holds up no other work
         self._client: httpx.AsyncClient | None = None  # reading the certificates takes a moment and a megabyte
@@ -184,23 +185,12 @@ class Courier:
 
     async def run(self) -> None:
         """Deliver until cancelled. What is cut off half way is sent again when its lease has expired."""
-        looking, clean_up_at = Notice("looking for webhooks to send"), 0.0
         try:
             async with asyncio.TaskGroup() as tasks:
-                while True:
-                    try:
-                        if time.monotonic() >= clean_up_at:
-                            await self._stored(self._webhooks.clean_up)
-                            clean_up_at = time.monotonic() + CLEAN_UP_S
-                        claimed = await self._stored(self._webhooks.claim, tuple(self._busy))
-                        claimed.sort(key=lambda each: each.delivery.webhook)
-                        for webhook, batch in itertools.groupby(claimed, lambda each: each.delivery.webhook):
-                            self._busy.add(webhook)
-                            tasks.create_task(self._send(webhook, list(batch)))
-                        looking.worked()
-                    except Exception as exc:
-                        looking.failed(exc)
-                    await asyncio.sleep(self._look_s)
+                try:
+                    await self._look(tasks)
+                finally:
+                    self._stopped = True  # before the attempts are cancelled
         finally:
             self._destinations.close()
             self._threads.shutdown(wait=False, cancel_futures=True)
@@ -208,11 +198,31 @@ class Courier:
                 with contextlib.suppress(Exception):
                     await self._client.aclose()
 
+    async def _look(self, tasks: asyncio.TaskGroup) -> None:
+        """Look for what is due again and again, and begin to send it."""
+        looking, clean_up_at = Notice("looking for webhooks to send"), 0.0
+        while True:
+            try:
+                if time.monotonic() >= clean_up_at:
+                    await self._stored(self._webhooks.clean_up)
+                    clean_up_at = time.monotonic() + CLEAN_UP_S
+                claimed = await self._stored(self._webhooks.claim, tuple(self._busy))
+                claimed.sort(key=lambda each: each.delivery.webhook)
+                for webhook, batch in itertools.groupby(claimed, lambda each: each.delivery.webhook):
+                    self._busy.add(webhook)
+                    tasks.create_task(self._send(webhook, list(batch)))
+                looking.worked()
+            except Exception as exc:
+                looking.failed(exc)
+            await asyncio.sleep(self._look_s)
+
     async def _send(self, webhook: str, batch: Sequence[Claimed]) -> None:
         """Attempt some deliveries to one endpoint, and store how they ended."""
 
         async def send(claimed: Claimed) -> None:
             attempt = await self._attempt(claimed)
+            if self._stopped and attempt.error is not None:  # a connection may fail because it is cancelled
+                raise asyncio.CancelledError
             await self._stored(self._webhooks.settle, claimed.delivery, attempt)
             _tell(claimed.delivery, attempt)
 
