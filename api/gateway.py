@@ -69,7 +69,7 @@ class Gateway:
             behind, target.behind = target.behind, False  # what is noticed from here on is for the next look
             try:
                 loaded = await asyncio.to_thread(target.control.available, BASE, LOOK_TIMEOUT_S)
-                target.silent = False
+                target.silent = target.slow = False
             except TemperError as exc:
                 if target.up:
                     log.warning("model server %s: %s", target.address, exc.message)

@@ -13,7 +13,7 @@ from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, WAITING
 from store.errors import ModelServerTimeout, Overloaded
 
 MAX_BATCH = 128  # images in a call, unless a single request brings more
-CALLS = 4  # in flight to one model server; TensorFlow Serving rejects calls that its threads cannot take
+CALLS = 4  # in flight to each server that takes part; TensorFlow Serving rejects calls that its threads cannot take
 MAX_WAITING = 4096  # images of all requests
 
 Outputs = dict[str, np.ndarray]  # by name, each with one row an image
@@ -88,7 +88,7 @@ class MicroBatcher:
     def _send(self) -> None:
         """Start calls for waiting requests, as far as the calls in flight allow."""
         for key in list(self._queues):
-            if self._calls >= CALLS * max(1, len(self._pool.up)):
+            if self._calls >= CALLS * self._pool.shares:
                 break
             if self._may_call(key):
                 queue = self._queues.pop(key)
@@ -104,11 +104,11 @@ class MicroBatcher:
                     task.add_done_callback(self._tasks.discard)
 
     def _may_call(self, key: _Key) -> bool:
-        """Allow one call of a servable per server: requests that wait for it share the next one.
+        """Allow one call of a servable per server that takes part: requests that wait for it share the next one.
 
         A second call may run beside a full one, so that a large request does not hold up small ones.
         """
-        sizes, servers = self._in_flight.get(key, []), max(1, len(self._pool.up))
+        sizes, servers = self._in_flight.get(key, []), self._pool.shares
         return len(sizes) < servers or (len(sizes) < 2 * servers and min(sizes) >= MAX_BATCH)
 
     def _next_batch(self, queue: deque[_Waiting]) -> list[_Waiting]:
@@ -130,9 +130,11 @@ class MicroBatcher:
             BATCH.observe(size)
             for waiting in batch:
                 QUEUE_S.observe(now - waiting.since)
-            left = max(waiting.deadline for waiting in batch) - asyncio.get_running_loop().time()
+            deadlines = [waiting.deadline - asyncio.get_running_loop().time() for waiting in batch]
             servable = key[0]
-            found = await self._pool.predict(servable.name, servable.version, images, left)
+            found = await self._pool.predict(
+                servable.name, servable.version, images, timeout_s=max(deadlines), hurry_s=min(deadlines)
+            )
             outputs = {"logits": found.logits, "probabilities": found.probabilities}
             position = 0
             for waiting in batch:
