@@ -45,7 +45,7 @@ def create_app(settings: Settings) -> ASGIApp:
         reserve.keep()
         registry, job_records = Registry(engine), Jobs(engine)
         async with (
-            ServerPool(settings.server_addresses, functools.partial(has_files, settings)) as pool,
+            ServerPool(settings.server_addresses, functools.partial(has_files, settings), settings.has_standby) as pool,
             Uploads(settings, job_records) as uploads,
         ):
             router = Router(registry)

@@ -53,11 +53,15 @@ class Gateway:
                 tasks.create_task(self._watch(target))
 
     async def _keep_routes(self) -> None:
-        reading = Notice("reading the routes")
+        reading, revision, live = Notice("reading the routes"), self.router.revision, self.router.live()
         while True:
             try:
                 await self.router.refresh()
                 reading.worked()
+                if revision != self.router.revision:
+                    revision, before, live = self.router.revision, live, self.router.live()
+                    for target in self.pool.standbys if live != before else ():
+                        target.fell_behind()  # no request would show that it lacks a version
             except Exception as exc:
                 reading.failed(exc)
             await asyncio.sleep(LOOK_S)

@@ -35,6 +35,7 @@ from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job, Jobs
 
 T = TypeVar("T")
+SMALL = {"TEMPER_ATTACK_IMAGES": "16", "TEMPER_MODEL_SERVERS": "1"}  # a service that starts soon and reports soon
 
 import_tensorflow()
 if gpus := tf.config.list_physical_devices("GPU"):  # as in the worker
@@ -262,7 +263,7 @@ def running_service(home: Path, **environment: str) -> Iterator[Service]:
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", "serve", "--port", str(port)],
-        env={**os.environ, "TEMPER_HOME": str(home), "TEMPER_ATTACK_IMAGES": "16", **environment},
+        env={**os.environ, "TEMPER_HOME": str(home), **SMALL, **environment},
     )
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=60) as api:

@@ -1,8 +1,4 @@
-"""The model servers as one: spread calls, and ask another server when one fails or does not answer.
-
-Servers on Unix sockets share the processors of this machine. Dividing calls among them would only make smaller batches,
-so one of them is asked and the others stand by.
-"""
+"""The model servers as one: spread calls, and ask another server when one fails or does not answer."""
 
 import asyncio
 import contextlib
@@ -75,13 +71,16 @@ class ServerPool:
 
     Args:
         has_files: tells whether a version of a model is on disk.
+        has_standby: ask one server only, as long as it is well; the others stand by.
     """
 
-    def __init__(self, addresses: Sequence[str], has_files: Callable[[str, int], bool]) -> None:
+    def __init__(
+        self, addresses: Sequence[str], has_files: Callable[[str, int], bool], has_standby: bool = False
+    ) -> None:
         self._addresses = addresses
+        self._has_standby = has_standby
         self._has_files = has_files
         self._missing: set[tuple[str, int]] = set()  # versions whose loss has been logged
-        self._stands_by = all(address.startswith("unix:") for address in addresses)
         self._stack = contextlib.AsyncExitStack()
         self.all: list[PooledServer] = []
 
@@ -100,9 +99,14 @@ class ServerPool:
         return [target for target in self.all if target.up]
 
     @property
+    def standbys(self) -> list[PooledServer]:
+        """Servers that are not asked as long as another one is well."""
+        return sorted(self.all, key=self._rank)[1:] if self._has_standby else []
+
+    @property
     def shares(self) -> int:
         """Servers that calls are divided among now, at least 1."""
-        return 1 if self._stands_by else max(1, len(self.up))
+        return 1 if self._has_standby else max(1, len(self.up))
 
     async def predict(
         self, model: str, version: int, images: np.ndarray, timeout_s: float, hurry_s: float | None = None
@@ -158,7 +162,7 @@ class ServerPool:
 
     def _rank(self, target: PooledServer) -> tuple[bool, bool, float]:
         """The server with the least is asked first. One that stood by stays in place when the other comes back."""
-        return not target.up, target.slow, target.passed_over_at if self._stands_by else len(target.calls)
+        return not target.up, target.slow, target.passed_over_at if self._has_standby else len(target.calls)
 
     def _failure(
         self, target: PooledServer, call: asyncio.Task[Prediction], model: str, version: int

@@ -96,14 +96,17 @@ async def until(condition: Callable[[], bool]) -> None:
 def with_servers(
     count: int, test: Callable[[list[Held], ServerPool, MicroBatcher], Awaitable[None]], folder: Path | None = None
 ) -> None:
-    """Run a test with servers on ports, or on Unix sockets in `folder`."""
+    """Run a test with servers on ports, or with one and its standbys on Unix sockets in `folder`."""
 
     async def main() -> None:
         servers = [Held(folder / f"{number}.sock" if folder else None) for number in range(count)]
         async with contextlib.AsyncExitStack() as stack:
             for server in servers:
                 await stack.enter_async_context(server.running())
-            pool = await stack.enter_async_context(ServerPool([server.address for server in servers], lambda *_: True))
+            addresses = [server.address for server in servers]
+            pool = await stack.enter_async_context(
+                ServerPool(addresses, lambda *_: True, has_standby=folder is not None)
+            )
             for target in pool.all:
                 target.up = True
             await test(servers, pool, MicroBatcher(pool))
