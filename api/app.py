@@ -67,7 +67,10 @@ def create_app(settings: Settings) -> ASGIApp:
         registry, job_records = Registry(engine), Jobs(engine)
         async with (
             ServerPool(
-                settings.server_addresses, functools.partial(has_files, settings), settings.model_server_ca
+                settings.server_addresses,
+                functools.partial(has_files, settings),
+                settings.model_server_ca,
+                has_standby=settings.has_standby,
             ) as pool,
             Uploads(settings, job_records) as uploads,
         ):

@@ -65,10 +65,24 @@ class Gateway:
         """Keep routes and keys fresh and the model servers up to date, and deliver webhooks, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.courier.run())
-            tasks.create_task(_keep_fresh(self.router.refresh, "reading the routes"))
+            tasks.create_task(_keep_fresh(self._refreshes_routes(), "reading the routes"))
             tasks.create_task(_keep_fresh(self.keys.refresh, "reading the keys"))
             for target in self.pool.all:
                 tasks.create_task(self._watch(target))
+
+    def _refreshes_routes(self) -> Callable[[], Awaitable[None]]:
+        """What reads the routes, and tells the standbys of what they lack: no request would show it."""
+        revision, live = self.router.revision, self.router.live()
+
+        async def refresh() -> None:
+            nonlocal revision, live
+            await self.router.refresh()
+            if revision != self.router.revision:
+                revision, before, live = self.router.revision, live, self.router.live()
+                for target in self.pool.standbys if live != before else ():
+                    target.fell_behind()
+
+        return refresh
 
     async def _watch(self, target: PooledServer) -> None:
         looking = Notice(f"looking after the model server {target.address}")
@@ -77,7 +91,7 @@ class Gateway:
             behind, target.behind = target.behind, False  # what is noticed from here on is for the next look
             try:
                 loaded = await asyncio.to_thread(target.control.available, BASE, LOOK_TIMEOUT_S)
-                target.silent = False
+                target.silent = target.slow = False
             except TemperError as exc:
                 if target.up:
                     log.warning("model server %s: %s", target.address, exc.message)

@@ -1,7 +1,9 @@
-"""`temper serve`: one gateway, the workers and a model server, each replaced when it dies or freezes."""
+"""`temper serve`: one gateway, the workers and the model servers, each replaced when it dies or freezes."""
 
 import errno
 import fcntl
+import functools
+import math
 import os
 import shutil
 import signal
@@ -12,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +29,19 @@ from serving.registry import BASE
 from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
 from store.engine import reason
 from store.errors import ModelServerTimeout, ModelServerUnavailable, TemperError
-from store.memory import allocator_environment
+from store.memory import allocator_environment, available_bytes
 from store.processes import end_with_parent, free_port, pulse_file
-from store.settings import AUTO, EMBEDDED, Settings, unknown_variables, warn_of_unknown_variables
+from store.settings import AUTO, EMBEDDED, MAX_MODEL_SERVERS, Settings, unknown_variables, warn_of_unknown_variables
 
 GRACE_S = 10.0
 PROBE_S, PROBE_TIMEOUT_S = 1.0, 2.0  # between probes of a sibling, and after which one has failed
 PULSE_S = 5.0  # a worker touches its pulse file every second
 MAX_MISSES = 5  # probes in a row without an answer, after which a sibling counts as frozen
 CONNECT_S = 5  # to PostgreSQL
+SOCKETS = ("model_server.sock", *(f"model_server_{number}.sock" for number in range(2, MAX_MODEL_SERVERS + 1)))
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path; the system's limit is 107
+# Available memory from which on a second model server runs: it takes 0.3 GB, the rest 1.3, decoding an upload up to 2.
+STANDBY_BYTES = 4 << 30
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Sibling:
     Attributes:
         answers: asks the process with this id for a sign of life; None where that cannot be known now.
         quiet: keep TensorFlow's INFO lines out of the log.
+        start_at: in `time.monotonic()`; infinite for one that stands by, which waits until the service is ready.
     """
 
     name: str
@@ -135,15 +141,17 @@ def serve(settings: Settings) -> None:
         _check_store(settings)
         settings = settings.model_copy(update={"port": settings.port or free_port(settings.host)})
         _check_address(settings.host, settings.port)
-        command, address = None, settings.model_server
+        sockets: list[Path] = []
         if settings.supervised:
-            listen = stack.enter_context(_socket(settings))
-            command, address = _model_server_command(settings, listen), f"unix:{listen}"
+            folder = stack.enter_context(_socket_folder(settings))
+            sockets = [folder / name for name in SOCKETS[: _model_servers(settings)]]
+        address = ",".join(f"unix:{path}" for path in sockets) or settings.model_server
         client = _gateway_client(settings)
-        siblings = _siblings(settings, address, command, client)
+        siblings = _siblings(settings, address, sockets, client)
         # After the siblings' environment is made. The supervisor forks beside threads of gRPC, but only to execute.
         os.environ |= {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
-        click.echo(f"Temper starts in {settings.home.resolve()}, model server {address}")
+        servers = "model servers" if "," in address else "model server"
+        click.echo(f"Temper starts in {settings.home.resolve()}, {servers} {address}")
         _run(siblings, _url(settings), client)
     click.echo("stopped")
 
@@ -164,6 +172,9 @@ def _run(siblings: list[Sibling], url: str, client: httpx.Client) -> None:
             sibling.keep_running()
         if not announced and _answers(client, f"{url}/readyz"):
             announced = True
+            for sibling in siblings:
+                if sibling.start_at == math.inf:
+                    sibling.start_at = time.monotonic()
             click.echo(f"ready at {url} (documentation at {url}/docs)")
         time.sleep(0.1)
     for sibling in siblings:
@@ -223,15 +234,20 @@ def _check_address(host: str, port: int) -> None:
 
 
 @contextmanager
-def _socket(settings: Settings) -> Iterator[Path]:
-    """Path for the model server's Unix socket, in a directory that only this user can enter."""
+def _socket_folder(settings: Settings) -> Iterator[Path]:
+    """Directory for the model servers' Unix sockets, which only this user can enter."""
     folder = settings.home.resolve() / "run"
-    if len(os.fsencode(folder / "model_server.sock")) <= LONGEST_SOCKET:
+    if len(os.fsencode(folder / SOCKETS[-1])) <= LONGEST_SOCKET:
         folder.mkdir(mode=0o700, exist_ok=True)
-        yield folder / "model_server.sock"
+        yield folder
     else:
         with tempfile.TemporaryDirectory(prefix="temper-") as short:
-            yield Path(short) / "model_server.sock"
+            yield Path(short)
+
+
+def _model_servers(settings: Settings) -> int:
+    """How many model servers to run."""
+    return settings.model_servers or (2 if available_bytes() >= STANDBY_BYTES else 1)
 
 
 def _model_server_command(settings: Settings, listen: Path) -> list[str]:
@@ -241,16 +257,21 @@ def _model_server_command(settings: Settings, listen: Path) -> list[str]:
     return tensorflow_serving_command(binary, 0, 0, settings.home.resolve() / "model_server.config", listen)
 
 
-def _siblings(settings: Settings, address: str, model_server: list[str] | None, client: httpx.Client) -> list[Sibling]:
-    """All that `temper serve` runs; `model_server` is the command of the model server, if it runs that too."""
+def _siblings(settings: Settings, address: str, sockets: Sequence[Path], client: httpx.Client) -> list[Sibling]:
+    """All that `temper serve` runs, with a model server for each of the sockets."""
     python, url = sys.executable, _url(settings)
     environment = _environment(settings, address)
     gateway = {**environment, **allocator_environment()}
     siblings = [Sibling("gateway", [python, "-m", "api"], gateway, lambda _: _answers(client, f"{url}/healthz"))]
-    if model_server:
-        quiet = model_server[0] != python
+    for number, listen in enumerate(sockets):
+        command = _model_server_command(settings, listen)
+        name = f"model server {number + 1}" if len(sockets) > 1 else "model server"
+        quiet = command[0] != python
         logging = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
-        siblings.append(Sibling("model server", model_server, logging, lambda _: _model_server_answers(address), quiet))
+        answers = functools.partial(_model_server_answers, f"unix:{listen}")
+        siblings.append(Sibling(name, command, logging, answers, quiet))
+        if number:  # starting takes seconds of a core, which the others need until the service is ready
+            siblings[-1].start_at = math.inf
     for number in range(settings.workers):
         command = [python, "-m", "trainer"]
         siblings.append(Sibling(f"worker {number + 1}", command, environment, WorkerPulse(settings)))
@@ -258,7 +279,7 @@ def _siblings(settings: Settings, address: str, model_server: list[str] | None, 
 
 
 def _environment(settings: Settings, address: str) -> dict[str, str]:
-    """What the siblings read: these settings, and where the model server listens."""
+    """What the siblings read: these settings, and where the model servers listen."""
     unknown = unknown_variables(os.environ)
     inherited = {name: value for name, value in os.environ.items() if name not in unknown}
     given = {f"TEMPER_{name.upper()}": str(value) for name, value in settings if value is not None}
@@ -266,7 +287,7 @@ def _environment(settings: Settings, address: str) -> dict[str, str]:
     return {**inherited, **given, **decided}
 
 
-def _model_server_answers(address: str) -> bool:
+def _model_server_answers(address: str, _: int) -> bool:
     from serving.client import ModelServer  # gRPC reads its environment when it is imported
 
     try:

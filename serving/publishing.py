@@ -10,9 +10,10 @@ import functools
 import io
 import json
 import logging
+import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -211,7 +212,8 @@ def publish(
     """Move a staged SavedModel into place, prove that it is served, and point the label at it.
 
     A server that restarts on the way is told again what to serve. One that stays away is left behind as long as another
-    is there: the gateway brings it up to date when it returns.
+    is there: the gateway brings it up to date when it returns. Of servers that stand by for one another the first that
+    can do it is enough; the others follow as soon as the version is live.
 
     Args:
         staged: sealed directory with a probe, on the file system of the models.
@@ -244,13 +246,17 @@ def publish(
             reconcile(settings, registry, [server])
             server.wait_until_available(model, version, wait=lambda: step(done))
 
+        steps: dict[str, Callable[[ModelServer], object]] = {
+            "available": load,
+            "proven": lambda server: prove(server, model, version, probe),
+            "warmed": lambda server: _warm(server, model, version, probe),
+        }
+        one = settings.has_standby
         here, done, deadline = list(servers), "renamed", time.monotonic() + PATIENCE_S
-        for name, act in (
-            ("available", load),
-            ("proven", lambda server: prove(server, model, version, probe)),
-            ("warmed", lambda server: _warm(server, model, version, probe)),
-        ):
-            here = _on_each(here, act, load, deadline, wait=functools.partial(step, done))
+        loaded: set[ModelServer] = set()
+        for name, act in steps.items():
+            did = _on_each(here, act, load, loaded, deadline, wait=functools.partial(step, done), one=one)
+            here = [*did, *(server for server in here if server not in did)] if one else did
             done = name
             step(done)
         registry.go_live(model, version, label, report=report(), fence=lambda connection: finish(connection, version))
@@ -258,22 +264,39 @@ def publish(
         with contextlib.suppress(TemperError):
             withdraw(settings, registry, servers, model, version)
         raise
+    if one and len(here) > 1:
+        threading.Thread(target=_follow, args=(here[1:], steps.values(), f"{model}:{version}")).start()
     return version
+
+
+def _follow(servers: Sequence[ModelServer], steps: Iterable[Callable[[ModelServer], object]], what: str) -> None:
+    """Load, prove and warm a live version on the servers that stand by."""
+    for server in servers:
+        try:
+            for act in steps:
+                act(server)
+        except (ModelServerError, UnknownModel, ValueError) as exc:  # it is away, or our channel to it has been closed
+            log.info("%s is not on the standby %s yet, the gateway will tell it: %s", what, server.target, exc)
+        except Exception as exc:
+            log.error("%s is not proven on the standby %s: %s", what, server.target, exc)
 
 
 def _on_each(
     servers: Sequence[ModelServer],
     act: Callable[[ModelServer], object],
     load: Callable[[ModelServer], None],
+    loaded: set[ModelServer],
     deadline: float,
     wait: Callable[[], None],
+    one: bool,
 ) -> list[ModelServer]:
-    """Do a step on every server; return those that did it.
+    """Do a step on every server, or on the first that can; return those that did it.
 
     Args:
-        load: repeated on a server that was away or lacks the version, for it may have restarted with nothing to serve.
+        load: comes first on a server that is not among `loaded`, as it may have restarted with nothing to serve.
         deadline: in `time.monotonic()`, up to which the last server is waited for.
         wait: called before each further attempt; raises to give up.
+        one: return as soon as a server has done it.
     """
     finished: list[ModelServer] = []
     missed_at: dict[ModelServer, float] = {}  # when a server first failed the step
@@ -281,10 +304,13 @@ def _on_each(
     while True:
         for server in list(waiting):
             try:
-                if server in missed_at and act is not load:
+                if server not in loaded:
                     load(server)
-                act(server)
+                    loaded.add(server)
+                if act is not load:
+                    act(server)
             except (ModelServerUnavailable, ModelServerTimeout, Overloaded, UnknownModel) as exc:
+                loaded.discard(server)
                 now = time.monotonic()
                 since = missed_at.setdefault(server, now)
                 if finished and now - since > ABSENT_S:
@@ -298,6 +324,8 @@ def _on_each(
             else:
                 waiting.remove(server)
                 finished.append(server)
+                if one:
+                    return finished
         if not waiting:
             return finished
         wait()

@@ -336,9 +336,15 @@ class Registry:
             return [(row.model, row.version, row.created_at) for row in connection.execute(query)]
 
     def wanted(self) -> dict[str, list[int]]:
-        """Versions that model servers should load, by model: the live ones and those being published."""
+        """Versions that model servers should load, by model: the live ones and those being published.
+
+        In the order in which they should be loaded: the base model before others, labelled versions before newer ones.
+        """
+        labelled = sa.exists().where(labels.c.model == versions.c.model, labels.c.version == versions.c.version)
         query = (
-            sa.select(versions.c.model, versions.c.version).where(~versions.c.removed).order_by(*versions.primary_key)
+            sa.select(versions.c.model, versions.c.version)
+            .where(~versions.c.removed)
+            .order_by(versions.c.model != BASE, versions.c.model, ~labelled, versions.c.version.desc())
         )
         found: dict[str, list[int]] = {}
         with self._engine.connect() as connection:

@@ -16,6 +16,7 @@ from store.files import make_directory
 log = logging.getLogger("temper.settings")
 
 ATTACK_IMAGES = 500
+MAX_MODEL_SERVERS = 4
 AUTO, EMBEDDED = "auto", "embedded"
 LOCAL_TARGET = "127.0.0.1:8500"  # where `python -m serving` listens, and a gateway or worker looks without a setting
 LOCAL_REST = "127.0.0.1:8501"  # likewise, for TensorFlow Serving's REST API
@@ -51,6 +52,13 @@ class Settings(BaseSettings):
         description="`embedded`, the path of a tensorflow_model_server that `temper serve` starts, `host:port` or "
         "`unix:/path` of one that runs (or several, with commas), or `auto`: the binary on the PATH, or else the "
         "embedded server.",
+    )
+    model_servers: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_MODEL_SERVERS,
+        description="Model servers that `temper serve` starts; one answers, the others stand by. By default 2 where "
+        "4 GiB of memory are available, else 1.",
     )
     model_server_ca: FilePath | None = Field(
         None,
@@ -152,6 +160,16 @@ class Settings(BaseSettings):
         if self.supervised:
             return (LOCAL_TARGET,)
         return tuple(dict.fromkeys(target.strip() for target in self.model_server.split(",")))
+
+    @property
+    def has_standby(self) -> bool:
+        """Tell whether one of several model servers answers and the others stand by for it.
+
+        That is so where all of them listen on Unix sockets: they share the processors of this machine, and dividing
+        requests among them would only make smaller batches.
+        """
+        addresses = self.server_addresses
+        return len(addresses) > 1 and all(address.startswith("unix:") for address in addresses)
 
     def make_home(self) -> None:
         """Create the directories that all processes share.

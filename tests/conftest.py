@@ -35,9 +35,11 @@ from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job, Jobs
 
 T = TypeVar("T")
-
-# Short reports, and webhooks to servers in the test's process.
-SERVICE_ENVIRONMENT = {"TEMPER_ATTACK_IMAGES": "16", "TEMPER_WEBHOOK_PRIVATE": "true", "TEMPER_WEBHOOK_HTTP": "true"}
+# A service that starts soon and reports soon, and tells webhooks to servers in the test's process.
+SMALL = {
+    "TEMPER_ATTACK_IMAGES": "16", "TEMPER_MODEL_SERVERS": "1", "TEMPER_WEBHOOK_PRIVATE": "true",
+    "TEMPER_WEBHOOK_HTTP": "true",
+}  # fmt: skip
 
 import_tensorflow()
 if gpus := tf.config.list_physical_devices("GPU"):  # as in the worker
@@ -271,7 +273,7 @@ def running_service(home: Path, **environment: str) -> Iterator[Service]:
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", "serve", "--port", str(port)],
-        env={**os.environ, "TEMPER_HOME": str(home), **SERVICE_ENVIRONMENT, **environment},
+        env={**os.environ, "TEMPER_HOME": str(home), **SMALL, **environment},
     )
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=60) as api:

@@ -14,7 +14,7 @@ from store.errors import ModelServerTimeout, Overloaded
 from store.records import DEFAULT_TENANT
 
 MAX_BATCH = 128  # images in a call, unless a single request brings more
-CALLS = 4  # in flight to one model server; TensorFlow Serving rejects calls that its threads cannot take
+CALLS = 4  # in flight to each server that takes part; TensorFlow Serving rejects calls that its threads cannot take
 MAX_WAITING = 4096  # images of all requests
 
 Outputs = dict[str, np.ndarray]  # by name, each with one row an image
@@ -108,7 +108,7 @@ class MicroBatcher:
     def _send(self) -> None:
         """Start calls for waiting requests, as far as the calls in flight allow."""
         for key in self._in_turn():
-            if self._calls >= CALLS * max(1, len(self._pool.up)):
+            if self._calls >= CALLS * self._pool.shares:
                 break
             if self._may_call(key):
                 queue = self._queues.pop(key)
@@ -132,11 +132,11 @@ class MicroBatcher:
         return sorted(self._queues, key=lambda key: self._turns.get(key[0], 0))
 
     def _may_call(self, key: _Key) -> bool:
-        """Allow one call of a servable per server: requests that wait for it share the next one.
+        """Allow one call of a servable per server that takes part: requests that wait for it share the next one.
 
         A second call may run beside a full one, so that a large request does not hold up small ones.
         """
-        sizes, servers = self._in_flight.get(key, []), max(1, len(self._pool.up))
+        sizes, servers = self._in_flight.get(key, []), self._pool.shares
         return len(sizes) < servers or (len(sizes) < 2 * servers and min(sizes) >= MAX_BATCH)
 
     def _next_batch(self, tenant: str, queue: deque[_Waiting]) -> list[_Waiting]:
@@ -158,9 +158,11 @@ class MicroBatcher:
             BATCH.observe(size)
             for waiting in batch:
                 QUEUE_S.observe(now - waiting.since)
-            left = max(waiting.deadline for waiting in batch) - asyncio.get_running_loop().time()
+            deadlines = [waiting.deadline - asyncio.get_running_loop().time() for waiting in batch]
             servable = key[1]
-            found = await self._pool.predict(servable.name, servable.version, images, left)
+            found = await self._pool.predict(
+                servable.name, servable.version, images, timeout_s=max(deadlines), hurry_s=min(deadlines)
+            )
             outputs = {"logits": found.logits, "probabilities": found.probabilities}
             position = 0
             for waiting in batch:

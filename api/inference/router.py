@@ -46,6 +46,11 @@ class Router:
         self._read_lock = asyncio.Lock()
         self._next_read: asyncio.Task[None] | None = None
 
+    @property
+    def revision(self) -> int:
+        """The registry's revision when it was last read."""
+        return self._revision
+
     async def refresh(self) -> None:
         """Read the registry if it has changed. Callers that come during a read share the next one."""
         if self._next_read is None:
@@ -61,6 +66,10 @@ class Router:
                 self._targets = {}
                 REQUEST_SERIES.retain(self.knows)
                 show_versions({model: len(route.classes) for model, route in self._routes.items()})
+
+    def live(self) -> set[Servable]:
+        """All versions that predictions can go to."""
+        return {Servable(model, version) for model, route in self._routes.items() for version in route.classes}
 
     def versions(self, model: str) -> list[int]:
         """Live versions of a model, newest first; none of a model that does not exist."""

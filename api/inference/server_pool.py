@@ -1,4 +1,4 @@
-"""The model servers as one: spread calls by load, and retry on another server when one fails."""
+"""The model servers as one: spread calls, and ask another server when one fails or does not answer."""
 
 import asyncio
 import contextlib
@@ -12,10 +12,13 @@ from typing import Self
 import numpy as np
 
 from serving.client import ModelServer, Prediction, Predictor
-from store.errors import ModelServerError, ModelServerUnavailable, Overloaded, UnknownModel
+from store.errors import ModelServerError, ModelServerUnavailable, Overloaded, TemperError, UnknownModel
 from store.records import public_name
 
 log = logging.getLogger("temper.gateway")
+
+HEDGE_S = 0.3  # after which another server is asked as well; several times what the largest batch takes
+HEDGE_LEAST_S, HEDGE_SHARE = 0.02, 1 / 3  # a call that has less time than that asks another after a third of it
 
 
 @dataclass(eq=False)
@@ -27,6 +30,8 @@ class PooledServer:
     calls: set[asyncio.Task[Prediction]] = field(default_factory=set)  # under way
     up: bool = False  # it answers, and has been told what to serve
     silent: bool = False  # it did not answer when it was last looked at
+    slow: bool = False  # another one, asked later, has answered first; it has not answered since
+    passed_over_at: float = 0.0  # on the loop's clock: when another server last had to take its place
     lost_at: float | None = None  # time.monotonic() when it was given up; None once it is up to date again
     behind: bool = True  # it may not serve what the registry says
     look: asyncio.Event = field(default_factory=asyncio.Event)  # set to have it looked at soon
@@ -44,6 +49,13 @@ class PooledServer:
     def went_away(self) -> None:
         """Mark the server as unreachable."""
         self.up, self.behind = False, True
+        self.passed_over_at = asyncio.get_running_loop().time()
+        self.look.set()
+
+    def was_overtaken(self) -> None:
+        """Ask others first until the server has answered again."""
+        self.slow = True
+        self.passed_over_at = asyncio.get_running_loop().time()
         self.look.set()
 
     def give_up(self) -> None:
@@ -51,6 +63,7 @@ class PooledServer:
         if self.lost_at is None:
             self.lost_at = time.monotonic()
         self.up, self.behind, self.silent = False, True, True
+        self.passed_over_at = asyncio.get_running_loop().time()
         for call in self.calls:
             call.cancel()
 
@@ -61,11 +74,16 @@ class ServerPool:
     Args:
         has_files: tells whether a version of a model is on disk.
         ca: certificates that sign those of the model servers, which then use TLS.
+        has_standby: ask one server only, as long as it is well; the others stand by.
     """
 
-    def __init__(self, addresses: Sequence[str], has_files: Callable[[str, int], bool], ca: Path | None = None) -> None:
+    def __init__(
+        self, addresses: Sequence[str], has_files: Callable[[str, int], bool], ca: Path | None = None,
+        has_standby: bool = False,
+    ) -> None:  # fmt: skip
         self._addresses = addresses
         self._ca = ca
+        self._has_standby = has_standby
         self._has_files = has_files
         self._missing: set[tuple[str, int]] = set()  # versions whose loss has been logged
         self._stack = contextlib.AsyncExitStack()
@@ -85,48 +103,98 @@ class ServerPool:
         """Servers that answer and have been told what to serve."""
         return [target for target in self.all if target.up]
 
-    async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
-        """Ask the server with the fewest calls; another if it is away, overloaded or has not loaded the version.
+    @property
+    def standbys(self) -> list[PooledServer]:
+        """Servers that are not asked as long as another one is well."""
+        return sorted(self.all, key=self._rank)[1:] if self._has_standby else []
+
+    @property
+    def shares(self) -> int:
+        """Servers that calls are divided among now, at least 1."""
+        return 1 if self._has_standby else max(1, len(self.up))
+
+    async def predict(
+        self, model: str, version: int, images: np.ndarray, timeout_s: float, hurry_s: float | None = None
+    ) -> Prediction:
+        """Ask one server; another if it is away, overloaded or has not loaded the version.
+
+        A server that is up is also asked when the first one has not answered within `HEDGE_S`: it may be frozen. The
+        first answer counts.
+
+        Args:
+            hurry_s: the shortest time that anyone waits for the answer, if that is less than `timeout_s`.
 
         Raises:
             ModelServerUnavailable: no server answers, or none has loaded the version yet.
             ModelServerError: the files of the version are missing, or what the last server said.
+            ModelServerTimeout: the time is up.
             Overloaded: every server refused the call.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
+        hedge_s = min(HEDGE_S, max(HEDGE_LEAST_S, HEDGE_SHARE * (timeout_s if hurry_s is None else hurry_s)))
         untried = [target for target in self.all if not target.silent]
         if not untried:
             raise ModelServerUnavailable(f"no model server answers ({', '.join(t.address for t in self.all)})")
-        while True:
-            target = min(untried, key=lambda target: (not target.up, len(target.calls)))
-            untried.remove(target)
-            call = asyncio.ensure_future(target.predictor.predict(model, version, images, deadline - loop.time()))
-            target.calls.add(call)
-            try:
-                return await call
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():  # not the call alone
-                    raise
-                if not untried:
-                    raise ModelServerUnavailable(f"the model server at {target.address} does not answer") from None
-            except ModelServerUnavailable:
-                target.went_away()
-                if not untried:
-                    raise
-            except UnknownModel as exc:  # the registry knows it
-                if not self._has_files(model, version):
-                    raise self._files_missing(model, version) from exc
-                target.fell_behind()
-                if not untried:
-                    text = f"{target.address} has not loaded {public_name(model)}:{version} yet"
-                    raise ModelServerUnavailable(f"the model server at {text}") from exc
-            except Overloaded:
-                if not untried:
-                    raise
-            finally:
+        asked: dict[asyncio.Task[Prediction], PooledServer] = {}
+        try:
+            while True:
+                if untried:
+                    target = min(untried, key=self._rank)
+                    untried.remove(target)
+                    left_s = deadline - loop.time()
+                    call = asyncio.create_task(target.predictor.predict(model, version, images, left_s))
+                    target.calls.add(call)
+                    asked[call] = target
+                wait_s = hedge_s if any(other.up for other in untried) else None
+                done, _ = await asyncio.wait(asked, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+                for call in done:
+                    target = asked.pop(call)
+                    target.calls.discard(call)
+                    failure = self._failure(target, call, model, version)
+                    if failure is None:
+                        target.slow = False
+                        for other in asked.values():
+                            other.was_overtaken()
+                        return call.result()
+                    if not asked and not untried:
+                        raise failure
+        finally:
+            for call, target in asked.items():
                 target.calls.discard(call)
+                if not call.cancel() and not call.cancelled():
+                    call.exception()  # or asyncio logs that nobody has seen it
+
+    def _rank(self, target: PooledServer) -> tuple[bool, bool, float]:
+        """The server with the least is asked first. One that stood by stays in place when the other comes back."""
+        return not target.up, target.slow, target.passed_over_at if self._has_standby else len(target.calls)
+
+    def _failure(
+        self, target: PooledServer, call: asyncio.Task[Prediction], model: str, version: int
+    ) -> TemperError | None:
+        """Why a call that is over brought no answer, if another server may be asked; None if it brought one.
+
+        Raises:
+            TemperError: no other server would answer otherwise.
+        """
+        if call.cancelled():  # the server was given up
+            return ModelServerUnavailable(f"the model server at {target.address} does not answer")
+        exc = call.exception()
+        if isinstance(exc, ModelServerUnavailable):
+            target.went_away()
+            return exc
+        if isinstance(exc, UnknownModel):  # the registry knows it
+            if not self._has_files(model, version):
+                raise self._files_missing(model, version) from exc
+            target.fell_behind()
+            failure = ModelServerUnavailable(
+                f"the model server at {target.address} has not loaded {public_name(model)}:{version} yet"
+            )
+            failure.__cause__ = exc
+            return failure
+        if exc is None or isinstance(exc, Overloaded):
+            return exc
+        raise exc
 
     def _files_missing(self, model: str, version: int) -> ModelServerError:
         text = "the files of %s:%d are missing; restore them or delete the version"

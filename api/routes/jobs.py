@@ -166,7 +166,9 @@ class JobView(BaseModel):
         description="How much of the report card is there."
     )
     priority: int = Field(description="The highest is next.")
-    queue_position: int | None = Field(description="1 if it is the next one; null unless it is queued, and in the answer that queues it.")
+    queue_position: int | None = Field(
+        description="1 if it is the next one; null unless it is queued, and in the answer that queues it."
+    )
     estimated_start_at: float | None = Field(
         description="Unix seconds; null unless it is queued, and while no job of its kind has finished here."
     )

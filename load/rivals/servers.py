@@ -59,9 +59,10 @@ class Server:
         return seconds
 
     def private_mb(self, module: str | None = None) -> float:
-        """Private memory of all of them, or of those that run `python -m module`."""
-        chosen = [process for process in self.processes() if module is None or process.cmdline()[1:3] == ["-m", module]]
-        return sum(private_mb(process.pid) for process in chosen)
+        """Private memory of all of them together, or of the largest one that runs `python -m module`."""
+        if module is None:
+            return sum(private_mb(process.pid) for process in self.processes())
+        return max(private_mb(each.pid) for each in self.processes() if each.cmdline()[1:3] == ["-m", module])
 
     def pause(self) -> None:
         """SIGSTOP."""

@@ -1,7 +1,13 @@
-"""Which versions of which models are served, from the configuration and the directories on disk."""
+"""Which versions of which models are served, from the configuration and the directories on disk.
 
+Loading follows what is asked for. Versions wait in a queue: the first one of every model, then the second ones, and so
+on, in the order of the configuration. A call for a version that still waits puts it at the head of the queue and waits
+for it. Until a version is loaded its state is START or LOADING, never AVAILABLE.
+"""
+
+import heapq
+import itertools
 import os
-import queue
 import re
 import threading
 import time
@@ -17,6 +23,9 @@ from serving.embedded.servable import Refused, Servable, invalid
 
 POLL_S = 0.5
 LOADERS = 2  # threads; TensorFlow compiles graphs outside the interpreter lock
+LOAD_WAIT_S = 5.0  # longest that a call waits for its version to be loaded; less than the gateway waits for the call
+MAX_WAITING = 4  # calls that wait for loading at a time, half of the server's threads: others are for loaded versions
+ASKED_FOR = -1  # rank in the queue of a version for which a call waits
 PLATFORM = "tensorflow"
 START, LOADING, AVAILABLE, END = (
     get_model_status_pb2.ModelVersionStatus.State.Value(name) for name in ("START", "LOADING", "AVAILABLE", "END")
@@ -34,32 +43,48 @@ class State:
 
 @dataclass
 class _Model:
-    """A model that is or was configured. Only its loader thread writes `loaded` and `states`."""
+    """A model that is or was configured. It changes under the lock of `Models`; calls read it without one."""
 
     name: str
-    loader: int  # which of the LOADERS
     config: Any = None  # None: removed
     waited_for: bool = False  # a reload has waited for it since it was added
-    loaded: Mapping[int, Servable] = field(default_factory=dict)  # replaced, never mutated: readers take no lock
+    wanted: Mapping[int, str] = field(default_factory=dict)  # directories by version
+    loads: "Mapping[int, _Load]" = field(default_factory=dict)  # not over yet; replaced, never mutated
+    loaded: Mapping[int, Servable] = field(default_factory=dict)  # likewise
     states: Mapping[int, State] = field(default_factory=dict)  # likewise
 
     def set(self, version: int, state: State) -> None:
         self.states = {**self.states, version: state}
 
 
+@dataclass(eq=False)
+class _Load:
+    """A version that waits to be loaded, or is being loaded."""
+
+    model: _Model
+    version: int
+    directory: str
+    begun: bool = False
+    over: threading.Event = field(default_factory=threading.Event)  # it was loaded, it failed, or it is not wanted
+
+
 class Models:
-    """The models of a server. Each belongs to a thread that loads, unloads and polls for new versions."""
+    """The models of a server. One thread looks for new versions, others load them."""
 
     def __init__(self) -> None:
         self._models: dict[str, _Model] = {}
         self._labels: Mapping[str, Mapping[str, int]] = {}
-        self._work: list[queue.SimpleQueue[tuple[_Model, threading.Event]]] = []
+        self._changed = threading.Condition()  # its lock guards every change of a model, and the queue
+        self._one_scan = threading.Lock()  # what was read first is also applied first
+        self._queue: list[tuple[int, int, _Load]] = []  # a heap by rank, then by arrival; may hold a load twice
+        self._arrivals = itertools.count()
+        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
         for loader in range(LOADERS):
-            self._work.append(queue.SimpleQueue())
-            threading.Thread(target=self._align_forever, args=(loader,), name=f"loader-{loader}", daemon=True).start()
+            threading.Thread(target=self._load_forever, name=f"loader-{loader}", daemon=True).start()
+        threading.Thread(target=self._poll_forever, name="poll", daemon=True).start()
 
     def find(self, spec: Any) -> tuple[int, Servable]:
-        """The version that a ModelSpec asks for.
+        """The version that a ModelSpec asks for. One that is not loaded yet is loaded next; the call waits for it.
 
         Raises:
             Refused: INVALID_ARGUMENT for a missing name or an unknown label, NOT_FOUND for a version not loaded.
@@ -73,6 +98,8 @@ class Models:
             if version is None:
                 raise invalid(f"Unrecognized servable version label: {spec.version_label}")
         model = self._models.get(spec.name)
+        if model and (version not in model.loaded if version is not None else not model.loaded):
+            self._hurry(model, version)
         loaded = model.loaded if model else {}
         found = max(loaded, default=None) if version is None else version
         servable = loaded.get(found) if found is not None else None
@@ -121,70 +148,113 @@ class Models:
                     )
         self._labels = {name: dict(config.version_labels) for name, config in configs.items()}
         models = dict(self._models)
-        for name in dict.fromkeys((*configs, *models)):
-            model = models.setdefault(name, _Model(name, len(models) % LOADERS))
-            model.config = configs.get(name)
-            model.waited_for &= model.config is not None
+        with self._changed:
+            for name in dict.fromkeys((*configs, *models)):
+                model = models.setdefault(name, _Model(name))
+                model.config = configs.get(name)
+                model.waited_for &= model.config is not None
         self._models = models
-        waits = {name: self._align_soon(model) for name, model in models.items()}
+        for model in models.values():
+            self._scan(model)
         failed = []
-        for name in configs:
-            if not models[name].waited_for:
-                waits[name].wait()
-                failed += _failures(models[name])
+        for model in (models[name] for name in configs):
+            if not model.waited_for:
+                with self._changed:
+                    while model.loads and not model.loaded:
+                        self._changed.wait()
+                failed += _failures(model)
         if failed:
             text = f"{len(failed)} model(s) did not become available: {{{''.join(failed)}}}"
             raise Refused(grpc.StatusCode.UNKNOWN, text)
 
-    def _align_soon(self, model: _Model) -> threading.Event:
-        done = threading.Event()
-        self._work[model.loader].put((model, done))
-        return done
-
-    def _align_forever(self, loader: int) -> None:
-        poll_at = time.monotonic() + POLL_S
+    def _poll_forever(self) -> None:
         while True:
-            try:
-                model, done = self._work[loader].get(timeout=max(0.0, poll_at - time.monotonic()))
-            except queue.Empty:
-                for model in self._models.values():
-                    if model.loader == loader:
-                        _align(model)
-                poll_at = time.monotonic() + POLL_S
-            else:
-                _align(model)
-                done.set()
+            time.sleep(POLL_S)
+            for model in self._models.values():
+                self._scan(model)
 
+    def _scan(self, model: _Model) -> None:
+        """Queue the wanted versions that are missing, and unload those no longer wanted."""
+        with self._one_scan:
+            wanted = _wanted(model.config)
+            if wanted is None:
+                return
+            with self._changed:
+                model.wanted = wanted
+                missing = [
+                    version for version in wanted
+                    if version not in model.loaded and version not in model.loads
+                    and not model.states.get(version, State(START)).code
+                ]  # fmt: skip
+                for rank, version in enumerate(missing):
+                    model.set(version, State(START))
+                    load = _Load(model, version, wanted[version])
+                    model.loads = {**model.loads, version: load}
+                    heapq.heappush(self._queue, (rank, next(self._arrivals), load))
+                for version, load in model.loads.items():
+                    if version not in wanted and not load.begun:
+                        load.begun = True  # by nobody
+                        self._end(load, State(END))
+                _unload(model)
+                self._changed.notify_all()
 
-def _align(model: _Model) -> None:
-    """Load the wanted versions that are missing, newest first, then unload those no longer wanted."""
-    wanted = _wanted(model.config)
-    if wanted is None:
-        return
-    missing = [
-        version for version in wanted
-        if version not in model.loaded and not model.states.get(version, State(START)).code
-    ]  # fmt: skip
-    for version in missing:
-        model.set(version, State(START))
-    for version in missing:
-        model.set(version, State(LOADING))
-        state = State(AVAILABLE)
+    def _hurry(self, model: _Model, version: int | None) -> None:
+        """Have a version loaded next, and wait until that is over. None: the newest version."""
+        loads = model.loads
+        load = loads.get(max(loads, default=-1) if version is None else version)
+        if load is None or not self._waiting.acquire(blocking=False):
+            return
         try:
-            servable = _load(model.name, version, wanted[version])
-        except Refused as exc:
-            state = State(END, exc.code.value[0], exc.message)
-        except tf.errors.OpError as exc:
-            state = State(END, exc.error_code, exc.message)
-        except Exception as exc:  # a bad directory must end its version, never this thread
-            state = State(END, tf.errors.UNKNOWN, str(exc) or type(exc).__name__)
-        else:
-            model.loaded = {**model.loaded, version: servable}
-        model.set(version, state)
-    if model.loaded.keys() & wanted or not wanted:  # otherwise keep serving: there is no replacement
-        for version in model.loaded.keys() - wanted:
+            with self._changed:
+                heapq.heappush(self._queue, (ASKED_FOR, next(self._arrivals), load))
+                self._changed.notify_all()
+            load.over.wait(LOAD_WAIT_S)
+        finally:
+            self._waiting.release()
+
+    def _load_forever(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue)
+                _, _, load = heapq.heappop(self._queue)
+                if load.begun:
+                    continue
+                load.begun = True
+                load.model.set(load.version, State(LOADING))
+            state, servable = _loaded(load)
+            with self._changed:
+                if servable is not None:
+                    load.model.loaded = {**load.model.loaded, load.version: servable}
+                self._end(load, state)
+                _unload(load.model)
+                self._changed.notify_all()
+
+    @staticmethod
+    def _end(load: _Load, state: State) -> None:
+        model = load.model
+        model.set(load.version, state)
+        model.loads = {version: other for version, other in model.loads.items() if other is not load}
+        load.over.set()
+
+
+def _unload(model: _Model) -> None:
+    """Unload what is no longer wanted, unless what is wanted is still missing."""
+    if model.loaded.keys() & model.wanted or not model.wanted:
+        for version in model.loaded.keys() - model.wanted:
             model.loaded = {number: servable for number, servable in model.loaded.items() if number != version}
             model.set(version, State(END))
+
+
+def _loaded(load: _Load) -> tuple[State, Servable | None]:
+    """How loading a version ended, and what it gave."""
+    try:
+        return State(AVAILABLE), _load(load.model.name, load.version, load.directory)
+    except Refused as exc:
+        return State(END, exc.code.value[0], exc.message), None
+    except tf.errors.OpError as exc:
+        return State(END, exc.error_code, exc.message), None
+    except Exception as exc:  # a bad directory must end its version, never this thread
+        return State(END, tf.errors.UNKNOWN, str(exc) or type(exc).__name__), None
 
 
 def _load(name: str, version: int, directory: str) -> Servable:
@@ -217,7 +287,10 @@ def _failures(model: _Model) -> list[str]:
 
 
 def _wanted(config: Any) -> dict[int, str] | None:
-    """Directories of the versions that the policy selects, newest first; None if the base path is unreadable."""
+    """Directories of the versions that the policy selects, in the order in which they should be loaded.
+
+    That is the policy's order where it lists them, and otherwise newest first. None if the base path is unreadable.
+    """
     if config is None:
         return {}
     there = {}
@@ -232,12 +305,12 @@ def _wanted(config: Any) -> dict[int, str] | None:
     policy = config.model_version_policy
     match policy.WhichOneof("policy_choice"):
         case "all":
-            numbers = set(there)
+            numbers = sorted(there, reverse=True)
         case "specific":
-            numbers = set(policy.specific.versions) & set(there)
+            numbers = [number for number in policy.specific.versions if number in there]
         case _:
-            numbers = set(sorted(there)[-(policy.latest.num_versions or 1) :])
-    return {number: there[number] for number in sorted(numbers, reverse=True)}
+            numbers = sorted(there, reverse=True)[: policy.latest.num_versions or 1]
+    return {number: there[number] for number in numbers}
 
 
 def checked(request: Any) -> dict[str, Any]:

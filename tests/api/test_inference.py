@@ -7,6 +7,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,7 +23,7 @@ from api.http.tracing import Tracing, answered_by
 from api.inference import router
 from api.inference.batcher import CALLS, MAX_BATCH, MAX_WAITING, MicroBatcher
 from api.inference.router import Router, Servable
-from api.inference.server_pool import ServerPool
+from api.inference.server_pool import HEDGE_S, ServerPool
 from api.routes import health
 from serving.pb import model_server_pb2 as pb
 from serving.registry import Label, Registry, Route
@@ -34,6 +35,7 @@ from store.processes import free_port
 class Held:
     """A model server that answers with the sum of every image, when it may."""
 
+    socket: Path | None = None  # or a port
     port: int = field(default_factory=free_port)
     calls: list[tuple[str, str, int]] = field(default_factory=list)  # model, signature, images
     now: int = 0
@@ -43,7 +45,7 @@ class Held:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"unix:{self.socket}" if self.socket else f"127.0.0.1:{self.port}"
 
     async def predict(self, request: Any, context: Any) -> Any:
         tensor = request.inputs["image"]
@@ -91,13 +93,20 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def with_servers(count: int, test: Callable[[list[Held], ServerPool, MicroBatcher], Awaitable[None]]) -> None:
+def with_servers(
+    count: int, test: Callable[[list[Held], ServerPool, MicroBatcher], Awaitable[None]], folder: Path | None = None
+) -> None:
+    """Run a test with servers on ports, or with one and its standbys on Unix sockets in `folder`."""
+
     async def main() -> None:
-        servers = [Held() for _ in range(count)]
+        servers = [Held(folder / f"{number}.sock" if folder else None) for number in range(count)]
         async with contextlib.AsyncExitStack() as stack:
             for server in servers:
                 await stack.enter_async_context(server.running())
-            pool = await stack.enter_async_context(ServerPool([server.address for server in servers], lambda *_: True))
+            addresses = [server.address for server in servers]
+            pool = await stack.enter_async_context(
+                ServerPool(addresses, lambda *_: True, has_standby=folder is not None)
+            )
             for target in pool.all:
                 target.up = True
             await test(servers, pool, MicroBatcher(pool))
@@ -325,6 +334,66 @@ def test_a_server_that_dies_in_the_middle_of_calls_costs_no_request() -> None:
             assert all(float(answer["logits"][0, 0]) == 784 for answer in await asyncio.gather(*asked))
 
     asyncio.run(main())
+
+
+def test_of_servers_on_one_machine_one_is_asked_and_the_next_stays_in_its_place(tmp_path: Path) -> None:
+    async def test(servers: list[Held], pool: ServerPool, batcher: MicroBatcher) -> None:
+        first, second = servers
+        for server in servers:
+            server.gate.set()
+
+        async def ask() -> None:
+            await asyncio.gather(*(batcher.predict(Servable(f"m{n % 3}", 1), image(1), 20) for n in range(40)))
+
+        await ask()
+        assert first.calls
+        assert second.calls == []
+        first.refuse = grpc.StatusCode.UNAVAILABLE
+        await ask()
+        first.refuse, pool.all[0].up = None, True  # it is back
+        first.calls.clear()
+        await ask()
+        assert first.calls == []
+        second.refuse = grpc.StatusCode.UNAVAILABLE
+        await ask()
+        assert first.calls
+
+    with_servers(2, test, tmp_path)
+
+
+@pytest.mark.parametrize("stands_by", [True, False])
+def test_a_server_that_freezes_costs_no_request_and_is_asked_no_more(tmp_path: Path, stands_by: bool) -> None:
+    async def test(servers: list[Held], pool: ServerPool, batcher: MicroBatcher) -> None:
+        frozen, other = servers
+        other.gate.set()
+        began = time.monotonic()
+        short = 0.6  # seconds; half of it is left when the other is asked
+        answers = await asyncio.gather(*(batcher.predict(Servable("m", 1), image(n), short) for n in range(40)))
+        assert [float(answer["logits"][0, 0]) for answer in answers] == [784.0 * n for n in range(40)]
+        assert time.monotonic() - began < short
+        await until(lambda: frozen.now == 0)  # what it was asked is cancelled
+        assert pool.all[0].slow
+        assert pool.all[0].calls == set()
+        frozen.calls.clear()
+        for _ in range(10):
+            await batcher.predict(Servable("m", 1), image(1), 20)
+        assert frozen.calls == []
+
+    with_servers(2, test, tmp_path if stands_by else None)
+
+
+def test_a_call_that_no_other_server_can_take_over_waits(tmp_path: Path) -> None:
+    async def test(servers: list[Held], pool: ServerPool, batcher: MicroBatcher) -> None:
+        slow, loading = servers
+        pool.all[1].up = False
+        asked = asyncio.create_task(batcher.predict(Servable("m", 1), image(1), 20))
+        await until(lambda: slow.now == 1)
+        await asyncio.wait([asked], timeout=2 * HEDGE_S)
+        assert loading.calls == []
+        slow.gate.set()
+        await asked
+
+    with_servers(2, test, tmp_path)
 
 
 def test_without_a_server_the_error_says_so_and_a_bad_answer_is_not_retried() -> None:

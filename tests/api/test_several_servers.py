@@ -1,6 +1,8 @@
-"""A service in front of one or two model servers of its own."""
+"""A service in front of one or two model servers, some of which it runs itself."""
 
 import contextlib
+import functools
+import os
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,7 @@ class Crowd:
 
     def __init__(self, service: Service, model: str) -> None:
         self.statuses: Counter[int] = Counter()
+        self.longest_s = 0.0
         self._stop = threading.Event()
         self._path = f"{service.url}/predict?model={model}"
         self._threads = [threading.Thread(target=self._ask) for _ in range(4)]
@@ -44,7 +47,9 @@ class Crowd:
     def _ask(self) -> None:
         with httpx.Client(timeout=60) as api:
             while not self._stop.is_set():
+                began = time.monotonic()
                 self.statuses[api.post(self._path, content=bytes(784), headers=RAW).status_code] += 1
+                self.longest_s = max(self.longest_s, time.monotonic() - began)
 
     def asked(self, more: int) -> None:
         """Wait for so many more answers."""
@@ -181,3 +186,50 @@ def test_a_version_whose_files_are_gone_is_reported_as_such(one: Behind, tmp_pat
     assert "the files of lenet5:1 are missing" in one.raw().json()["error"]["message"]
     shutil.move(tmp_path / "elsewhere", files)
     eventually(lambda: one.raw().status_code == 200, "it is back")
+
+
+def test_a_service_with_a_standby_fails_no_request_while_its_servers_die_and_freeze(
+    tmp_path: Path, digits_zip: bytes
+) -> None:
+    with running_service(tmp_path, TEMPER_MODEL_SERVERS="2") as service:
+
+        def both_are_up() -> bool:
+            states: dict[str, str] = service.api.get("/readyz").json()["model_servers"]
+            return list(states.values()) == ["ok", "ok"]
+
+        def process(number: int) -> int | None:
+            """Id of a model server's process."""
+            address = list(service.api.get("/readyz").json()["model_servers"])[number]
+            named = (pid for pid in service.children("serving") if address in Path(f"/proc/{pid}/cmdline").read_text())
+            return next(named, None)
+
+        def is_replaced(number: int, gone: int) -> bool:
+            return process(number) not in (None, gone)
+
+        def send(number: int, what: signal.Signals) -> int:
+            """Send a signal to the server, which answers at present; return the id of its process."""
+            pid = process(number)
+            assert pid is not None
+            os.kill(pid, what)
+            return pid
+
+        assert service.finished(service.finetune(digits_zip, "m", HEAD).json()["id"])["status"] == "succeeded"
+        eventually(both_are_up, "the standby is up")
+        with Crowd(service, "m") as crowd:
+            for number in (0, 1):
+                crowd.asked(200)
+                gone = send(number, signal.SIGKILL)
+                crowd.asked(200)
+                eventually(functools.partial(is_replaced, number, gone), "it is replaced")
+                eventually(both_are_up, "both are up")
+            print(f"longest wait for an answer while servers died: {crowd.longest_s:.3f} s")
+            crowd.longest_s = 0.0
+            crowd.asked(200)
+            frozen = send(0, signal.SIGSTOP)
+            crowd.asked(200)
+            eventually(lambda: not both_are_up(), "it is given up")
+            crowd.asked(200)
+            print(f"longest wait for an answer while one froze: {crowd.longest_s:.3f} s")
+        os.kill(frozen, signal.SIGCONT)
+        assert set(crowd.statuses) == {200}
+        assert crowd.longest_s < 1.0

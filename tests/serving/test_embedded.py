@@ -2,9 +2,12 @@
 
 import asyncio
 import math
+import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,13 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serving.embedded.model_manager import Models
+from serving.embedded import model_manager
+from serving.embedded.model_manager import AVAILABLE, LOADERS, LOADING, MAX_WAITING, START, Models
 from serving.embedded.rapid_json import ParseError, parse
 from serving.embedded.rest import create_app
+from serving.embedded.servable import Refused
+from tests.conftest import eventually
+from tests.contract.conftest import config, predict_request, put
 
 
 def tcp_listeners(pid: int) -> list[str]:
@@ -117,3 +124,82 @@ def test_json_that_is_nested_too_deeply_is_refused(opening: bytes) -> None:
     response = asyncio.run(asked())
     assert response.status_code == 400
     assert response.json() == {"error": "JSON Parse error: The document is nested too deeply."}
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def copies(folder: Path, models: int, versions: int) -> dict[str, Any]:
+    """Configurations of models with so many equal versions each, oldest first."""
+    first = put(folder / "m0" / "1")
+    for model in range(models):
+        (folder / f"m{model}").mkdir(exist_ok=True)
+        for version in range(1, versions + 1):
+            if not (link := folder / f"m{model}" / f"{version}").exists():
+                link.symlink_to(first)
+    numbers = list(range(1, versions + 1))
+    return {f"m{model}": config(f"m{model}", folder / f"m{model}", specific=numbers) for model in range(models)}
+
+
+def states(models: Models) -> Counter[int]:
+    """How many versions are in each state."""
+    return Counter(state.state for name in list(models._models) for _, state in models.states(name, None))
+
+
+def asked(models: Models, name: str, version: int | None = None) -> int:
+    """The version that answers."""
+    return models.find(predict_request(name, {}, version=version).model_spec)[0]
+
+
+def test_a_version_that_is_asked_for_is_loaded_before_those_that_wait(tmp_path: Path) -> None:
+    models = Models()
+    with ThreadPoolExecutor() as pool:
+        reload = pool.submit(models.reload, copies(tmp_path, models=1, versions=60))
+        eventually(lambda: "m0" in models._models and models._models["m0"].states, "the versions are known")
+        for version in (60, 31):
+            assert asked(models, "m0", version) == version
+            assert models.states("m0", version)[0][1].state == AVAILABLE
+        assert states(models)[START] > 20
+        reload.result()
+    eventually(lambda: states(models) == {AVAILABLE: 60}, "all are loaded")
+    models.reload({})
+
+
+def test_the_first_version_of_every_model_is_loaded_before_the_second_of_any(tmp_path: Path) -> None:
+    models = Models()
+    models.reload(copies(tmp_path, models=5, versions=6))  # returns when each of them answers
+    found = states(models)
+    assert found[AVAILABLE] <= 5 + LOADERS
+    for model in range(5):
+        assert models.states(f"m{model}", 1)[0][1].state == AVAILABLE  # the first in the configuration
+    models.reload({})
+    eventually(lambda: AVAILABLE not in states(models), "all are unloaded, and what waited is dropped")
+
+
+def test_calls_for_a_version_that_cannot_be_read_do_not_take_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_manager, "LOAD_WAIT_S", 120.0)
+    configs = copies(tmp_path, models=1, versions=1) | {"stuck": config("stuck", tmp_path / "stuck")}
+    file = tmp_path / "stuck" / "1" / "saved_model.pb"
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)  # whoever reads it waits for a writer, as on a disk that has gone away
+    models = Models()
+    with ThreadPoolExecutor() as pool:
+        try:
+            reload = pool.submit(models.reload, configs)
+            eventually(lambda: states(models) == {AVAILABLE: 1, LOADING: 1}, "it is being loaded")
+            waiting = [pool.submit(asked, models, "stuck", 1) for _ in range(MAX_WAITING)]
+            eventually(lambda: models._waiting._value == 0, "calls wait for it")
+            with pytest.raises(Refused, match="Servable not found"):
+                asked(models, "stuck")  # at once
+            assert asked(models, "m0") == 1
+            assert not any(call.done() for call in waiting)
+        finally:
+            os.close(os.open(file, os.O_RDWR))  # its reader goes on, and finds nothing
+        for call in waiting:
+            with pytest.raises(Refused, match="Servable not found"):
+                call.result()
+        with pytest.raises(Refused, match=r"1 model\(s\) did not become available: .*name: stuck version: 1"):
+            reload.result()
+    models.reload({})

@@ -163,6 +163,25 @@ def test_every_server_has_to_prove_a_version(press: Press) -> None:
     del press.servers[0]
 
 
+def test_a_standby_follows_a_live_version_and_publishes_alone_when_it_has_to(press: Press) -> None:
+    press.settings = press.settings.model_copy(update={"model_server": "unix:/one,unix:/standby"})
+    port = free_port()
+    with ModelServer(f"127.0.0.1:{port}") as standby:
+        press.servers.append(standby)
+        began = time.monotonic()
+        assert press.publish(1) == 1
+        press.servers.reverse()
+        assert press.publish(2) == 2
+        assert time.monotonic() - began < 2  # nobody waits for one that is away
+        with running_model_server(port):
+            eventually(lambda: is_reachable(standby), "the channel is back")
+            press.servers.reverse()
+            assert press.publish(3) == 3
+            eventually(lambda: standby.available("m") == {1, 2, 3}, "the standby has followed")
+            assert prove(standby, "m", 3, Probe.load(press.settings.version("m", 3))) < 1e-4
+        press.servers.remove(standby)
+
+
 def test_reconcile_repairs_a_server_that_lost_everything(tmp_path: Path) -> None:
     port = free_port()
     settings = Settings(home=tmp_path, model_server=f"127.0.0.1:{port}")

@@ -96,12 +96,21 @@ def test_only_versions_without_label_can_be_retired(registry: Registry) -> None:
     assert registry.retire("m", 1) == [1]
     with pytest.raises(UnknownModel, match="no version 1"):
         registry.retire("m", 1)
-    assert registry.wanted() == {"m": [2, 3, 4]}
+    assert registry.wanted() == {"m": [4, 3, 2]}
     assert registry.removed() == [("m", 1)]
     registry.forget("m", 1)
     assert registry.removed() == []
     with pytest.raises(WrongState):
         registry.retire("lenet5")
+
+
+def test_model_servers_load_the_base_and_the_labelled_versions_first(registry: Registry) -> None:
+    registry.go_live("lenet5", registry.reserve("lenet5", None, Manifest(classes=("a",)), ReportCard()))
+    registry.go_live("a", registry.reserve("a", None, Manifest(classes=("a",)), ReportCard()))
+    registry.put_label("m", "stable", 2)
+    wanted = registry.wanted()
+    assert list(wanted) == ["lenet5", "a", "m"]
+    assert wanted["m"] == [2, 4, 3, 1]
 
 
 def test_a_retired_model_is_gone_with_its_labels_and_its_numbers_are_not_given_again(registry: Registry) -> None:

@@ -70,6 +70,14 @@ def test_a_model_server_is_a_word_a_path_or_addresses(given: str, supervised: bo
     assert (settings.supervised, settings.server_addresses) == (supervised, targets)
 
 
+@pytest.mark.parametrize(
+    ("given", "has_standby"),
+    [("unix:/run/a.sock,unix:/run/b.sock", True), ("unix:/run/a.sock", False), ("a:1,b:1", False), ("embedded", False)],
+)
+def test_of_several_servers_on_unix_sockets_all_but_one_stand_by(given: str, has_standby: bool) -> None:
+    assert Settings(model_server=given).has_standby is has_standby
+
+
 @pytest.mark.parametrize("given", ["", "nowhere", "a:b", "a:1,,b:2", "a:123456", "unix:relative/path"])
 def test_what_is_none_of_these_is_refused(given: str) -> None:
     with pytest.raises(ValidationError, match="must be auto, embedded, a path, host:port or unix:/path"):
