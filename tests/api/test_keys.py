@@ -45,8 +45,8 @@ DEFAULT, ACME = "default", "acme"
 RAW = {"Content-Type": "application/octet-stream"}
 UPLOAD = zipped({f"{name}/{i}.png": png(DOT) for name in "ab" for i in range(2)})
 ABSENT = {  # nobody's
-    "model": "absent", "job": "ftjob-00000000000aaaaaaaaaa", "dataset": 64 * "0", "webhook": "webhook-absent",
-    "delivery": "msg_absent",
+    "model": "absent", "job": "ftjob-00000000000aaaaaaaaaa", "dataset": 64 * "0", "webhook": "webhook-00000",
+    "delivery": "msg_00000",
 }  # fmt: skip
 
 
@@ -148,7 +148,7 @@ FILLED = {
     "delivery": ABSENT["delivery"],
 }  # fmt: skip
 IDS = {"/datasets": "dataset", "/webhooks": "webhook", "/openai/v1/files": "dataset"}  # others are of jobs
-CREATE = {"/datasets", "/webhooks", "/openai/v1/files"}  # and name nothing that could be another's
+CREATE = {"/datasets", "/webhooks", "/openai/v1/files"}  # make and list one's own, and name nothing
 
 
 def filled(path: str, **given: str) -> str:
@@ -351,7 +351,9 @@ class Strangers(RuleBasedStateMachine):
     def things_of(self, tenant: str) -> dict[str, str]:
         """A model, a data set, and a webhook with a delivery that a tenant has, by their kinds."""
         api = self.clients[tenant]
-        dataset = api.post("/datasets", files={"data": ("data.zip", UPLOAD)}).json()["id"]
+        shade = 50 if tenant == ACME else 200
+        own = zipped({f"{name}.png": png(np.full((28, 28), shade, np.uint8)) for name in ("a/1", "a/2", "b/1", "b/2")})
+        dataset = api.post("/datasets", files={"data": ("data.zip", own)}).json()["id"]
         hooks = api.get("/webhooks").json()["data"]
         webhook = (hooks or [api.post("/webhooks", json={"url": "https://127.0.0.1:9/"}).json()])[0]["id"]
         self.guarded.job(tenant)
@@ -416,7 +418,8 @@ class Strangers(RuleBasedStateMachine):
     def state_of(self, tenant: str) -> Any:
         """All that a tenant has."""
         api = self.clients[tenant]
-        return api.get("/models").json(), api.get("/finetune", params={"limit": 100}).json()
+        lists = ("/models", "/finetune", "/datasets", "/webhooks", "/openai/v1/files")
+        return [api.get(path, params={"limit": 100}).json() for path in lists]
 
     @invariant()
     def lists_hold_only_ones_own(self) -> None:
@@ -426,14 +429,17 @@ class Strangers(RuleBasedStateMachine):
             shown = self.clients[tenant].get("/finetune", params={"limit": 100}).json()["data"]
             assert {job["id"] for job in shown}.isdisjoint(self.jobs[other])
             assert shown[0]["model"] == "digits"
+            for path, kind in (("/datasets", "dataset"), ("/webhooks", "webhook"), ("/openai/v1/files", "dataset")):
+                listed = {one["id"] for one in self.clients[tenant].get(path).json()["data"]}
+                assert self.kept[tenant][kind] in listed
+                assert self.kept[other][kind] not in listed
             assert {f"{public_name(BASE)}:1"} == {job["base"] for job in shown}
 
 
 def test_a_stranger_learns_nothing_on_any_route(guarded: Guarded) -> None:
     document = document_of(guarded)
     plain = {"/healthz", "/readyz", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready", "/models"}
-    creating = {("POST", path) for path in CREATE}
-    asked = [one for one in operations(document) if one[1] not in plain and one not in creating]
+    asked = [one for one in operations(document) if one[1] not in plain | CREATE]
     assert len(asked) > 20
 
     class OnThisGateway(Strangers):
