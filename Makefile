@@ -49,6 +49,23 @@ SECONDS ?= 600
 torture: $(READY) ## Kill and freeze the processes of a service for SECONDS=600, and check that nothing is lost
 	$(BIN)/python -m tests.torture --seconds $(SECONDS)
 
+SECURITY := $(VENV)-security
+$(SECURITY)/.installed: requirements/security.txt
+	$(PYTHON) -m venv $(SECURITY)
+	$(SECURITY)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+CASES ?= 1000
+fuzz: $(READY) $(SECURITY)/.installed ## Try the whole API with made-up requests (CASES=1000, LIMIT= seconds, SEED=1)
+	$(BIN)/python -m tests.fuzz --tool $(SECURITY)/bin/schemathesis --cases $(CASES) \
+		$(if $(LIMIT),--seconds $(LIMIT)) $(if $(SEED),--seed $(SEED))
+
+bandit: $(SECURITY)/.installed ## Look for insecure code
+	$(SECURITY)/bin/bandit --quiet --configfile pyproject.toml --recursive api cli serving store temper trainer
+
+audit: bandit ## Look for insecure code, and for known vulnerabilities of what is installed (needs a network)
+	$(SECURITY)/bin/python -m tests.audit
+
 lint: $(READY) ## Check style, types and the Dockerfile
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -74,4 +91,4 @@ lock: ## Update the lock files (needs uv)
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-slow test-art test-contract test-gpu torture lint load quality lock pb
+.PHONY: help setup demo serve test test-slow test-art test-contract test-gpu torture fuzz bandit audit lint load quality lock pb

@@ -292,7 +292,7 @@ class Courier:
             logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs, in which there may be tokens
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             transport = httpx.AsyncHTTPTransport(limits=limits)
-            self._client = httpx.AsyncClient(transport=transport, trust_env=False, timeout=None)  # noqa: S113
+            self._client = httpx.AsyncClient(transport=transport, trust_env=False, timeout=None)  # noqa: S113 # nosec B113
         return self._client
 
 

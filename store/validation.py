@@ -24,6 +24,9 @@ def in_words(pattern: str, words: str) -> str:
     return pattern
 
 
+TEXT = in_words(r"^[^\x00]*$", "text without NUL characters")  # which PostgreSQL cannot look up
+
+
 def reason(error: Mapping[str, Any], root: Any = None) -> str:
     """Why a value was refused.
 

@@ -268,15 +268,16 @@ class Service:
 
 
 @contextlib.contextmanager
-def running_service(home: Path, **environment: str) -> Iterator[Service]:
-    """A `temper serve` of its own, ready."""
+def running_service(home: Path, key: str | None = None, **environment: str) -> Iterator[Service]:
+    """A `temper serve` of its own, ready; its client sends the key."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", "serve", "--port", str(port)],
         env={**os.environ, "TEMPER_HOME": str(home), **SMALL, **environment},
     )
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, timeout=60) as api:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as api:
         service = Service(home, url, api, process)
         try:
             eventually(service.ready, "the service is ready")

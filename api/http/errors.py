@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.tracing import REQUEST_ID
@@ -110,7 +111,10 @@ def answer_to(request: Request, failure: Exception) -> Response:
             kinds: dict[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
             code = kinds.get(failure.status_code, "malformed_request")
             body: dict[str, Any] = {"code": code, "message": str(failure.detail), "param": None, "details": []}
-            return answer(path, failure.status_code, body, dict(failure.headers or {}))
+            headers = dict(failure.headers or {})
+            if failure.status_code == 405:
+                headers["Allow"] = ", ".join(_methods(request))
+            return answer(path, failure.status_code, body, headers)
         case _ if full:
             log.error("no space left: %s", failure)
             return response(errors.StorageFull("no space is left on the disk; delete models or free space"), path)
@@ -121,6 +125,17 @@ def answer_to(request: Request, failure: Exception) -> Response:
             return Response(status_code=499)  # nobody is left to read it
     log.error("%s %s", request.method, path, exc_info=failure)
     return response(errors.TemperError("internal error; the gateway's log has the traceback"), path)
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods of a path. Starlette's own `Allow` has those of its first route alone."""
+
+    def has(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    found = [method for method in ("GET", "POST", "PUT", "PATCH", "DELETE") if has(method)]
+    return [*found, "HEAD"] if "GET" in found else found
 
 
 def install(app: FastAPI) -> None:

@@ -9,12 +9,13 @@ from pydantic import BaseModel, Field, WithJsonSchema
 from api.http.fast_path import FastRoute, Handler
 from api.inference.options import ModelName
 from store.records import GREY_28
+from store.validation import TEXT
 
-After = Annotated[str | None, Query(max_length=100, description="The last item of the previous page.")]
+After = Annotated[str | None, Query(max_length=100, pattern=TEXT, description="The last item of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")]
 Name = Annotated[ModelName, Path()]
-DatasetId = Annotated[str, Path(max_length=100, description="The data set's id.")]
-JobId = Annotated[str, Path(max_length=100, description="The job's id.")]
+DatasetId = Annotated[str, Path(max_length=100, pattern=TEXT, description="The data set's id.")]
+JobId = Annotated[str, Path(max_length=100, pattern=TEXT, description="The job's id.")]
 Number = Annotated[int, Path(ge=1, lt=2**63, description="A version.")]
 
 

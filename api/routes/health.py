@@ -15,6 +15,8 @@ from api.metrics import COLLECTORS
 
 router = APIRouter(tags=["health"])
 
+OPEN = {"security": [{}]}  # documents that no key is needed; `Guard` knows
+
 
 class Readiness(BaseModel):
     """Whether the service works: all that a client without an API key is told, where keys are required."""
@@ -40,13 +42,15 @@ async def front() -> RedirectResponse:
     return RedirectResponse("/docs")
 
 
-@router.get("/healthz")
+@router.get("/healthz", openapi_extra=OPEN)
 async def alive() -> dict[Literal["status"], Literal["ok"]]:
     """Answer as long as the gateway runs."""
     return {"status": "ok"}
 
 
-@router.get("/readyz", response_model=Ready | Readiness, responses={503: {"model": Ready | Readiness}})
+@router.get(
+    "/readyz", response_model=Ready | Readiness, responses={503: {"model": Ready | Readiness}}, openapi_extra=OPEN
+)  # fmt: skip
 async def ready(request: Request) -> Response:
     """Whether the store and a model server work, whether the disk has space, and what the workers do."""
     gateway = gateway_of(request)

@@ -22,7 +22,7 @@ from api.uploads import URLENCODED
 from serving.registry import BASE, LABEL, STABLE, stored_name
 from store.errors import InvalidRequest, TooMany, UnknownModel
 from store.records import DatasetCard, public_name
-from store.validation import in_words
+from store.validation import TEXT, in_words
 from trainer.asked import Asked, check_dataset, default_folds, parse_asked, refused
 from trainer.jobs.answers import Answer
 from trainer.jobs.estimates import Standing
@@ -62,11 +62,12 @@ class FinetuneFields(BaseModel):
 
     model: str = Field(pattern=MODEL_NAME, description="The model that gets a new version.")
     dataset: str | None = Field(
-        None, max_length=100, description="Id of a kept data set to train on, instead of the file `data`."
+        None, max_length=100, pattern=TEXT, description="Id of a kept data set to train on, instead of the file `data`."
     )
     validation_dataset: str | None = Field(
-        None, max_length=100, description="Id of a kept data set to validate on, instead of the file `validation`."
-    )
+        None, max_length=100, pattern=TEXT,
+        description="Id of a kept data set to validate on, instead of the file `validation`.",
+    )  # fmt: skip
     label: str = Field(
         STABLE, pattern=LABEL, description="Label to move to the new version, such as `stable` or `canary`."
     )

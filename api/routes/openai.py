@@ -45,6 +45,7 @@ from api.uploads import with_validation
 from serving.registry import BASE, is_visible
 from store.errors import InvalidDataset, InvalidRequest, InvalidSpec, NotFound, UnknownModel
 from store.records import DatasetCard, public_name
+from store.validation import TEXT
 from trainer.asked import Asked, parse_asked
 from trainer.jobs import records
 from trainer.jobs.answers import Answer
@@ -54,9 +55,9 @@ router = APIRouter(prefix="/openai/v1", tags=["OpenAI"])
 
 PURPOSE = "fine-tune"
 SPEC_FIELDS = {"n_epochs": "epochs", "batch_size": "batch_size"}
-FileId = Annotated[str, Path(max_length=100, description="The file's id.")]
+FileId = Annotated[str, Path(max_length=100, pattern=TEXT, description="The file's id.")]
 ModelId = Annotated[str, Path(max_length=100, description="A version, `name:version`, or a model for its `stable`.")]
-After = Annotated[str | None, Query(max_length=120, description="The last item of the previous page.")]
+After = Annotated[str | None, Query(max_length=120, pattern=TEXT, description="The last item of the previous page.")]
 
 
 @router.post(

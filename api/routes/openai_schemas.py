@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from api.routes.jobs import JobError, Metadata
 from serving.registry import Version
 from store.records import DEFAULT_TENANT, public_name
+from store.validation import TEXT
 from trainer.jobs import records
 from trainer.jobs.events import Event as JobEvent
 from trainer.jobs.library import KeptDataset
@@ -133,8 +134,8 @@ class JobRequest(_Strict):
         pattern=BASE_NAME, description="What training starts from: `lenet5`, or a model or version of yours.",
         examples=["lenet5"],
     )  # fmt: skip
-    training_file: str = Field(max_length=100, description="Id of a file or data set.")
-    validation_file: str | None = Field(None, max_length=100, description="Likewise, to validate on.")
+    training_file: str = Field(max_length=100, pattern=TEXT, description="Id of a file or data set.")
+    validation_file: str | None = Field(None, max_length=100, pattern=TEXT, description="Likewise, to validate on.")
     suffix: str | None = Field(
         None, pattern=MODEL_NAME,
         description="The model that gets the new version. Without it, that is the model that training starts from; or "

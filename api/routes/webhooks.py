@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from api.courier import MAX_URL
 from api.gateway import gateway_of, tenant_of
 from api.http.openapi import After, Limit, errors
+from store.validation import TEXT
 from store.webhooks import Delivery, DeliveryStatus, Webhook, WebhookType
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["webhooks"])
 
-WebhookId = Annotated[str, Path(max_length=100, description="The webhook's id.")]
-DeliveryId = Annotated[str, Path(max_length=100, description="The delivery's id.")]
+WebhookId = Annotated[str, Path(max_length=100, pattern=TEXT, description="The webhook's id.")]
+DeliveryId = Annotated[str, Path(max_length=100, pattern=TEXT, description="The delivery's id.")]
 _Type = Annotated[str, WithJsonSchema({"type": "string", "enum": list(get_args(WebhookType))})]
 
 
