@@ -1,7 +1,7 @@
 """Health and metrics, for operators."""
 
 import asyncio
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
@@ -15,7 +15,7 @@ from api.metrics import COLLECTORS
 
 router = APIRouter(tags=["health"])
 
-OPEN = {"security": [{}]}  # documents that no key is needed; `Guard` knows
+OPEN: dict[str, Any] = {"security": [{}]}  # documents that no key is needed; `Guard` knows
 
 
 class Readiness(BaseModel):
