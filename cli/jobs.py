@@ -27,16 +27,19 @@ def _show_queued(job: Job) -> None:
     "--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, in the same form as PATH."
 )
 @click.option("--label", help="The label to move to the new version.  [default: stable]")
+@click.option("--priority", default=0, help="From -100 to 100; the highest of the queued jobs is next.")
 @click.option("--wait", is_flag=True, help="Show progress until the job finishes.")
 @spec_options
 def finetune(
     client: Client, path: Path | None, model: str, dataset: str | None, validation: Path | None, label: str | None,
-    wait: bool, **given: Any,
+    priority: int, wait: bool, **given: Any,
 ) -> Job:  # fmt: skip
     """Fine-tune on PATH: a directory of class folders, a zip of one, or an .npz of images and labels."""
     if (path is None) is (dataset is None):
         raise click.UsageError("give either PATH or --dataset")
-    job = client.finetune(path, model, spec_of(given), dataset=dataset, validation=validation, label=label)
+    job = client.finetune(
+        path, model, spec_of(given), dataset=dataset, validation=validation, label=label, priority=priority
+    )
     if not wait:
         return job
     show_job(job)

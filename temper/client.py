@@ -158,6 +158,8 @@ class Verbs(Driver):
         dataset: str | None = None,
         validation: Data | None = None,
         label: str | None = None,
+        priority: int = 0,
+        metadata: Mapping[str, str] | None = None,
         wait: bool = False,
         on_progress: Callable[[Job], object] | None = None,
         idempotency_key: str | None = None,
@@ -173,6 +175,8 @@ class Verbs(Driver):
             dataset: id of a data set that is kept, in place of `data`.
             validation: images to measure on, in the same form.
             label: moves to the new version; `stable` if not given.
+            priority: from -100 to 100; the highest of the queued jobs is next.
+            metadata: of your own, to find the job by; up to 16 strings.
             wait: return when the job has succeeded, as `wait` does.
             on_progress: as in `wait`.
             idempotency_key: requests with the same one are one job; made up if not given.
@@ -186,6 +190,8 @@ class Verbs(Driver):
             raise ValueError("give either data or dataset")
         fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
         fields |= ({"label": label} if label else {}) | ({"dataset": dataset} if dataset else {})
+        fields |= {"priority": str(priority)} if priority else {}
+        fields |= {"metadata": jsons.dumps(metadata)} if metadata else {}
         files = {"data": data, "validation": validation}
         job = (yield from self._upload("/finetune", fields, files, idempotency_key)).read(Job)
         return (yield from self._wait(job.id, on_progress, None)) if wait else job
