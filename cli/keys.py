@@ -8,12 +8,15 @@ from typing import Any
 import click
 from rich.table import Table
 
+from cli.command import print_json
 from cli.show import show
 from store.engine import connect
 from store.errors import TemperError
 from store.keys import SCOPES, Key, Keys
 from store.records import DEFAULT_TENANT
 from store.settings import from_environment
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 
 
 @contextlib.contextmanager
@@ -47,33 +50,53 @@ def keys() -> None:
     "--scope", default="predict", show_default=True, help=f"What it may do: {', '.join(SCOPES)}, with commas."
 )
 @click.option("--rate", type=float, help="Most predict requests a second.  [default: TEMPER_MAX_RATE]")
-def create(name: str, tenant: str, scope: str, rate: float | None) -> None:
+@as_json
+def create(name: str, tenant: str, scope: str, rate: float | None, as_json: bool) -> None:
     """Create a key and print it, once."""
     with _keys() as stored:
         key, token = stored.create(name, tenant, [part.strip() for part in scope.split(",")], rate)
+    if as_json:
+        print_json({**_plain(key), "key": token})
+        return
     click.echo(f"{key.id} for the tenant {key.tenant}, with {_scopes(key)}; the key is not shown again:", err=True)
     click.echo(token)
 
 
 @keys.command("list")
-def list_() -> None:
+@as_json
+def list_(as_json: bool) -> None:
     """List the keys, without their secrets."""
-    table = Table("id", "name", "tenant", "scopes", "rate", "created", "revoked", box=None)
     with _keys() as stored:
-        for key in stored.all():
-            rate = "" if key.rate is None else f"{key.rate:g}/s"
-            times = (_day(key.created_at), _day(key.revoked_at))
-            table.add_row(key.id, key.name, key.tenant, _scopes(key), rate, *times)
+        found = stored.all()
+    if as_json:
+        print_json([_plain(key) for key in found])
+        return
+    table = Table("id", "name", "tenant", "scopes", "rate", "created", "revoked", box=None)
+    for key in found:
+        rate = "" if key.rate is None else f"{key.rate:g}/s"
+        table.add_row(key.id, key.name, key.tenant, _scopes(key), rate, _day(key.created_at), _day(key.revoked_at))
     show(table)
 
 
 @keys.command()
 @click.argument("id")
-def revoke(id: str) -> None:
+@as_json
+def revoke(id: str, as_json: bool) -> None:
     """End the validity of the key with this ID; gateways notice within a second."""
     with _keys() as stored:
         key = stored.revoke(id)
-    click.echo(f"{key.id} ({key.name}) is revoked")
+    if as_json:
+        print_json(_plain(key))
+    else:
+        click.echo(f"{key.id} ({key.name}) is revoked")
+
+
+def _plain(key: Key) -> dict[str, Any]:
+    """What may be shown of a key."""
+    return {
+        "id": key.id, "name": key.name, "tenant": key.tenant, "scopes": [one for one in SCOPES if one in key.scopes],
+        "rate": key.rate, "created_at": key.created_at, "revoked_at": key.revoked_at,
+    }  # fmt: skip
 
 
 def _scopes(key: Key) -> str:

@@ -254,7 +254,7 @@ def job(service: Service, upload: Path) -> str:
 
 
 def test_every_command_prints_json_and_nothing_else(
-    service: Service, job: str, upload: Path, digits: Digits, tmp_path: Path
+    service: Service, job: str, upload: Path, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "image.png").write_bytes(png(digits[0][0]))
     seen = {
@@ -274,8 +274,18 @@ def test_every_command_prints_json_and_nothing_else(
     }
     queued = json_of(service, "finetune", str(upload), "--model", LONG, "--epochs", "1000", "--method", "full")
     seen["finetune"] = queued
+    seen["pause"] = json_of(service, "pause", queued["id"])
+    seen["resume"] = json_of(service, "resume", queued["id"])
     seen["cancel"] = json_of(service, "cancel", queued["id"])
     seen["delete"] = json_of(service, "delete", LONG, "--label", "canary", "--yes")
+    seen["datasets"] = json_of(service, "datasets", "add", str(upload))
+    assert json_of(service, "datasets", "show", seen["datasets"]["id"]) == seen["datasets"]
+    assert seen["datasets"] in json_of(service, "datasets", "list", "--limit", "1000")
+    assert json_of(service, "datasets", "delete", seen["datasets"]["id"])["id"] == seen["datasets"]["id"]
+    monkeypatch.setenv("TEMPER_HOME", str(tmp_path / "another"))
+    seen["keys"] = json_of(service, "keys", "create", "--name", "x")
+    assert json_of(service, "keys", "revoke", seen["keys"]["id"])["revoked_at"] is not None
+    assert [key["id"] for key in json_of(service, "keys", "list")] == [seen["keys"]["id"]]
     assert set(seen) | {"serve"} == set(main.commands)
     assert (seen["status"]["id"], seen["wait"]["id"]) == (job, job)
     assert seen["status"].keys() == service.api.get(f"/finetune/{job}").json().keys()

@@ -38,7 +38,7 @@ from temper import (
 )
 from temper.client import EventStream, Verbs
 from temper.errors import from_answer
-from tests.conftest import Service, png, running_service
+from tests.conftest import Service, eventually, png, running_service
 
 Digits = tuple[np.ndarray, np.ndarray]
 QUICK = {"method": "head", "epochs": 1}
@@ -104,6 +104,36 @@ def test_a_folder_a_zip_bytes_and_arrays_are_the_same_upload(temper: Client, dig
         temper.wait(queued[-1].id)
     assert failure.value.job.status == "cancelled"
     assert failure.value.code == "cancelled"
+
+
+def test_a_data_set_is_kept_used_by_its_id_and_deleted(temper: Client, digits: Digits) -> None:
+    kept = temper.upload((digits[0][100:180], digits[1][100:180]))
+    assert (kept.report["images"], kept.report["duplicates"]) == (80, 0)
+    assert temper.dataset(kept.id) == kept
+    assert kept.id in [one.id for one in temper.datasets()]
+    slow = {"method": "full", "epochs": 1000}
+    first = temper.finetune(None, "kept", slow, dataset=kept.id, priority=-7, metadata={"team": "meters"})
+    assert (first.dataset["images"], first.priority, first.metadata) == (80, -7, {"team": "meters"})
+    with pytest.raises(Conflict):
+        temper.delete_dataset(kept.id)
+    with pytest.raises(ValueError, match="either data or dataset"):
+        temper.finetune(None, "kept")
+    temper.cancel(first.id)
+    with pytest.raises(JobFailed):
+        temper.wait(first.id)
+    assert temper.delete_dataset(kept.id).id == kept.id
+    with pytest.raises(NotFound):
+        temper.dataset(kept.id)
+
+
+def test_a_job_is_paused_and_resumed(temper: Client, digits: Digits) -> None:
+    one = temper.finetune((digits[0][:40], digits[1][:40]), "paused", {"method": "full", "epochs": 1000})
+    temper.pause(one.id)
+    eventually(lambda: temper.job(one.id).status == "paused", "the job is paused")
+    with pytest.raises(Conflict):
+        temper.pause(one.id)
+    assert temper.resume(one.id).status == "queued"
+    temper.cancel(one.id)
 
 
 def test_lists_go_over_all_pages(temper: Client, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
