@@ -159,3 +159,46 @@ def test_an_unforeseen_failure_is_answered_and_not_raised_again() -> None:
 
     found = asyncio.run(ask())  # uvicorn closes the connection of an application that raises
     assert (found.status_code, found.json()["error"]["code"]) == (500, "internal_error")
+
+
+def test_a_nul_in_an_id_is_refused_before_the_store_sees_it(service: Service) -> None:
+    """PostgreSQL cannot look it up, which was reported as a store that is away."""
+    asked = 0
+    for path, operations in service.api.get("/openapi.json").json()["paths"].items():
+        for method, operation in operations.items():
+            queries = {parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "query"}
+            if "{id}" in path:
+                url = path.replace("{id}", "a%00b").replace("{delivery}", "x")
+            elif "after" in queries:
+                url = f"{path}?after=a%00b"
+            else:
+                continue
+            asked += 1
+            expected = {404} if path == "/openai/v1/models/{id}" else {400, 422}
+            answer = service.api.request(method, url)
+            assert answer.status_code in expected, (method, url, answer.text)
+    assert asked > 20
+
+
+@pytest.mark.parametrize("field", ["dataset", "validation_dataset"])
+def test_a_nul_in_the_id_of_a_data_set_is_refused_with_its_field(service: Service, field: str) -> None:
+    answer = service.api.post("/finetune", data={"model": "m", field: "a\0b"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, field), answer.text
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+def test_a_nul_in_the_id_of_a_file_is_refused_with_its_field(service: Service, field: str) -> None:
+    job = {"model": "lenet5", "training_file": "f", field: "a\0b"}
+    answer = service.api.post("/openai/v1/fine_tuning/jobs", json=job)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+
+
+def test_a_method_that_a_path_lacks_is_answered_with_those_that_it_has(service: Service) -> None:
+    found = {path: service.api.patch(path) for path in ("/datasets/x", "/openai/v1/files", "/predict", "/healthz")}
+    assert {answer.status_code for answer in found.values()} == {405}
+    assert {path: answer.headers["Allow"] for path, answer in found.items()} == {
+        "/datasets/x": "GET, DELETE, HEAD",
+        "/openai/v1/files": "GET, POST, HEAD",
+        "/predict": "POST",
+        "/healthz": "GET, HEAD",
+    }
