@@ -82,7 +82,7 @@ def side_by_side(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def watched(work: Callable[[], R], check: Check) -> R:
-    """What one piece of work returns that makes no checks of its own; `check` is called meanwhile as above."""
-    ((_, result),) = side_by_side(lambda _, __: work(), [None], check)
+def watched(work: Callable[[Check], R], check: Check) -> R:
+    """What one piece of work returns; like `side_by_side` with a single task."""
+    ((_, result),) = side_by_side(lambda _, go_on: work(go_on), [None], check)
     return result

@@ -154,7 +154,7 @@ def test_a_cancelled_job_ends_within_a_second_in_every_stage(own: Service, digit
     """Epochs of seconds, and a report of many attacks. Prints how long it took in each stage."""
     many = npz(images=np.tile(digits[0], (4, 1, 1)), labels=np.tile(digits[1], 4))
     few = npz(images=digits[0][:400], labels=digits[1][:400])
-    attack = {"attack": "pgd", "epsilon": 0.1, "steps": 20}
+    attack = {"attack": "pgd", "epsilon": 0.1, "steps": 5}
     spec = {"method": "full", "epochs": 1, "adversarial": attack}
     took = {}
     for stage, upload, more in (

@@ -201,9 +201,13 @@ class _Maker:
         start = self._start(spec)
         train, validation = self.data.split(spec)
         classes, check = len(self.data.classes), self.run.check
-        fitted = watched(lambda: fit(spec, start, train, validation, classes=classes, shares=False), check)
+        fitted = watched(
+            lambda go_on: fit(
+                spec, start, train, validation, classes=classes, on_epoch=lambda _: go_on(), shares=False
+            ), check,
+        )  # fmt: skip
         card = watched(
-            lambda: self._evaluated(spec, start, fitted, train, HeldOut.apart(fitted, validation or train)), check
+            lambda _: self._evaluated(spec, start, fitted, train, HeldOut.apart(fitted, validation or train)), check
         )
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         manifest = self._exported(spec, fitted, train, card, preview=True)
@@ -223,8 +227,8 @@ class _Maker:
                 run.resolved(spec)
                 fitted, across = _trained(spec, start, train, validation, data, run, self.kept)
         with run.stage("evaluating"):
-            judge = functools.partial(self._judged, spec, start, fitted, across, train, validation)
-            fitted, held_out, card = watched(judge, run.go_on)
+            trained = spec, start, fitted, across, train, validation
+            fitted, held_out, card = watched(lambda _: self._judged(*trained), run.go_on)
             if self.asked.auto:
                 card["search"] = found.dump()
                 card["warnings"] += found.warnings
@@ -271,7 +275,7 @@ class _Maker:
     ) -> Manifest:  # fmt: skip
         """Write everything that is published to the staging directory."""
         job, data, staged, base = self.run.job, self.data, self.staged, public_name(self.run.job.base)
-        watched(functools.partial(prepare, fitted.params, invert=data.invert), self.run.go_on)
+        watched(lambda _: prepare(fitted.params, invert=data.invert), self.run.go_on)
         manifest = Manifest(
             classes=data.classes, polarity=data.polarity, base=base, base_sha256=digest(self.problem.base),
             sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, base),
