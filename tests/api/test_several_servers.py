@@ -16,8 +16,10 @@ import httpx
 import pytest
 
 from serving.client import ModelServer
+from serving.registry import Registry
 from store.processes import free_port
-from tests.conftest import Service, eventually, running_model_server, running_service
+from store.records import ReportCard
+from tests.conftest import Service, eventually, opened, running_model_server, running_service
 
 pytestmark = pytest.mark.slow
 RAW = {"Content-Type": "application/octet-stream"}
@@ -215,6 +217,12 @@ def test_a_service_with_a_standby_fails_no_request_while_its_servers_die_and_fre
 
         assert service.finished(service.finetune(digits_zip, "m", HEAD).json()["id"])["status"] == "succeeded"
         eventually(both_are_up, "the standby is up")
+        shutil.copytree(tmp_path / "models/m/1", tmp_path / "models/m/2")
+        with opened(f"sqlite:///{tmp_path / 'temper.db'}") as engine:  # as of a worker that dies right afterwards
+            registry = Registry(engine)
+            registry.go_live("m", registry.reserve("m", None, registry.find("m").manifest, ReportCard()))
+        with ModelServer(list(service.api.get("/readyz").json()["model_servers"])[1]) as standby:
+            eventually(lambda: standby.available("m") == {1, 2}, "the standby is told of it")
         with Crowd(service, "m") as crowd:
             for number in (0, 1):
                 crowd.asked(200)
