@@ -348,7 +348,7 @@ def test_an_offer_to_upgrade_keeps_the_body_however_it_is_written_and_split(
 ) -> None:
     one = images[:1].tobytes()
     request = (
-        b"POST /predict?model=lenet5 HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+        b"POST /predict?model=lenet5 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
         b"Connection: upgrade\r\n%s: h2c\r\nContent-Length: %d\r\n\r\n" % (name.encode(), len(one))
     ) + one
     split = request.index(name.encode()) + 3 if cut == 30 else cut
@@ -412,7 +412,7 @@ def test_a_refusal_of_a_large_body_reaches_every_client(service: Service, size: 
 
 
 def test_a_refused_body_is_not_drained_for_ever(service: Service) -> None:
-    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=30) as client:
         client.sendall(head)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 413")
@@ -439,14 +439,14 @@ def test_what_is_said_where_nobody_reads_it_is_refused(service: Service, images:
 
 def test_a_head_without_end_is_cut_off(service: Service) -> None:
     with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as client:
-        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
         with pytest.raises(ConnectionError):
             client.sendall(b"a" * (64 << 20))
 
 
 def test_large_bodies_that_nobody_finishes_are_bounded(service: Service, images: np.ndarray) -> None:
     address = ("127.0.0.1", int(service.url.rpartition(":")[2]))
-    head = b"POST /predict?model=lenet5 HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+    head = b"POST /predict?model=lenet5 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(socket.create_connection(address)) for _ in range(6)]
         for client in clients:

@@ -201,7 +201,7 @@ def test_a_service_sweeps_what_uploads_have_left_behind(tmp_path: Path, digits_z
         assert refused.status_code == 422
         # A client that hangs up in the middle is no failure of ours.
         with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as client:
-            client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n{")
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n{")
         large = (b"--X\r\nContent-Disposition: form-data; name=data; filename=a\r\n\r\n" if i == 0 else bytes(1 << 20)
                  for i in range(260))  # fmt: skip
         answer = service.api.post(
