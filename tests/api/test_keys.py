@@ -718,6 +718,7 @@ def test_half_of_the_settings_for_tls_is_refused(monkeypatch: pytest.MonkeyPatch
         from_environment()
 
 
+@pytest.mark.slow
 def test_files_for_tls_that_are_none_are_named_in_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty.pem"
     empty.touch()
