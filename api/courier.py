@@ -15,12 +15,11 @@ import itertools
 import logging
 import random
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import orjson
 
@@ -30,10 +29,11 @@ from store.errors import InvalidRequest, TemperError
 from store.health import Notice
 from store.webhooks import Attempt, Claimed, Delivery, Webhooks
 
-sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # its command, with rich and pygments: 3 MB
-import httpx  # noqa: E402
+if TYPE_CHECKING:  # it takes 6 MB, which a service without webhooks can do without
+    import httpx
 
 log = logging.getLogger("temper.gateway")
+GONE = 410  # an endpoint wants no more
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -100,12 +100,14 @@ class Destinations:
         self._resolve = resolve
         self._resolvers = ThreadPoolExecutor(RESOLVERS, "resolver")  # a name server that is slow delays nothing else
 
-    def parse(self, text: str) -> httpx.URL:
+    def parse(self, text: str) -> "httpx.URL":
         """The URL in a text.
 
         Raises:
             InvalidRequest: it is no URL that webhooks may go to, whatever its host's addresses.
         """
+        import httpx
+
         try:
             url = httpx.URL(text)
             port = url.port
@@ -121,7 +123,7 @@ class Destinations:
             raise _refused("must have neither a user nor a fragment; put a token into the path or the query")
         return url
 
-    async def addresses(self, url: httpx.URL) -> list[str]:
+    async def addresses(self, url: "httpx.URL") -> list[str]:
         """The addresses of a URL's host, to connect to.
 
         Raises:
@@ -256,13 +258,15 @@ class Courier:
         except Exception as exc:  # of the network, of TLS, or whatever a strange answer provokes
             error = f"{type(exc).__name__}: {exc}"
         following = claimed.delivery.attempts + 1
-        if error is None or status == httpx.codes.GONE or following >= len(self._schedule_s):
-            return Attempt(status, error, gone=status == httpx.codes.GONE)
+        if error is None or status == GONE or following >= len(self._schedule_s):
+            return Attempt(status, error, gone=status == GONE)
         pause_s = self._schedule_s[following] * random.uniform(1 - JITTER, 1 + JITTER)
         return Attempt(status, error, retry_in_s=max(pause_s, asked_s))
 
-    async def _post(self, claimed: Claimed) -> httpx.Response:
+    async def _post(self, claimed: Claimed) -> "httpx.Response":
         """Send a delivery to the first address that takes the connection; returns the head of the answer alone."""
+        import httpx
+
         url = self._destinations.parse(claimed.url)
         body, timestamp = body_of(claimed.delivery), int(time.time())
         headers = {
@@ -286,8 +290,10 @@ class Courier:
                 failure = exc
         raise failure or httpx.ConnectError(f"{url.host} has no address")
 
-    def _http(self) -> httpx.AsyncClient:
+    def _http(self) -> "httpx.AsyncClient":
         """The client: no proxies, no redirects, and no connection that is used twice, as it may be another host's."""
+        import httpx
+
         if self._client is None:
             logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs, in which there may be tokens
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)

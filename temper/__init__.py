@@ -5,6 +5,7 @@ from temper.errors import (
     BadRequest,
     Conflict,
     Forbidden,
+    IdempotencyMismatch,
     InvalidDataset,
     InvalidImage,
     InvalidInstances,
@@ -43,8 +44,9 @@ from temper.records import (
 
 __all__ = [
     "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted", "Deleted",
-    "Event", "Failure", "Forbidden", "Health", "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest",
-    "InvalidSpec", "Job", "JobFailed", "Label", "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction",
-    "ServerError", "StorageFull", "TemperError", "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized",
-    "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification", "Version",
+    "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch", "InvalidDataset", "InvalidImage",
+    "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label", "Model", "ModelSummary",
+    "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError", "TimedOut", "TooLarge",
+    "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification",
+    "Version",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ TemperError
 ├── Conflict                409  the state does not allow it
 ├── TooLarge                413
 ├── UnsupportedMediaType    415
-├── InvalidRequest          422  InvalidSpec, InvalidDataset, InvalidImage, InvalidInstances
+├── InvalidRequest          422  IdempotencyMismatch, InvalidSpec, InvalidDataset, InvalidImage, InvalidInstances
 ├── TooManyRequests         429
 ├── ServerError             5xx
 │   ├── StorageFull         507
@@ -92,6 +92,10 @@ class InvalidRequest(TemperError):
     """A field of the request is missing or has a wrong value."""
 
 
+class IdempotencyMismatch(InvalidRequest):
+    """The idempotency key was used for another request before."""
+
+
 class InvalidSpec(InvalidRequest):
     """The spec has an unknown field, a value out of bounds or a contradiction."""
 
@@ -151,6 +155,7 @@ BY_STATUS: dict[int, type[TemperError]] = {
     507: StorageFull,
 }  # fmt: skip
 BY_CODE: dict[str, type[TemperError]] = {
+    "idempotency_mismatch": IdempotencyMismatch,
     "invalid_spec": InvalidSpec, "invalid_dataset": InvalidDataset, "invalid_image": InvalidImage,
     "invalid_instances": InvalidInstances,
 }  # fmt: skip

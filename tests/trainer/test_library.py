@@ -28,7 +28,7 @@ def use(engine: sa.Engine, *cards: DatasetCard) -> Job:
     def also(connection: sa.Connection, job: Job) -> None:
         Library(engine).hold(connection, "t", ids)
 
-    return Jobs(engine).create(model="m", base="lenet5:1", spec={}, dataset=dataset, also=also)
+    return Jobs(engine).create(tenant="t", model="m", base="lenet5:1", spec={}, dataset=dataset, also=also)
 
 
 def test_content_is_kept_once_for_each_tenant_and_files_each_time(library: Library) -> None:
@@ -109,7 +109,7 @@ def test_a_deletion_waits_for_a_job_that_is_being_created(library: Library, engi
         held.set()
         assert not refused.wait(0.3)  # it is still waiting
 
-    Jobs(engine).create(model="m", base="lenet5:1", spec={}, dataset=kept.card(), also=also)
+    Jobs(engine).create(tenant="t", model="m", base="lenet5:1", spec={}, dataset=kept.card(), also=also)
     deleting.join(20)
     assert refused.is_set()
 
