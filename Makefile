@@ -28,11 +28,13 @@ demo: $(READY) ## Fine-tune on real digits and predict, from start to finish
 serve: $(READY) ## Run the service on http://127.0.0.1:8080
 	$(BIN)/temper serve
 
+# Each of the two has a service of its own, and runs whole files.
+TWO := --numprocesses 2 --dist loadfile
 test: $(READY) ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(TWO)
 
 test-slow: $(READY) ## Run the tests that kill and freeze processes, or train for long
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(TWO)
 
 test-contract: $(READY) ## Run the contract suite against the embedded server or TEMPER_TFS_BINARY
 	$(BIN)/pytest tests/contract
