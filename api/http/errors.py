@@ -64,7 +64,7 @@ def answer(path: str, status: int, body: dict[str, Any], headers: dict[str, str]
     """An error in the form that a path's clients expect. TensorFlow Serving and Open Inference send one string."""
     if path.startswith("/openai/"):
         return _as_openai(status, body, headers or {})
-    if path.startswith(("/v1/", "/v2/")):
+    if path == "/v2" or path.startswith(("/v1/", "/v2/")):
         status = 400 if status == 422 else status
         return ErrorResponse({"error": body["message"]}, status, headers)
     return ErrorResponse({"error": {**body, "request_id": REQUEST_ID.get()}}, status, headers)

@@ -96,7 +96,7 @@ def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Documentation of error responses under `/openai/v1`, where content that is invalid is a 400."""
     texts = {**TEXTS, 400: "The request is invalid", 404: "Unknown file, job or model"}
     documented: dict[int | str, dict[str, Any]] = {
-        status: {"model": OpenAIError, "description": texts[status]} for status in (400, *statuses, 503)
+        status: {"model": OpenAIError, "description": texts[status]} for status in (400, 401, 403, *statuses, 503)
     }
     return {**documented, "4XX": {"model": OpenAIError, "description": "Refused"}}  # instead of FastAPI's own 422
 
