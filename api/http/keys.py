@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.http.limits import refuse
 from api.http.turns import Turns
+from api.shared_read import SharedRead
 from store.errors import Forbidden, StoreUnavailable, TemperError, TooMany, Unauthorized
 from store.keys import ADMIN, FINETUNE, PREDICT, TENANT, Key, Keys, digest_of, is_well_formed
 from store.settings import Settings, is_loopback
@@ -67,29 +68,22 @@ class KeyRing:
         self._by_hash: dict[bytes, Key] = {}
         self._buckets: dict[str, tuple[float, float]] = {}  # by id: requests saved up, and when
         self._revision: tuple[int, int] | None = None
-        self._read_lock, self._read_at = asyncio.Lock(), 0.0  # the latter in time.monotonic()
-        self._next_read: asyncio.Task[None] | None = None
+        self._shared_read = SharedRead(self._read, PAUSE_S)
         self.required = self._mode != "off"
 
     async def refresh(self) -> None:
-        """Read the keys if they have changed. Callers that come during a read share the next one."""
-        if self._next_read is None:
-            self._next_read = asyncio.create_task(self._read())
-        await asyncio.shield(self._next_read)
+        """Read the keys if they have changed."""
+        await self._shared_read()
 
     async def _read(self) -> None:
-        async with self._read_lock:
-            await asyncio.sleep(max(0.0, self._read_at + PAUSE_S - time.monotonic()))
-            self._next_read = None  # callers from here on need to see what is written after this read began
-            self._read_at = time.monotonic()
-            revision = await asyncio.to_thread(self._keys.revision)
-            if revision != self._revision:
-                valid = [key for key in await asyncio.to_thread(self._keys.all) if key.revoked_at is None]
-                self._by_hash, self._revision = {key.digest[:INDEX_BYTES]: key for key in valid}, revision
-                self._buckets = {key.id: self._buckets[key.id] for key in valid if key.id in self._buckets}
-            self.required = self._mode == "required" or (
-                self._mode == "auto" and (not self._is_local or revision != (0, 0))
-            )
+        revision = await asyncio.to_thread(self._keys.revision)
+        if revision != self._revision:
+            valid = [key for key in await asyncio.to_thread(self._keys.all) if key.revoked_at is None]
+            self._by_hash, self._revision = {key.digest[:INDEX_BYTES]: key for key in valid}, revision
+            self._buckets = {key.id: self._buckets[key.id] for key in valid if key.id in self._buckets}
+        self.required = self._mode == "required" or (
+            self._mode == "auto" and (not self._is_local or revision != (0, 0))
+        )
 
     def find(self, token: bytes) -> Key | None:
         """The valid key that this is, as far as is known."""

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from api.metrics import REQUEST_SERIES, show_versions
+from api.shared_read import SharedRead
 from serving.registry import STABLE, Registry, Route
 from store.errors import MalformedRequest, UnknownModel
 from store.records import GREY_28, InputForm, public_name
@@ -43,8 +44,7 @@ class Router:
         self._routes: dict[str, Route] = {}
         self._targets: dict[Servable, Target] = {}  # of the versions that were asked
         self._revision = -1
-        self._read_lock = asyncio.Lock()
-        self._next_read: asyncio.Task[None] | None = None
+        self._shared_read = SharedRead(self._read)
 
     @property
     def revision(self) -> int:
@@ -52,20 +52,16 @@ class Router:
         return self._revision
 
     async def refresh(self) -> None:
-        """Read the registry if it has changed. Callers that come during a read share the next one."""
-        if self._next_read is None:
-            self._next_read = asyncio.create_task(self._read())
-        await asyncio.shield(self._next_read)
+        """Read the registry if it has changed."""
+        await self._shared_read()
 
     async def _read(self) -> None:
-        async with self._read_lock:
-            self._next_read = None  # callers from here on need to see what is written after this read began
-            revision = await asyncio.to_thread(self._registry.revision)
-            if revision != self._revision:
-                self._routes, self._revision = await asyncio.to_thread(_routes, self._registry), revision
-                self._targets = {}
-                REQUEST_SERIES.retain(self.knows)
-                show_versions({model: len(route.classes) for model, route in self._routes.items()})
+        revision = await asyncio.to_thread(self._registry.revision)
+        if revision != self._revision:
+            self._routes, self._revision = await asyncio.to_thread(_routes, self._registry), revision
+            self._targets = {}
+            REQUEST_SERIES.retain(self.knows)
+            show_versions({model: len(route.classes) for model, route in self._routes.items()})
 
     def live(self) -> set[Servable]:
         """All versions that predictions can go to."""
