@@ -29,7 +29,7 @@ from store.webhooks import Webhooks
 from trainer.jobs.answers import Answers
 from trainer.jobs.estimates import Estimates
 from trainer.jobs.library import Library
-from trainer.jobs.records import Jobs
+from trainer.jobs.records import Job, Jobs
 
 log = logging.getLogger("temper.gateway")
 T = TypeVar("T")
@@ -141,6 +141,17 @@ class Gateway:
                 raise
         self.reserve.release()  # a deletion has to be recorded before its files go
         return await asyncio.to_thread(delete)
+
+    async def job(self, job_id: str, tenant: str) -> Job:
+        """A job of a tenant, whose version the routes know by now: the client may ask for it next.
+
+        Raises:
+            UnknownJob: no job has this id, or it is another tenant's.
+        """
+        job = await asyncio.to_thread(self.jobs.get, job_id, tenant=tenant)
+        if job.version is not None and not self.router.knows(job.model, job.version):
+            await self.router.refresh()
+        return job
 
     async def align(self) -> None:
         """Have all model servers serve what the registry says now; one that is away will when it comes back."""

@@ -367,9 +367,7 @@ def list_jobs(
 async def get_job(request: Request, id: JobId) -> JobView:
     """A job with its status, its progress, and its version or error."""
     gateway = gateway_of(request)
-    job = await asyncio.to_thread(gateway.jobs.get, id, tenant=tenant_of(request))
-    if job.version is not None and not gateway.router.knows(job.model, job.version):
-        await gateway.router.refresh()  # the client may ask for this version next
+    job = await gateway.job(id, tenant_of(request))
     return await asyncio.to_thread(_view, gateway, job)
 
 

@@ -221,11 +221,8 @@ def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobLi
 @router.get("/fine_tuning/jobs/{id}", responses=openai_errors(404))
 async def get_job(request: Request, id: JobId) -> Job:
     """A job."""
-    gateway, tenant = gateway_of(request), tenant_of(request)
-    job = await asyncio.to_thread(gateway.jobs.get, id, tenant=tenant)
-    if job.version is not None and not gateway.router.knows(job.model, job.version):
-        await gateway.router.refresh()  # the client may ask for this version next
-    return Job.of(job, tenant)
+    tenant = tenant_of(request)
+    return Job.of(await gateway_of(request).job(id, tenant), tenant)
 
 
 @router.post("/fine_tuning/jobs/{id}/cancel", responses=openai_errors(404, 409))
