@@ -22,8 +22,8 @@ priority delays a job and cannot starve it.
 """
 
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -240,6 +240,14 @@ class Jobs:
         with self._engine.connect() as connection:
             return [Event(**row) for row in connection.execute(query).mappings()]
 
+    @contextmanager
+    def _held(self, job_id: str, tenant: str | None) -> Iterator[tuple[sa.Connection, sa.ColumnElement[bool]]]:
+        """A transaction in which the status of a job stays what it is but for the transaction's own writes; its row."""
+        of_job = (jobs.c.id == job_id) & _of(tenant)
+        with self._engine.begin() as connection:
+            connection.execute(sa.select(jobs.c.id).where(of_job).with_for_update())
+            yield connection, of_job
+
     def cancel(self, job_id: str, tenant: str | None = None) -> Job:
         """Cancel a job that waits now, or a running one within a second.
 
@@ -250,9 +258,7 @@ class Jobs:
             UnknownJob: no job has this id, or it is another tenant's.
             WrongState: it has finished.
         """
-        of_job = (jobs.c.id == job_id) & _of(tenant)
-        with self._engine.begin() as connection:
-            connection.execute(sa.select(jobs.c.id).where(of_job).with_for_update())  # its status stays what it is
+        with self._held(job_id, tenant) as (connection, of_job):
             changed = _write(
                 connection, of_job & jobs.c.status.in_(("queued", "paused")), [_status("cancelled")],
                 status="cancelled", finished_at=now(),
@@ -272,8 +278,8 @@ class Jobs:
             UnknownJob: no job has this id, or it is another tenant's.
             WrongState: it is paused, is being cancelled or has finished.
         """
-        of_job = (jobs.c.id == job_id) & _of(tenant) & ~jobs.c.cancel_requested
-        with self._engine.begin() as connection:
+        with self._held(job_id, tenant) as (connection, of_job):
+            of_job &= ~jobs.c.cancel_requested
             changed = _write(
                 connection, of_job & (jobs.c.status == "queued"), [_status("paused")], status="paused"
             ) or _write(connection, of_job & (jobs.c.status == "running"), (), pause_requested=True)  # fmt: skip
@@ -294,8 +300,7 @@ class Jobs:
             UnknownJob: no job has this id, or it is another tenant's.
             WrongState: it is not paused.
         """
-        of_job = (jobs.c.id == job_id) & _of(tenant)
-        with self._engine.begin() as connection:
+        with self._held(job_id, tenant) as (connection, of_job):
             changed = _write(
                 connection, of_job & (jobs.c.status == "paused"), [_status("queued")], **_QUEUED
             ) or _write(
