@@ -77,6 +77,9 @@ def _ended(failure: JobFailed) -> str:
     return f"the job {STATUS.get(job.status, job.status)}{why}{preview}"
 
 
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+
+
 def command(
     show: Callable[[Any], None], check: Callable[[Any], None] = lambda found: None
 ) -> Callable[[Callable[..., Any]], click.Command]:
@@ -90,7 +93,7 @@ def command(
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @click.command()
-        @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+        @as_json
         @click.pass_obj
         @functools.wraps(function)
         def run(client: Client, /, as_json: bool, **given: Any) -> None:

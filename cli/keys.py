@@ -8,15 +8,13 @@ from typing import Any
 import click
 from rich.table import Table
 
-from cli.command import print_json
+from cli.command import as_json, print_json
 from cli.show import show
 from store.engine import connect
 from store.errors import TemperError
 from store.keys import SCOPES, Key, Keys
 from store.records import DEFAULT_TENANT
 from store.settings import from_environment
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 
 
 @contextlib.contextmanager
@@ -56,7 +54,7 @@ def create(name: str, tenant: str, scope: str, rate: float | None, as_json: bool
     with _keys() as stored:
         key, token = stored.create(name, tenant, [part.strip() for part in scope.split(",")], rate)
     if as_json:
-        print_json({**_plain(key), "key": token})
+        print_json({**_shown(key), "key": token})
         return
     click.echo(f"{key.id} for the tenant {key.tenant}, with {_scopes(key)}; the key is not shown again:", err=True)
     click.echo(token)
@@ -69,7 +67,7 @@ def list_(as_json: bool) -> None:
     with _keys() as stored:
         found = stored.all()
     if as_json:
-        print_json([_plain(key) for key in found])
+        print_json([_shown(key) for key in found])
         return
     table = Table("id", "name", "tenant", "scopes", "rate", "created", "revoked", box=None)
     for key in found:
@@ -86,12 +84,12 @@ def revoke(id: str, as_json: bool) -> None:
     with _keys() as stored:
         key = stored.revoke(id)
     if as_json:
-        print_json(_plain(key))
+        print_json(_shown(key))
     else:
         click.echo(f"{key.id} ({key.name}) is revoked")
 
 
-def _plain(key: Key) -> dict[str, Any]:
+def _shown(key: Key) -> dict[str, Any]:
     """What may be shown of a key."""
     return {
         "id": key.id, "name": key.name, "tenant": key.tenant, "scopes": [one for one in SCOPES if one in key.scopes],

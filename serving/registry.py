@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import InvalidRequest, UnknownModel, WrongState
-from store.records import DEFAULT_TENANT, Manifest, ReportCard, public_name, tenant_of
+from store.records import DEFAULT_TENANT, Manifest, ReportCard, owner_of, public_name
 from store.validation import in_words
 from store.webhooks import enqueue
 
@@ -415,7 +415,7 @@ def _announce(connection: sa.Connection, model: str, label: str, old: int | None
     """Tell the endpoints that a label stands for another version; None for none."""
     if old != new:
         data = {"model": public_name(model), "label": label, "from": old, "to": new}
-        enqueue(connection, "model.label.moved", data, tenant_of(model))
+        enqueue(connection, "model.label.moved", data, owner_of(model))
 
 
 def _insert(connection: sa.Connection) -> Any:

@@ -21,7 +21,7 @@ def public_name(stored: str) -> str:
     return stored.partition("~")[2] or stored
 
 
-def tenant_of(stored: str) -> str:
+def owner_of(stored: str) -> str:
     """Whose a stored model is; the base, which is everyone's, counts as the default tenant's."""
     tenant, separator, _ = stored.partition("~")
     return tenant if separator else DEFAULT_TENANT
