@@ -143,7 +143,7 @@ def copies(folder: Path, models: int, versions: int) -> dict[str, Any]:
 
 def states(models: Models) -> Counter[int]:
     """How many versions are in each state."""
-    return Counter(state.state for name in list(models._models) for _, state in models.states(name, None))
+    return Counter(state.state for model in list(models._models.values()) for state in model.states.values())
 
 
 def asked(models: Models, name: str, version: int | None = None) -> int:
@@ -196,7 +196,9 @@ def test_calls_for_a_version_that_cannot_be_read_do_not_take_all_threads(
             assert asked(models, "m0") == 1
             assert not any(call.done() for call in waiting)
         finally:
-            os.close(os.open(file, os.O_RDWR))  # its reader goes on, and finds nothing
+            writer = os.open(file, os.O_RDWR)  # its reader goes on, and finds nothing,
+            file.unlink()  # and who has not opened it yet finds no file
+            os.close(writer)
         for call in waiting:
             with pytest.raises(Refused, match="Servable not found"):
                 call.result()
