@@ -245,7 +245,6 @@ class DryRun(BaseModel):
 async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> Response:
     """Queue a fine-tune on labelled images: an upload, or a data set that is kept."""
     gateway, tenant = gateway_of(request), tenant_of(request)
-    await asyncio.to_thread(check_quota, gateway, tenant)
     async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
         fields = _fields(form.texts)
         ids = {field: name for field in INSTEAD if (name := getattr(fields, field)) is not None}
@@ -264,6 +263,7 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
             return base, await gateway.uploads.store(form, functools.partial(check, asked), kept, keep=keep)
 
         async def create(note: Note) -> Answer:
+            await asyncio.to_thread(check_quota, gateway, tenant)
             base, dataset = await prepare()
             return await asyncio.to_thread(
                 queue, gateway, tenant, note, _accepted,
@@ -434,7 +434,7 @@ def _dry_run(gateway: Gateway, model: str, base: str, asked: Asked, dataset: Dat
 
 
 def check_quota(gateway: Gateway, tenant: str) -> None:
-    """Refuse an upload, before it is read, of a tenant that has as many unfinished jobs as it may have."""
+    """Refuse one more job of a tenant that has as many unfinished ones as it may have."""
     most = gateway.settings.max_jobs
     if most and gateway.jobs.unfinished(tenant) >= most:
         text = f"{most} fine-tune{'s are' if most > 1 else ' is'} unfinished; wait for one, or cancel it"

@@ -144,10 +144,10 @@ async def create_job(request: Request, wanted: JobRequest, idempotency_key: Idem
     gateway, tenant = gateway_of(request), tenant_of(request)
     if wanted.suffix == BASE:
         raise InvalidRequest(f"suffix: {BASE!r} is the base model; choose another name", param="suffix")
-    await asyncio.to_thread(check_quota, gateway, tenant)
     asked = _asked(wanted)
 
     async def create(note: Note) -> Answer:
+        await asyncio.to_thread(check_quota, gateway, tenant)
         return await asyncio.to_thread(_create_job, gateway, tenant, note, wanted, asked)
 
     said = json.dumps(await request.json(), sort_keys=True)

@@ -759,16 +759,21 @@ def test_a_tenant_has_so_many_unfinished_jobs_and_another_has_its_own(tmp_path: 
         with running_gateway(tmp_path, tmp_path / "log", ready=False, **settings) as url:
             eventually(lambda: httpx.get(f"{url}/healthz").is_success, "the gateway answers")
 
-            def finetune(token: str) -> httpx.Response:
-                form = {"data": {"model": "m", "spec": '{"method": "head"}'}, "files": {"data": ("d.zip", UPLOAD)}}
-                return httpx.post(f"{url}/finetune", headers={"X-API-Key": token}, timeout=60, **form)  # type: ignore[arg-type]
+            def finetune(token: str, key: str, **fields: str) -> httpx.Response:
+                form = {"model": "m", "spec": '{"method": "head"}', **fields}
+                return httpx.post(
+                    f"{url}/finetune", data=form, files={"data": ("d.zip", UPLOAD)}, timeout=60,
+                    headers={"X-API-Key": token, "Idempotency-Key": key},
+                )  # fmt: skip
 
-            job = finetune(tokens[0])
+            job = finetune(tokens[0], "first")
             assert job.status_code == 202, job.text
-            refused = finetune(tokens[0])
+            refused = finetune(tokens[0], "second")
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
             assert "1 fine-tune is unfinished" in refused.json()["error"]["message"]
-            assert finetune(tokens[1]).status_code == 202
+            assert finetune(tokens[0], "first").json() == job.json()  # it was answered already
+            assert finetune(tokens[0], "second", dry_run="true").status_code == 200
+            assert finetune(tokens[1], "first").status_code == 202
             cancel = f"{url}/finetune/{job.json()['id']}/cancel"
             assert httpx.post(cancel, headers={"X-API-Key": tokens[0]}).status_code == 200
-            assert finetune(tokens[0]).status_code == 202
+            assert finetune(tokens[0], "second").status_code == 202
