@@ -144,9 +144,13 @@ def test_an_archive_that_is_no_intact_version_is_refused_in_one_line(tmp_path: P
     assert {file.name for file in tmp_path.iterdir()} == {"v.zip", "staged"}
 
 
-def test_a_file_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path) -> None:
-    out = tmp_path / "none" / "v.tflite"
-    assert failed(archive(tmp_path / "v.zip"), "tflite", out) == f"Error: cannot write {out}: No such file or directory"
+def test_a_file_that_cannot_be_written_is_reported_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    path, out = archive(tmp_path / "v.zip"), tmp_path / "none" / "v.tflite"
+    assert failed(path, "tflite", out) == f"Error: cannot write {out}: No such file or directory"
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError):
+        convert(path, "tflite", tmp_path / "taken")
+    assert {file.name for file in tmp_path.iterdir()} == {"v.zip", "staged", "taken"}
 
 
 @pytest.mark.parametrize(
