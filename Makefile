@@ -47,6 +47,11 @@ test-art: $(READY) ## Compare the attacks with the Adversarial Robustness Toolbo
 	$(VENV)-art/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/art.txt
 	$(VENV)-art/bin/python -m pytest tests/trainer/test_art.py
 
+test-onnx: $(READY) ## Convert versions to ONNX and run them, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-onnx
+	$(VENV)-onnx/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/onnx.txt
+	$(VENV)-onnx/bin/python -m pytest tests/trainer/test_convert.py
+
 SECONDS ?= 600
 torture: $(READY) ## Kill and freeze the processes of a service for SECONDS=600, and check that nothing is lost
 	$(BIN)/python -m tests.torture --seconds $(SECONDS)
@@ -87,10 +92,11 @@ lock: ## Update the lock files (needs uv)
 	$(LOCK) -c requirements/gateway.txt --extra tensorflow -o requirements/tensorflow.txt
 	$(LOCK) -c requirements/tensorflow.txt --extra cuda -o requirements/cuda.txt
 	$(LOCK) -c requirements/tensorflow.txt --extra tensorflow --extra dev -o requirements/dev.txt
-	$(LOCK) -c requirements/dev.txt --extra tensorflow --extra dev --extra art -o requirements/art.txt
+	for extra in art onnx; do { echo "-r dev.txt"; $(LOCK) -c requirements/dev.txt --extra tensorflow --extra dev --extra $$extra \
+		$$(sed -nE 's/^([a-z0-9._-]+)==.*/--no-emit-package \1/p' requirements/dev.txt); } > requirements/$$extra.txt; done
 	$(LOCK) -c requirements/gateway.txt --extra security -o requirements/security.txt
 
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-slow test-art test-contract test-gpu torture fuzz bandit audit lint load quality lock pb
+.PHONY: help setup demo serve test test-slow test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint load quality lock pb

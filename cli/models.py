@@ -1,5 +1,7 @@
 """Commands about models: list, predict, move labels, check, get, delete."""
 
+import subprocess
+import sys
 import tempfile
 import webbrowser
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from cli.show import (
 from temper import Client, Deleted, Label, ModelSummary, Prediction, Verification, Version
 
 Named = tuple[str, int | None]  # a model, and a version if one was given
+SAVED_MODEL = "savedmodel"
 label_option = click.option("--label", default="stable", show_default=True, help="The label to move.")
 
 
@@ -138,8 +141,24 @@ def delta(client: Client, version: Named, output: Path) -> Path:
 
 @command(show_file)
 @versioned
-@output("MODEL-VERSION.zip")
-def download(client: Client, version: Named, output: Path) -> Path:
-    """Get a version as a zip of its SavedModel, which TensorFlow and TensorFlow Serving load."""
+@click.option(
+    "--format", type=click.Choice([SAVED_MODEL, "tflite", "onnx"]), default=SAVED_MODEL, show_default=True,
+    help="What to save it as. The last two are converted here, with the extra `tensorflow` or `onnx`.",
+)  # fmt: skip
+@output("MODEL-VERSION.zip, .tflite or .onnx")
+def download(client: Client, version: Named, format: str, output: Path) -> Path:
+    """Get a version as a zip of its SavedModel, which TensorFlow and TensorFlow Serving load, or as TFLite or ONNX."""
     model, number = version
-    return client.download(model, output, number)
+    if format == SAVED_MODEL:
+        return client.download(model, output, number)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = client.download(model, folder, number)
+        path = output / f"{archive.stem}.{format}" if output.is_dir() else output
+        # In a process of its own, as the command itself never loads TensorFlow.
+        convert = [sys.executable, "-m", "trainer.convert", str(archive), format, str(path)]
+        done = subprocess.run(convert, capture_output=True, text=True, check=False)
+    if done.returncode:
+        *_, reason = done.stderr.splitlines() or [f"the conversion ended with {done.returncode}"]
+        raise Failed(reason.removeprefix("Error: "))
+    say(done.stdout.strip())
+    return path

@@ -21,6 +21,7 @@ ROOMS = {
     "cli": {"api", "free", "serving", "store", "temper"},
     "api": {"free", "serving", "store"},
     "trainer.worker": {"trainer", "free", "serving", "serving.quiet", "store"},
+    "trainer.convert": {"serving", "serving.quiet", "store"},
     "trainer": {"free", "serving.quiet", "store"},
     "free": {"store"},
     "serving.__main__": {"serving.embedded", "serving.quiet", "store"},
@@ -31,7 +32,7 @@ ROOMS = {
     "store": set(),
     "temper": set(),
 }
-WITH_TENSORFLOW = {"trainer", "trainer.worker", "serving.embedded", "serving.quiet"}
+WITH_TENSORFLOW = {"trainer", "trainer.convert", "trainer.worker", "serving.embedded", "serving.quiet"}
 
 # proto3 packs repeated floats: on the wire they are bytes.
 PACKED = ("float_val", FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_FLOAT, True)

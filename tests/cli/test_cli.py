@@ -1,6 +1,7 @@
 """The `temper` command as a client of a real service, and what it says when something is wrong."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import termios
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -297,6 +299,34 @@ def test_every_command_prints_json_and_nothing_else(
     assert seen["delete"]["label"] == "canary"
     ended = json_of(service, "wait", queued["id"], code=1)  # the job that did not succeed is printed as well
     assert ended["status"] == "cancelled"
+
+
+def test_a_version_is_downloaded_as_tflite_with_its_classes(
+    service: Service, job: str, upload: Path, tmp_path: Path
+) -> None:
+    done = called(service, "download", f"{LONG}:1", "--format", "tflite", "--output", str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"{LONG}-1.tflite"
+    proof, written = done.stdout.splitlines()
+    assert re.fullmatch(
+        r"largest difference from the trained model: \S+e-\d+ in logits, \S+e-\d+ in probabilities", proof
+    )
+    assert written == f"{file}: {file.stat().st_size:,} bytes"
+    classes = service.api.get(f"/models/{LONG}/versions/1").json()["classes"]
+    assert zipfile.ZipFile(file).read("labels.txt").decode().splitlines() == classes
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tf2onnx") is not None, reason="tf2onnx is installed, so nothing is missing"
+)
+def test_a_conversion_that_fails_is_one_line_and_leaves_no_file(service: Service, job: str, tmp_path: Path) -> None:
+    for output in (tmp_path, tmp_path / "x.onnx"):
+        done = called(service, "download", LONG, "--format", "onnx", "--output", str(output), "--json", code=1)
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert re.match(r"Error: onnx needs .*tf2onnx, which this installs: .* -m pip install 'temper\[onnx\]'", line)
+    assert list(tmp_path.iterdir()) == []
+    assert "savedmodel" in called(service, "download", LONG, "--format", "keras", code=2).stderr
 
 
 def test_tables_fit_a_terminal_of_80_columns(service: Service, job: str, upload: Path) -> None:
