@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    DryRun,
     Event,
     Health,
     Job,
@@ -33,6 +34,7 @@ console = Console(highlight=False)
 WIDE = 1000  # columns
 SHOWN = 20  # classes of a model, at most
 BEST = 5  # classes of a prediction
+NO_RECIPE = ("base", "search", "polarity", "device", "seed")  # of a spec
 TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
 
 
@@ -130,10 +132,9 @@ def show_job(job: Job) -> None:
     """A job in a few lines."""
     version = f"{job.model}:{job.version}" if job.version else job.model
     say(f"[bold]{job.id}[/] {escape(version)} {job.status}")
-    table, data = _facts(), job.dataset
-    if data:
-        polarity = data["polarity"].replace("_", " ")
-        table.add_row("data", f"{data['images']} images, {len(data['classes'])} classes, {polarity}")
+    table = _facts()
+    if job.dataset:
+        table.add_row("data", _contents(job.dataset))
     if job.base:
         table.add_row("base", job.base)
     if job.stage:
@@ -149,6 +150,42 @@ def show_job(job: Job) -> None:
     if job.error:
         table.add_row("error", f"{escape(job.error.message)} \\[{job.error.code}]")
     show(table)
+
+
+def _contents(data: Mapping[str, Any]) -> str:
+    """What is in the data set of a job."""
+    polarity = data["polarity"].replace("_", " ")
+    return f"{data['images']} images, {len(data['classes'])} classes, {polarity}"
+
+
+def show_dry_run(found: DryRun) -> None:
+    """What a fine-tune would train, and what it would take."""
+    say(f"[bold]{escape(found.model)}[/] would get a version; nothing was created")
+    table, estimate = _facts(), found.estimate
+    table.add_row("data", _contents(found.dataset))
+    if validation := found.dataset.get("validation"):
+        table.add_row("validation", f"{validation['images']} images")
+    table.add_row("base", found.base)
+    recipe = {name: value for name, value in found.spec.items() if name not in NO_RECIPE and value}
+    searched = [name for name, value in recipe.items() if value == "auto" and name != "class_weights"]
+    fixed = [f"{name} {_value(value)}" for name, value in recipe.items() if name not in searched]
+    for name, parts in (("fixed", fixed), ("automatic", searched)):
+        if parts:
+            table.add_row(name, escape(", ".join(parts)))
+    search = found.spec.get("search") or {}
+    if search.get("folds"):
+        table.add_row("search", f"{search['trials']} recipes, {search['folds']} folds")
+    kind = "job" if estimate.jobs == 1 else "jobs"
+    known = f"from {estimate.jobs} finished {kind} of its kind" if estimate.jobs else "from another machine's figures"
+    table.add_row("time", f"{estimate.seconds:,.1f} s, give or take {estimate.seconds_within:.0%}, {known}")
+    table.add_row("memory", f"{estimate.memory_bytes / 1e9:.1f} GB")
+    console.print(table)
+    for text in found.warnings:
+        console.print(f"[yellow]{escape(text)}[/]")
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def show_jobs(jobs: Iterable[Job]) -> None:

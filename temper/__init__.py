@@ -30,6 +30,8 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    DryRun,
+    Estimate,
     Event,
     Failure,
     Health,
@@ -44,9 +46,9 @@ from temper.records import (
 
 __all__ = [
     "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted", "Deleted",
-    "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch", "InvalidDataset", "InvalidImage",
-    "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label", "Model", "ModelSummary",
-    "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError", "TimedOut", "TooLarge",
-    "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification",
+    "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch", "InvalidDataset",
+    "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label", "Model",
+    "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError", "TimedOut",
+    "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification",
     "Version",
 ]  # fmt: skip

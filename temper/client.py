@@ -18,6 +18,7 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    DryRun,
     Event,
     Health,
     Job,
@@ -186,15 +187,31 @@ class Verbs(Driver):
             InvalidSpec: the spec is wrong.
             JobFailed: `wait` was given, and the job failed or was cancelled.
         """
-        if (data is None) is (dataset is None):
-            raise ValueError("give either data or dataset")
-        fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
-        fields |= ({"label": label} if label else {}) | ({"dataset": dataset} if dataset else {})
-        fields |= {"priority": str(priority)} if priority else {}
-        fields |= {"metadata": jsons.dumps(metadata)} if metadata else {}
-        files = {"data": data, "validation": validation}
+        fields, files = _asked(data, model, spec, dataset, validation, label, priority, metadata)
         job = (yield from self._upload("/finetune", fields, files, idempotency_key)).read(Job)
         return (yield from self._wait(job.id, on_progress, None)) if wait else job
+
+    @Verb
+    def dry_run(
+        self,
+        data: Data | None,
+        model: str,
+        spec: Mapping[str, Any] | None = None,
+        *,
+        dataset: str | None = None,
+        validation: Data | None = None,
+        label: str | None = None,
+        priority: int = 0,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Steps[DryRun]:
+        """Validate what `finetune` would be given, and estimate what it would take. Nothing is created.
+
+        Raises:
+            InvalidDataset: the images cannot be trained on.
+            InvalidSpec: the spec is wrong.
+        """
+        fields, files = _asked(data, model, spec, dataset, validation, label, priority, metadata)
+        return (yield from self._upload("/finetune", fields | {"dry_run": "true"}, files)).read(DryRun)
 
     @Verb
     def upload(self, data: Data) -> Steps[Dataset]:
@@ -430,6 +447,20 @@ class Verbs(Driver):
                 return
             after = getattr(found[-1], key)
             left = None if left is None else left - len(found)
+
+
+def _asked(
+    data: Data | None, model: str, spec: Mapping[str, Any] | None, dataset: str | None, validation: Data | None,
+    label: str | None, priority: int, metadata: Mapping[str, str] | None,
+) -> tuple[dict[str, str], dict[str, Data | None]]:  # fmt: skip
+    """The fields and files of a form that asks for a fine-tune."""
+    if (data is None) is (dataset is None):
+        raise ValueError("give either data or dataset")
+    fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
+    fields |= ({"label": label} if label else {}) | ({"dataset": dataset} if dataset else {})
+    fields |= {"priority": str(priority)} if priority else {}
+    fields |= {"metadata": jsons.dumps(metadata)} if metadata else {}
+    return fields, {"data": data, "validation": validation}
 
 
 def _labelled(model: Model, label: str) -> int:

@@ -76,6 +76,31 @@ class Job(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate(Record):
+    """What a fine-tune would take."""
+
+    seconds: float  # from its start until its version is live
+    seconds_within: float  # how far off that may be, as a share of it
+    memory_bytes: int  # peak of the worker
+    jobs: int = 0  # finished ones of its kind that this rests on; 0 for another machine's figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun(Record):
+    """What a fine-tune would be. Nothing was created."""
+
+    PARTS: ClassVar = {"estimate": Estimate}
+
+    model: str
+    base: str
+    dataset: dict[str, Any]
+    spec: dict[str, Any]  # with every default, and "auto" for what would be searched
+    estimate: Estimate
+    resolved_spec: dict[str, Any] | None = None  # the same with its base, if nothing would be searched
+    warnings: list[str] = field(default_factory=list)  # what would be done in another way than asked for
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset(Record):
     """A data set that is kept. Times are in Unix seconds."""
 

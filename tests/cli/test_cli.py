@@ -282,6 +282,8 @@ def test_every_command_prints_json_and_nothing_else(
     assert json_of(service, "datasets", "show", seen["datasets"]["id"]) == seen["datasets"]
     assert seen["datasets"] in json_of(service, "datasets", "list", "--limit", "1000")
     assert json_of(service, "datasets", "delete", seen["datasets"]["id"])["id"] == seen["datasets"]["id"]
+    dry = json_of(service, "finetune", str(upload), "--model", LONG, "--dry-run")
+    assert (dry["object"], dry["dataset"]["images"]) == ("fine_tuning.dry_run", 60)
     monkeypatch.setenv("TEMPER_HOME", str(tmp_path / "another"))
     seen["keys"] = json_of(service, "keys", "create", "--name", "x")
     assert json_of(service, "keys", "revoke", seen["keys"]["id"])["revoked_at"] is not None
@@ -302,8 +304,10 @@ def test_every_command_prints_json_and_nothing_else(
 def test_tables_fit_a_terminal_of_80_columns(service: Service, job: str, upload: Path) -> None:
     wild = ("--method", "full", "--optimizer", "sgd", "--learning-rate", "1.0", "--l2", "10.0")
     failed = json_of(service, "finetune", str(upload), "--model", LONG, *wild, "--wait", code=1)
+    dry = ["finetune", str(upload), "--model", LONG, "--dry-run"]
     commands = [["jobs"], ["models"], ["status", job], ["status", failed["id"]], ["events", job], ["report", LONG],
-                ["report", "lenet5"], ["verify", LONG], ["health"]]  # fmt: skip
+                ["report", "lenet5"], ["verify", LONG], ["health"], dry,
+                [*dry, "--method", "full", "--epsilon", "0.1"]]  # fmt: skip
     call = f"main(['--url', {service.url!r}, *one], standalone_mode=False)"
     program = f"from cli.main import main\nfor one in {commands}: {call}"
     leader, follower = pty.openpty()
@@ -323,6 +327,29 @@ def test_tables_fit_a_terminal_of_80_columns(service: Service, job: str, upload:
     assert job in text
     assert failed["id"] in text
     assert failed["error"]["message"][:40] in text
+
+
+def test_a_dry_run_shows_what_would_be_trained_and_what_it_would_take(
+    service: Service, upload: Path, digits: Digits, tmp_path: Path
+) -> None:
+    validation, few = tmp_path / "validation.npz", tmp_path / "few.npz"
+    validation.write_bytes(npz(images=digits[0][60:100], labels=digits[1][60:100]))
+    few.write_bytes(npz(images=digits[0][:20], labels=np.arange(20) % 10))
+    ask = ("finetune", str(upload), "--model", "dry", "--dry-run")
+    shown = called(service, *ask).stdout
+    assert "dry would get a version; nothing was created" in shown
+    for fact in ("60 images, 10 classes", "lenet5:1", "method, head", "16 recipes", " s, give or take ", " GB"):
+        assert fact in shown, shown
+    shown = called(service, *ask, "--method", "full", "--epsilon", "0.1", "--validation", str(validation)).stdout
+    for fact in ("method full", '"epsilon": 0.1', "validation  40 images"):
+        assert fact in shown, shown
+    assert "automatic" not in shown
+    assert "recipes" not in shown
+    assert "nothing is searched" in called(service, "finetune", str(few), *ask[2:]).stdout
+    assert "either PATH or --dataset" in called(service, *ask, "--dataset", "x", code=2).stderr
+    assert "--dry-run or --wait" in called(service, *ask, "--wait", code=2).stderr
+    assert "[invalid_spec]" in called(service, *ask, "--epochs", "0", code=1).stderr
+    assert service.api.get("/finetune", params={"model": "dry"}).json()["data"] == []
 
 
 def test_labels_are_promoted_and_rolled_back(service: Service, job: str) -> None:

@@ -126,6 +126,32 @@ def test_a_data_set_is_kept_used_by_its_id_and_deleted(temper: Client, digits: D
         temper.dataset(kept.id)
 
 
+def test_a_dry_run_says_what_a_fine_tune_would_take_and_creates_nothing(temper: Client, digits: Digits) -> None:
+    arrays = digits[0][:60], digits[1][:60]
+    others = digits[0][60:100], digits[1][60:100]
+    dry = temper.dry_run(arrays, "dry", {"method": "full"}, validation=others)
+    assert (dry.model, dry.base, dry.dataset["images"], dry.warnings) == ("dry", "lenet5:1", 60, [])
+    assert dry.dataset["validation"]["images"] == 40
+    assert dry.resolved_spec
+    assert dry.resolved_spec["method"] == "full"
+    assert dry.estimate.seconds > 0
+    assert 0 < dry.estimate.seconds_within < 1
+    assert dry.estimate.memory_bytes > 1e8
+    searched = temper.dry_run(arrays, "dry")
+    assert (searched.spec["method"], searched.resolved_spec) == ("auto", None)
+    (warning,) = temper.dry_run((digits[0][:20], 2 * [*range(10)]), "dry").warnings
+    assert "nothing is searched" in warning
+    assert "dry" not in {job.model for job in temper.jobs()}
+    with pytest.raises(InvalidSpec):
+        temper.dry_run(arrays, "dry", {"epochs": 0})
+    with pytest.raises(InvalidDataset):
+        temper.dry_run(b"no archive", "dry")
+    with pytest.raises(InvalidRequest, match="priority"):
+        temper.dry_run(arrays, "dry", priority=101)
+    with pytest.raises(ValueError, match="either data or dataset"):
+        temper.dry_run(None, "dry")
+
+
 def test_a_job_is_paused_and_resumed(temper: Client, digits: Digits) -> None:
     one = temper.finetune((digits[0][:40], digits[1][:40]), "paused", {"method": "full", "epochs": 1000})
     temper.pause(one.id)
@@ -384,6 +410,8 @@ def test_the_asynchronous_client_does_the_same(
             found, health = await asyncio.gather(client.predict(png(digits[0][0]), "typed"), client.health())
             assert found.labels == temper.predict(digits[0][0], "typed").labels
             assert health.ready
+            dry = await client.dry_run((digits[0][:60], digits[1][:60]), "typed", QUICK)
+            assert (dry.model, dry.dataset["images"]) == ("typed", 60)
             path = await client.download("typed", tmp_path)
             assert zipfile.ZipFile(path).testzip() is None
             told: list[Job] = []
