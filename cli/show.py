@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,6 +17,7 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    Delivery,
     DryRun,
     Event,
     Health,
@@ -25,6 +27,8 @@ from temper.records import (
     Prediction,
     Verification,
     Version,
+    Webhook,
+    WebhookDeleted,
 )
 
 if TYPE_CHECKING:
@@ -189,21 +193,27 @@ def _value(value: Any) -> str:
 
 
 def show_jobs(jobs: Iterable[Job]) -> None:
-    """A line for each job; in a terminal, what went wrong below the table."""
-    names = ("job", "model", "status", "progress", "started")
-    table = _columns(*names, *(() if console.is_terminal else ("error",)), whole="job")
-    failures = []
-    for job in jobs:
+    """A line for each job, and what went wrong."""
+
+    def cells(job: Job) -> tuple[str, ...]:
         done, of = _done(job.progress)
         far = f"{done}/{of}" if done and not job.finished else ""
         model = f"{job.model}:{job.version}" if job.version else job.model
-        cells = [job.id, model, job.stage or job.status, far, _when(job.started_at)]
-        error = escape(job.error.message) if job.error else ""
+        return job.id, model, job.stage or job.status, far, _when(job.started_at)
+
+    rows = ((cells(job), job.error.message if job.error else None) for job in jobs)
+    _show_with_errors(("job", "model", "status", "progress", "started"), rows)
+
+
+def _show_with_errors(names: tuple[str, ...], rows: Iterable[tuple[tuple[str, ...], str | None]]) -> None:
+    """A line for each row, which begins with its id, with its error; in a terminal the errors are below the table."""
+    table = _columns(*names, *(() if console.is_terminal else ("error",)), whole=names[0])
+    failures = []
+    for cells, error in rows:
+        text = escape(error or "")
         if console.is_terminal:
-            failures += [f"{job.id}: {error}"] if error else []
-        else:
-            cells.append(error)
-        table.add_row(*cells)
+            failures += [f"{cells[0]}: {text}"] if text else []
+        table.add_row(*cells, *(() if console.is_terminal else (text,)))
     show(table)
     for failure in failures:
         say(failure)
@@ -240,6 +250,38 @@ def show_datasets(datasets: Iterable[Dataset]) -> None:
 def show_deleted_dataset(deleted: DatasetDeleted) -> None:
     """What was deleted."""
     say(f"deleted {deleted.id}")
+
+
+def show_secret(webhook: Webhook) -> None:
+    """A webhook's new secret, alone on standard output."""
+    click.echo(f"{webhook.id}, to {webhook.url}; the secret is not shown again:", err=True)
+    click.echo(webhook.secret)
+
+
+def show_webhooks(webhooks: Iterable[Webhook]) -> None:
+    """A line for each webhook."""
+    table = _columns("webhook", "url", "types", "status", "created", whole="webhook")
+    for one in webhooks:
+        why = f": {one.disabled_because}" if one.disabled_because else ""
+        types = ", ".join(one.types) if one.types else "all"
+        table.add_row(one.id, escape(one.url), types, escape(one.status + why), _when(one.created_at))
+    show(table)
+
+
+def show_deleted_webhook(deleted: WebhookDeleted) -> None:
+    """What was deleted."""
+    say(f"deleted {deleted.id}")
+
+
+def show_deliveries(deliveries: Iterable[Delivery]) -> None:
+    """A line for each delivery, and what went wrong."""
+    rows = (((one.id, one.type, one.status, str(one.attempts), _when(one.created_at)), one.error) for one in deliveries)
+    _show_with_errors(("delivery", "type", "status", "attempts", "created"), rows)
+
+
+def show_delivery(delivery: Delivery) -> None:
+    """A delivery that is sent again."""
+    say(f"{delivery.id} is {delivery.status}")
 
 
 def show_events(events: Iterable[Event]) -> None:

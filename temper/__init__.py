@@ -30,6 +30,7 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    Delivery,
     DryRun,
     Estimate,
     Event,
@@ -42,13 +43,15 @@ from temper.records import (
     Prediction,
     Verification,
     Version,
+    Webhook,
+    WebhookDeleted,
 )
 
 __all__ = [
     "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted", "Deleted",
-    "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch", "InvalidDataset",
-    "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label", "Model",
-    "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError", "TimedOut",
-    "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification",
-    "Version",
+    "Delivery", "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch",
+    "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label",
+    "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError",
+    "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType",
+    "Verification", "Version", "Webhook", "WebhookDeleted",
 ]  # fmt: skip

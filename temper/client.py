@@ -6,7 +6,7 @@ import json as jsons
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    Delivery,
     DryRun,
     Event,
     Health,
@@ -28,6 +29,8 @@ from temper.records import (
     Prediction,
     Verification,
     Version,
+    Webhook,
+    WebhookDeleted,
 )
 from temper.transport import (
     Answer,
@@ -238,6 +241,62 @@ class Verbs(Driver):
         return (yield from self._ask(Request("DELETE", at("datasets", dataset)))).read(DatasetDeleted)
 
     @Verb
+    def create_webhook(self, url: str, types: Collection[str] | None = None) -> Steps[Webhook]:
+        """Register an endpoint that is told what happens from now on.
+
+        Args:
+            url: of the endpoint.
+            types: what to tell it, such as `model.label.moved`; everything if not given.
+
+        Returns:
+            The webhook with its `secret`, which signs its deliveries and is shown this once.
+
+        Raises:
+            InvalidRequest: webhooks may not go to the URL, or there is no such type.
+        """
+        new = {"url": url} | ({} if types is None else {"types": list(types)})
+        return (yield from self._ask(Request("POST", "/webhooks", json=new))).read(Webhook)
+
+    @Lister
+    def webhooks(self, limit: int | None = None) -> Listing[Webhook]:
+        """Webhooks without their secrets, newest first; at most `limit` of them."""
+        yield from self._pages("/webhooks", Webhook, "id", limit)
+
+    @Verb
+    def webhook(self, webhook: str) -> Steps[Webhook]:
+        """A webhook without its secret."""
+        return (yield from self._get(at("webhooks", webhook))).read(Webhook)
+
+    @Verb
+    def delete_webhook(self, webhook: str) -> Steps[WebhookDeleted]:
+        """Delete a webhook with its deliveries."""
+        return (yield from self._ask(Request("DELETE", at("webhooks", webhook)))).read(WebhookDeleted)
+
+    @Verb
+    def rotate_webhook(self, webhook: str) -> Steps[Webhook]:
+        """Give a webhook a new `secret`, which is shown this once. For 24 hours the old one signs as well."""
+        return (yield from self._ask(Request("POST", at("webhooks", webhook, "rotate")))).read(Webhook)
+
+    @Lister
+    def deliveries(self, webhook: str, status: str | None = None, limit: int | None = None) -> Listing[Delivery]:
+        """What a webhook was or will be told, newest first; at most `limit` deliveries.
+
+        Args:
+            status: only those that are `pending`, `succeeded`, or `failed`, that is given up.
+        """
+        yield from self._pages(at("webhooks", webhook, "deliveries"), Delivery, "id", limit, status=status)
+
+    @Verb
+    def replay_delivery(self, webhook: str, delivery: str) -> Steps[Delivery]:
+        """Send a delivery again, at once and with all its retries, under the same id.
+
+        Raises:
+            Conflict: the webhook is disabled.
+        """
+        path = at("webhooks", webhook, "deliveries", delivery, "replay")
+        return (yield from self._ask(Request("POST", path))).read(Delivery)
+
+    @Verb
     def job(self, job: str) -> Steps[Job]:
         """A job with its status, its progress, and its version or error."""
         return (yield from self._get(at("finetune", job))).read(Job)
@@ -436,12 +495,12 @@ class Verbs(Driver):
         move = {"version": version} | ({} if weight is None else {"weight": weight})
         return (yield from self._ask(Request("PUT", at("models", model, "labels", label), json=move))).read(Label)
 
-    def _pages(self, path: str, kind: Any, key: str, limit: int | None) -> Listing[Any]:
+    def _pages(self, path: str, kind: Any, key: str, limit: int | None, **params: Any) -> Listing[Any]:
         """All items of a list, by pages; `key` is what names an item."""
         after, left = None, limit
         while left is None or left > 0:
             size = MOST if left is None else min(left, MOST)
-            found, more = (yield from self._get(path, after=after, limit=size)).page(kind)
+            found, more = (yield from self._get(path, after=after, limit=size, **params)).page(kind)
             yield from found
             if not more:
                 return

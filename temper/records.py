@@ -133,6 +133,44 @@ class Event(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Webhook(Record):
+    """An endpoint that is told what happens. Times are in Unix seconds."""
+
+    id: str
+    url: str
+    status: str  # enabled, or disabled once it has answered 410
+    created_at: float
+    types: list[str] | None = None  # what it is told; None for everything
+    disabled_because: str | None = None
+    old_secret_until: float | None = None  # for how long the secret before the last rotation signs as well
+    secret: str | None = field(default=None, repr=False)  # only in what creates it or rotates it
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookDeleted(Record):
+    """A webhook that was deleted."""
+
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery(Record):
+    """What a webhook is told, and how far that is. Times are in Unix seconds."""
+
+    id: str  # the `webhook-id` of every attempt
+    webhook: str
+    type: str
+    data: dict[str, Any]
+    created_at: float  # when it happened
+    status: str  # pending, succeeded or failed
+    attempts: int  # that have ended
+    attempted_at: float | None = None
+    next_attempt_at: float | None = None
+    http_status: int | None = None  # that answered the last attempt
+    error: str | None = None  # of the last attempt
+
+
+@dataclass(frozen=True, kw_only=True)
 class Version(Record):
     """A live version of a model, with its report card."""
 
