@@ -18,6 +18,7 @@ from api.http import errors
 from api.http.fast_path import fast_path
 from api.http.keys import Guard, KeyRing
 from api.http.limits import BodyLimit
+from api.http.openapi import add_webhooks
 from api.http.openapi import errors as documented
 from api.http.pages import PageHeaders
 from api.http.tracing import Tracing
@@ -104,6 +105,7 @@ def create_app(settings: Settings) -> ASGIApp:
         responses=documented(401, 403),
         dependencies=[Security(HTTPBearer(auto_error=False, description="An API key, where keys are required."))],
     )  # the dependency documents what `Guard` does
+    add_webhooks(app)
     errors.install(app)
     app.add_middleware(PageHeaders)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from cli.command import INTERRUPTED, command, to_paste
-from cli.show import console, print_report, progress, show_events, show_job, show_jobs
+from cli.show import console, print_report, progress, show_dry_run, show_events, show_job, show_jobs
 from cli.spec_options import spec_of, spec_options
-from temper import Client, Event, Job
+from temper import Client, DryRun, Event, Job
 
 job_id = click.argument("job")
 
@@ -19,7 +19,14 @@ def _show_queued(job: Job) -> None:
         show_job(job)
 
 
-@command(_show_queued)
+def _show_asked(found: Job | DryRun) -> None:
+    if isinstance(found, DryRun):
+        show_dry_run(found)
+    else:
+        _show_queued(found)
+
+
+@command(_show_asked)
 @click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option("--model", required=True, help="The model to add a version to.")
 @click.option("--dataset", help="Id of a data set that is kept, in place of PATH.")
@@ -29,21 +36,25 @@ def _show_queued(job: Job) -> None:
 @click.option("--label", help="The label to move to the new version.  [default: stable]")
 @click.option("--priority", default=0, help="From -100 to 100; the highest of the queued jobs is next.")
 @click.option("--wait", is_flag=True, help="Show progress until the job finishes.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained and what it would take; create nothing.")
 @spec_options
 def finetune(
     client: Client, path: Path | None, model: str, dataset: str | None, validation: Path | None, label: str | None,
-    priority: int, wait: bool, **given: Any,
-) -> Job:  # fmt: skip
+    priority: int, wait: bool, dry_run: bool, **given: Any,
+) -> Job | DryRun:  # fmt: skip
     """Fine-tune on PATH: a directory of class folders, a zip of one, or an .npz of images and labels."""
     if (path is None) is (dataset is None):
         raise click.UsageError("give either PATH or --dataset")
-    job = client.finetune(
+    if dry_run and wait:
+        raise click.UsageError("give --dry-run or --wait, not both")
+    ask = client.dry_run if dry_run else client.finetune
+    found: Job | DryRun = ask(
         path, model, spec_of(given), dataset=dataset, validation=validation, label=label, priority=priority
     )
-    if not wait:
-        return job
-    show_job(job)
-    return _wait(client, job.id)
+    if not wait or isinstance(found, DryRun):
+        return found
+    show_job(found)
+    return _wait(client, found.id)
 
 
 @command(_show_queued)

@@ -9,6 +9,7 @@ from cli.jobs import cancel, events, finetune, jobs, pause, resume, status, wait
 from cli.keys import keys
 from cli.models import delete, delta, download, models, predict, promote, report, rollback, verify
 from cli.show import show_health
+from cli.webhooks import webhooks
 from store.settings import Settings, from_environment
 from temper import Client, Health
 
@@ -60,6 +61,7 @@ def health(client: Client) -> Health:
 
 for one in (
     finetune, wait, jobs, status, events, pause, resume, cancel,
-    predict, models, report, verify, promote, rollback, download, delta, delete, datasets, health, keys,
+    predict, models, report, verify, promote, rollback, download, delta, delete, datasets, webhooks,
+    health, keys,
 ):  # fmt: skip
     main.add_command(one)

@@ -2,11 +2,12 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,6 +17,8 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    Delivery,
+    DryRun,
     Event,
     Health,
     Job,
@@ -24,6 +27,8 @@ from temper.records import (
     Prediction,
     Verification,
     Version,
+    Webhook,
+    WebhookDeleted,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +38,7 @@ console = Console(highlight=False)
 WIDE = 1000  # columns
 SHOWN = 20  # classes of a model, at most
 BEST = 5  # classes of a prediction
+NO_RECIPE = ("base", "search", "polarity", "device", "seed")  # of a spec
 TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
 
 
@@ -130,10 +136,9 @@ def show_job(job: Job) -> None:
     """A job in a few lines."""
     version = f"{job.model}:{job.version}" if job.version else job.model
     say(f"[bold]{job.id}[/] {escape(version)} {job.status}")
-    table, data = _facts(), job.dataset
-    if data:
-        polarity = data["polarity"].replace("_", " ")
-        table.add_row("data", f"{data['images']} images, {len(data['classes'])} classes, {polarity}")
+    table = _facts()
+    if job.dataset:
+        table.add_row("data", _contents(job.dataset))
     if job.base:
         table.add_row("base", job.base)
     if job.stage:
@@ -151,22 +156,64 @@ def show_job(job: Job) -> None:
     show(table)
 
 
+def _contents(data: Mapping[str, Any]) -> str:
+    """What is in the data set of a job."""
+    polarity = data["polarity"].replace("_", " ")
+    return f"{data['images']} images, {len(data['classes'])} classes, {polarity}"
+
+
+def show_dry_run(found: DryRun) -> None:
+    """What a fine-tune would train, and what it would take."""
+    say(f"[bold]{escape(found.model)}[/] would get a version; nothing was created")
+    table, estimate = _facts(), found.estimate
+    table.add_row("data", _contents(found.dataset))
+    if validation := found.dataset.get("validation"):
+        table.add_row("validation", f"{validation['images']} images")
+    table.add_row("base", found.base)
+    recipe = {name: value for name, value in found.spec.items() if name not in NO_RECIPE and value}
+    searched = [name for name, value in recipe.items() if value == "auto" and name != "class_weights"]
+    fixed = [f"{name} {_value(value)}" for name, value in recipe.items() if name not in searched]
+    for name, parts in (("fixed", fixed), ("automatic", searched)):
+        if parts:
+            table.add_row(name, escape(", ".join(parts)))
+    search = found.spec.get("search") or {}
+    if search.get("folds"):
+        table.add_row("search", f"{search['trials']} recipes, {search['folds']} folds")
+    kind = "job" if estimate.jobs == 1 else "jobs"
+    known = f"from {estimate.jobs} finished {kind} of its kind" if estimate.jobs else "from another machine's figures"
+    table.add_row("time", f"{estimate.seconds:,.1f} s, give or take {estimate.seconds_within:.0%}, {known}")
+    table.add_row("memory", f"{estimate.memory_bytes / 1e9:.1f} GB")
+    console.print(table)
+    for text in found.warnings:
+        console.print(f"[yellow]{escape(text)}[/]")
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def show_jobs(jobs: Iterable[Job]) -> None:
-    """A line for each job; in a terminal, what went wrong below the table."""
-    names = ("job", "model", "status", "progress", "started")
-    table = _columns(*names, *(() if console.is_terminal else ("error",)), whole="job")
-    failures = []
-    for job in jobs:
+    """A line for each job, and what went wrong."""
+
+    def cells(job: Job) -> tuple[str, ...]:
         done, of = _done(job.progress)
         far = f"{done}/{of}" if done and not job.finished else ""
         model = f"{job.model}:{job.version}" if job.version else job.model
-        cells = [job.id, model, job.stage or job.status, far, _when(job.started_at)]
-        error = escape(job.error.message) if job.error else ""
+        return job.id, model, job.stage or job.status, far, _when(job.started_at)
+
+    rows = ((cells(job), job.error.message if job.error else None) for job in jobs)
+    _show_with_errors(("job", "model", "status", "progress", "started"), rows)
+
+
+def _show_with_errors(names: tuple[str, ...], rows: Iterable[tuple[tuple[str, ...], str | None]]) -> None:
+    """A line for each row, which begins with its id, with its error; in a terminal the errors are below the table."""
+    table = _columns(*names, *(() if console.is_terminal else ("error",)), whole=names[0])
+    failures = []
+    for cells, error in rows:
+        text = escape(error or "")
         if console.is_terminal:
-            failures += [f"{job.id}: {error}"] if error else []
-        else:
-            cells.append(error)
-        table.add_row(*cells)
+            failures += [f"{cells[0]}: {text}"] if text else []
+        table.add_row(*cells, *(() if console.is_terminal else (text,)))
     show(table)
     for failure in failures:
         say(failure)
@@ -203,6 +250,38 @@ def show_datasets(datasets: Iterable[Dataset]) -> None:
 def show_deleted_dataset(deleted: DatasetDeleted) -> None:
     """What was deleted."""
     say(f"deleted {deleted.id}")
+
+
+def show_secret(webhook: Webhook) -> None:
+    """A webhook's new secret, alone on standard output."""
+    click.echo(f"{webhook.id}, to {webhook.url}; the secret is not shown again:", err=True)
+    click.echo(webhook.secret)
+
+
+def show_webhooks(webhooks: Iterable[Webhook]) -> None:
+    """A line for each webhook."""
+    table = _columns("webhook", "url", "types", "status", "created", whole="webhook")
+    for one in webhooks:
+        why = f": {one.disabled_because}" if one.disabled_because else ""
+        types = ", ".join(one.types) if one.types else "all"
+        table.add_row(one.id, escape(one.url), types, escape(one.status + why), _when(one.created_at))
+    show(table)
+
+
+def show_deleted_webhook(deleted: WebhookDeleted) -> None:
+    """What was deleted."""
+    say(f"deleted {deleted.id}")
+
+
+def show_deliveries(deliveries: Iterable[Delivery]) -> None:
+    """A line for each delivery, and what went wrong."""
+    rows = (((one.id, one.type, one.status, str(one.attempts), _when(one.created_at)), one.error) for one in deliveries)
+    _show_with_errors(("delivery", "type", "status", "attempts", "created"), rows)
+
+
+def show_delivery(delivery: Delivery) -> None:
+    """A delivery that is sent again."""
+    say(f"{delivery.id} is {delivery.status}")
 
 
 def show_events(events: Iterable[Event]) -> None:

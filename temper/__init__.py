@@ -30,6 +30,9 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    Delivery,
+    DryRun,
+    Estimate,
     Event,
     Failure,
     Health,
@@ -40,13 +43,15 @@ from temper.records import (
     Prediction,
     Verification,
     Version,
+    Webhook,
+    WebhookDeleted,
 )
 
 __all__ = [
     "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted", "Deleted",
-    "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch", "InvalidDataset", "InvalidImage",
-    "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label", "Model", "ModelSummary",
-    "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError", "TimedOut", "TooLarge",
-    "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification",
-    "Version",
+    "Delivery", "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch",
+    "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label",
+    "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError",
+    "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType",
+    "Verification", "Version", "Webhook", "WebhookDeleted",
 ]  # fmt: skip

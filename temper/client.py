@@ -6,7 +6,7 @@ import json as jsons
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from temper.records import (
     Dataset,
     DatasetDeleted,
     Deleted,
+    Delivery,
+    DryRun,
     Event,
     Health,
     Job,
@@ -27,6 +29,8 @@ from temper.records import (
     Prediction,
     Verification,
     Version,
+    Webhook,
+    WebhookDeleted,
 )
 from temper.transport import (
     Answer,
@@ -186,15 +190,31 @@ class Verbs(Driver):
             InvalidSpec: the spec is wrong.
             JobFailed: `wait` was given, and the job failed or was cancelled.
         """
-        if (data is None) is (dataset is None):
-            raise ValueError("give either data or dataset")
-        fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
-        fields |= ({"label": label} if label else {}) | ({"dataset": dataset} if dataset else {})
-        fields |= {"priority": str(priority)} if priority else {}
-        fields |= {"metadata": jsons.dumps(metadata)} if metadata else {}
-        files = {"data": data, "validation": validation}
+        fields, files = _asked(data, model, spec, dataset, validation, label, priority, metadata)
         job = (yield from self._upload("/finetune", fields, files, idempotency_key)).read(Job)
         return (yield from self._wait(job.id, on_progress, None)) if wait else job
+
+    @Verb
+    def dry_run(
+        self,
+        data: Data | None,
+        model: str,
+        spec: Mapping[str, Any] | None = None,
+        *,
+        dataset: str | None = None,
+        validation: Data | None = None,
+        label: str | None = None,
+        priority: int = 0,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Steps[DryRun]:
+        """Validate what `finetune` would be given, and estimate what it would take. Nothing is created.
+
+        Raises:
+            InvalidDataset: the images cannot be trained on.
+            InvalidSpec: the spec is wrong.
+        """
+        fields, files = _asked(data, model, spec, dataset, validation, label, priority, metadata)
+        return (yield from self._upload("/finetune", fields | {"dry_run": "true"}, files)).read(DryRun)
 
     @Verb
     def upload(self, data: Data) -> Steps[Dataset]:
@@ -219,6 +239,62 @@ class Verbs(Driver):
     def delete_dataset(self, dataset: str) -> Steps[DatasetDeleted]:
         """Delete a data set that no unfinished job needs."""
         return (yield from self._ask(Request("DELETE", at("datasets", dataset)))).read(DatasetDeleted)
+
+    @Verb
+    def create_webhook(self, url: str, types: Collection[str] | None = None) -> Steps[Webhook]:
+        """Register an endpoint that is told what happens from now on.
+
+        Args:
+            url: of the endpoint.
+            types: what to tell it, such as `model.label.moved`; everything if not given.
+
+        Returns:
+            The webhook with its `secret`, which signs its deliveries and is shown this once.
+
+        Raises:
+            InvalidRequest: webhooks may not go to the URL, or there is no such type.
+        """
+        new = {"url": url} | ({} if types is None else {"types": list(types)})
+        return (yield from self._ask(Request("POST", "/webhooks", json=new))).read(Webhook)
+
+    @Lister
+    def webhooks(self, limit: int | None = None) -> Listing[Webhook]:
+        """Webhooks without their secrets, newest first; at most `limit` of them."""
+        yield from self._pages("/webhooks", Webhook, "id", limit)
+
+    @Verb
+    def webhook(self, webhook: str) -> Steps[Webhook]:
+        """A webhook without its secret."""
+        return (yield from self._get(at("webhooks", webhook))).read(Webhook)
+
+    @Verb
+    def delete_webhook(self, webhook: str) -> Steps[WebhookDeleted]:
+        """Delete a webhook with its deliveries."""
+        return (yield from self._ask(Request("DELETE", at("webhooks", webhook)))).read(WebhookDeleted)
+
+    @Verb
+    def rotate_webhook(self, webhook: str) -> Steps[Webhook]:
+        """Give a webhook a new `secret`, which is shown this once. For 24 hours the old one signs as well."""
+        return (yield from self._ask(Request("POST", at("webhooks", webhook, "rotate")))).read(Webhook)
+
+    @Lister
+    def deliveries(self, webhook: str, status: str | None = None, limit: int | None = None) -> Listing[Delivery]:
+        """What a webhook was or will be told, newest first; at most `limit` deliveries.
+
+        Args:
+            status: only those that are `pending`, `succeeded`, or `failed`, that is given up.
+        """
+        yield from self._pages(at("webhooks", webhook, "deliveries"), Delivery, "id", limit, status=status)
+
+    @Verb
+    def replay_delivery(self, webhook: str, delivery: str) -> Steps[Delivery]:
+        """Send a delivery again, at once and with all its retries, under the same id.
+
+        Raises:
+            Conflict: the webhook is disabled.
+        """
+        path = at("webhooks", webhook, "deliveries", delivery, "replay")
+        return (yield from self._ask(Request("POST", path))).read(Delivery)
 
     @Verb
     def job(self, job: str) -> Steps[Job]:
@@ -419,17 +495,31 @@ class Verbs(Driver):
         move = {"version": version} | ({} if weight is None else {"weight": weight})
         return (yield from self._ask(Request("PUT", at("models", model, "labels", label), json=move))).read(Label)
 
-    def _pages(self, path: str, kind: Any, key: str, limit: int | None) -> Listing[Any]:
+    def _pages(self, path: str, kind: Any, key: str, limit: int | None, **params: Any) -> Listing[Any]:
         """All items of a list, by pages; `key` is what names an item."""
         after, left = None, limit
         while left is None or left > 0:
             size = MOST if left is None else min(left, MOST)
-            found, more = (yield from self._get(path, after=after, limit=size)).page(kind)
+            found, more = (yield from self._get(path, after=after, limit=size, **params)).page(kind)
             yield from found
             if not more:
                 return
             after = getattr(found[-1], key)
             left = None if left is None else left - len(found)
+
+
+def _asked(
+    data: Data | None, model: str, spec: Mapping[str, Any] | None, dataset: str | None, validation: Data | None,
+    label: str | None, priority: int, metadata: Mapping[str, str] | None,
+) -> tuple[dict[str, str], dict[str, Data | None]]:  # fmt: skip
+    """The fields and files of a form that asks for a fine-tune."""
+    if (data is None) is (dataset is None):
+        raise ValueError("give either data or dataset")
+    fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
+    fields |= ({"label": label} if label else {}) | ({"dataset": dataset} if dataset else {})
+    fields |= {"priority": str(priority)} if priority else {}
+    fields |= {"metadata": jsons.dumps(metadata)} if metadata else {}
+    return fields, {"data": data, "validation": validation}
 
 
 def _labelled(model: Model, label: str) -> int:

@@ -76,6 +76,31 @@ class Job(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate(Record):
+    """What a fine-tune would take."""
+
+    seconds: float  # from its start until its version is live
+    seconds_within: float  # how far off that may be, as a share of it
+    memory_bytes: int  # peak of the worker
+    jobs: int = 0  # finished ones of its kind that this rests on; 0 for another machine's figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun(Record):
+    """What a fine-tune would be. Nothing was created."""
+
+    PARTS: ClassVar = {"estimate": Estimate}
+
+    model: str
+    base: str
+    dataset: dict[str, Any]
+    spec: dict[str, Any]  # with every default, and "auto" for what would be searched
+    estimate: Estimate
+    resolved_spec: dict[str, Any] | None = None  # the same with its base, if nothing would be searched
+    warnings: list[str] = field(default_factory=list)  # what would be done in another way than asked for
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset(Record):
     """A data set that is kept. Times are in Unix seconds."""
 
@@ -105,6 +130,44 @@ class Event(Record):
     created_at: float
     type: str  # status, preview, trial, resolved, epoch, publishing or report
     data: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Webhook(Record):
+    """An endpoint that is told what happens. Times are in Unix seconds."""
+
+    id: str
+    url: str
+    status: str  # enabled, or disabled once it has answered 410
+    created_at: float
+    types: list[str] | None = None  # what it is told; None for everything
+    disabled_because: str | None = None
+    old_secret_until: float | None = None  # for how long the secret before the last rotation signs as well
+    secret: str | None = field(default=None, repr=False)  # only in what creates it or rotates it
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookDeleted(Record):
+    """A webhook that was deleted."""
+
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery(Record):
+    """What a webhook is told, and how far that is. Times are in Unix seconds."""
+
+    id: str  # the `webhook-id` of every attempt
+    webhook: str
+    type: str
+    data: dict[str, Any]
+    created_at: float  # when it happened
+    status: str  # pending, succeeded or failed
+    attempts: int  # that have ended
+    attempted_at: float | None = None
+    next_attempt_at: float | None = None
+    http_status: int | None = None  # that answered the last attempt
+    error: str | None = None  # of the last attempt
 
 
 @dataclass(frozen=True, kw_only=True)

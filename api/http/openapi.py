@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, FastAPI, Path, Query
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from api.http.fast_path import FastRoute, Handler
 from api.inference.options import ModelName
 from store.records import GREY_28
 from store.validation import TEXT
+from store.webhooks import WebhookType
+from trainer.jobs.records import ANNOUNCED
 
 After = Annotated[str | None, Query(max_length=100, pattern=TEXT, description="The last item of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")]
@@ -110,13 +112,13 @@ PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _in_path(name: str, about: str, kind: str = "string") -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "description": about, "schema": {"type": kind}}
+def _parameter(name: str, about: str, kind: str = "string", place: str = "path", **more: Any) -> dict[str, Any]:
+    return {"name": name, "in": place, "required": True, "description": about, "schema": {"type": kind, **more}}
 
 
 # Parameters of routes that read the request themselves.
-NAME, LABEL = _in_path("name", "The model."), _in_path("label", "A label.")
-VERSION = _in_path("version", "A version.", "integer")
+NAME, LABEL = _parameter("name", "The model."), _parameter("label", "A label.")
+VERSION = _parameter("version", "A version.", "integer")
 
 
 def whole(model: type[BaseModel]) -> dict[str, Any]:
@@ -154,3 +156,79 @@ def add_fast_routes(
                 "parameters": parameters,
             },
         )  # fmt: skip
+
+
+WEBHOOKS: dict[WebhookType, str] = {
+    "fine_tuning.job.created": "A job was queued",
+    "fine_tuning.job.running": "A worker has begun a job, or goes on with it",
+    "fine_tuning.job.succeeded": "A job has succeeded: its version is live",
+    "fine_tuning.job.failed": "A job has failed",
+    "fine_tuning.job.cancelled": "A job was cancelled",
+    "fine_tuning.job.report_completed": "The costly part of a job's report card is there",
+    "model.label.moved": "A label stands for another version, or for none",
+}
+_SIGNATURE = r"^v1,[A-Za-z0-9+/]{43}=( v1,[A-Za-z0-9+/]{43}=)*$"
+_SIGNED = [
+    _parameter("webhook-id", "Names the delivery, and is the same in every attempt.", place="header"),
+    _parameter("webhook-timestamp", "When this attempt was made, in Unix seconds.", "integer", "header"),
+    _parameter(
+        "webhook-signature",
+        "`v1,` and the base64 of the HMAC-SHA256 of `{webhook-id}.{webhook-timestamp}.{body}` under the secret's "
+        "bytes. For a day after a rotation there are two of these, with a space between.",
+        place="header", pattern=_SIGNATURE,
+    ),
+]  # fmt: skip
+_RECEIVED = {
+    "2XX": {"description": "It is received; answer within 15 seconds"},
+    "410": {"description": "Disable this webhook"},
+    "default": {"description": "Send it again later"},
+}
+
+
+def add_webhooks(app: FastAPI) -> None:
+    """Have the document of an app describe what is sent to webhooks. As the rest of it, that is made when asked for."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        if "webhooks" not in document:
+            schemas = document["components"]["schemas"]
+            schemas |= {"JobAnnouncement": _of_job(schemas["JobView"]), "LabelMove": _LABEL_MOVE}
+            document["webhooks"] = {kind: {"post": _delivery(kind)} for kind in WEBHOOKS}
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _record(about: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "description": about, "properties": dict(fields), "required": list(fields)}
+
+
+def _of_job(view: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a job: some fields of it, as its own schema has them."""
+    return _record("A job when something happened to it.", {name: view["properties"][name] for name in ANNOUNCED})
+
+
+_LABEL_MOVE = _record("A label that has moved.", {
+    "model": {"type": "string", "description": "The model."},
+    "label": {"type": "string", "description": "The label."},
+    "from": {"type": ["integer", "null"], "description": "The version that it stood for; null if it is new."},
+    "to": {"type": ["integer", "null"], "description": "The version that it stands for; null if it was deleted."},
+})  # fmt: skip
+
+
+def _delivery(kind: WebhookType) -> dict[str, Any]:
+    """The request that tells an endpoint of something."""
+    data = "LabelMove" if kind == "model.label.moved" else "JobAnnouncement"
+    body = _record(f"{WEBHOOKS[kind]}.", {
+        "type": {"type": "string", "const": kind, "description": "What has happened."},
+        "timestamp": {"type": "string", "format": "date-time", "description": "When it happened, in UTC."},
+        "data": {"$ref": f"#/components/schemas/{data}", "description": "The particulars."},
+    })  # fmt: skip
+    return {
+        "tags": ["webhooks"], "operationId": kind, "summary": WEBHOOKS[kind],
+        "description": "Sent, and sent again until it is received, to every webhook that wants this type.",
+        "parameters": _SIGNED,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": _RECEIVED,
+    }  # fmt: skip

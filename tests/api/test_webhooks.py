@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,14 +18,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import sqlalchemy as sa
+from fastapi import FastAPI
+from fastapi.openapi.models import OpenAPI, PathItem
 
 from api.courier import SCHEDULE_S, Courier, Destinations, is_public, retry_after
+from api.http.openapi import add_webhooks
 from serving.registry import Registry
 from store import webhooks as module
 from store.errors import InvalidRequest, UnknownWebhook, WrongState
@@ -351,13 +356,8 @@ def test_what_is_rolled_back_is_never_told_and_what_is_committed_is(engine: sa.E
     assert [each.data for each in of(webhooks, webhook)] == [{"model": "m", "label": "stable", "from": None, "to": 1}]
 
 
-def test_every_change_of_a_job_and_every_move_of_a_label_is_told_to_those_who_want_it(
-    engine: sa.Engine, webhooks: Webhooks
-) -> None:
-    everything, failures = webhooks.create("https://example.com/"), webhooks.create(
-        "https://example.com/", ["fine_tuning.job.failed"]
-    )  # fmt: skip
-    other = webhooks.create("https://example.com/", tenant="other")
+def happen(engine: sa.Engine) -> None:
+    """Have jobs end in every way, and labels move."""
     jobs, registry = Jobs(engine), Registry(engine)
 
     def run() -> Any:
@@ -383,6 +383,16 @@ def test_every_change_of_a_job_and_every_move_of_a_label_is_told_to_those_who_wa
     registry.put_label("m", "stable", 2)
     registry.drop_label("m", "canary")
     registry.retire("m")
+
+
+def test_every_change_of_a_job_and_every_move_of_a_label_is_told_to_those_who_want_it(
+    engine: sa.Engine, webhooks: Webhooks
+) -> None:
+    everything, failures = webhooks.create("https://example.com/"), webhooks.create(
+        "https://example.com/", ["fine_tuning.job.failed"]
+    )  # fmt: skip
+    other = webhooks.create("https://example.com/", tenant="other")
+    happen(engine)
     told = sorted(of(webhooks, everything), key=lambda each: (each.created_at, ORDER.index(each.type)))
     of_job: dict[str, list[str]] = {}
     for each in told:
@@ -404,6 +414,88 @@ def test_every_change_of_a_job_and_every_move_of_a_label_is_told_to_those_who_wa
     assert webhooks.deliveries(other.id, limit=9, tenant="other") == ([], False)
     with pytest.raises(UnknownWebhook):
         webhooks.get(other.id)
+
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "object": dict, "string": str, "integer": int, "number": (int, float), "null": type(None),
+}  # fmt: skip
+
+
+def check(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Assert that a JSON value is as documented, and has no field that is not."""
+    known = {"$ref", "additionalProperties", "anyOf", "const", "default", "description", "enum", "examples", "format",
+             "pattern", "properties", "required", "title", "type"}  # fmt: skip
+    assert set(schema) <= known, f"{schema}: what this does not know it does not check"
+    if "$ref" in schema:
+        check(value, schemas[schema["$ref"].removeprefix("#/components/schemas/")], schemas)
+    if "anyOf" in schema:
+        failures = []
+        for option in schema["anyOf"]:
+            try:
+                check(value, option, schemas)
+                break
+            except AssertionError as exc:
+                failures.append(exc)
+        else:
+            raise AssertionError(f"{value!r} is none of {schema['anyOf']}: {failures}")
+    if "type" in schema:
+        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        assert any(isinstance(value, KINDS[kind]) for kind in kinds), f"{value!r} is no {kinds}"
+    assert value == schema.get("const", value)
+    assert value in schema.get("enum", [value])
+    assert re.search(schema.get("pattern", ""), str(value)), f"{value!r} does not match {schema['pattern']}"
+    if schema.get("format") == "date-time":
+        assert datetime.fromisoformat(value).tzinfo
+    if "properties" in schema:
+        assert set(schema.get("required", [])) <= set(value) <= set(schema["properties"])
+        for name, inner in value.items():
+            check(inner, schema["properties"][name], schemas)
+
+
+@pytest.fixture(scope="module")
+def document(service: Service) -> dict[str, Any]:
+    """The OpenAPI document."""
+    return dict(service.api.get("/openapi.json").json())
+
+
+def test_every_type_and_what_is_sent_for_it_is_as_documented(
+    engine: sa.Engine, webhooks: Webhooks, receiver: Receiver, document: dict[str, Any]
+) -> None:
+    webhook = webhooks.create(receiver.url)
+    webhooks.rotate(webhook.id)  # so that deliveries have two signatures
+    happen(engine)
+    deliver(webhooks, finished(webhooks, webhook))
+    assert set(receiver.types()) == set(document["webhooks"]) == set(ORDER)
+    for got in receiver.received:
+        about = document["webhooks"][got.payload["type"]]["post"]
+        schemas = document["components"]["schemas"]
+        check(got.payload, about["requestBody"]["content"][got.headers["content-type"]]["schema"], schemas)
+        assert {(header["in"], header["required"]) for header in about["parameters"]} == {("header", True)}
+        names = {header["name"] for header in about["parameters"]}
+        assert names == {name for name in got.headers if name.startswith("webhook-")}
+        for header in about["parameters"]:
+            sent: Any = got.headers[header["name"]]
+            check(int(sent) if header["schema"]["type"] == "integer" else sent, header["schema"], schemas)
+
+
+def test_what_is_documented_of_webhooks_is_valid_openapi_and_described(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.1.")
+    read = OpenAPI.model_validate(document)
+    assert read.webhooks
+    for kind, item in read.webhooks.items():
+        assert isinstance(item, PathItem)
+        assert item.post
+        assert item.post.operationId == kind
+        assert item.post.summary
+        assert item.post.description
+        assert all("description" in parameter for parameter in document["webhooks"][kind]["post"]["parameters"])
+        assert {"2XX", "410", "default"} == set(item.post.responses or {})
+
+
+def test_the_document_is_made_only_when_it_is_asked_for() -> None:
+    app = FastAPI()
+    add_webhooks(app)
+    assert app.openapi_schema is None
 
 
 def test_old_deliveries_and_disabled_endpoints_go_and_the_rest_stays(

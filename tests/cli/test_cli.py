@@ -259,6 +259,8 @@ def test_every_command_prints_json_and_nothing_else(
     service: Service, job: str, upload: Path, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "image.png").write_bytes(png(digits[0][0]))
+    nowhere = f"http://127.0.0.1:{free_port()}/"
+    hook = json_of(service, "webhooks", "create", nowhere, "--types", "model.label.moved, fine_tuning.job.failed")
     seen = {
         "jobs": json_of(service, "jobs", "--limit", "1000")[-1],
         "status": json_of(service, "status", job),
@@ -284,6 +286,16 @@ def test_every_command_prints_json_and_nothing_else(
     assert json_of(service, "datasets", "show", seen["datasets"]["id"]) == seen["datasets"]
     assert seen["datasets"] in json_of(service, "datasets", "list", "--limit", "1000")
     assert json_of(service, "datasets", "delete", seen["datasets"]["id"])["id"] == seen["datasets"]["id"]
+    seen["webhooks"] = next(one for one in json_of(service, "webhooks", "list") if one["id"] == hook["id"])
+    assert hook == {**seen["webhooks"], "secret": hook["secret"]}
+    assert hook["types"] == ["fine_tuning.job.failed", "model.label.moved"]
+    moved = json_of(service, "webhooks", "deliveries", hook["id"], "--limit", "2")
+    assert [one["data"]["label"] for one in moved] == ["canary", "stable"]
+    assert json_of(service, "webhooks", "replay", hook["id"], moved[0]["id"])["id"] == moved[0]["id"]
+    assert json_of(service, "webhooks", "rotate", hook["id"])["secret"] != hook["secret"]
+    assert json_of(service, "webhooks", "delete", hook["id"]) == {"id": hook["id"], "deleted": True}
+    dry = json_of(service, "finetune", str(upload), "--model", LONG, "--dry-run")
+    assert (dry["object"], dry["dataset"]["images"]) == ("fine_tuning.dry_run", 60)
     monkeypatch.setenv("TEMPER_HOME", str(tmp_path / "another"))
     seen["keys"] = json_of(service, "keys", "create", "--name", "x")
     assert json_of(service, "keys", "revoke", seen["keys"]["id"])["revoked_at"] is not None
@@ -332,8 +344,13 @@ def test_a_conversion_that_fails_is_one_line_and_leaves_no_file(service: Service
 def test_tables_fit_a_terminal_of_80_columns(service: Service, job: str, upload: Path) -> None:
     wild = ("--method", "full", "--optimizer", "sgd", "--learning-rate", "1.0", "--l2", "10.0")
     failed = json_of(service, "finetune", str(upload), "--model", LONG, *wild, "--wait", code=1)
+    url = f"http://127.0.0.1:{free_port()}/{'x' * 100}"
+    hook = json_of(service, "webhooks", "create", url)["id"]
+    json_of(service, "promote", f"{LONG}:2", "--label", "beta")
+    dry = ["finetune", str(upload), "--model", LONG, "--dry-run"]
     commands = [["jobs"], ["models"], ["status", job], ["status", failed["id"]], ["events", job], ["report", LONG],
-                ["report", "lenet5"], ["verify", LONG], ["health"]]  # fmt: skip
+                ["report", "lenet5"], ["verify", LONG], ["health"], dry, [*dry, "--method", "full", "--epsilon", "0.1"],
+                ["webhooks", "list"], ["webhooks", "deliveries", hook]]  # fmt: skip
     call = f"main(['--url', {service.url!r}, *one], standalone_mode=False)"
     program = f"from cli.main import main\nfor one in {commands}: {call}"
     leader, follower = pty.openpty()
@@ -353,6 +370,51 @@ def test_tables_fit_a_terminal_of_80_columns(service: Service, job: str, upload:
     assert job in text
     assert failed["id"] in text
     assert failed["error"]["message"][:40] in text
+    assert hook in text
+    assert "model.label.moved" in text
+    json_of(service, "delete", LONG, "--label", "beta", "--yes")
+    json_of(service, "webhooks", "delete", hook)
+
+
+def test_a_dry_run_shows_what_would_be_trained_and_what_it_would_take(
+    service: Service, upload: Path, digits: Digits, tmp_path: Path
+) -> None:
+    validation, few = tmp_path / "validation.npz", tmp_path / "few.npz"
+    validation.write_bytes(npz(images=digits[0][60:100], labels=digits[1][60:100]))
+    few.write_bytes(npz(images=digits[0][:20], labels=np.arange(20) % 10))
+    ask = ("finetune", str(upload), "--model", "dry", "--dry-run")
+    shown = called(service, *ask).stdout
+    assert "dry would get a version; nothing was created" in shown
+    for fact in ("60 images, 10 classes", "lenet5:1", "method, head", "16 recipes", " s, give or take ", " GB"):
+        assert fact in shown, shown
+    shown = called(service, *ask, "--method", "full", "--epsilon", "0.1", "--validation", str(validation)).stdout
+    for fact in ("method full", '"epsilon": 0.1', "validation  40 images"):
+        assert fact in shown, shown
+    assert "automatic" not in shown
+    assert "recipes" not in shown
+    assert "nothing is searched" in called(service, "finetune", str(few), *ask[2:]).stdout
+    assert "either PATH or --dataset" in called(service, *ask, "--dataset", "x", code=2).stderr
+    assert "--dry-run or --wait" in called(service, *ask, "--wait", code=2).stderr
+    assert "[invalid_spec]" in called(service, *ask, "--epochs", "0", code=1).stderr
+    assert service.api.get("/finetune", params={"model": "dry"}).json()["data"] == []
+
+
+def test_a_webhooks_secret_stands_alone_on_standard_output_when_it_is_made_and_never_again(service: Service) -> None:
+    made = called(service, "webhooks", "create", f"http://127.0.0.1:{free_port()}/")
+    secret, hook = made.stdout.strip(), made.stderr.partition(",")[0]
+    assert secret.startswith("whsec_")
+    assert "not shown again" in made.stderr
+    listed = called(service, "webhooks", "list").stdout
+    assert hook in listed
+    assert "whsec_" not in listed
+    rotated = called(service, "webhooks", "rotate", hook).stdout.strip()
+    assert rotated.startswith("whsec_")
+    assert rotated != secret
+    assert "fine_tuning.job.created" in called(service, "webhooks", "create", "x", "--types", "lost", code=1).stderr
+    assert "[unknown_webhook]" in called(service, "webhooks", "replay", hook, "msg-0", code=1).stderr
+    called(service, "webhooks", "deliveries", hook, "--status", "lost", code=2)
+    assert f"deleted {hook}" in called(service, "webhooks", "delete", hook).stdout
+    assert "[unknown_webhook]" in called(service, "webhooks", "delete", hook, code=1).stderr
 
 
 def test_labels_are_promoted_and_rolled_back(service: Service, job: str) -> None:

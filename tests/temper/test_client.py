@@ -126,6 +126,70 @@ def test_a_data_set_is_kept_used_by_its_id_and_deleted(temper: Client, digits: D
         temper.dataset(kept.id)
 
 
+def test_a_dry_run_says_what_a_fine_tune_would_take_and_creates_nothing(temper: Client, digits: Digits) -> None:
+    arrays = digits[0][:60], digits[1][:60]
+    others = digits[0][60:100], digits[1][60:100]
+    dry = temper.dry_run(arrays, "dry", {"method": "full"}, validation=others)
+    assert (dry.model, dry.base, dry.dataset["images"], dry.warnings) == ("dry", "lenet5:1", 60, [])
+    assert dry.dataset["validation"]["images"] == 40
+    assert dry.resolved_spec
+    assert dry.resolved_spec["method"] == "full"
+    assert dry.estimate.seconds > 0
+    assert 0 < dry.estimate.seconds_within < 1
+    assert dry.estimate.memory_bytes > 1e8
+    searched = temper.dry_run(arrays, "dry")
+    assert (searched.spec["method"], searched.resolved_spec) == ("auto", None)
+    (warning,) = temper.dry_run((digits[0][:20], 2 * [*range(10)]), "dry").warnings
+    assert "nothing is searched" in warning
+    assert "dry" not in {job.model for job in temper.jobs()}
+    with pytest.raises(InvalidSpec):
+        temper.dry_run(arrays, "dry", {"epochs": 0})
+    with pytest.raises(InvalidDataset):
+        temper.dry_run(b"no archive", "dry")
+    with pytest.raises(InvalidRequest, match="priority"):
+        temper.dry_run(arrays, "dry", priority=101)
+    with pytest.raises(ValueError, match="either data or dataset"):
+        temper.dry_run(None, "dry")
+
+
+def test_a_webhook_is_registered_rotated_told_replayed_and_deleted(
+    temper: Client, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}/"
+    made = temper.create_webhook(nowhere, ["fine_tuning.job.created"])
+    assert (made.url, made.types, made.status) == (nowhere, ["fine_tuning.job.created"], "enabled")
+    assert made.secret
+    assert made.secret.startswith("whsec_")
+    assert made.secret not in repr(made)
+    assert temper.webhook(made.id).secret is None  # it is shown once
+    assert made.id in [one.id for one in temper.webhooks()]
+    rotated = temper.rotate_webhook(made.id)
+    assert rotated.secret not in (None, made.secret)
+    assert rotated.old_secret_until
+    slow = {"method": "full", "epochs": 1000}
+    queued = [temper.finetune((digits[0][:40], digits[1][:40]), "hooked", slow).id for _ in range(2)]
+    for job in queued:
+        temper.cancel(job)
+    monkeypatch.setattr("temper.client.MOST", 1)
+    told = list(temper.deliveries(made.id))
+    assert [(one.type, one.data["id"]) for one in told] == [("fine_tuning.job.created", job) for job in queued[::-1]]
+    assert [one.id for one in temper.deliveries(made.id, "pending", limit=1)] == [told[0].id]
+    assert list(temper.deliveries(made.id, status="succeeded")) == []
+    assert temper.replay_delivery(made.id, told[0].id).id == told[0].id
+    with pytest.raises(NotFound):
+        temper.replay_delivery(made.id, "msg-0")
+    with pytest.raises(InvalidRequest, match="status"):
+        list(temper.deliveries(made.id, status="lost"))
+    with pytest.raises(InvalidRequest, match=r"types\.0"):
+        temper.create_webhook(nowhere, ["job.done"])
+    with pytest.raises(InvalidRequest, match="url"):
+        temper.create_webhook("ftp://example.com")
+    assert temper.delete_webhook(made.id).id == made.id
+    for gone in (temper.webhook, temper.rotate_webhook, temper.delete_webhook):
+        with pytest.raises(NotFound):
+            gone(made.id)
+
+
 def test_a_job_is_paused_and_resumed(temper: Client, digits: Digits) -> None:
     one = temper.finetune((digits[0][:40], digits[1][:40]), "paused", {"method": "full", "epochs": 1000})
     temper.pause(one.id)
@@ -384,6 +448,12 @@ def test_the_asynchronous_client_does_the_same(
             found, health = await asyncio.gather(client.predict(png(digits[0][0]), "typed"), client.health())
             assert found.labels == temper.predict(digits[0][0], "typed").labels
             assert health.ready
+            dry = await client.dry_run((digits[0][:60], digits[1][:60]), "typed", QUICK)
+            assert (dry.model, dry.dataset["images"]) == ("typed", 60)
+            made = await client.create_webhook(f"http://127.0.0.1:{free_port()}/")
+            assert made.id in [one.id async for one in client.webhooks()]
+            assert [one async for one in client.deliveries(made.id)] == []
+            assert (await client.delete_webhook(made.id)).id == made.id
             path = await client.download("typed", tmp_path)
             assert zipfile.ZipFile(path).testzip() is None
             told: list[Job] = []
