@@ -26,6 +26,7 @@ from temper.errors import (
     UnsupportedMediaType,
 )
 from temper.records import (
+    Checkpoint,
     ClassPrediction,
     Dataset,
     DatasetDeleted,
@@ -43,8 +44,8 @@ from temper.records import (
 )
 
 __all__ = [
-    "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted", "Deleted",
-    "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch", "InvalidDataset", "InvalidImage",
+    "AsyncClient", "BadRequest", "Checkpoint", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted",
+    "Deleted", "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch", "InvalidDataset", "InvalidImage",
     "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label", "Model", "ModelSummary",
     "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError", "TimedOut", "TooLarge",
     "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification",

@@ -26,10 +26,10 @@ from trainer.spec import pinned
 from trainer.worker.retention import sweep_checkpoints
 from trainer.worker.run_job import Run
 
-SEARCH = {"epochs": 6, "search": {"trials": 3, "folds": 2, "preview": False}}
+SEARCH = {"epochs": 6, "checkpoints": 2, "search": {"trials": 3, "folds": 2, "preview": False}}
 STOPPING = {
     "epochs": 8, "method": "full", "learning_rate": 0.01, "early_stopping": {"patience": 2}, "l1": 1e-5, "folds": 2,
-    "adversarial": {"attack": "fgsm", "epsilon": 0.1}, "ema": 0.9, "dropout": 0.3,
+    "adversarial": {"attack": "fgsm", "epsilon": 0.1}, "ema": 0.9, "dropout": 0.3, "checkpoints": 3,
 }  # fmt: skip
 UNDER_WAY = 6  # epochs that are lost at most: of the trials or networks that are trained when the job is interrupted
 
@@ -68,6 +68,12 @@ class Trained:
         return sha256
 
 
+def kept_of(place: Place, model: str) -> dict[str, bytes]:
+    """The files of the checkpoints that the job of a model's version has kept for clients."""
+    folder = place.settings.kept / str(place.registry.find(model).job_id)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.npz")}
+
+
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     return Trained(monkeypatch)
@@ -81,7 +87,8 @@ def test_a_job_that_is_killed_anywhere_ends_with_the_weights_of_one_that_is_not(
     place: Place, trained: Trained, spec: dict[str, Any], moments: tuple[float, ...]
 ) -> None:
     sha256, whole = trained.whole(place, spec), trained.epochs
-    expected = place.registry.find("whole").report.dump()
+    expected, kept = place.registry.find("whole").report.dump(), kept_of(place, "whole")
+    assert kept
     for moment in moments:
 
         def kill(moment: float = moment) -> None:
@@ -101,6 +108,7 @@ def test_a_job_that_is_killed_anywhere_ends_with_the_weights_of_one_that_is_not(
         assert (done.status, done.attempts) == ("succeeded", 2)
         found = place.registry.find("resumed")
         assert found.manifest.sha256 == sha256
+        assert kept_of(place, "resumed") == kept
         report = found.report.dump()
         assert {**report, "cost": 0, "search": 0} == {**expected, "cost": 0, "search": 0}
         if "search" in expected:
