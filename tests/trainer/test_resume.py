@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from store.records import DatasetCard
+from serving.registry import Registry
+from store.errors import JobFailed
+from store.records import DatasetCard, Manifest, ReportCard
 from store.settings import Settings
-from tests.conftest import Place
+from tests.conftest import Place, succeed
 from trainer import checkpoints, fit
 from trainer.asked import parse_spec
 from trainer.checkpoints import Checkpoint
+from trainer.jobs import records
 from trainer.jobs.records import Job, Jobs
 from trainer.parallel import Paused, side_by_side
 from trainer.search import Clock
 from trainer.spec import pinned
-from trainer.worker.retention import sweep_checkpoints
+from trainer.worker.retention import sweep_checkpoints, sweep_kept
 from trainer.worker.run_job import Run
 
 SEARCH = {"epochs": 6, "checkpoints": 2, "search": {"trials": 3, "folds": 2, "preview": False}}
@@ -262,6 +265,61 @@ def test_checkpoints_of_finished_jobs_are_swept(engine: sa.Engine, tmp_path: Pat
     (settings.checkpoints / "ftjob-unknown").mkdir()
     sweep_checkpoints(settings, jobs)
     assert os.listdir(settings.checkpoints) == [paused.id]
+
+
+def test_kept_epochs_are_swept_with_their_model_after_a_month_and_not_while_they_are_published(
+    engine: sa.Engine, tmp_path: Path
+) -> None:
+    settings, jobs, registry = Settings(home=tmp_path), Jobs(engine), Registry(engine)
+    settings.make_home()
+
+    def made(model: str) -> Job:
+        jobs.create(model=model, base="lenet5:1", spec={}, dataset=DatasetCard(id="d"))
+        job = jobs.claim("w")
+        assert job is not None
+        (settings.kept / job.id).mkdir()
+        return job
+
+    def ended(model: str, days: float = 0.0) -> Job:
+        job = made(model)
+        succeed(jobs, job, 1)
+        with engine.begin() as connection:
+            row = records.jobs.update().where(records.jobs.c.id == job.id)
+            connection.execute(row.values(finished_at=records.jobs.c.finished_at - days * 86400.0))
+        return job
+
+    registry.go_live("alive", registry.reserve("alive", None, Manifest(), ReportCard()))
+    recent, old, published, deleted = ended("alive", 29), ended("alive", 31), ended("alive", 31), ended("deleted")
+    failed, running = made("alive"), made("new")
+    jobs.finish(failed, "failed")
+    publishing = jobs.create(
+        model="alive", base="lenet5:1", spec={}, dataset=DatasetCard(id="d"),
+        checkpoint={"job": published.id, "epoch": 1},
+    )  # fmt: skip
+    (settings.kept / "ftjob-unknown").mkdir()
+    sweep_kept(settings, jobs, registry)
+    gone = {old.id, deleted.id, failed.id}
+    assert gone.isdisjoint(os.listdir(settings.kept))
+    assert set(os.listdir(settings.kept)) == {recent.id, published.id, running.id}
+    jobs.cancel(publishing.id)
+    sweep_kept(settings, jobs, registry)
+    assert set(os.listdir(settings.kept)) == {recent.id, running.id}
+
+
+def test_a_kept_epoch_that_is_damaged_fails_the_job_that_publishes_it_and_leaves_nothing(place: Place) -> None:
+    first = place.run(place.claimed({"method": "head", "epochs": 1, "checkpoints": 1}))
+    (path,) = (place.settings.kept / first.id).rglob("*.npz")
+    path.write_bytes(path.read_bytes()[:-100])
+    place.jobs.create(
+        model="m", base="lenet5:1", spec=first.spec, resolved_spec=first.resolved_spec, dataset=place.dataset,
+        checkpoint={"job": first.id, "epoch": 1},
+    )  # fmt: skip
+    job = place.jobs.claim("w")
+    assert job is not None
+    with pytest.raises(JobFailed, match="the checkpoint of epoch 1 is gone or damaged"):
+        place.run(job)
+    assert [version.version for version in place.registry.of_model("m")] == [1]
+    assert list(place.settings.staging.glob("ftjob-*")) == []
 
 
 def test_a_cancelled_job_does_not_wait_for_the_epoch_and_a_paused_one_does() -> None:
