@@ -307,17 +307,21 @@ def test_kept_epochs_are_swept_with_their_model_after_a_month_and_not_while_they
 
 
 def test_a_kept_epoch_that_is_damaged_fails_the_job_that_publishes_it_and_leaves_nothing(place: Place) -> None:
-    first = place.run(place.claimed({"method": "head", "epochs": 1, "checkpoints": 1}))
+    spec = pinned(parse_spec('{"method": "head", "epochs": 1, "checkpoints": 1}'), "lenet5:1")
+
+    def claimed(checkpoint: dict[str, Any] | None = None) -> Job:
+        place.jobs.create(
+            model="m", base="lenet5:1", spec=spec, resolved_spec=spec, dataset=place.dataset, checkpoint=checkpoint
+        )
+        job = place.jobs.claim("w")
+        assert job is not None
+        return job
+
+    first = place.run(claimed())
     (path,) = (place.settings.kept / first.id).rglob("*.npz")
     path.write_bytes(path.read_bytes()[:-100])
-    place.jobs.create(
-        model="m", base="lenet5:1", spec=first.spec, resolved_spec=first.resolved_spec, dataset=place.dataset,
-        checkpoint={"job": first.id, "epoch": 1},
-    )  # fmt: skip
-    job = place.jobs.claim("w")
-    assert job is not None
     with pytest.raises(JobFailed, match="the checkpoint of epoch 1 is gone or damaged"):
-        place.run(job)
+        place.run(claimed({"job": first.id, "epoch": 1}))
     assert [version.version for version in place.registry.of_model("m")] == [1]
     assert list(place.settings.staging.glob("ftjob-*")) == []
 
