@@ -28,6 +28,7 @@ from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.inference.service import InferenceService
 from api.routes import (
+    checkpoints,
     datasets,
     events,
     health,
@@ -109,7 +110,9 @@ def create_app(settings: Settings) -> ASGIApp:
     errors.install(app)
     app.add_middleware(PageHeaders)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
-    managing = (jobs.router, events.router, datasets.router, models.router, webhooks.router, openai.router)
+    managing = (
+        jobs.router, events.router, checkpoints.router, datasets.router, models.router, webhooks.router, openai.router,
+    )  # fmt: skip
     for router in (*predicting, *managing, health.router):
         app.include_router(router)
     fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))

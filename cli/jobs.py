@@ -7,9 +7,18 @@ from typing import Any
 import click
 
 from cli.command import INTERRUPTED, command, to_paste
-from cli.show import console, print_report, progress, show_dry_run, show_events, show_job, show_jobs
+from cli.show import (
+    console,
+    print_report,
+    progress,
+    show_checkpoints,
+    show_dry_run,
+    show_events,
+    show_job,
+    show_jobs,
+)
 from cli.spec_options import spec_of, spec_options
-from temper import Client, DryRun, Event, Job
+from temper import Checkpoint, Client, DryRun, Event, Job
 
 job_id = click.argument("job")
 
@@ -124,3 +133,23 @@ def resume(client: Client, job: str) -> Job:
 def events(client: Client, job: str, follow: bool, after: int) -> Iterator[Event]:
     """Tell what has happened to a job; with --json a line for each event."""
     return client.events(job, follow=follow, after=after)
+
+
+def _show_checkpoints(found: list[Checkpoint] | Job) -> None:
+    if isinstance(found, Job):
+        show_job(found)
+    else:
+        show_checkpoints(found)
+
+
+@command(_show_checkpoints)
+@job_id
+@click.option("--publish", type=click.IntRange(1), metavar="EPOCH", help="Queue a job that makes it a version.")
+@click.option("--label", help="The label to move to that version.  [default: stable]")
+def checkpoints(client: Client, job: str, publish: int | None, label: str | None) -> list[Checkpoint] | Job:
+    """List the checkpoints that a job has kept, or publish one."""
+    if publish is not None:
+        return client.publish_checkpoint(job, publish, label)
+    if label is not None:
+        raise click.UsageError("--label is for --publish")
+    return list(client.checkpoints(job))

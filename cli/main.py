@@ -5,7 +5,7 @@ import click
 from api import __version__
 from cli.command import Away, Commands, Failed, command
 from cli.datasets import datasets
-from cli.jobs import cancel, events, finetune, jobs, pause, resume, status, wait
+from cli.jobs import cancel, checkpoints, events, finetune, jobs, pause, resume, status, wait
 from cli.keys import keys
 from cli.models import delete, delta, download, models, predict, promote, report, rollback, verify
 from cli.show import show_health
@@ -60,7 +60,7 @@ def health(client: Client) -> Health:
 
 
 for one in (
-    finetune, wait, jobs, status, events, pause, resume, cancel,
+    finetune, wait, jobs, status, events, checkpoints, pause, resume, cancel,
     predict, models, report, verify, promote, rollback, download, delta, delete, datasets, webhooks,
     health, keys,
 ):  # fmt: skip

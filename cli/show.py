@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from temper.records import (
+    Checkpoint,
     Dataset,
     DatasetDeleted,
     Deleted,
@@ -147,6 +148,8 @@ def show_job(job: Job) -> None:
         table.add_row("progress", text)
     times = {"queued": job.created_at, "started": job.started_at, "finished": job.finished_at}
     table.add_row("times", ", ".join(f"{name} {_when(at)}" for name, at in times.items() if at is not None))
+    if job.checkpoint:
+        table.add_row("checkpoint", "epoch {epoch} of {job}".format(**job.checkpoint))
     if job.preview_version:
         table.add_row("preview", f"{job.model}:{job.preview_version}")
     if job.version:
@@ -302,6 +305,16 @@ def _event_line(event: Event) -> str:
         for value in event.data.values()
         if value is not None
     )
+
+
+def show_checkpoints(checkpoints: Iterable[Checkpoint]) -> None:
+    """A line for each checkpoint."""
+    table = _columns("epoch", "accuracy", "cross-entropy", "created", "version")
+    for one in checkpoints:
+        accuracy = "" if one.validation_accuracy is None else f"{one.validation_accuracy:.1%}"
+        loss = "" if one.validation_cross_entropy is None else f"{one.validation_cross_entropy:.3f}"
+        table.add_row(str(one.epoch), accuracy, loss, _when(one.created_at), str(one.version or ""))
+    show(table)
 
 
 def show_models(models: Iterable[ModelSummary]) -> None:

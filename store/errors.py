@@ -111,6 +111,12 @@ class UnknownJob(NotFound):
     code = "unknown_job"
 
 
+class UnknownCheckpoint(NotFound):
+    """The job keeps no checkpoint of that epoch."""
+
+    code = "unknown_checkpoint"
+
+
 class UnknownDataset(NotFound):
     """No data set has that id."""
 

@@ -135,6 +135,7 @@ class Manifest(Record):
     job: str | None = None
     adapter_bottleneck: int = 0  # units; 0 without adapters
     preview: bool = False  # from a quick recipe, while its job was searching for a better one
+    checkpoint: dict[str, Any] | None = None  # if it is one of another job's: that job and the epoch
     input: InputForm = GREY_28
 
     @property
@@ -294,7 +295,7 @@ class Training(Record):
 
     epochs: int = 0
     kept_epoch: int = 0
-    ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting
+    ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting, checkpoint
     overfitted_attack_in_epoch: int | None = None
 
 

@@ -108,6 +108,11 @@ class Settings(BaseSettings):
         """What unfinished jobs go on from after an interruption, `<job>/`."""
         return self.home.resolve() / "checkpoints"
 
+    @property
+    def kept(self) -> Path:
+        """Epochs that finished jobs keep for clients to publish, `<job>/`."""
+        return self.home.resolve() / "kept"
+
     def version(self, model: str, number: int) -> Path:
         """Directory of a published version."""
         return self.models / model / str(number)
@@ -177,7 +182,7 @@ class Settings(BaseSettings):
         Raises:
             OSError: the home cannot be written.
         """
-        for directory in (self.models, self.staging, self.datasets, self.checkpoints):
+        for directory in (self.models, self.staging, self.datasets, self.checkpoints, self.kept):
             make_directory(directory)
 
 

@@ -26,6 +26,7 @@ from temper.errors import (
     UnsupportedMediaType,
 )
 from temper.records import (
+    Checkpoint,
     ClassPrediction,
     Dataset,
     DatasetDeleted,
@@ -48,8 +49,8 @@ from temper.records import (
 )
 
 __all__ = [
-    "AsyncClient", "BadRequest", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted", "Deleted",
-    "Delivery", "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch",
+    "AsyncClient", "BadRequest", "Checkpoint", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted",
+    "Deleted", "Delivery", "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch",
     "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label",
     "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError",
     "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType",

@@ -15,6 +15,7 @@ from temper import bodies
 from temper.bodies import Data, Image
 from temper.errors import Conflict, JobFailed, NotFound, TooManyRequests, Unavailable, Unreachable
 from temper.records import (
+    Checkpoint,
     Dataset,
     DatasetDeleted,
     Deleted,
@@ -371,6 +372,31 @@ class Verbs(Driver):
             if state.finished and state.report_status != "quick":  # else something on the way has ended the stream
                 return
             yield Pause(SHORTEST_S)
+
+    @Lister
+    def checkpoints(self, job: str) -> Listing[Checkpoint]:
+        """What the training of a job has kept, as `checkpoints` of its spec asks for; the last epoch first."""
+        yield from self._pages(at("finetune", job, "checkpoints"), Checkpoint, "id", None)
+
+    @Verb
+    def publish_checkpoint(
+        self, job: str, epoch: int, label: str | None = None, *, idempotency_key: str | None = None
+    ) -> Steps[Job]:
+        """Queue a job that publishes a checkpoint of a job as a version, without training.
+
+        Args:
+            label: moves to the version; `stable` if not given.
+            idempotency_key: requests with the same one are one job; made up if not given.
+
+        Raises:
+            NotFound: the job has no checkpoint of this epoch.
+            Conflict: it has not finished, or its images or what it started from have been deleted.
+        """
+        request = Request(
+            "POST", at("finetune", job, "checkpoints", epoch, "publish"), json={"label": label} if label else {},
+            headers={"Idempotency-Key": idempotency_key or uuid.uuid4().hex}, repeatable=True,
+        )  # fmt: skip
+        return (yield from self._ask(request)).read(Job)
 
     @Verb
     def predict(

@@ -68,6 +68,7 @@ class Job(Record):
     queue_position: int | None = None  # 1 for the next one
     estimated_end_at: float | None = None
     metadata: dict[str, str] | None = None
+    checkpoint: dict[str, Any] | None = None  # `job` and `epoch`, if it publishes that one's and trains nothing
 
     @property
     def finished(self) -> bool:
@@ -98,6 +99,19 @@ class DryRun(Record):
     estimate: Estimate
     resolved_spec: dict[str, Any] | None = None  # the same with its base, if nothing would be searched
     warnings: list[str] = field(default_factory=list)  # what would be done in another way than asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Record):
+    """What the final training of a job had after an epoch."""
+
+    id: str
+    job: str
+    epoch: int
+    created_at: float  # Unix seconds
+    validation_accuracy: float | None = None  # None if all images were trained on
+    validation_cross_entropy: float | None = None
+    version: int | None = None  # that was published from it
 
 
 @dataclass(frozen=True, kw_only=True)

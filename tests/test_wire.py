@@ -16,7 +16,7 @@ from serving.pb import model_server_pb2 as ours
 ROOT = Path(__file__).parent.parent
 # A room is the modules below its longest matching prefix. Each may import itself and the rooms named here, at the top
 # of a file or within a function. `free` is the part of the trainer that needs no TensorFlow.
-FREE = ("trainer.spec", "trainer.asked", "trainer.recipes", "trainer.jobs")
+FREE = ("trainer.spec", "trainer.asked", "trainer.recipes", "trainer.checkpoints", "trainer.jobs")
 ROOMS = {
     "cli": {"api", "free", "serving", "store", "temper"},
     "api": {"free", "serving", "store"},

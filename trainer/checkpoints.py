@@ -17,7 +17,6 @@ import numpy as np
 import structlog
 
 from store.files import move
-from trainer.lenet import Arrays
 
 FORMAT = 1  # of the values in a checkpoint; a release that changes their meaning increments it
 SHARE = 0.02  # of the time that saving may take
@@ -25,7 +24,7 @@ FIRST_S = 0.5  # less work than this is not worth a file
 MOST_BYTES = 256 << 20  # of a file; only a search on very many images and classes has more to keep
 RECORD = "record"
 
-State = tuple[Arrays, dict[str, Any]]  # float values exactly, and a record that JSON can hold
+State = tuple[dict[str, np.ndarray], dict[str, Any]]  # float values exactly, and a record that JSON can hold
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 

@@ -18,7 +18,7 @@ from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
 from trainer.methods import Method, first_trained
 from trainer.network import Network, bottleneck_of
 from trainer.optimizers import RISE, learning_rates
-from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat, batch_size
+from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat, batch_size, kept_epochs
 from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep
 
 PROBE_IMAGES, PROBE_STEPS = 128, 10  # of the attack on validation images after each epoch
@@ -71,7 +71,7 @@ class Fitted:
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per epoch
     gradient_shares: list[dict[str, Any]] = field(default_factory=list)  # value and share of every term, every so often
     kept_epoch: int = 0
-    ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting
+    ended_by: str = "epochs"  # or early_stopping, catastrophic_overfitting, or checkpoint: it went on after this epoch
     overfitted_epoch: int | None = None  # epoch in which FGSM was withstood but PGD was not; see `Selection`
     images_per_second: float = 0.0
 
@@ -199,7 +199,7 @@ def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
 def fit(
     spec: Spec, start: Start, train: Split, validation: Split | None, *, classes: int,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None, shares: bool = True,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint | None = None, keep: Callable[[Fitted], None] = lambda fitted: None,
 ) -> Fitted:  # fmt: skip
     """Train on the current device, from the last epoch that a checkpoint has.
 
@@ -210,6 +210,8 @@ def fit(
         validation: None if all images are trained on; some of them stand in for it, and their figures are not recorded.
         on_epoch: called with the record of every epoch that is trained, when it has been kept; raises to end the run.
         shares: also measure the share of each term in the update.
+        keep: called after the epochs that the spec keeps, before a checkpoint is saved, with what the run would give if
+            it ended with the weights of this epoch.
 
     Raises:
         Diverged: the loss or the weights are not finite, or the loss has exploded.
@@ -220,7 +222,7 @@ def fit(
     judged = tf.constant(Network(start.params).part(measured.images, until=entry))
     result = Fitted({}, {}, start.method, start.lora_scale)
     selection = Selection(spec, model, measured)
-    checkpoint, verdict = checkpoint or Checkpoint(), ""
+    checkpoint, verdict, to_keep = checkpoint or Checkpoint(), "", kept_epochs(spec)
     if found := checkpoint.load():
         verdict = _resume(found, run, selection, result)
 
@@ -247,6 +249,9 @@ def fit(
             values = {name: {"value": terms[name], "share": parts[name]} for name in terms}
             result.gradient_shares.append({"epoch": epoch, **values})
         result.history.append(record)
+        if epoch in to_keep or (to_keep and verdict):
+            result.kept_epoch, result.overfitted_epoch = epoch, selection.never_robust
+            keep(replace(result, params=run.params(), trained=model.snapshot()))
         checkpoint.save(state)
         on_epoch(record)
     epoch, result.ended_by = len(result.history), verdict or "epochs"

@@ -335,6 +335,11 @@ class Spec(Strict):
         "2017): the same classes, with honest probabilities. null does so where the recipe is searched.",
     )
     early_stopping: EarlyStopping | None = Field(None, description="Stop early and keep the best weights, or null.")
+    checkpoints: int = Field(
+        0, ge=0, le=10,
+        description="Evenly spaced epochs of the final training, the last one among them, whose weights are kept so "
+        "that they can be published later.",
+    )  # fmt: skip
     search: Search | None = Field(
         None,
         description="Bounds of the search for the fields that are `auto`, which with `search` alone are all that are "
@@ -403,3 +408,8 @@ def batch_size(spec: Spec, images: int) -> int:
     With too few steps an epoch, a default job on a small set ends before it has learned anything.
     """
     return min(spec.batch_size, max(FEW, images) // spec.min_steps)
+
+
+def kept_epochs(spec: Spec) -> frozenset[int]:
+    """The epochs whose weights a training keeps as checkpoints, evenly spaced, with its last one among them."""
+    return frozenset(-(-number * spec.epochs // spec.checkpoints) for number in range(1, spec.checkpoints + 1))

@@ -77,7 +77,7 @@ TEXTS = {
     400: "The request cannot be parsed",
     401: "No API key, or an unknown or revoked one",
     403: "The API key lacks a scope, or the request comes from a foreign site",
-    404: "Unknown model, version, job, data set or webhook",
+    404: "Unknown model, version, job, checkpoint, data set or webhook",
     409: "The state does not allow it",
     413: "Too large",
     415: "Media type not supported",

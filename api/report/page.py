@@ -111,6 +111,8 @@ def _subtitle(manifest: Json, spec: Json) -> str:
     given = spec.get(method) if method in OPTIONS else None
     options = ", ".join(f"{key} {value}" for key, value in _flat(given or {}))
     parts = [f"from {manifest['base']} by {method}" + (f" ({options})" if options else "")]
+    if origin := manifest.get("checkpoint"):
+        parts.append(f"the checkpoint of epoch {origin['epoch']} of {origin['job']}")
     if dataset:
         images = f"{dataset['images']:,} images of {len(manifest['classes'])} classes"
         parts.append(f"{images} in {dataset.get('filename') or 'an upload'}")
@@ -244,7 +246,8 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
         rows = [(stage, f"{seconds:,g} s") for stage, seconds in found["seconds"].items()]
         sizes = {key: found[key] for key in found if key.endswith("_bytes")}
         rows += [(key.removesuffix("_bytes").replace("_", " "), f"{size / 1e6:,.0f} MB") for key, size in sizes.items()]
-        rows.append(("training images per second", f"{found['images_per_second']:,}"))
+        if found["images_per_second"]:  # nothing is trained to publish a checkpoint
+            rows.append(("training images per second", f"{found['images_per_second']:,}"))
         yield Table("Cost", ("", ""), rows, f"On {report.get('device', 'an unknown device')}.")
 
 

@@ -175,6 +175,9 @@ class JobView(BaseModel):
     )
     estimated_end_at: float | None = Field(description="Likewise; also while it runs.")
     metadata: dict[str, str] | None = Field(description="What the client has noted on the job.")
+    checkpoint: dict[str, Any] | None = Field(
+        description="The `job` and `epoch` whose checkpoint it publishes instead of training."
+    )
 
     @classmethod
     def of(cls, job: Job, standing: Standing = Standing()) -> "JobView":  # noqa: B008 (frozen)
@@ -266,7 +269,7 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
             await asyncio.to_thread(check_quota, gateway, tenant)
             base, dataset = await prepare()
             return await asyncio.to_thread(
-                queue, gateway, tenant, note, _accepted,
+                queue, gateway, tenant, note, accepted,
                 model=fields.model, base=base, asked=asked, dataset=dataset, label=fields.label,
                 metadata=fields.metadata, priority=fields.priority,
             )  # fmt: skip
@@ -278,7 +281,8 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
         return await once(request, form.digest(), create)
 
 
-def _accepted(job: Job) -> Answer:
+def accepted(job: Job) -> Answer:
+    """The answer to a request that has queued a job."""
     return Answer(202, JobView.of(job).model_dump_json(), f"/finetune/{job.id}")
 
 

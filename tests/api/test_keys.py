@@ -145,7 +145,7 @@ def document_of(guarded: Guarded) -> dict[str, Any]:
 
 FILLED = {
     "model": BASE, "name": BASE, "version": "1", "label": "stable", "id": ABSENT["job"],
-    "delivery": ABSENT["delivery"],
+    "delivery": ABSENT["delivery"], "epoch": "1",
 }  # fmt: skip
 IDS = {"/datasets": "dataset", "/webhooks": "webhook", "/openai/v1/files": "dataset"}  # others are of jobs
 CREATE = {"/datasets", "/webhooks", "/openai/v1/files"}  # make and list one's own, and name nothing
@@ -327,6 +327,8 @@ def body_for(method: str, path: str, things: Mapping[str, str], version: str) ->
         return {"json": IMAGES}
     if path.endswith("/infer"):
         return {"json": {"inputs": [TENSOR]}}
+    if path.endswith("/publish"):
+        return {"json": {"label": "stable"}}
     if path == "/openai/v1/fine_tuning/jobs":
         return {"json": {"model": f"{model}:{version}", "training_file": things["dataset"]}}
     if path == "/finetune":

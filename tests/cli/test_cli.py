@@ -248,7 +248,7 @@ def upload(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def job(service: Service, upload: Path) -> str:
     """Name of a job that has made version 1 of the model `LONG`; version 2 is labelled `canary`."""
-    quick = ("--model", LONG, "--method", "head", "--epochs", "1", "--wait")
+    quick = ("--model", LONG, "--method", "head", "--epochs", "1", "--checkpoints", "1", "--wait")
     done = json_of(service, "finetune", str(upload), *quick)
     assert (done["status"], done["version"]) == ("succeeded", 1)
     json_of(service, "finetune", str(upload), *quick, "--label", "canary")
@@ -273,6 +273,7 @@ def test_every_command_prints_json_and_nothing_else(
         "rollback": json_of(service, "rollback", LONG),
         "delta": json_of(service, "delta", LONG, "--output", str(tmp_path)),
         "download": json_of(service, "download", f"{LONG}:1", "--output", str(tmp_path / "x.zip")),
+        "checkpoints": json_of(service, "checkpoints", job),
         "health": json_of(service, "health"),
         "events": [json.loads(line) for line in called(service, "events", job, "--json").stdout.splitlines()],
     }
@@ -309,6 +310,10 @@ def test_every_command_prints_json_and_nothing_else(
     assert Path(seen["download"]["path"]).stat().st_size == seen["download"]["bytes"]
     assert [event["seq"] for event in seen["events"]] == list(range(1, len(seen["events"]) + 1))
     assert seen["delete"]["label"] == "canary"
+    assert [one["epoch"] for one in seen["checkpoints"]] == [1]
+    published = json_of(service, "checkpoints", job, "--publish", "1", "--label", "again")
+    assert published["checkpoint"] == {"job": job, "epoch": 1}
+    json_of(service, "cancel", published["id"])
     ended = json_of(service, "wait", queued["id"], code=1)  # the job that did not succeed is printed as well
     assert ended["status"] == "cancelled"
 
@@ -350,7 +355,7 @@ def test_tables_fit_a_terminal_of_80_columns(service: Service, job: str, upload:
     dry = ["finetune", str(upload), "--model", LONG, "--dry-run"]
     commands = [["jobs"], ["models"], ["status", job], ["status", failed["id"]], ["events", job], ["report", LONG],
                 ["report", "lenet5"], ["verify", LONG], ["health"], dry, [*dry, "--method", "full", "--epsilon", "0.1"],
-                ["webhooks", "list"], ["webhooks", "deliveries", hook]]  # fmt: skip
+                ["webhooks", "list"], ["webhooks", "deliveries", hook], ["checkpoints", job]]  # fmt: skip
     call = f"main(['--url', {service.url!r}, *one], standalone_mode=False)"
     program = f"from cli.main import main\nfor one in {commands}: {call}"
     leader, follower = pty.openpty()

@@ -200,6 +200,28 @@ def test_a_job_is_paused_and_resumed(temper: Client, digits: Digits) -> None:
     temper.cancel(one.id)
 
 
+def test_checkpoints_are_listed_and_published(temper: Client, service: Service, digits: Digits) -> None:
+    spec = {"method": "head", "epochs": 3, "checkpoints": 3}
+    job = temper.finetune((digits[0][:60], digits[1][:60]), "stepwise", spec, wait=True)
+    assert job.checkpoint is None
+    assert [one.epoch for one in temper.checkpoints(job.id)] == [3, 2, 1]
+    queued = temper.publish_checkpoint(job.id, 2, "early", idempotency_key="early")
+    assert queued.checkpoint == {"job": job.id, "epoch": 2}
+    assert temper.publish_checkpoint(job.id, 2, "early", idempotency_key="early").id == queued.id
+    done = temper.wait(queued.id)
+    assert temper.model("stepwise").labels == {"stable": 1, "early": done.version}
+    assert [one.version for one in temper.checkpoints(job.id)] == [None, done.version, None]
+    with pytest.raises(NotFound) as failure:
+        temper.publish_checkpoint(job.id, 4)
+    assert (failure.value.code, failure.value.param) == ("unknown_checkpoint", "epoch")
+
+    async def listed() -> list[int]:
+        async with AsyncClient(service.url) as client:
+            return [one.epoch async for one in client.checkpoints(job.id)]
+
+    assert asyncio.run(listed()) == [3, 2, 1]
+
+
 def test_lists_go_over_all_pages(temper: Client, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = list(temper.jobs())
     assert job.id in [one.id for one in everything]

@@ -107,6 +107,27 @@ def test_a_search_with_a_bound_takes_no_longer_and_teaches_nothing(jobs: Jobs, e
     assert found.seconds == 5.0
 
 
+def test_a_job_that_publishes_a_checkpoint_teaches_nothing_of_training(jobs: Jobs, engine: sa.Engine) -> None:
+    asked = parse_asked("{}")
+
+    def published() -> Job:
+        return jobs.create(
+            model="m", base="lenet5:1", spec=asked.described(), dataset=card(300), checkpoint={"job": "j", "epoch": 1}
+        )
+
+    published()
+    claimed = jobs.claim("w")
+    assert claimed is not None
+    assert claimed.checkpoint == {"job": "j", "epoch": 1}
+    succeed(jobs, claimed, 1)
+    assert Estimates(jobs).of(asked, card(300), lambda job: None).jobs == 0
+    jobs.heartbeat("w", "idle")
+    (standing,) = Estimates(jobs).standings([published()])
+    assert standing.start_at is not None
+    assert standing.end_at is not None
+    assert standing.end_at - standing.start_at < 1.0
+
+
 def test_the_queue_is_shared_among_the_living_workers(jobs: Jobs, engine: sa.Engine) -> None:
     has_run(jobs, engine, {}, 300, 10.0 + COLD_S)
     running = queued(jobs)

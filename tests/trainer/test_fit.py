@@ -15,6 +15,7 @@ from trainer.fit import Fitted, Split, begin, class_weights, fit, schedule, stru
 from trainer.folds import stratified, stratified_folds
 from trainer.lenet import Arrays
 from trainer.network import Network
+from trainer.spec import kept_epochs
 from trainer.train_step import TrainStep
 from trainer.worker.pretrained import pretrained
 
@@ -156,6 +157,27 @@ def test_early_stopping_with_an_attack_ends_when_nothing_gets_better(base: Array
     fitted = run({**spec, "method": "head"}, base, digits)
     assert fitted.ended_by == "early_stopping"
     assert len(fitted.history) < 50
+
+
+def test_a_training_that_stops_early_keeps_its_last_epoch_as_a_checkpoint(base: Arrays, digits: Digits) -> None:
+    parsed = parse_spec('{"epochs": 50, "checkpoints": 5, "early_stopping": {"patience": 2, "min_delta": 0.5}}')
+    start = begin(parsed, base, classes=10, same_classes=True)
+    kept: list[Fitted] = []
+    fitted = fit(parsed, start, part(digits, 0, 100), part(digits, 1000, 1100), classes=10, keep=kept.append)
+    last = len(fitted.history)
+    assert fitted.ended_by == "early_stopping"
+    assert [one.kept_epoch for one in kept] == [*range(10, last, 10), last]
+    logits = kept[-1].network.logits(part(digits, 1000, 1100).images)
+    figures = fitted.history[-1]["validation_accuracy"]  # of that epoch, not of the best one
+    assert accuracy(logits, part(digits, 1000, 1100).labels) == pytest.approx(figures)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "checkpoints", "kept"),
+    [(20, 0, set()), (20, 1, {20}), (20, 4, {5, 10, 15, 20}), (7, 3, {3, 5, 7}), (2, 10, {1, 2}), (1, 1, {1})],
+)
+def test_checkpoints_are_spaced_evenly_and_the_last_epoch_is_one(epochs: int, checkpoints: int, kept: set[int]) -> None:
+    assert kept_epochs(parse_spec(f'{{"epochs": {epochs}, "checkpoints": {checkpoints}}}')) == kept
 
 
 def test_early_stopping_compares_with_the_last_improvement_that_counted(base: Arrays, digits: Digits) -> None:

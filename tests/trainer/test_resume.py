@@ -13,23 +13,26 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from store.records import DatasetCard
+from serving.registry import Registry
+from store.errors import JobFailed
+from store.records import DatasetCard, Manifest, ReportCard
 from store.settings import Settings
-from tests.conftest import Place
+from tests.conftest import Place, succeed
 from trainer import checkpoints, fit
 from trainer.asked import parse_spec
 from trainer.checkpoints import Checkpoint
+from trainer.jobs import records
 from trainer.jobs.records import Job, Jobs
 from trainer.parallel import Paused, side_by_side
 from trainer.search import Clock
 from trainer.spec import pinned
-from trainer.worker.retention import sweep_checkpoints
+from trainer.worker.retention import sweep_checkpoints, sweep_kept
 from trainer.worker.run_job import Run
 
-SEARCH = {"epochs": 6, "search": {"trials": 3, "folds": 2, "preview": False}}
+SEARCH = {"epochs": 6, "checkpoints": 2, "search": {"trials": 3, "folds": 2, "preview": False}}
 STOPPING = {
     "epochs": 8, "method": "full", "learning_rate": 0.01, "early_stopping": {"patience": 2}, "l1": 1e-5, "folds": 2,
-    "adversarial": {"attack": "fgsm", "epsilon": 0.1}, "ema": 0.9, "dropout": 0.3,
+    "adversarial": {"attack": "fgsm", "epsilon": 0.1}, "ema": 0.9, "dropout": 0.3, "checkpoints": 3,
 }  # fmt: skip
 UNDER_WAY = 6  # epochs that are lost at most: of the trials or networks that are trained when the job is interrupted
 
@@ -68,6 +71,12 @@ class Trained:
         return sha256
 
 
+def kept_of(place: Place, model: str) -> dict[str, bytes]:
+    """The files of the checkpoints that the job of a model's version has kept for clients."""
+    folder = place.settings.kept / str(place.registry.find(model).job_id)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.npz")}
+
+
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     return Trained(monkeypatch)
@@ -81,7 +90,8 @@ def test_a_job_that_is_killed_anywhere_ends_with_the_weights_of_one_that_is_not(
     place: Place, trained: Trained, spec: dict[str, Any], moments: tuple[float, ...]
 ) -> None:
     sha256, whole = trained.whole(place, spec), trained.epochs
-    expected = place.registry.find("whole").report.dump()
+    expected, kept = place.registry.find("whole").report.dump(), kept_of(place, "whole")
+    assert kept
     for moment in moments:
 
         def kill(moment: float = moment) -> None:
@@ -101,6 +111,7 @@ def test_a_job_that_is_killed_anywhere_ends_with_the_weights_of_one_that_is_not(
         assert (done.status, done.attempts) == ("succeeded", 2)
         found = place.registry.find("resumed")
         assert found.manifest.sha256 == sha256
+        assert kept_of(place, "resumed") == kept
         report = found.report.dump()
         assert {**report, "cost": 0, "search": 0} == {**expected, "cost": 0, "search": 0}
         if "search" in expected:
@@ -254,6 +265,65 @@ def test_checkpoints_of_finished_jobs_are_swept(engine: sa.Engine, tmp_path: Pat
     (settings.checkpoints / "ftjob-unknown").mkdir()
     sweep_checkpoints(settings, jobs)
     assert os.listdir(settings.checkpoints) == [paused.id]
+
+
+def test_kept_epochs_are_swept_with_their_model_after_a_month_and_not_while_they_are_published(
+    engine: sa.Engine, tmp_path: Path
+) -> None:
+    settings, jobs, registry = Settings(home=tmp_path), Jobs(engine), Registry(engine)
+    settings.make_home()
+
+    def made(model: str) -> Job:
+        jobs.create(model=model, base="lenet5:1", spec={}, dataset=DatasetCard(id="d"))
+        job = jobs.claim("w")
+        assert job is not None
+        (settings.kept / job.id).mkdir()
+        return job
+
+    def ended(model: str, days: float = 0.0) -> Job:
+        job = made(model)
+        succeed(jobs, job, 1)
+        with engine.begin() as connection:
+            row = records.jobs.update().where(records.jobs.c.id == job.id)
+            connection.execute(row.values(finished_at=records.jobs.c.finished_at - days * 86400.0))
+        return job
+
+    registry.go_live("alive", registry.reserve("alive", None, Manifest(), ReportCard()))
+    recent, old, published, deleted = ended("alive", 29), ended("alive", 31), ended("alive", 31), ended("deleted")
+    failed, running = made("alive"), made("new")
+    jobs.finish(failed, "failed")
+    publishing = jobs.create(
+        model="alive", base="lenet5:1", spec={}, dataset=DatasetCard(id="d"),
+        checkpoint={"job": published.id, "epoch": 1},
+    )  # fmt: skip
+    (settings.kept / "ftjob-unknown").mkdir()
+    sweep_kept(settings, jobs, registry)
+    gone = {old.id, deleted.id, failed.id}
+    assert gone.isdisjoint(os.listdir(settings.kept))
+    assert set(os.listdir(settings.kept)) == {recent.id, published.id, running.id}
+    jobs.cancel(publishing.id)
+    sweep_kept(settings, jobs, registry)
+    assert set(os.listdir(settings.kept)) == {recent.id, running.id}
+
+
+def test_a_kept_epoch_that_is_damaged_fails_the_job_that_publishes_it_and_leaves_nothing(place: Place) -> None:
+    spec = pinned(parse_spec('{"method": "head", "epochs": 1, "checkpoints": 1}'), "lenet5:1")
+
+    def claimed(checkpoint: dict[str, Any] | None = None) -> Job:
+        place.jobs.create(
+            model="m", base="lenet5:1", spec=spec, resolved_spec=spec, dataset=place.dataset, checkpoint=checkpoint
+        )
+        job = place.jobs.claim("w")
+        assert job is not None
+        return job
+
+    first = place.run(claimed())
+    (path,) = (place.settings.kept / first.id).rglob("*.npz")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(JobFailed, match="the checkpoint of epoch 1 is gone or damaged"):
+        place.run(claimed({"job": first.id, "epoch": 1}))
+    assert [version.version for version in place.registry.of_model("m")] == [1]
+    assert list(place.settings.staging.glob("ftjob-*")) == []
 
 
 def test_a_cancelled_job_does_not_wait_for_the_epoch_and_a_paused_one_does() -> None:

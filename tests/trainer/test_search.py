@@ -505,7 +505,7 @@ def test_augmentation_and_the_classifier_of_the_base_have_a_place_in_the_last_ro
 
 @pytest.mark.slow
 def test_epochs_that_overfit_are_taken_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = {"method": "full", "search": {"trials": 4, "folds": 3, "preview": False}}
+    spec = {"method": "full", "checkpoints": 1, "search": {"trials": 4, "folds": 3, "preview": False}}
     monkeypatch.setattr("trainer.search.OVERFITTED", -1e9)  # as if any difference showed that
     place.run(job := place.claimed(spec))
     resolved, version = place.jobs.get(job.id).resolved_spec, place.registry.find("m")
@@ -515,6 +515,8 @@ def test_epochs_that_overfit_are_taken_back(place: Place, monkeypatch: pytest.Mo
     (chosen,) = (trial for trial in version.report.search.trials if trial.trial == version.report.search.chosen)
     assert resolved["epochs"] == chosen.scores[-1].epochs < chosen.settings["epochs"]
     assert f"so it was trained for {resolved['epochs']}." in version.report.search.sentence
+    kept = (place.settings.kept / job.id).rglob("*.npz")  # none of the epochs that were taken back
+    assert sorted(path.name for path in kept) == [f"{network}-{resolved['epochs']}.npz" for network in range(4)]
     place.run(place.claimed(resolved))
     assert place.registry.find("m", 2).manifest.sha256 == version.manifest.sha256
 

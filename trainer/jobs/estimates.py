@@ -159,6 +159,12 @@ class _Work:
             search.seconds if search and search.seconds else math.inf,
         )  # fmt: skip
 
+    @classmethod
+    def of_checkpoint(cls, dataset: DatasetCard) -> Self:
+        """What a job has to do that publishes a checkpoint and trains nothing."""
+        kind = "checkpoint", ""
+        return cls(kind, kind, JOB_S + JOB_S_PER_IMAGE * dataset.images, 0.0, math.inf)
+
 
 class Estimates:
     """Estimates that rest on the jobs of this service, which are read anew every `REFRESH_S`."""
@@ -255,7 +261,10 @@ class Estimates:
             if len(self._works) > MOST:
                 self._works.clear()
             try:
-                self._works[job.id] = _Work.of(Asked.of(job.spec or {}), job.dataset)
+                given = Asked.of(job.spec or {})
+                self._works[job.id] = (
+                    _Work.of_checkpoint(job.dataset) if job.checkpoint else _Work.of(given, job.dataset)
+                )
             except (ValidationError, InvalidSpec):
                 self._works[job.id] = None
         return self._works[job.id]

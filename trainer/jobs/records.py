@@ -82,6 +82,7 @@ jobs = sa.Table(
     sa.Column("progress_seq", sa.Integer, nullable=False),  # the event that its progress begins with
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
     sa.Column("metadata", sa.JSON(none_as_null=True)),
+    sa.Column("checkpoint", sa.JSON(none_as_null=True)),
 )
 workers = sa.Table(
     "workers",
@@ -123,6 +124,7 @@ class Job:
     lease: int = 0  # grows whenever the job changes hands
     priority: int = 0  # from -MAX_PRIORITY to MAX_PRIORITY; the highest first
     metadata: dict[str, str] | None = None  # of the client's own
+    checkpoint: dict[str, Any] | None = None  # that it publishes instead of training: `job` and `epoch`
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Jobs:
     def create(
         self, *, model: str, base: str, spec: Mapping[str, Any], dataset: DatasetCard, label: str = "stable",
         resolved_spec: Mapping[str, Any] | None = None, priority: int = 0, tenant: str = DEFAULT_TENANT,
-        metadata: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None, checkpoint: Mapping[str, Any] | None = None,
         also: Callable[[sa.Connection, Job], None] = lambda connection, job: None,
     ) -> Job:  # fmt: skip
         """Queue a job. Ids sort by creation time.
@@ -163,6 +165,7 @@ class Jobs:
             resolved_spec: the spec if there is nothing to search.
             priority: from -MAX_PRIORITY to MAX_PRIORITY; the highest first.
             metadata: what the client wants to find the job by.
+            checkpoint: what to publish instead of training, `job` and `epoch`; the rest is as in that job.
             also: called in the same transaction; raises to roll it back.
         """
         with self._engine.begin() as connection:
@@ -174,6 +177,7 @@ class Jobs:
                 resolved_spec=dict(resolved_spec) if resolved_spec else None, dataset=dataset, error=None,
                 report_status="none", worker=None, attempts=0, cancel_requested=False, pause_requested=False,
                 preview_version=None, priority=priority, metadata=dict(metadata) if metadata else None,
+                checkpoint=dict(checkpoint) if checkpoint else None,
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
@@ -480,6 +484,12 @@ class Jobs:
         with self._engine.connect() as connection:
             query = sa.select(jobs.c.base).where(jobs.c.status.not_in(FINISHED)).distinct()
             return set(connection.execute(query).scalars())
+
+    def open_sources(self) -> set[str]:
+        """Return the ids of the jobs of which unfinished jobs publish a checkpoint."""
+        publish = jobs.c.checkpoint.is_not(sa.null()) & jobs.c.status.not_in(FINISHED)
+        with self._engine.connect() as connection:
+            return set(connection.execute(sa.select(jobs.c.checkpoint["job"].as_string()).where(publish)).scalars())
 
     def needed_datasets(self) -> list[DatasetCard]:
         """Return the data sets of jobs that have not finished or whose report is not complete."""

@@ -153,7 +153,13 @@ class Worker:
             self._loop(servers)
 
     def _loop(self, servers: Sequence[ModelServer]) -> None:
-        from trainer.worker.retention import retire_surplus, sweep_checkpoints, sweep_datasets, sweep_leftovers
+        from trainer.worker.retention import (
+            retire_surplus,
+            sweep_checkpoints,
+            sweep_datasets,
+            sweep_kept,
+            sweep_leftovers,
+        )
 
         recover_at = sweep_at = 0.0
         while True:
@@ -172,6 +178,7 @@ class Worker:
                     sweep_at = time.monotonic() + SWEEP_S
                     sweep_datasets(self.settings, self.jobs, self.registry, self.library)
                     sweep_checkpoints(self.settings, self.jobs)
+                    sweep_kept(self.settings, self.jobs, self.registry)
                     sweep_leftovers(self.settings, self.jobs, self.registry, servers)
                 elif not self._continue_report():
                     self.state = "idle"

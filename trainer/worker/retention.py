@@ -18,6 +18,7 @@ from trainer.jobs.records import FINISHED, Jobs
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
+KEPT_S = 30 * 86400.0  # for which a finished job's epochs are kept
 UNUSED_S = 3600.0  # age at which an unused data set is deleted; a younger one may be about to get its job
 
 
@@ -61,6 +62,26 @@ def sweep_checkpoints(settings: Settings, jobs: Jobs) -> None:
     for path in found:
         if path.name not in needed:
             remove_tree(path)
+
+
+def sweep_kept(settings: Settings, jobs: Jobs, registry: Registry) -> None:
+    """Delete the epochs that jobs have kept for long, or whose job has no version or whose model has been deleted."""
+    found = list(settings.kept.iterdir())  # first, as above
+    needed = jobs.open() | jobs.open_sources() if found else set()
+    for path in found:
+        if path.name not in needed and not _may_be_published(path.name, jobs, registry):
+            remove_tree(path)
+
+
+def _may_be_published(job_id: str, jobs: Jobs, registry: Registry) -> bool:
+    """Tell whether a client may still publish what a finished job has kept."""
+    try:
+        job = jobs.get(job_id)
+    except UnknownJob:
+        return False
+    if job.status != "succeeded" or job.finished_at is None or registry.clock() > job.finished_at + KEPT_S:
+        return False
+    return registry.has_live(job.model)
 
 
 def sweep_leftovers(settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:

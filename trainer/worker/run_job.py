@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import math
 import shutil
 import time
@@ -22,7 +23,7 @@ from serving.publishing import Probe, publish, seal, withdraw
 from serving.registry import STABLE, Fence, Registry
 from store.engine import reason, retrying
 from store.errors import Diverged
-from store.files import make_directory
+from store.files import make_directory, remove_tree
 from store.records import Manifest, ReportCard, public_name
 from store.settings import Settings
 from trainer import delta, evaluate, report
@@ -30,6 +31,7 @@ from trainer.asked import Asked
 from trainer.checkpoints import Checkpoint
 from trainer.export import digest, export, load_params, prepare
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
+from trainer.jobs.kept import folder_of
 from trainer.jobs.records import Job, Jobs
 from trainer.lenet import Arrays
 from trainer.network import bottleneck_of
@@ -39,6 +41,7 @@ from trainer.report import HeldOut
 from trainer.search import Found, Problem, search
 from trainer.spec import Spec, described, pinned
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
+from trainer.worker.kept_networks import keep, read_all
 
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 FOLD_PAUSE_S = 0.25  # between two records of epochs of a fold
@@ -149,6 +152,8 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             problem = Problem(data.all, base, len(data.classes), data.classes == source.manifest.classes)
             kept = _Kept(settings.checkpoints / job.id, [job.dataset.dump(), source.manifest.classes, digest(base)])
             maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged, kept)
+            if job.checkpoint:
+                return maker.make_of(**job.checkpoint)
             bounds, found = asked.fixed.search, Found(asked.fixed)
             if asked.auto:
                 first = job.label == STABLE and job.preview_version is None and not registry.has_live(job.model)
@@ -221,17 +226,41 @@ class _Maker:
         start = self._start(spec)
         with run.stage("training"):
             train, validation = data.split(spec)
-            fitted, across = _trained(spec, start, train, validation, data, run, self.kept)
+            fitted, across = _trained(spec, start, train, validation, data, run, self.kept, self._keeping(spec))
             if across and (confirmed := found.confirmed(across.logits, across.split.labels)) is not found:
+                remove_tree(self._keeping(spec))
                 found, spec = confirmed, confirmed.spec
                 run.resolved(spec)
-                fitted, across = _trained(spec, start, train, validation, data, run, self.kept)
+                fitted, across = _trained(spec, start, train, validation, data, run, self.kept, self._keeping(spec))
+        self._finish(spec, start, fitted, across, train, validation, found if self.asked.auto else None)
+
+    def make_of(self, job: str, epoch: int) -> None:
+        """Publish what another job has kept of an epoch, which ends this one."""
+        spec = Spec.model_validate_json(json.dumps(self.run.chosen))
+        start, kept = self._start(spec), folder_of(self.settings, job, self.run.chosen)
+        train, validation = self.data.split(spec)
+        fitted, across = watched(lambda _: read_all(kept, epoch, start, spec, self.data), self.run.go_on)
+        self._finish(spec, start, fitted, across, train, validation)
+
+    def _keeping(self, spec: Spec) -> Path:
+        """Where epochs of the training of what has been chosen are kept."""
+        folder = folder_of(self.settings, self.run.job.id, self.run.chosen)
+        if spec.checkpoints:
+            make_directory(folder)
+        return folder
+
+    def _finish(
+        self, spec: Spec, start: Start, fitted: Fitted, across: HeldOut | None, train: Split, validation: Split | None,
+        searched: Found | None = None,
+    ) -> None:  # fmt: skip
+        """Evaluate, export and publish a network."""
+        run = self.run
         with run.stage("evaluating"):
             trained = spec, start, fitted, across, train, validation
             fitted, held_out, card = watched(lambda _: self._judged(*trained), run.go_on)
-            if self.asked.auto:
-                card["search"] = found.dump()
-                card["warnings"] += found.warnings
+            if searched:
+                card["search"] = searched.dump()
+                card["warnings"] += searched.warnings
         with run.stage("exporting"):
             manifest = self._exported(spec, fitted, train, card, fold=held_out.params if held_out.out_of_fold else None)
         with run.stage("publishing"):
@@ -280,6 +309,7 @@ class _Maker:
             classes=data.classes, polarity=data.polarity, base=base, base_sha256=digest(self.problem.base),
             sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, base),
             dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params), preview=preview,
+            checkpoint=job.checkpoint,
         )  # fmt: skip
         export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
         if fold:
@@ -327,8 +357,9 @@ def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
 
 
 def _trained(
-    spec: Spec, start: Start, train: Split, validation: Split | None, data: JobData, run: Run, kept: _Kept
-) -> tuple[Fitted, HeldOut | None]:
+    spec: Spec, start: Start, train: Split, validation: Split | None, data: JobData, run: Run, kept: _Kept,
+    keeping: Path,
+) -> tuple[Fitted, HeldOut | None]:  # fmt: skip
     """The network to serve, and with folds out-of-fold predictions, all trained at the same time.
 
     Out of fold, every image is classified by a network that was trained without it. Where the served network is trained
@@ -350,7 +381,7 @@ def _trained(
             seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
         fitted = fit(
             spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number,
-            checkpoint=kept(f"network-{number}", described(spec)),
+            checkpoint=kept(f"network-{number}", described(spec)), keep=functools.partial(keep, keeping, number),
         )  # fmt: skip
         return fitted, fitted.network.logits(data.part(held_out).images) if number else None
 

@@ -1,0 +1,55 @@
+"""Epochs of final trainings that are kept when their jobs have ended, so that a client can publish them.
+
+They are files, `kept/<job>/<training>/<network>-<epoch>.npz`: the served network is number 0, those of the folds are
+numbered from 1. What is there is all that is known of them, whichever gateway asks.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from store.settings import Settings
+from trainer.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True)
+class KeptEpoch:
+    """An epoch of the served network."""
+
+    epoch: int
+    created_at: float  # Unix seconds, of the home's file system
+    record: Mapping[str, Any]  # of the epoch, as in `store.records.Epoch`
+
+
+def folder_of(settings: Settings, job_id: str, resolved_spec: Mapping[str, Any] | None) -> Path:
+    """Where a job keeps epochs of the training of this spec: a search may have its choice trained anew with another."""
+    text = json.dumps(resolved_spec, sort_keys=True)
+    return settings.kept / job_id / sha256(text.encode()).hexdigest()[:16]
+
+
+def file_of(folder: Path, network: int, epoch: int) -> Path:
+    """The file of a network after an epoch."""
+    return folder / f"{network}-{epoch}.npz"
+
+
+def epochs(folder: Path, network: int = 0) -> list[int]:
+    """The epochs of a network that are kept, ascending."""
+    found = (re.fullmatch(rf"{network}-(\d+)\.npz", path.name) for path in folder.glob(f"{network}-*.npz"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def listed(folder: Path) -> list[KeptEpoch]:
+    """What is kept of the served network, the last epoch first."""
+    found = []
+    for epoch in reversed(epochs(folder)):
+        path = file_of(folder, 0, epoch)
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            state = Checkpoint(path).load()
+            if state is not None:
+                found.append(KeptEpoch(epoch, path.stat().st_mtime, state[1]["history"][-1]))
+    return found
