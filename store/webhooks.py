@@ -13,7 +13,7 @@ database's clock. Secrets are stored as they are, because deliveries are signed 
 
 import base64
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -159,11 +159,15 @@ class Webhooks:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
-    def create(self, url: str, types: Collection[WebhookType] | None = None, tenant: str = DEFAULT_TENANT) -> Webhook:
+    def create(
+        self, url: str, types: Collection[WebhookType] | None = None, tenant: str = DEFAULT_TENANT, *,
+        also: Callable[[sa.Connection, Webhook], None] = lambda connection, webhook: None,
+    ) -> Webhook:  # fmt: skip
         """Register an endpoint. Ids sort by creation time.
 
         Args:
             types: what it wants to be told; None for everything.
+            also: called in the same transaction; raises to roll it back.
 
         Raises:
             WrongState: the tenant has `MAX_WEBHOOKS` already.
@@ -179,6 +183,7 @@ class Webhooks:
                 disabled_because=None,
             )  # fmt: skip
             connection.execute(webhooks.insert().values(**vars(webhook)))
+            also(connection, webhook)
         return webhook
 
     def get(self, webhook_id: str, tenant: str = DEFAULT_TENANT, param: str = "id") -> Webhook:

@@ -242,12 +242,15 @@ class Verbs(Driver):
         return (yield from self._ask(Request("DELETE", at("datasets", dataset)))).read(DatasetDeleted)
 
     @Verb
-    def create_webhook(self, url: str, types: Collection[str] | None = None) -> Steps[Webhook]:
+    def create_webhook(
+        self, url: str, types: Collection[str] | None = None, *, idempotency_key: str | None = None
+    ) -> Steps[Webhook]:
         """Register an endpoint that is told what happens from now on.
 
         Args:
             url: of the endpoint.
             types: what to tell it, such as `model.label.moved`; everything if not given.
+            idempotency_key: requests with the same one are one webhook; made up if not given.
 
         Returns:
             The webhook with its `secret`, which signs its deliveries and is shown this once.
@@ -256,7 +259,9 @@ class Verbs(Driver):
             InvalidRequest: webhooks may not go to the URL, or there is no such type.
         """
         new = {"url": url} | ({} if types is None else {"types": list(types)})
-        return (yield from self._ask(Request("POST", "/webhooks", json=new))).read(Webhook)
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        request = Request("POST", "/webhooks", json=new, headers=headers, repeatable=True)
+        return (yield from self._ask(request)).read(Webhook)
 
     @Lister
     def webhooks(self, limit: int | None = None) -> Listing[Webhook]:

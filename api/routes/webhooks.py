@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from hashlib import sha256
 from typing import Annotated, Any, Literal, Self, get_args
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -10,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from api.courier import MAX_URL
 from api.gateway import gateway_of, tenant_of
 from api.http.openapi import After, Limit, errors
+from api.http.repeats import IdempotencyKey, Note, once
 from store.validation import TEXT
 from store.webhooks import Delivery, DeliveryStatus, Webhook, WebhookType
+from trainer.jobs.answers import Answer
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["webhooks"])
@@ -106,8 +109,10 @@ class DeliveryList(BaseModel):
     has_more: bool = Field(description="Are there more? Ask with `after` = the last id.")
 
 
-@router.post("/webhooks", status_code=201, responses=errors(400, 409, 413, 422, 503, 507))
-async def create_webhook(request: Request, response: Response, new: NewWebhook) -> WebhookWithSecret:
+@router.post(
+    "/webhooks", status_code=201, response_model=WebhookWithSecret, responses=errors(400, 409, 413, 422, 503, 507)
+)  # fmt: skip
+async def create_webhook(request: Request, new: NewWebhook, idempotency_key: IdempotencyKey = None) -> Response:
     """Register an endpoint. What happens from now on is sent to it; its secret is shown this once.
 
     Each delivery is a POST of `{"type", "timestamp", "data"}` after
@@ -119,12 +124,23 @@ async def create_webhook(request: Request, response: Response, new: NewWebhook) 
     `data` of a job has `id`, `model`, `label`, `status`, `version`, `preview_version`, `error` and `report_status`, as
     in the job; that of a label has `model`, `label`, and the versions `from` and `to`, null where there was or is none.
     """
-    gateway = gateway_of(request)
-    await gateway.courier.check(new.url)
-    made = await asyncio.to_thread(gateway.webhooks.create, new.url, new.types, tenant_of(request))
-    log.info("webhook %s registered", made.id)
-    response.headers["Location"] = f"/webhooks/{made.id}"
-    return WebhookWithSecret.of(made, secret=made.secret)
+    gateway, tenant = gateway_of(request), tenant_of(request)
+
+    async def create(note: Note) -> Answer:
+        await gateway.courier.check(new.url)
+        made = await asyncio.to_thread(
+            gateway.webhooks.create, new.url, new.types, tenant,
+            also=lambda connection, made: note(connection, _created(made)),
+        )  # fmt: skip
+        log.info("webhook %s registered", made.id)
+        return _created(made)
+
+    return await once(request, sha256(new.model_dump_json().encode()).hexdigest(), create)
+
+
+def _created(webhook: Webhook) -> Answer:
+    body = WebhookWithSecret.of(webhook, secret=webhook.secret).model_dump_json()
+    return Answer(201, body, f"/webhooks/{webhook.id}")
 
 
 @router.get("/webhooks", responses=errors(404, 422, 503))
