@@ -11,7 +11,9 @@ import secrets
 import shutil
 import signal
 import sys
+import time
 from asyncio.subprocess import Process
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +39,7 @@ from store.errors import (
     UnsupportedMediaType,
 )
 from store.files import move
-from store.records import DatasetCard, DatasetReport
+from store.records import DEFAULT_TENANT, DatasetCard, DatasetReport
 from store.settings import Settings
 from trainer.jobs.library import Upload
 from trainer.jobs.records import FINISHED, Jobs
@@ -45,7 +47,8 @@ from trainer.jobs.records import FINISHED, Jobs
 log = logging.getLogger("temper.gateway")
 
 DECODERS, MAX_UPLOADS = 2, 32  # uploads that are decoded, and that may be under way, at a time
-IDLE_S = 60.0  # after which an upload that sends nothing gives its place to another
+SPARE_UPLOADS = 8  # of them, for tenants that have none under way
+IDLE_S, LONGEST_S = 60.0, 1800.0  # after which an upload that sends nothing, or little, gives its place to another
 MAX_TEXT_BYTES = 1 << 20  # of a form field that is no file
 WRITE_BYTES = 1 << 20  # that are collected before they are written
 LOCK = "lock"
@@ -80,7 +83,7 @@ class Uploads:
         self._staging = settings.staging / f"uploads-{secrets.token_hex(4)}"
         self._lock: IO[bytes] | None = None
         self._decoders = asyncio.Semaphore(DECODERS)
-        self._under_way = 0
+        self._under_way: Counter[str] = Counter()  # by tenant
         self._spare: asyncio.Task[Process] | None = None
 
     async def __aenter__(self) -> Self:
@@ -109,22 +112,27 @@ class Uploads:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count a request among those under way.
+    def admitted(self, tenant: str) -> Iterator[None]:
+        """Count a request among those under way. The last places are for tenants that have none.
 
         Raises:
             Overloaded: there are too many already.
         """
-        if self._under_way >= MAX_UPLOADS:
-            raise Overloaded(f"{MAX_UPLOADS} uploads are in progress; try again later")
-        self._under_way += 1
+        places = MAX_UPLOADS - (SPARE_UPLOADS if self._under_way[tenant] else 0)
+        if self._under_way.total() >= places:
+            raise Overloaded(f"{self._under_way.total()} uploads are in progress; try again later")
+        self._under_way[tenant] += 1
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._under_way[tenant] -= 1
+            if not self._under_way[tenant]:
+                del self._under_way[tenant]
 
     @contextlib.asynccontextmanager
-    async def receive(self, request: Request, texts: set[str], files: set[str]) -> AsyncIterator[Form]:
+    async def receive(
+        self, request: Request, texts: set[str], files: set[str], tenant: str = DEFAULT_TENANT
+    ) -> AsyncIterator[Form]:
         """Stream a form to disk; its files go when the context ends. A form without files may be URL-encoded.
 
         Args:
@@ -138,7 +146,7 @@ class Uploads:
             StorageFull: no space is left.
         """
         content_type = request.headers.get("content-type", "")
-        with self.admitted(), contextlib.ExitStack() as stack:
+        with self.admitted(tenant), contextlib.ExitStack() as stack:
             if content_type.partition(";")[0].strip().lower() == URLENCODED:
                 yield await _receive_texts(request, texts, files)
                 return
@@ -222,9 +230,11 @@ class Uploads:
 
 
 async def _pieces(request: Request) -> AsyncIterator[bytes]:
-    """A body as it arrives, unless it stops arriving."""
-    stream = request.stream()
+    """A body as it arrives, unless it stops arriving or takes too long."""
+    stream, until = request.stream(), time.monotonic() + LONGEST_S
     while True:
+        if time.monotonic() > until:
+            raise MalformedRequest(f"the upload took longer than {LONGEST_S:g} s")
         try:
             yield await asyncio.wait_for(anext(stream), IDLE_S)
         except StopAsyncIteration:
@@ -361,6 +371,8 @@ class _Receiver:
         self._text = None if is_file else bytearray()
         if is_file:
             self.form.names[name] = _decoded(options[b"filename"])
+            if "\0" in self.form.names[name]:  # which PostgreSQL does not store
+                raise InvalidRequest(f"{name}: its file name contains NUL", param=name)
             self._pending.append((name, b""))  # also an empty file is one
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:

@@ -84,7 +84,7 @@ async def create_dataset(request: Request, idempotency_key: IdempotencyKey = Non
     Jobs take them by id (`dataset` of `POST /finetune`). The same content is one data set, however often it is sent.
     """
     gateway, tenant = gateway_of(request), tenant_of(request)
-    async with gateway.uploads.receive(request, set(), {"data"}) as form:
+    async with gateway.uploads.receive(request, set(), {"data"}, tenant_of(request)) as form:
         if "data" not in form.files:
             raise InvalidRequest("data: is required", param="data")
 

@@ -248,7 +248,7 @@ class DryRun(BaseModel):
 async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> Response:
     """Queue a fine-tune on labelled images: an upload, or a data set that is kept."""
     gateway, tenant = gateway_of(request), tenant_of(request)
-    async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES)) as form:
+    async with gateway.uploads.receive(request, set(FinetuneFields.model_fields), set(FILES), tenant) as form:
         fields = _fields(form.texts)
         ids = {field: name for field in INSTEAD if (name := getattr(fields, field)) is not None}
         for field, file in INSTEAD.items():
@@ -266,7 +266,7 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
             return base, await gateway.uploads.store(form, functools.partial(check, asked), kept, keep=keep)
 
         async def create(note: Note) -> Answer:
-            await asyncio.to_thread(check_quota, gateway, tenant)
+            await asyncio.to_thread(check_quota, gateway, tenant)  # before all the work
             base, dataset = await prepare()
             return await asyncio.to_thread(
                 queue, gateway, tenant, note, accepted,
@@ -308,6 +308,8 @@ def queue(
         base: stored name and version.
     """
     kept = [card.kept for card in (dataset, dataset.validation) if card and card.kept]
+
+    check_quota(gateway, tenant)
 
     def also(connection: sa.Connection, job: Job) -> None:
         gateway.library.hold(connection, tenant, kept)

@@ -22,7 +22,7 @@ from api.http.errors import invalid_request
 from api.http.openapi import JobId, Limit, openai_errors
 from api.http.repeats import IdempotencyKey, Note, once
 from api.routes import models
-from api.routes.jobs import METADATA_FILTER, check, check_quota, metadata_filter, queue, resolve_base
+from api.routes.jobs import METADATA_FILTER, check, metadata_filter, queue, resolve_base
 from api.routes.openai_schemas import (
     FILE_FORM,
     STANDARD_RATE,
@@ -68,7 +68,7 @@ async def create_file(request: Request, idempotency_key: IdempotencyKey = None) 
     """Upload labelled images: a zip of class folders, or an `.npz`. What cannot be trained on is refused here."""
     gateway, tenant = gateway_of(request), tenant_of(request)
     names = {field.alias or name for name, field in FileFields.model_fields.items()}
-    async with gateway.uploads.receive(request, names, {"file"}) as form:
+    async with gateway.uploads.receive(request, names, {"file"}, tenant_of(request)) as form:
         try:
             fields = FileFields.model_validate(form.texts)
         except ValidationError as exc:
@@ -147,7 +147,6 @@ async def create_job(request: Request, wanted: JobRequest, idempotency_key: Idem
     asked = _asked(wanted)
 
     async def create(note: Note) -> Answer:
-        await asyncio.to_thread(check_quota, gateway, tenant)
         return await asyncio.to_thread(_create_job, gateway, tenant, note, wanted, asked)
 
     said = json.dumps(await request.json(), sort_keys=True)

@@ -72,19 +72,46 @@ def test_a_file_is_on_disk_while_the_rest_of_it_is_still_to_come(settings: Setti
     assert sizes[-1] >= 3 << 20  # before the last piece had arrived
 
 
-def test_nothing_is_read_of_an_upload_that_is_one_too_many(
+def test_nothing_is_read_of_an_upload_that_is_one_too_many_for_its_tenant(
     settings: Settings, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api.uploads, "MAX_UPLOADS", 1)
+    monkeypatch.setattr(api.uploads, "MAX_UPLOADS", 2)
+    monkeypatch.setattr(api.uploads, "SPARE_UPLOADS", 1)
 
     async def receive() -> dict[str, Any]:
         raise AssertionError("the body was read")
 
     async def upload() -> None:
         async with opened(settings, jobs) as uploads:
-            with uploads.admitted(), pytest.raises(Overloaded):
+            with uploads.admitted("a"):
+                with pytest.raises(Overloaded):
+                    async with uploads.receive(request(receive), {"model"}, {"data"}, "a"):
+                        pass
+                with uploads.admitted("b"), pytest.raises(Overloaded), uploads.admitted("c"):
+                    pass
+            with uploads.admitted("a"):  # a place that was given back
+                pass
+
+    asyncio.run(upload())
+
+
+@pytest.mark.parametrize(("limit", "reason"), [("IDLE_S", "stalled"), ("LONGEST_S", "took longer")])
+def test_an_upload_that_stalls_or_trickles_gives_its_place_back(
+    settings: Settings, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str
+) -> None:
+    monkeypatch.setattr(api.uploads, limit, 0.0)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": HEAD, "more_body": True}
+
+    async def upload() -> None:
+        async with opened(settings, jobs) as uploads:
+            with pytest.raises(MalformedRequest, match=reason):
                 async with uploads.receive(request(receive), {"model"}, {"data"}):
                     pass
+            assert not uploads._under_way
+        assert staged(settings) == []
 
     asyncio.run(upload())
 
@@ -104,21 +131,6 @@ def test_a_client_that_hangs_up_leaves_nothing(settings: Settings, jobs: Jobs) -
                 async with uploads.receive(request(receive), {"model"}, {"data"}):
                     pass
             assert staged(settings) == []
-
-    asyncio.run(upload())
-
-
-def test_an_upload_that_stalls_gives_its_place_back(
-    settings: Settings, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(api.uploads, "IDLE_S", 0.05)
-
-    async def upload() -> None:
-        async with opened(settings, jobs) as uploads:
-            with pytest.raises(MalformedRequest, match=r"nothing arrived for 0.05 s"):
-                async with uploads.receive(request(asyncio.Event().wait), {"model"}, {"data"}):
-                    pass
-            assert uploads._under_way == 0
 
     asyncio.run(upload())
 
@@ -180,6 +192,7 @@ DATA, MODEL = part("data", GOOD, "d.zip"), part("model", "formed")
         ([MODEL, DATA, part("spec", " " * ((1 << 20) + 1))], 422, "spec", "at most 1048576 bytes"),
         ([MODEL, DATA, part("spec", '{"l2": 0, "l2": 1}')], 422, "spec.l2", "given twice"),
         ([MODEL, part("data", b"", "d.zip")], 422, "data", "it is empty"),
+        ([MODEL, part("data", GOOD, "d\0.zip")], 422, "data", "its file name contains NUL"),
     ],
 )
 def test_a_form_that_is_not_as_documented_is_refused(

@@ -171,8 +171,8 @@ class Library:
         """Return the names of the files in `datasets/` that are kept, and forget the data sets that have expired."""
         with self._engine.begin() as connection:
             connection.execute(datasets.delete().where(~_alive()))
-            rows = connection.execute(sa.select(datasets.c.upload, datasets.c.dataset["id"].as_string())).all()
-        return {name for upload, content in rows for name in (f"{upload}.upload", f"{content}.npz")}
+            rows = connection.execute(sa.select(datasets.c.upload, datasets.c.dataset)).all()
+        return {name for row in rows for name in (f"{row.upload}.upload", f"{row.dataset['id']}.npz")}
 
 
 _COLUMNS = [column for column in datasets.c if column is not datasets.c.tenant]
