@@ -8,7 +8,7 @@ from collections import deque
 from store.errors import Overloaded
 
 PLACES = 8  # predictions under way together, while more than one tenant asks; each has at least one
-ACTIVE_S, LOOK_S = 1.0, 0.1  # how long a tenant counts as asking, and how often that is looked at
+ACTIVE_S, LOOK_S = 1.0, 0.1  # how long a tenant without predictions counts as asking, and how often that is looked at
 MAX_WAITING = 1000  # requests of a tenant
 
 
@@ -56,7 +56,7 @@ class Turns:
 
     def leave(self, tenant: str) -> None:
         """Give a place back, to the tenant's next request."""
-        inside = self._inside.pop(tenant) - 1
+        inside = self._inside[tenant] - 1
         queue = self._waiting.get(tenant)
         if queue:
             share = self._share(time.monotonic())
@@ -69,11 +69,15 @@ class Turns:
                 del self._waiting[tenant]
         if inside:
             self._inside[tenant] = inside
+        else:
+            del self._inside[tenant]
 
     def _share(self, now: float) -> float:
         """How many places each tenant has."""
         if now > self._looked_at + LOOK_S:
             self._looked_at = now
-            self._asked_at = {tenant: at for tenant, at in self._asked_at.items() if at > now - ACTIVE_S}
+            self._asked_at = {
+                tenant: at for tenant, at in self._asked_at.items() if at > now - ACTIVE_S or tenant in self._inside
+            }
         tenants = len(self._asked_at)
         return math.inf if tenants < 2 else max(1, PLACES // tenants)

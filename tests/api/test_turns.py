@@ -42,6 +42,25 @@ def test_tenants_that_ask_together_share_the_places_and_one_alone_has_all() -> N
     asyncio.run(test())
 
 
+def test_tenants_whose_predictions_take_long_still_share_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.http.turns.ACTIVE_S", 0.0)  # whoever has asked has asked long ago
+    monkeypatch.setattr("api.http.turns.LOOK_S", 0.0)
+
+    async def test() -> None:
+        turns = Turns()
+        for tenant in ("b", *["a"] * (PLACES // 2)):
+            await enter(turns, tenant)
+        waiting = [asyncio.create_task(enter(turns, "a")) for _ in range(3)]
+        await asyncio.sleep(0)
+        turns.leave("a")
+        await asyncio.sleep(0)
+        assert [task.done() for task in waiting] == [True, False, False]
+        for task in waiting:
+            task.cancel()
+
+    asyncio.run(test())
+
+
 def test_a_place_that_is_given_to_a_request_whose_client_hangs_up_goes_to_the_next() -> None:
     async def test() -> None:
         turns = Turns()
