@@ -322,7 +322,9 @@ class Registry:
 
     def has_live(self, model: str) -> bool:
         """Tell whether the model has a live version."""
-        return bool(self._select((versions.c.model == model) & versions.c.live))
+        found = sa.select(sa.literal(1)).where((versions.c.model == model) & versions.c.live).limit(1)
+        with self._engine.connect() as connection:
+            return connection.execute(found).first() is not None
 
     def live(self) -> list[Version]:
         """Every live version, by model, newest first."""

@@ -8,10 +8,10 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -25,6 +25,8 @@ MOST_BYTES = 256 << 20  # of a file; only a search on very many images and class
 RECORD = "record"
 
 State = tuple[dict[str, np.ndarray], dict[str, Any]]  # float values exactly, and a record that JSON can hold
+
+T = TypeVar("T")
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
@@ -49,12 +51,18 @@ class Checkpoint:
 
     def load(self) -> State | None:
         """What was saved last, by whatever process; None if there is nothing that can be read."""
+        return self._read(lambda file: ({name: file[name] for name in file if name != RECORD}, _record(file)))
+
+    def record(self) -> dict[str, Any] | None:
+        """The record of what was saved last, without its values."""
+        return self._read(_record)
+
+    def _read(self, read: Callable[[Mapping[str, np.ndarray]], T]) -> T | None:
         if self._path is None or not self._path.exists():
             return None
         try:
             with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                arrays = dict(file)
-            return arrays, json.loads(arrays.pop(RECORD).tobytes())
+                return read(file)
         except Exception as exc:  # NumPy, zipfile and zlib raise nearly anything on a damaged file
             log.warning("ignoring a checkpoint that cannot be read", file=str(self._path), reason=repr(exc))
             return None
@@ -79,3 +87,8 @@ class Checkpoint:
                 aside.unlink(missing_ok=True)
         ended = time.monotonic()
         self._due = ended + (ended - began) / SHARE
+
+
+def _record(file: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file[RECORD].tobytes())
+    return found

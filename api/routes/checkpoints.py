@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path as FilePath
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request, Response
@@ -18,7 +19,7 @@ from serving.registry import LABEL, STABLE
 from store.errors import UnknownCheckpoint, UnknownModel, WrongState
 from store.records import DatasetCard, public_name
 from trainer.jobs.answers import Answer
-from trainer.jobs.kept import KeptEpoch, folder_of, listed
+from trainer.jobs.kept import KeptEpoch, epochs, folder_of, listed
 from trainer.jobs.records import FINISHED, Job
 
 log = logging.getLogger("temper.gateway")
@@ -77,7 +78,9 @@ def list_checkpoints(request: Request, id: JobId, after: After = None, limit: Li
     gateway = gateway_of(request)
     job = gateway.jobs.get(id, tenant=tenant_of(request))
     versions = _published(gateway, job)
-    found = [CheckpointView.of(job, kept, versions.get(kept.epoch)) for kept in _kept(gateway, job)]
+    folder = _folder(gateway, job)
+    kept = listed(folder) if folder else []
+    found = [CheckpointView.of(job, one, versions.get(one.epoch)) for one in kept]
     if after is not None:
         known = [checkpoint.id for checkpoint in found]
         if after not in known:
@@ -103,7 +106,6 @@ async def publish_checkpoint(
     label = wanted.label if wanted else STABLE
 
     async def create(note: Note) -> Answer:
-        await asyncio.to_thread(check_quota, gateway, tenant)
         return await asyncio.to_thread(_publish, gateway, tenant, note, id, epoch, label)
 
     return await once(request, sha256(label.encode()).hexdigest(), create)
@@ -113,9 +115,11 @@ def _publish(gateway: Gateway, tenant: str, note: Note, id: str, epoch: int, lab
     source = gateway.jobs.get(id, tenant=tenant)
     if source.status not in FINISHED:
         raise WrongState(f"job {id} is {source.status}; wait until it has succeeded", param="id")
-    if epoch not in [kept.epoch for kept in _kept(gateway, source)]:
+    folder = _folder(gateway, source)
+    if folder is None or epoch not in epochs(folder):
         raise UnknownCheckpoint(f"job {id} has no checkpoint of epoch {epoch}", param="epoch")
     _check_inputs(gateway, source)
+    check_quota(gateway, tenant)
     job = gateway.jobs.create(
         tenant=tenant, model=source.model, base=source.base, spec=source.spec, resolved_spec=source.resolved_spec,
         dataset=source.dataset, label=label, checkpoint={"job": id, "epoch": epoch},
@@ -125,11 +129,11 @@ def _publish(gateway: Gateway, tenant: str, note: Note, id: str, epoch: int, lab
     return accepted(job)
 
 
-def _kept(gateway: Gateway, job: Job) -> list[KeptEpoch]:
-    """What a job has kept, unless it has ended in a way that leaves nothing to publish; a worker removes it then."""
+def _folder(gateway: Gateway, job: Job) -> FilePath | None:
+    """Where a job keeps epochs; None if it has ended in a way that leaves nothing to publish."""
     if job.status in FINISHED and (job.status != "succeeded" or not gateway.registry.has_live(job.model)):
-        return []
-    return listed(folder_of(gateway.settings, job.id, job.resolved_spec))
+        return None
+    return folder_of(gateway.settings, job.id, job.resolved_spec)
 
 
 def _published(gateway: Gateway, job: Job) -> dict[int, int]:

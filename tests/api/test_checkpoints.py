@@ -194,3 +194,16 @@ def test_a_checkpoint_without_its_images_or_its_base_is_not_published(
     service.api.delete("/models/kept-based")
     assert checkpoints(service, based["id"])["data"] == []
     assert error_of(publish(service, based["id"], 1)) == (404, "unknown_checkpoint", "epoch")
+
+
+def test_the_checkpoints_of_a_model_go_with_it_and_stay_away_from_the_next_of_its_name(
+    service: Service, upload: bytes
+) -> None:
+    spec = json.dumps({"epochs": 1, "checkpoints": 1, "method": "head"})
+    job = service.finished(service.finetune(upload, "kept-gone", spec).json()["id"])["id"]
+    assert [kept["epoch"] for kept in checkpoints(service, job)["data"]] == [1]
+    assert service.api.delete("/models/kept-gone").status_code == 200
+    assert not (service.home / "kept" / job).exists()
+    service.finished(service.finetune(upload, "kept-gone", spec).json()["id"])
+    assert checkpoints(service, job)["data"] == []
+    assert error_of(publish(service, job, 1)) == (404, "unknown_checkpoint", "epoch")

@@ -261,10 +261,10 @@ class Estimates:
             if len(self._works) > MOST:
                 self._works.clear()
             try:
-                given = Asked.of(job.spec or {})
                 self._works[job.id] = (
-                    _Work.of_checkpoint(job.dataset) if job.checkpoint else _Work.of(given, job.dataset)
-                )
+                    _Work.of_checkpoint(job.dataset) if job.checkpoint
+                    else _Work.of(Asked.of(job.spec or {}), job.dataset)
+                )  # fmt: skip
             except (ValidationError, InvalidSpec):
                 self._works[job.id] = None
         return self._works[job.id]

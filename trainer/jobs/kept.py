@@ -1,4 +1,4 @@
-"""Epochs of final trainings that are kept when their jobs have ended, so that a client can publish them.
+"""Epochs of final trainings that clients can publish.
 
 They are files, `kept/<job>/<training>/<network>-<epoch>.npz`: the served network is number 0, those of the folds are
 numbered from 1. What is there is all that is known of them, whichever gateway asks.
@@ -13,8 +13,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from store.errors import UnknownJob
+from store.files import remove_tree
 from store.settings import Settings
 from trainer.checkpoints import Checkpoint
+from trainer.jobs.records import FINISHED, Jobs
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class KeptEpoch:
 
 
 def folder_of(settings: Settings, job_id: str, resolved_spec: Mapping[str, Any] | None) -> Path:
-    """Where a job keeps epochs of the training of this spec: a search may have its choice trained anew with another."""
+    """Where a job keeps epochs of its training with this spec: a search may train again with another."""
     text = json.dumps(resolved_spec, sort_keys=True)
     return settings.kept / job_id / sha256(text.encode()).hexdigest()[:16]
 
@@ -49,7 +52,16 @@ def listed(folder: Path) -> list[KeptEpoch]:
     for epoch in reversed(epochs(folder)):
         path = file_of(folder, 0, epoch)
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            state = Checkpoint(path).load()
-            if state is not None:
-                found.append(KeptEpoch(epoch, path.stat().st_mtime, state[1]["history"][-1]))
+            record = Checkpoint(path).record()
+            if record is not None:
+                found.append(KeptEpoch(epoch, path.stat().st_mtime, record["history"][-1]))
     return found
+
+
+def forget(settings: Settings, jobs: Jobs, model: str) -> None:
+    """Delete what the finished jobs of a deleted model have kept. A worker's sweep deletes what this misses."""
+    for path in settings.kept.iterdir():
+        with contextlib.suppress(UnknownJob):
+            job = jobs.get(path.name)
+            if job.model == model and job.status in FINISHED:
+                remove_tree(path)

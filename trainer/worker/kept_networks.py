@@ -1,4 +1,4 @@
-"""Writes the networks of a job's final training down after some epochs, and reads them again to publish one."""
+"""Save the networks of a job's final training after chosen epochs, and load them to publish one."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from trainer.jobs.records import FINISHED, Jobs
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
-KEPT_S = 30 * 86400.0  # for which a finished job's epochs are kept
+EPOCHS_KEPT_S = 30 * 86400.0  # for which a finished job's epochs are kept
 UNUSED_S = 3600.0  # age at which an unused data set is deleted; a younger one may be about to get its job
 
 
@@ -79,7 +79,7 @@ def _may_be_published(job_id: str, jobs: Jobs, registry: Registry) -> bool:
         job = jobs.get(job_id)
     except UnknownJob:
         return False
-    if job.status != "succeeded" or job.finished_at is None or registry.clock() > job.finished_at + KEPT_S:
+    if job.status != "succeeded" or job.finished_at is None or registry.clock() > job.finished_at + EPOCHS_KEPT_S:
         return False
     return registry.has_live(job.model)
 

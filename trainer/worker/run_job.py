@@ -150,8 +150,9 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             make_directory(settings.checkpoints / job.id)
         with tf.device(device):
             problem = Problem(data.all, base, len(data.classes), data.classes == source.manifest.classes)
-            kept = _Kept(settings.checkpoints / job.id, [job.dataset.dump(), source.manifest.classes, digest(base)])
-            maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged, kept)
+            learned_from = [job.dataset.dump(), source.manifest.classes, digest(base)]
+            checkpoints = _Checkpoints(settings.checkpoints / job.id, learned_from)
+            maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged, checkpoints)
             if job.checkpoint:
                 return maker.make_of(**job.checkpoint)
             bounds, found = asked.fixed.search, Found(asked.fixed)
@@ -164,7 +165,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
                     found = search(
                         asked, problem, uploaded=data.validation is not None, earlier=_earlier(job.model, registry),
                         spent_s=sum(run.seconds.values()),
-                        on_trial=run.trial, check=run.check, checkpoint=kept("search", job.spec),
+                        on_trial=run.trial, check=run.check, checkpoint=checkpoints("search", job.spec),
                     )  # fmt: skip
                     run.resolved(found.spec)
             maker.make(found)
@@ -173,7 +174,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Checkpoints:
     """The checkpoints of a job."""
 
     folder: Path
@@ -196,7 +197,7 @@ class _Maker:
     problem: Problem
     device: str
     staged: Path
-    kept: _Kept
+    checkpoints: _Checkpoints
 
     def preview(self) -> None:
         """Publish the first version of a model from a quick recipe."""
@@ -226,12 +227,12 @@ class _Maker:
         start = self._start(spec)
         with run.stage("training"):
             train, validation = data.split(spec)
-            fitted, across = _trained(spec, start, train, validation, data, run, self.kept, self._keeping(spec))
+            fitted, across = self._trained(spec, start, train, validation)
             if across and (confirmed := found.confirmed(across.logits, across.split.labels)) is not found:
                 remove_tree(self._keeping(spec))
                 found, spec = confirmed, confirmed.spec
                 run.resolved(spec)
-                fitted, across = _trained(spec, start, train, validation, data, run, self.kept, self._keeping(spec))
+                fitted, across = self._trained(spec, start, train, validation)
         self._finish(spec, start, fitted, across, train, validation, found if self.asked.auto else None)
 
     def make_of(self, job: str, epoch: int) -> None:
@@ -241,6 +242,12 @@ class _Maker:
         train, validation = self.data.split(spec)
         fitted, across = watched(lambda _: read_all(kept, epoch, start, spec, self.data), self.run.go_on)
         self._finish(spec, start, fitted, across, train, validation)
+
+    def _trained(
+        self, spec: Spec, start: Start, train: Split, validation: Split | None
+    ) -> tuple[Fitted, HeldOut | None]:  # fmt: skip
+        keeping = self._keeping(spec)
+        return _trained(spec, start, train, validation, self.data, self.run, self.checkpoints, keeping)
 
     def _keeping(self, spec: Spec) -> Path:
         """Where epochs of the training of what has been chosen are kept."""
@@ -357,8 +364,8 @@ def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
 
 
 def _trained(
-    spec: Spec, start: Start, train: Split, validation: Split | None, data: JobData, run: Run, kept: _Kept,
-    keeping: Path,
+    spec: Spec, start: Start, train: Split, validation: Split | None, data: JobData, run: Run,
+    checkpoints: _Checkpoints, keeping: Path,
 ) -> tuple[Fitted, HeldOut | None]:  # fmt: skip
     """The network to serve, and with folds out-of-fold predictions, all trained at the same time.
 
@@ -381,7 +388,7 @@ def _trained(
             seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
         fitted = fit(
             spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number,
-            checkpoint=kept(f"network-{number}", described(spec)), keep=functools.partial(keep, keeping, number),
+            checkpoint=checkpoints(f"network-{number}", described(spec)), keep=functools.partial(keep, keeping, number),
         )  # fmt: skip
         return fitted, fitted.network.logits(data.part(held_out).images) if number else None
 
