@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 
 class SharedRead:
-    """Calls `read`, one call at a time; callers that come during one share the next, which sees what they have seen.
+    """Calls `read`, one call at a time; callers that come during one share the next, which begins after they asked.
 
     Args:
         pause_s: least time from the beginning of a call to that of the next.

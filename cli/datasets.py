@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from cli.command import command
-from cli.show import show_dataset, show_datasets, show_deleted_dataset
+from cli.show import show_dataset, show_datasets, show_deleted_id
 from temper import Client, Dataset, DatasetDeleted
 
 dataset_id = click.argument("dataset")
@@ -39,7 +39,7 @@ def show(client: Client, dataset: str) -> Dataset:
     return client.dataset(dataset)
 
 
-@command(show_deleted_dataset)
+@command(show_deleted_id)
 @dataset_id
 def delete(client: Client, dataset: str) -> DatasetDeleted:
     """Delete a data set that no unfinished job needs."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from cli.command import Failed, Versioned, command, versioned
 from cli.show import (
@@ -154,11 +155,13 @@ def download(client: Client, version: Named, format: str, output: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         archive = client.download(model, folder, number)
         path = output / f"{archive.stem}.{format}" if output.is_dir() else output
-        # In a process of its own, as the command itself never loads TensorFlow.
-        convert = [sys.executable, "-m", "trainer.convert", str(archive), format, str(path)]
+        # In a process of its own, as the command itself never loads TensorFlow; with nothing from this directory.
+        convert = [sys.executable, "-P", "-m", "trainer.convert", str(archive), format, str(path)]
         done = subprocess.run(convert, capture_output=True, text=True, check=False)
     if done.returncode:
-        *_, reason = done.stderr.splitlines() or [f"the conversion ended with {done.returncode}"]
+        *_, reason = done.stderr.splitlines() or [""]
+        if not reason.startswith("Error: "):  # it did not end by itself
+            reason = f"the conversion ended with {done.returncode}: {reason}"
         raise Failed(reason.removeprefix("Error: "))
-    say(done.stdout.strip())
+    say(escape(done.stdout.strip()))
     return path

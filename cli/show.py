@@ -186,9 +186,9 @@ def show_dry_run(found: DryRun) -> None:
     known = f"from {estimate.jobs} finished {kind} of its kind" if estimate.jobs else "from another machine's figures"
     table.add_row("time", f"{estimate.seconds:,.1f} s, give or take {estimate.seconds_within:.0%}, {known}")
     table.add_row("memory", f"{estimate.memory_bytes / 1e9:.1f} GB")
-    console.print(table)
+    show(table)
     for text in found.warnings:
-        console.print(f"[yellow]{escape(text)}[/]")
+        say(f"[yellow]{escape(text)}[/]")
 
 
 def _value(value: Any) -> str:
@@ -235,7 +235,7 @@ def show_dataset(dataset: Dataset) -> None:
         ("near-constant", "near_constant"),
     ):
         facts.add_row(name, f"{report[key]:,}")
-    console.print(facts)
+    show(facts)
 
 
 def show_datasets(datasets: Iterable[Dataset]) -> None:
@@ -250,7 +250,7 @@ def show_datasets(datasets: Iterable[Dataset]) -> None:
     show(table)
 
 
-def show_deleted_dataset(deleted: DatasetDeleted) -> None:
+def show_deleted_id(deleted: DatasetDeleted | WebhookDeleted) -> None:
     """What was deleted."""
     say(f"deleted {deleted.id}")
 
@@ -269,11 +269,6 @@ def show_webhooks(webhooks: Iterable[Webhook]) -> None:
         types = ", ".join(one.types) if one.types else "all"
         table.add_row(one.id, escape(one.url), types, escape(one.status + why), _when(one.created_at))
     show(table)
-
-
-def show_deleted_webhook(deleted: WebhookDeleted) -> None:
-    """What was deleted."""
-    say(f"deleted {deleted.id}")
 
 
 def show_deliveries(deliveries: Iterable[Delivery]) -> None:
@@ -401,9 +396,9 @@ def print_report(report: dict[str, Any]) -> None:
     by_stage = report["cost"]["seconds"]
     seconds = "  ".join(f"{stage} {value:.2f}" for stage, value in by_stage.items())
     table.add_row("seconds", f"{sum(by_stage.values()):.2f}", seconds)
-    console.print(table)
+    show(table)
     for text in [*report["warnings"], *(warning["message"] for warning in report["regularization"]["warnings"])]:
-        console.print(f"[yellow]{escape(text)}[/]")
+        say(f"[yellow]{escape(text)}[/]")
     if report["training"]["ended_by"] == "catastrophic_overfitting":
         epochs = report["training"]["overfitted_attack_in_epoch"], report["training"]["kept_epoch"]
         console.print(

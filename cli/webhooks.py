@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import click
 
 from cli.command import command
-from cli.show import show_deleted_webhook, show_deliveries, show_delivery, show_secret, show_webhooks
+from cli.show import show_deleted_id, show_deliveries, show_delivery, show_secret, show_webhooks
 from temper import Client, Delivery, Webhook, WebhookDeleted
 
 webhook_id = click.argument("webhook")
@@ -34,7 +34,7 @@ def list_(client: Client, limit: int) -> list[Webhook]:
     return list(found)
 
 
-@command(show_deleted_webhook)
+@command(show_deleted_id)
 @webhook_id
 def delete(client: Client, webhook: str) -> WebhookDeleted:
     """Delete a webhook with its deliveries."""

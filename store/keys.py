@@ -90,7 +90,7 @@ class Keys:
             found = repr(unknown[0]) if unknown else "nothing"
             raise InvalidRequest(f"scope: must be some of {', '.join(SCOPES)}, not {found}", param="scope")
         if rate is not None and not 0 < rate < 1e9:
-            raise InvalidRequest(f"rate: must be greater than 0, not {rate:g}", param="rate")
+            raise InvalidRequest(f"rate: must be greater than 0 and less than 1e9, not {rate:g}", param="rate")
         return self._insert(f"key-{secrets.token_hex(8)}", name, tenant, scopes, rate)
 
     def create_first(self) -> str | None:

@@ -115,7 +115,7 @@ def convert(archive: Path, format: str, out: Path) -> dict[str, float]:
             f"{sys.executable} -m pip install 'temper[{extra}]'"
         )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what other packages deprecate is nothing that a user can mend
+        warnings.simplefilter("ignore")  # users cannot act on other packages' deprecations
         version = _unpack(archive, Path(folder))
         classes = Manifest.read(json.loads((version / "assets.extra/manifest.json").read_text("utf-8"))).classes
         import_tensorflow()

@@ -186,7 +186,7 @@ _RECEIVED = {
 
 
 def add_webhooks(app: FastAPI) -> None:
-    """Have the document of an app describe what is sent to webhooks. As the rest of it, that is made when asked for."""
+    """Have an app's document describe what is sent to webhooks. Built on the first request, like the rest of it."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

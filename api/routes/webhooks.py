@@ -166,7 +166,7 @@ def delete_webhook(request: Request, id: WebhookId) -> WebhookDeleted:
 
 @router.post("/webhooks/{id}/rotate", responses=errors(404, 422, 503, 507))
 def rotate_secret(request: Request, id: WebhookId) -> WebhookWithSecret:
-    """Give a webhook a new secret. For 24 hours the old one signs as well."""
+    """Give a webhook a new secret. For 24 hours, or until the next rotation, the old one signs as well."""
     rotated = gateway_of(request).webhooks.rotate(id, tenant_of(request))
     log.info("webhook %s has a new secret", id)
     return WebhookWithSecret.of(rotated, secret=rotated.secret)
