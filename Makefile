@@ -34,7 +34,7 @@ test: $(READY) ## Run the tests
 	$(BIN)/pytest $(TWO)
 
 test-slow: $(READY) ## Run the tests that kill and freeze processes, or train for long
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(TWO)
 
 test-contract: $(READY) ## Run the contract suite against the embedded server or TEMPER_TFS_BINARY
 	$(BIN)/pytest tests/contract

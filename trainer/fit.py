@@ -298,6 +298,7 @@ class Training:
         self.model.load(start.params, spec.seed, lora_scale=start.lora_scale, new=start.new, class_weights=weights)
         self._features = tf.constant(Network(start.params).part(train.images, until=self.entry))
         self._labels = tf.constant(train.labels)
+        self.model.warm_up(self._features, self._labels, self._c)
         self._order = tf.zeros(0, tf.int32)  # of the last epoch
         self._updates = -(-len(train.labels) // self._c.batch_size) * self._c.replays  # an epoch
         self._plan = schedule(spec, spec.epochs * self._updates)

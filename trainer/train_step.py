@@ -176,6 +176,16 @@ class TrainStep:
         means = dict(zip(TERMS, (sums[:-1] / len(schedule)).tolist(), strict=True))
         return {name: means[name] for name in self.terms()}, wrong
 
+    def warm_up(self, features: Tensor, labels: Tensor, c: Coefficients) -> None:
+        """Go through an epoch without updates, in which TensorFlow optimizes the graph of a new structure.
+
+        That takes as long as ten epochs of a small data set, and would be taken for the time of the first.
+        """
+        if not self._compiled.warm:
+            order, schedule = tf.zeros(0, tf.int32), tf.zeros((0, len(SCHEDULE)))
+            self._compiled.epoch(self._state, features, labels, order, schedule, tf.constant(0), _inputs(c))
+            self._compiled.warm = True
+
     def terms(self) -> tuple[str, ...]:
         """Names of the terms of the loss."""
         return self._compiled.terms()
@@ -219,6 +229,7 @@ class _Compiled:
             {name: relative_rate(method.name, name) for name in trained},
         )
         self.traces = 0  # of the epoch
+        self.warm = False  # has an epoch been run?
         self._data = inputs(structure.entry), LABELS
         self._coefficients = dict.fromkeys(FLOATS, SCALAR) | dict.fromkeys(COUNTS, COUNT)
         schedule = tf.TensorSpec((None, len(SCHEDULE)), tf.float32)
