@@ -156,6 +156,7 @@ def test_every_temper_command_and_option_exists() -> None:
     assert named == set(temper.commands)
 
 
+@pytest.mark.slow
 def test_every_module_that_is_run_has_a_help_with_the_options_that_are_named() -> None:
     named: dict[str, set[str]] = {}
     for line in code(TEXT):
