@@ -122,5 +122,6 @@ async def delete_dataset(request: Request, id: DatasetId) -> DatasetDeleted:
     """Delete a data set that no job needs: none that took it by id and has not finished, its report included."""
     gateway, tenant = gateway_of(request), tenant_of(request)
     await gateway.record_deletion(lambda: gateway.library.delete(tenant, id))
+    await asyncio.to_thread(gateway.answers.forget, tenant, f"/datasets/{id}")
     log.info("data set %s removed", id)
     return DatasetDeleted(id=id)

@@ -159,7 +159,9 @@ def get_webhook(request: Request, id: WebhookId) -> WebhookView:
 @router.delete("/webhooks/{id}", responses=errors(404, 422, 503, 507))
 def delete_webhook(request: Request, id: WebhookId) -> WebhookDeleted:
     """Delete a webhook with its deliveries."""
-    gateway_of(request).webhooks.delete(id, tenant_of(request))
+    gateway, tenant = gateway_of(request), tenant_of(request)
+    gateway.webhooks.delete(id, tenant)
+    gateway.answers.forget(tenant, f"/webhooks/{id}")  # and with it the secret
     log.info("webhook %s deleted", id)
     return WebhookDeleted(id=id)
 

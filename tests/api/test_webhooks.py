@@ -675,7 +675,9 @@ def test_a_fine_tune_is_told_from_its_creation_to_its_complete_report(
     assert service.api.get(path).status_code == 404
 
 
-def test_a_registration_that_is_repeated_with_its_key_is_one_webhook(service: Service, receiver: Receiver) -> None:
+def test_a_registration_that_is_repeated_with_its_key_is_one_webhook_until_that_is_deleted(
+    service: Service, receiver: Receiver
+) -> None:
     key = {"Idempotency-Key": "hook-once"}
     first, again = (service.api.post("/webhooks", json={"url": receiver.url}, headers=key) for _ in range(2))
     assert (first.status_code, first.headers["Location"]) == (201, f"/webhooks/{first.json()['id']}")
@@ -689,6 +691,9 @@ def test_a_registration_that_is_repeated_with_its_key_is_one_webhook(service: Se
     other = service.api.post("/webhooks", json={"url": receiver.url, "types": ["model.label.moved"]}, headers=key)
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_mismatch")
     service.api.delete(first.headers["Location"])
+    anew = service.api.post("/webhooks", json={"url": receiver.url}, headers=key)
+    assert (anew.status_code, anew.json()["id"] != first.json()["id"]) == (201, True)
+    service.api.delete(anew.headers["Location"])
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,12 @@ class Answers:
         except sa.exc.IntegrityError as exc:
             raise Repeated from exc
 
+    def forget(self, tenant: str, location: str) -> None:
+        """Forget the answer that tells of something that has been deleted: a repeated request makes it anew."""
+        of_it = (answers.c.tenant == tenant) & (answers.c.location == location)
+        with self._engine.begin() as connection:
+            connection.execute(answers.delete().where(of_it))
+
 
 def _of(attempt: Attempt) -> sa.ColumnElement[bool]:
     return (answers.c.tenant == attempt.tenant) & (answers.c.key == attempt.key)
