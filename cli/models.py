@@ -26,6 +26,7 @@ from cli.show import (
     show_version,
 )
 from temper import Client, Deleted, Label, ModelSummary, Prediction, Verification, Version
+from temper.bodies import saved_as
 
 Named = tuple[str, int | None]  # a model, and a version if one was given
 SAVED_MODEL = "savedmodel"
@@ -34,7 +35,14 @@ label_option = click.option("--label", default="stable", show_default=True, help
 
 def output(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The option `--output`."""
-    return click.option("--output", type=click.Path(path_type=Path), default=".", help=f"File or directory for {what}.")
+    text = f"File or directory for {what}."
+    return click.option("--output", type=click.Path(path_type=Path), default=".", help=text, callback=_no_dash)
+
+
+def _no_dash(_: click.Context, __: click.Parameter, value: Path) -> Path:
+    if str(value) == "-":
+        raise click.BadParameter("name a file; nothing is written to standard output")
+    return value
 
 
 @command(show_models)
@@ -124,7 +132,7 @@ def report(client: Client, version: Named, open_: bool, output: Path | None) -> 
         if output is None:  # a browser sends no API key, so it is given the page and not the URL
             with tempfile.NamedTemporaryFile("w", prefix="temper-", suffix=".html", delete=False) as file:
                 output = Path(file.name)
-        output.write_text(page, encoding="utf-8")
+        saved_as(output, output.name).write_text(page, encoding="utf-8")
         say(f"the page is in {output}")
     if open_ and output and not webbrowser.open(output.resolve().as_uri()):
         raise Failed(f"no browser was found; the page is in {output}")
@@ -154,7 +162,7 @@ def download(client: Client, version: Named, format: str, output: Path) -> Path:
         return client.download(model, output, number)
     with tempfile.TemporaryDirectory() as folder:
         archive = client.download(model, folder, number)
-        path = output / f"{archive.stem}.{format}" if output.is_dir() else output
+        path = saved_as(output, f"{archive.stem}.{format}")
         # In a process of its own, as the command itself never loads TensorFlow; with nothing from this directory.
         convert = [sys.executable, "-P", "-m", "trainer.convert", str(archive), format, str(path)]
         done = subprocess.run(convert, capture_output=True, text=True, check=False)

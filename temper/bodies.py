@@ -1,5 +1,6 @@
 """Images as the service takes them: uploads to train on, and bodies to predict on."""
 
+import errno
 import io
 import os
 import tempfile
@@ -91,3 +92,17 @@ def _npy(array: Any) -> bytes:
     packed = io.BytesIO()
     np.save(packed, np.ascontiguousarray(array), allow_pickle=False)
     return packed.getvalue()
+
+
+def saved_as(to: str | os.PathLike[str], name: str) -> Path:
+    """Where a file is saved: at a path, or under this name in a directory. A link is followed.
+
+    Raises:
+        OSError: what is there is not a file, but a device or a pipe perhaps, which a file would replace.
+    """
+    target = Path(to) / name if Path(to).is_dir() else Path(to)
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "exists and is not a file", str(target))
+    return target

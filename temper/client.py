@@ -116,7 +116,7 @@ class Verbs(Driver):
 
     def _save(self, path: str, to: Path_, name: str) -> Steps[Path]:
         """Stream a file to a path, or into a directory under this name. It appears when it is complete."""
-        target = Path(to) / name if Path(to).is_dir() else Path(to)
+        target = bodies.saved_as(to, name)
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         yield from self._ask(Request("GET", path, repeatable=True, timeout_s=LONG_S), Open)
         try:
@@ -124,6 +124,8 @@ class Verbs(Driver):
                 while chunk := (yield Chunk()):
                     file.write(chunk)
             part.replace(target)
+        except OSError as exc:  # which names `part`
+            raise OSError(exc.errno, exc.strerror, str(target)) from exc
         finally:
             part.unlink(missing_ok=True)
         return target

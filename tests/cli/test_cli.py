@@ -318,6 +318,23 @@ def test_every_command_prints_json_and_nothing_else(
     assert ended["status"] == "cancelled"
 
 
+def test_a_file_replaces_a_file_and_nothing_else(service: Service, job: str, tmp_path: Path) -> None:
+    pipe, link, behind = tmp_path / "pipe", tmp_path / "link", tmp_path / "behind"
+    os.mkfifo(pipe)
+    for command in (["delta", f"{LONG}:1"], ["download", f"{LONG}:1"], ["report", f"{LONG}:1"]):
+        done = called(service, *command, "--output", str(pipe), code=1)
+        assert done.stderr == f"Error: {pipe}: exists and is not a file\n"
+        done = called(service, *command, "--output", str(tmp_path / "no" / "such"), code=1)
+        assert done.stderr == f"Error: {tmp_path / 'no' / 'such'}: No such file or directory\n"
+    assert pipe.is_fifo()
+    behind.write_bytes(b"old")
+    link.symlink_to(behind)
+    called(service, "delta", f"{LONG}:1", "--output", str(link))
+    assert link.is_symlink()
+    assert len(behind.read_bytes()) > 1000
+    assert "name a file" in called(service, "download", LONG, "--output", "-", code=2).stderr
+
+
 def test_a_version_is_downloaded_as_tflite_with_its_classes(
     service: Service, job: str, upload: Path, tmp_path: Path
 ) -> None:
