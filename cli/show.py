@@ -148,6 +148,8 @@ def show_job(job: Job) -> None:
         table.add_row("progress", text)
     times = {"queued": job.created_at, "started": job.started_at, "finished": job.finished_at}
     table.add_row("times", ", ".join(f"{name} {_when(at)}" for name, at in times.items() if at is not None))
+    if job.attempts > 1:
+        table.add_row("attempts", f"{job.attempts}; its worker died")
     if job.checkpoint:
         table.add_row("checkpoint", "epoch {epoch} of {job}".format(**job.checkpoint))
     if job.preview_version:
@@ -183,7 +185,7 @@ def show_dry_run(found: DryRun) -> None:
     if search.get("folds"):
         table.add_row("search", f"{search['trials']} recipes, {search['folds']} folds")
     kind = "job" if estimate.jobs == 1 else "jobs"
-    known = f"from {estimate.jobs} finished {kind} of its kind" if estimate.jobs else "from another machine's figures"
+    known = f"from {estimate.jobs} finished {kind} of its kind" if estimate.jobs else "a guess: none has finished here"
     table.add_row("time", f"{estimate.seconds:,.1f} s, give or take {estimate.seconds_within:.0%}, {known}")
     table.add_row("memory", f"{estimate.memory_bytes / 1e9:.1f} GB")
     show(table)

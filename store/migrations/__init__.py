@@ -23,11 +23,11 @@ def revision(connection: sa.Connection) -> str | None:
 
 def upgrade(engine: sa.Engine) -> None:
     """Bring the store to `HEAD`. One process does so, others that start at the same time wait for it."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every step, and of its import
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every step
     script = ScriptDirectory(str(FOLDER))
     context = EnvironmentContext(Config(), script, fn=lambda stored, _: script._upgrade_revs("head", stored))
     sqlite = engine.dialect.name == "sqlite"
