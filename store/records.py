@@ -96,6 +96,11 @@ class DatasetCard(Record):
     polarity: str = "light_on_dark"
     validation: "DatasetCard | None" = None  # uploaded with it, to measure on
 
+    @property
+    def parts(self) -> "tuple[DatasetCard, ...]":
+        """It, and the images to measure on if they are apart."""
+        return (self, self.validation) if self.validation else (self,)
+
 
 class DatasetReport(Record):
     """What is worth knowing of an upload before training on it.

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
@@ -17,9 +16,9 @@ from api.http.repeats import IdempotencyKey, Note, once
 from api.routes.jobs import JobView, accepted, check_quota
 from serving.registry import LABEL, STABLE
 from store.errors import UnknownCheckpoint, UnknownModel, WrongState
-from store.records import DatasetCard, public_name
+from store.records import public_name
 from trainer.jobs.answers import Answer
-from trainer.jobs.kept import KeptEpoch, epochs, folder_of, listed
+from trainer.jobs.kept import KeptEpoch, epochs, folder_of, is_publishable, listed
 from trainer.jobs.records import FINISHED, Job
 
 log = logging.getLogger("temper.gateway")
@@ -77,9 +76,9 @@ def list_checkpoints(request: Request, id: JobId, after: After = None, limit: Li
     """
     gateway = gateway_of(request)
     job = gateway.jobs.get(id, tenant=tenant_of(request))
-    versions = _published(gateway, job)
     folder = _folder(gateway, job)
     kept = listed(folder) if folder else []
+    versions = _published(gateway, job) if kept else {}
     found = [CheckpointView.of(job, one, versions.get(one.epoch)) for one in kept]
     if after is not None:
         known = [checkpoint.id for checkpoint in found]
@@ -131,9 +130,7 @@ def _publish(gateway: Gateway, tenant: str, note: Note, id: str, epoch: int, lab
 
 def _folder(gateway: Gateway, job: Job) -> FilePath | None:
     """Where a job keeps epochs; None if it has ended in a way that leaves nothing to publish."""
-    if job.status in FINISHED and (job.status != "succeeded" or not gateway.registry.has_live(job.model)):
-        return None
-    return folder_of(gateway.settings, job.id, job.resolved_spec)
+    return folder_of(gateway.settings, job.id, job.resolved_spec) if is_publishable(job, gateway.registry) else None
 
 
 def _published(gateway: Gateway, job: Job) -> dict[int, int]:
@@ -146,7 +143,7 @@ def _published(gateway: Gateway, job: Job) -> dict[int, int]:
 def _check_inputs(gateway: Gateway, job: Job) -> None:
     """Refuse to publish what cannot be evaluated any more."""
     try:
-        for card in _cards(job.dataset):
+        for card in job.dataset.parts:
             os.utime(gateway.settings.datasets / f"{card.id}.npz")  # or the worker's sweep might find it old and unused
     except FileNotFoundError as exc:
         raise WrongState(f"the images that {job.id} learned from have been deleted", param="id") from exc
@@ -155,9 +152,3 @@ def _check_inputs(gateway: Gateway, job: Job) -> None:
         gateway.registry.find(model, int(version))
     except UnknownModel as exc:
         raise WrongState(f"{public_name(job.base)}, which {job.id} started from, has been deleted", param="id") from exc
-
-
-def _cards(dataset: DatasetCard) -> Iterator[DatasetCard]:
-    yield dataset
-    if dataset.validation:
-        yield dataset.validation

@@ -307,7 +307,7 @@ def queue(
         model: its public name.
         base: stored name and version.
     """
-    kept = [card.kept for card in (dataset, dataset.validation) if card and card.kept]
+    kept = [card.kept for card in dataset.parts if card.kept]
 
     check_quota(gateway, tenant)
 

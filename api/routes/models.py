@@ -17,7 +17,7 @@ from serving.publishing import Probe, check_files, prove, zipped
 from serving.registry import BASE, LABEL, Label, Route, Version, is_visible
 from store.errors import Forbidden, NotFound, PublishFailed, TemperError, WrongState
 from store.records import DEFAULT_TENANT, public_name
-from trainer.jobs.kept import forget
+from trainer.jobs.kept import sweep_kept
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["models"])
@@ -278,8 +278,7 @@ async def delete(gateway: Gateway, model: str, version: int | None, *, last_too:
     versions = await gateway.record_deletion(retire)
     log.info("%s: versions %s removed", model, versions)
     await gateway.align()
-    if not gateway.registry.has_live(model):
-        await asyncio.to_thread(forget, gateway.settings, gateway.jobs, model)
+    await asyncio.to_thread(sweep_kept, gateway.settings, gateway.jobs, gateway.registry)
     await asyncio.to_thread(gateway.reserve.keep)
     return Deleted(model=public_name(model), versions=versions)
 

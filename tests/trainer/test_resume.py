@@ -22,11 +22,12 @@ from trainer import checkpoints, fit
 from trainer.asked import parse_spec
 from trainer.checkpoints import Checkpoint
 from trainer.jobs import records
+from trainer.jobs.kept import sweep_kept
 from trainer.jobs.records import Job, Jobs
 from trainer.parallel import Paused, side_by_side
 from trainer.search import Clock
 from trainer.spec import pinned
-from trainer.worker.retention import sweep_checkpoints, sweep_kept
+from trainer.worker.retention import sweep_checkpoints
 from trainer.worker.run_job import Run
 
 SEARCH = {"epochs": 6, "checkpoints": 2, "search": {"trials": 3, "folds": 2, "preview": False}}

@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from store.errors import UnknownJob
 from store.files import remove_tree
 from store.settings import Settings
 from trainer.checkpoints import Checkpoint
-from trainer.jobs.records import FINISHED, Jobs
+from trainer.jobs.records import FINISHED, Job, Jobs
+
+KEPT_S = 30 * 86400.0  # for which what a finished job keeps is there
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,34 @@ def listed(folder: Path) -> list[KeptEpoch]:
     return found
 
 
-def forget(settings: Settings, jobs: Jobs, model: str) -> None:
-    """Delete what the finished jobs of a deleted model have kept. A worker's sweep deletes what this misses."""
-    for path in settings.kept.iterdir():
-        with contextlib.suppress(UnknownJob):
-            job = jobs.get(path.name)
-            if job.model == model and job.status in FINISHED:
-                remove_tree(path)
+class Versions(Protocol):
+    """What has to be known of the models: a part of `serving.registry.Registry`."""
+
+    def has_live(self, model: str) -> bool:
+        """Tell whether the model has a live version."""
+
+    def clock(self) -> float:
+        """Unix seconds."""
+
+
+def is_publishable(job: Job, versions: Versions) -> bool:
+    """Tell whether what a job keeps can be published, now or when it has succeeded."""
+    return job.status not in FINISHED or (job.status == "succeeded" and versions.has_live(job.model))
+
+
+def sweep_kept(settings: Settings, jobs: Jobs, versions: Versions) -> None:
+    """Delete what jobs have kept for long, or without a version, or for a model that has been deleted."""
+    found = list(settings.kept.iterdir())  # first: a job is in the store before it has a directory
+    needed = jobs.open_sources() if found else set()
+    for path in found:
+        if path.name not in needed and not _stays(path.name, jobs, versions):
+            remove_tree(path)
+
+
+def _stays(job_id: str, jobs: Jobs, versions: Versions) -> bool:
+    try:
+        job = jobs.get(job_id)
+    except UnknownJob:
+        return False
+    expired = job.finished_at is not None and versions.clock() > job.finished_at + KEPT_S
+    return not expired and is_publishable(job, versions)

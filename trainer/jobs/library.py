@@ -151,9 +151,7 @@ class Library:
             # First the deletion, which waits for jobs that are being created with it (`hold`), then the look at them.
             if not connection.execute(datasets.delete().where(_is(tenant, id))).rowcount:
                 raise _unknown(id, "id")
-            if any(
-                part.kept == id for card in needed_cards(connection, tenant) for part in (card, card.validation) if part
-            ):
+            if any(part.kept == id for card in needed_cards(connection, tenant) for part in card.parts):
                 raise WrongState("a job needs it whose report is not complete; wait for it or cancel it", param="id")
 
     def hold(self, connection: sa.Connection, tenant: str, ids: Collection[str]) -> None:

@@ -24,6 +24,7 @@ from store.files import remove_tree
 from store.processes import pulse_file
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
+from trainer.jobs.kept import sweep_kept
 from trainer.jobs.library import Library
 from trainer.jobs.records import Job, Jobs, LeaseLost, WorkerState
 
@@ -153,13 +154,7 @@ class Worker:
             self._loop(servers)
 
     def _loop(self, servers: Sequence[ModelServer]) -> None:
-        from trainer.worker.retention import (
-            retire_surplus,
-            sweep_checkpoints,
-            sweep_datasets,
-            sweep_kept,
-            sweep_leftovers,
-        )
+        from trainer.worker.retention import retire_surplus, sweep_checkpoints, sweep_datasets, sweep_leftovers
 
         recover_at = sweep_at = 0.0
         while True:

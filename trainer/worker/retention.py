@@ -18,7 +18,6 @@ from trainer.jobs.records import FINISHED, Jobs
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
-EPOCHS_KEPT_S = 30 * 86400.0  # for which a finished job's epochs are kept
 UNUSED_S = 3600.0  # age at which an unused data set is deleted; a younger one may be about to get its job
 
 
@@ -48,7 +47,7 @@ def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry, library: 
     """Delete the files of data sets that no client keeps and that neither a job nor a live version needs."""
     needed = library.files()  # before the jobs: who deletes a data set has made sure that no job took it from there
     cards = [*jobs.needed_datasets(), *(version.manifest.dataset for version in registry.live())]
-    needed |= {f"{part.id}.npz" for card in cards if card for part in (card, card.validation) if part}
+    needed |= {f"{part.id}.npz" for card in cards if card for part in card.parts}
     for path in (*settings.datasets.glob("*.npz"), *settings.datasets.glob("*.upload")):
         with suppress(FileNotFoundError):
             if path.name not in needed and time.time() - path.stat().st_mtime > UNUSED_S:
@@ -62,26 +61,6 @@ def sweep_checkpoints(settings: Settings, jobs: Jobs) -> None:
     for path in found:
         if path.name not in needed:
             remove_tree(path)
-
-
-def sweep_kept(settings: Settings, jobs: Jobs, registry: Registry) -> None:
-    """Delete the epochs that jobs have kept for long, or whose job has no version or whose model has been deleted."""
-    found = list(settings.kept.iterdir())  # first, as above
-    needed = jobs.open() | jobs.open_sources() if found else set()
-    for path in found:
-        if path.name not in needed and not _may_be_published(path.name, jobs, registry):
-            remove_tree(path)
-
-
-def _may_be_published(job_id: str, jobs: Jobs, registry: Registry) -> bool:
-    """Tell whether a client may still publish what a finished job has kept."""
-    try:
-        job = jobs.get(job_id)
-    except UnknownJob:
-        return False
-    if job.status != "succeeded" or job.finished_at is None or registry.clock() > job.finished_at + EPOCHS_KEPT_S:
-        return False
-    return registry.has_live(job.model)
 
 
 def sweep_leftovers(settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:
