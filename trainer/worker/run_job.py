@@ -246,8 +246,62 @@ class _Maker:
     def _trained(
         self, spec: Spec, start: Start, train: Split, validation: Split | None
     ) -> tuple[Fitted, HeldOut | None]:  # fmt: skip
-        keeping = self._keeping(spec)
-        return _trained(spec, start, train, validation, self.data, self.run, self.checkpoints, keeping)
+        """The network to serve, and with folds out-of-fold predictions, all trained at the same time.
+
+        Out of fold, every image is classified by a network that was trained without it. Where the served network is
+        trained on all images, those of the folds are trained in the same way, without a look at the images held out.
+        """
+        data, run, keeping = self.data, self.run, self._keeping(spec)
+        folds = list(data.folds(spec)) if spec.folds else []
+        going_on = set(range(1 + len(folds)))  # the served network is number 0
+        records: SimpleQueue[tuple[int, dict[str, Any]]] = SimpleQueue()
+        written = -math.inf
+
+        def work(number: int, check: Check) -> tuple[Fitted, np.ndarray | None]:
+            def on_epoch(record: dict[str, Any]) -> None:
+                records.put((number, record))
+                check()
+
+            seen, unseen = train, validation
+            if number:
+                held_out = folds[number - 1]
+                seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
+            fitted = fit(
+                spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number,
+                checkpoint=self.checkpoints(f"network-{number}", described(spec)),
+                keep=functools.partial(keep, keeping, number),
+            )  # fmt: skip
+            return fitted, fitted.network.logits(data.part(held_out).images) if number else None
+
+        def write_down() -> None:
+            """Every epoch of the served network, and the progress of one fold at a time."""
+            nonlocal written
+            while not records.empty():
+                number, record = records.get()
+                fold = {"fold": number, "folds": len(folds)} if number else {}
+                if not fold or (number == min(going_on) and time.monotonic() > written + FOLD_PAUSE_S):
+                    written = time.monotonic()
+                    run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **fold})
+
+        def check() -> None:
+            write_down()
+            run.check()
+
+        logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
+        found: dict[int, Fitted] = {}
+        try:
+            for number, (fitted, predicted) in side_by_side(work, sorted(going_on), check):
+                write_down()
+                going_on.discard(number)
+                found[number] = fitted
+                if predicted is not None:
+                    logits[folds[number - 1]] = predicted
+        except Paused:
+            write_down()
+            raise
+        if not folds:
+            return found[0], None
+        return found[0], HeldOut(data.all, logits, data.part(folds[0]), found[1].params, out_of_fold=True)
 
     def _keeping(self, spec: Spec) -> Path:
         """Where epochs of the training of what has been chosen are kept."""
@@ -361,63 +415,3 @@ def _earlier(model: str, registry: Registry) -> list[dict[str, Any]]:
     versions = registry.of_model(model) if registry.has_live(model) else []
     specs = [version.manifest.resolved_spec for version in versions if not version.manifest.preview]
     return [spec for spec in specs if spec][:EARLIER]
-
-
-def _trained(
-    spec: Spec, start: Start, train: Split, validation: Split | None, data: JobData, run: Run,
-    checkpoints: _Checkpoints, keeping: Path,
-) -> tuple[Fitted, HeldOut | None]:  # fmt: skip
-    """The network to serve, and with folds out-of-fold predictions, all trained at the same time.
-
-    Out of fold, every image is classified by a network that was trained without it. Where the served network is trained
-    on all images, those of the folds are trained in the same way, without a look at the images held out.
-    """
-    folds = list(data.folds(spec)) if spec.folds else []
-    going_on = set(range(1 + len(folds)))  # the served network is number 0
-    records: SimpleQueue[tuple[int, dict[str, Any]]] = SimpleQueue()
-    written = -math.inf
-
-    def work(number: int, check: Check) -> tuple[Fitted, np.ndarray | None]:
-        def on_epoch(record: dict[str, Any]) -> None:
-            records.put((number, record))
-            check()
-
-        seen, unseen = train, validation
-        if number:
-            held_out = folds[number - 1]
-            seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
-        fitted = fit(
-            spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number,
-            checkpoint=checkpoints(f"network-{number}", described(spec)), keep=functools.partial(keep, keeping, number),
-        )  # fmt: skip
-        return fitted, fitted.network.logits(data.part(held_out).images) if number else None
-
-    def write_down() -> None:
-        """Every epoch of the served network, and the progress of one fold at a time."""
-        nonlocal written
-        while not records.empty():
-            number, record = records.get()
-            fold = {"fold": number, "folds": len(folds)} if number else {}
-            if not fold or (number == min(going_on) and time.monotonic() > written + FOLD_PAUSE_S):
-                written = time.monotonic()
-                run.epoch({**dict.fromkeys(PENALTIES, 0.0), **record, "epochs": spec.epochs, **fold})
-
-    def check() -> None:
-        write_down()
-        run.check()
-
-    logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
-    found: dict[int, Fitted] = {}
-    try:
-        for number, (fitted, predicted) in side_by_side(work, sorted(going_on), check):
-            write_down()
-            going_on.discard(number)
-            found[number] = fitted
-            if predicted is not None:
-                logits[folds[number - 1]] = predicted
-    except Paused:
-        write_down()
-        raise
-    if not folds:
-        return found[0], None
-    return found[0], HeldOut(data.all, logits, data.part(folds[0]), found[1].params, out_of_fold=True)
