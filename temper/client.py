@@ -150,6 +150,11 @@ class Verbs(Driver):
             for _, file in files.values():
                 file.close()
 
+    def _create(self, path: str, new: Mapping[str, Any], key: str | None) -> Steps[Answer]:
+        """Post what is to be created; repeated if need be, which creates nothing twice."""
+        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+        return (yield from self._ask(Request("POST", path, json=new, headers=headers, repeatable=True)))
+
     @Verb
     def health(self) -> Steps[Health]:
         """Which parts of the service work. Does not raise if it is not ready, only if nothing answers."""
@@ -261,9 +266,7 @@ class Verbs(Driver):
             InvalidRequest: webhooks may not go to the URL, or there is no such type.
         """
         new = {"url": url} | ({} if types is None else {"types": list(types)})
-        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        request = Request("POST", "/webhooks", json=new, headers=headers, repeatable=True)
-        return (yield from self._ask(request)).read(Webhook)
+        return (yield from self._create("/webhooks", new, idempotency_key)).read(Webhook)
 
     @Lister
     def webhooks(self, limit: int | None = None) -> Listing[Webhook]:
@@ -399,11 +402,8 @@ class Verbs(Driver):
             NotFound: the job has no checkpoint of this epoch.
             Conflict: it has not finished, or its images or what it started from have been deleted.
         """
-        request = Request(
-            "POST", at("finetune", job, "checkpoints", epoch, "publish"), json={"label": label} if label else {},
-            headers={"Idempotency-Key": idempotency_key or uuid.uuid4().hex}, repeatable=True,
-        )  # fmt: skip
-        return (yield from self._ask(request)).read(Job)
+        path = at("finetune", job, "checkpoints", epoch, "publish")
+        return (yield from self._create(path, {"label": label} if label else {}, idempotency_key)).read(Job)
 
     @Verb
     def predict(

@@ -68,7 +68,7 @@ async def create_file(request: Request, idempotency_key: IdempotencyKey = None) 
     """Upload labelled images: a zip of class folders, or an `.npz`. What cannot be trained on is refused here."""
     gateway, tenant = gateway_of(request), tenant_of(request)
     names = {field.alias or name for name, field in FileFields.model_fields.items()}
-    async with gateway.uploads.receive(request, names, {"file"}, tenant_of(request)) as form:
+    async with gateway.uploads.receive(request, names, {"file"}, tenant) as form:
         try:
             fields = FileFields.model_validate(form.texts)
         except ValidationError as exc:
