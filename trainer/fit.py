@@ -18,6 +18,7 @@ from trainer.lenet import FIRST, HEAD, Arrays, adapters, initial
 from trainer.methods import Method, first_trained
 from trainer.network import Network, bottleneck_of
 from trainer.optimizers import RISE, learning_rates
+from trainer.parallel import Paused
 from trainer.spec import Adversarial, Augmentation, Fgsm, Free, Pgd, Spec, Trades, Vat, batch_size, kept_epochs
 from trainer.train_step import SCHEDULE, Coefficients, Structure, TrainStep
 
@@ -208,7 +209,8 @@ def fit(
 
     Args:
         validation: None if all images are trained on; some of them stand in for it, and their figures are not recorded.
-        on_epoch: called with the record of every epoch that is trained, when it has been kept; raises to end the run.
+        on_epoch: called with the record of every epoch that is trained; raises to end the run, `Paused` with its
+            checkpoint saved.
         shares: also measure the share of each term in the update.
         keep: called after the epochs that the spec keeps, before a checkpoint is saved, with what the run would give if
             it ended with the weights of this epoch.
@@ -253,7 +255,11 @@ def fit(
             result.kept_epoch, result.overfitted_epoch = epoch, selection.never_robust
             keep(replace(result, params=run.params(), trained=model.snapshot()))
         checkpoint.save(state)
-        on_epoch(record)
+        try:
+            on_epoch(record)
+        except Paused:
+            checkpoint.save(state, now=True)
+            raise
     epoch, result.ended_by = len(result.history), verdict or "epochs"
     result.overfitted_epoch = epoch if result.ended_by == "catastrophic_overfitting" else selection.never_robust
     result.kept_epoch = selection.restore(epoch)

@@ -21,7 +21,7 @@ class Unwanted(Exception):
 
 
 class Paused(Exception):
-    """Raised by a check to end all runs when each has come to its next check, and has kept what it has done."""
+    """Raised by a check, and then in each run at its next check, which saves what it has done and ends."""
 
 
 def at_once() -> int:
@@ -43,17 +43,20 @@ def side_by_side(
 ) -> Iterator[tuple[T, R]]:
     """Work on several tasks at once, on the current device; yields each with its result as it finishes.
 
-    An exception, of `work` or of `check`, ends all of them. `Paused` is raised when they have ended; others at once, so
-    that no client who cancels waits for an epoch or a compilation, and the runs end, unheeded, at their next check.
+    An exception, of `work` or of `check`, ends all of them. After `Paused` they end with `Paused` too, and are waited
+    for; others are raised at once, so that no client who cancels waits for an epoch or a compilation, and the runs end,
+    unheeded, at their next check.
 
     Args:
         work: called with a task and with a function to call now and then, which raises `Unwanted` after a failure.
         tasks: begun in this order.
         check: called about twice a second.
     """
-    device, stopped = tf.constant(0.0).device, threading.Event()
+    device, paused, stopped = tf.constant(0.0).device, threading.Event(), threading.Event()
 
     def go_on() -> None:
+        if paused.is_set():
+            raise Paused
         if stopped.is_set():
             raise Unwanted
 
@@ -71,7 +74,7 @@ def side_by_side(
             for future in [future for future in left if future in done]:
                 yield left.pop(future), future.result()
     except Paused:
-        stopped.set()
+        paused.set()
         running = [future for future in left if not future.cancel()]
         while wait(running, timeout=CHECK_S).not_done:
             with contextlib.suppress(Paused):

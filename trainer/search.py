@@ -25,7 +25,7 @@ from trainer.folds import stratified_folds
 from trainer.lenet import Arrays
 from trainer.network import Network
 from trainer.objectives import Extra, combined, measure
-from trainer.parallel import Check, at_once, side_by_side
+from trainer.parallel import Check, Paused, at_once, side_by_side
 from trainer.recipes import Recipe, candidates, fallback, recipe_of, variants
 from trainer.spec import FEWEST_OF_A_CLASS, Choose, Search, Spec
 from trainer.trials import (
@@ -253,7 +253,7 @@ class _Rounds:
                 return str(exc)
 
         tasks = [(trial, fold) for trial in trials for fold in range(rung.folds)]
-        for (trial, fold), result in side_by_side(work, tasks, self._check):
+        for (trial, fold), result in side_by_side(work, tasks, lambda: self._memory.checked(self._check)):
             if result != NO_TIME and key(trial, fold) not in known:
                 self._memory.note(key(trial, fold), result, self._clock.elapsed_s)
             if isinstance(result, str):
@@ -363,6 +363,14 @@ class _Memory:
         """Remember a result."""
         self.results[key], self.used_s = result, elapsed_s
         self.checkpoint.save(self._state)
+
+    def checked(self, check: Check) -> None:
+        """Call `check`, and save what is known if it pauses the search."""
+        try:
+            check()
+        except Paused:
+            self.checkpoint.save(self._state, now=True)
+            raise
 
     def end(self, elapsed_s: float) -> None:
         """Remember that nothing is left to be tried. From now on no decision depends on the time any more."""

@@ -103,7 +103,7 @@ def test_a_paused_job_leaves_its_worker_to_others_and_goes_on_when_it_is_resumed
     assert post("resume")["status"] == "queued"
     assert post("resume")["error"]["code"] == "wrong_state"
     resumed = eventually(lambda: status(own, job_id)["progress"], "it trains again")
-    assert resumed["epoch"] > paused["progress"]["epoch"] / 2  # and not from the start
+    assert resumed["epoch"] > paused["progress"]["epoch"]
     assert status(own, job_id)["attempts"] == 1
     assert len(list((own.home / "checkpoints" / job_id).iterdir())) == 1
     post("cancel")
