@@ -195,7 +195,7 @@ class Courier:
                     self._stopped = True  # before the attempts are cancelled
         finally:
             self._destinations.close()
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)  # before the store is closed
             if self._client is not None:
                 with contextlib.suppress(Exception):
                     await self._client.aclose()

@@ -1,11 +1,13 @@
 """`python -m load.bench_keys`: what API keys cost, and what one tenant's flood does to another.
 
-Two gateways of one service share its store and model server, one with keys on and one with keys off, and take turns.
-`wrk` runs on the same cores.
+Gateways of one service share its store and model server, one with keys on and two with keys off, and take turns. Two
+processes of the same program differ by more than what keys cost, for as long as they live, so each round starts new
+ones, and the two with keys off show what is left of that. `wrk` runs on the same cores.
 """
 
 import asyncio
 import contextlib
+import itertools
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,8 +52,8 @@ RATE = 200  # requests a second of the flooding tenant's key, where it has a rat
 
 
 @click.command()
-@click.option("--rounds", default=5, help="Rounds, in each of which every side has a turn.", show_default=True)
-@click.option("--seconds", default=4, help="Duration of one measurement.", show_default=True)
+@click.option("--rounds", default=10, help="Rounds, in each of which every side has a turn.", show_default=True)
+@click.option("--seconds", default=2, help="Duration of one measurement.", show_default=True)
 def main(rounds: int, seconds: int) -> None:
     """Measure keys on beside keys off, and a quiet tenant beside a flooding one."""
     if not shutil.which("wrk"):
@@ -67,10 +70,9 @@ def main(rounds: int, seconds: int) -> None:
         rows = [[name, f"{cost:.2f} us", goal] for name, cost, goal in layer(keys)]
         show("cost of the layer in a request, without a network", ["", "time", "goal"], rows)
         stack.enter_context(temper("temper", folder / "home"))
-        off, on = (stack.enter_context(gateway(folder, keys)) for keys in ("off", "required"))
         keys = Keys(connect(f"sqlite:///{folder / 'home' / 'temper.db'}"))
-        failed = beside_each_other(on, off, keys, folder, rounds, seconds)
-        failed += flooded(on, keys, folder, rounds, seconds)
+        failed = beside_each_other(keys, folder, rounds, seconds)
+        failed += flooded(stack.enter_context(gateway(folder, "required")), keys, folder, rounds, seconds)
     if failed:
         sys.exit(f"{failed:,} requests failed")
 
@@ -129,35 +131,40 @@ async def _microseconds(app: Any, ring: KeyRing, token: str) -> float:
     return 1e6 * best
 
 
-def beside_each_other(with_keys: Server, without: Server, keys: Keys, folder: Path, rounds: int, seconds: int) -> int:
+def beside_each_other(keys: Keys, folder: Path, rounds: int, seconds: int) -> int:
     """Compare keys on and keys off. Return the number of failed requests."""
-    token, path = keys.create("bench", scopes=["predict"])[1], f"/predict?model={BASE}"
-    sides = {
-        f"keys {name}, {form}": Side(server, path if form == "bytes" else "/predict", folder / form, key)
-        for form in ("bytes", "json")
-        for name, server, key in (("off", without, ""), ("on", with_keys, token))
-    }
-    for name, side in sides.items():
-        answer = side.ask((side.bodies / "0").read_bytes())
-        if not answer.is_success:
-            raise click.ClickException(f"{name}: {answer.status_code} {answer.text}")
-    found: dict[tuple[str, int], list[Figures]] = {(name, c): [] for c in CONNECTIONS for name in sides}
+    token = keys.create("bench", scopes=["predict"])[1]
+    names = {"off": ("off", ""), "on": ("required", token), "off again": ("off", "")}
+    paths = {"bytes": f"/predict?model={BASE}", "json": "/predict"}
+    found: dict[tuple[str, str, int], list[Figures]] = {}
     for number in range(rounds):
         click.echo(f"round {number + 1} of {rounds}", err=True)
-        for c in CONNECTIONS:
-            for name, side in reversed(sides.items()) if number % 2 else sides.items():
-                side.asked(c, WARM_S)
-                used, one = side.server.cpu_s(), side.asked(c, seconds)
-                found[name, c].append(one | {"cpu": 1e6 * (side.server.cpu_s() - used) / max(1.0, one["requests"])})
+        with contextlib.ExitStack() as stack:
+            servers = {name: stack.enter_context(gateway(folder, mode)) for name, (mode, _) in names.items()}
+            for form, c in itertools.product(paths, CONNECTIONS):
+                for name in reversed(names) if number % 2 else names:
+                    side = Side(servers[name], paths[form], folder / form, names[name][1])
+                    answer = side.ask((side.bodies / "0").read_bytes())
+                    if not answer.is_success:
+                        raise click.ClickException(f"keys {name}, {form}: {answer.status_code} {answer.text}")
+                    side.asked(c, WARM_S)
+                    used, one = side.server.cpu_s(), side.asked(c, seconds)
+                    one |= {"cpu": 1e6 * (side.server.cpu_s() - used) / max(1.0, one["requests"])}
+                    found.setdefault((name, form, c), []).append(one)
     rows = []
-    for form in ("bytes", "json"):
-        for c in CONNECTIONS:
-            for figure, unit, goal in (("req/s", "req/s", ">= 0.97x"), ("cpu", "us of CPU a request", "<= 1.03x")):
-                off, on = (middle(found[f"keys {name}, {form}", c], figure) for name in ("off", "on"))
-                rows.append([form, f"{c}", unit, f"{off:,.0f}", f"{on:,.0f}", f"{on / off:.3f}x", goal])
-    title = f"medians of {rounds} x {seconds} s; CPU is the gateway's, and less disturbed by what else runs here"
-    show(title, ["", "connections", "of", "keys off", "keys on", "ratio", "goal"], rows)
+    for form, c in itertools.product(paths, CONNECTIONS):
+        for figure, unit, goal in (("req/s", "req/s", ">= 0.97x"), ("cpu", "us of CPU a request", "<= 1.03x")):
+            off, on, again = (found[name, form, c] for name in names)
+            values = [f"{middle(one, figure):,.0f}" for one in (off, on)]
+            ratios = [f"{_ratio(one, off, figure):.3f}x" for one in (on, again)]
+            rows.append([form, f"{c}", unit, *values, *ratios, goal])
+    title = f"medians of {rounds} x {seconds} s, ratios within a round; CPU is the gateway's"
+    show(title, ["", "connections", "of", "keys off", "keys on", "on/off", "off again/off", "goal of on/off"], rows)
     return sum(total(one, "failed") for one in found.values())
+
+
+def _ratio(ones: list[Figures], others: list[Figures], figure: str) -> float:
+    return median(one[figure] / other[figure] for one, other in zip(ones, others, strict=True))
 
 
 def flooded(on: Server, keys: Keys, folder: Path, rounds: int, seconds: int) -> int:

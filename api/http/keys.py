@@ -17,6 +17,7 @@ import base64
 import binascii
 import functools
 import hmac
+import random
 import re
 import time
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ READING = re.compile(r"/models(/[^/]+(/versions/[^/]+(/report)?)?)?")
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PAUSE_S = 0.1  # between two looks for keys, however many unknown ones are presented
 BURST_S = 2.0  # seconds' worth of its rate that a key may save up
-HOLD_S, MAX_HELD = 0.5, 1000  # how long, and how many, requests beyond a rate wait for their refusal
+HOLD_S, MAX_HELD = (0.25, 0.5), 1000  # how long, and how many, requests beyond a rate wait for their refusal
 INDEX_BYTES = 8  # of a key's hash, by which it is looked up; the rest is compared in constant time
 
 
@@ -157,7 +158,7 @@ class Guard:
                     await self._turns.wait(tenant)
         except TemperError as refusal:
             if isinstance(refusal, TooMany):
-                await self._hold(refusal.retry_after_s)
+                await self._hold()
             browser = isinstance(refusal, Unauthorized) and b"text/html" in headers.get(b"accept", b"")
             more = {"WWW-Authenticate": 'Basic realm="temper", charset="UTF-8"'} if browser else {}
             return await refuse(refusal, scope, receive, send, more)
@@ -167,12 +168,15 @@ class Guard:
             if tenant is not None:
                 self._turns.leave(tenant)
 
-    async def _hold(self, seconds: float) -> None:
-        """Let a client that asks too often wait for its refusal, so that asking again and again costs others little."""
+    async def _hold(self) -> None:
+        """Let a client that asks too often wait for its refusal, so that asking again and again costs others little.
+
+        At random, or all of its connections would come back at once.
+        """
         if self._held < MAX_HELD:
             self._held += 1
             try:
-                await asyncio.sleep(min(seconds, HOLD_S))
+                await asyncio.sleep(random.uniform(*HOLD_S))
             finally:
                 self._held -= 1
 

@@ -156,6 +156,29 @@ def deliver(webhooks: Webhooks, until: Callable[[], Any], courier: Courier | Non
     asyncio.run(run())
 
 
+def test_a_courier_that_ends_leaves_no_call_of_the_store_behind(
+    webhooks: Webhooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+    claim = webhooks.claim
+
+    def slow_claim(*args: Any) -> Any:
+        began.set()
+        goes_on.wait(20)
+        found = claim(*args)
+        ended.set()
+        return found
+
+    def until() -> bool:
+        if began.is_set():
+            threading.Timer(0.3, goes_on.set).start()
+        return began.is_set()
+
+    monkeypatch.setattr(webhooks, "claim", slow_claim)
+    deliver(webhooks, until)
+    assert ended.is_set()
+
+
 def tell(engine: sa.Engine, number: int = 1) -> None:
     with engine.begin() as connection:
         enqueue(connection, "model.label.moved", {"model": "m", "label": "stable", "from": None, "to": number})
