@@ -188,6 +188,7 @@ def test_a_report_yields_to_queued_jobs_and_survives_its_worker(own: Service, di
     own.completed(second["id"])
 
 
+@pytest.mark.slow
 def test_a_killed_model_server_comes_back_with_all_it_served(own: Service, digits_zip: bytes, digits: Digits) -> None:
     done = own.finished(own.finetune(digits_zip, "back", QUICK).json()["id"])
     assert done["status"] == "succeeded"
@@ -204,6 +205,7 @@ def test_a_killed_model_server_comes_back_with_all_it_served(own: Service, digit
     eventually(own.ready, "the service is ready")
 
 
+@pytest.mark.slow
 def test_a_killed_gateway_comes_back_and_jobs_go_on(own: Service, digits_zip: bytes) -> None:
     job_id = own.finetune(digits_zip, "on", QUICK).json()["id"]
     own.kill("api")

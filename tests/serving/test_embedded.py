@@ -58,7 +58,7 @@ def test_it_serves_on_a_unix_socket_alone(tmp_path: Path) -> None:
     ("address", "message"),
     [
         ("unix:/nowhere/model-server.sock", "cannot listen on unix:/nowhere/model-server.sock (--address)"),
-        ("192.0.2.1:8500", "cannot listen on 192.0.2.1:8500 (--address)"),
+        pytest.param("192.0.2.1:8500", "cannot listen on 192.0.2.1:8500 (--address)", marks=pytest.mark.slow),
     ],
 )
 def test_an_address_that_cannot_be_had_is_named(address: str, message: str) -> None:

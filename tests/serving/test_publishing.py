@@ -182,6 +182,7 @@ def test_a_standby_follows_a_live_version_and_publishes_alone_when_it_has_to(pre
         press.servers.remove(standby)
 
 
+@pytest.mark.slow
 def test_reconcile_repairs_a_server_that_lost_everything(tmp_path: Path) -> None:
     port = free_port()
     settings = Settings(home=tmp_path, model_server=f"127.0.0.1:{port}")

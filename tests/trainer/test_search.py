@@ -439,6 +439,7 @@ def test_a_calibrated_version_names_the_same_classes_with_honest_probabilities(p
     np.testing.assert_array_equal(after["dense2/kernel"], before["dense2/kernel"])
 
 
+@pytest.mark.slow
 def test_variants_that_would_take_the_time_of_the_training_are_left_out(
     problem: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
