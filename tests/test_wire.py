@@ -161,6 +161,11 @@ def test_importing_the_other_rooms_leaves_tensorflow_unloaded() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_the_gateway_does_without_rich_and_alembic() -> None:
+    code = "import api.__main__, api.app, sys; sys.exit(bool({'rich', 'alembic'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_packed_floats_are_little_endian_bytes_on_the_wire() -> None:
     values = np.array([0.1, -2.5, 3e38], "<f4")
     official = predict_pb2.PredictResponse()
