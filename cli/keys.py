@@ -3,23 +3,27 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from cli.command import as_json, print_json
 from cli.show import show
-from store.engine import connect
 from store.errors import TemperError
-from store.keys import SCOPES, Key, Keys
-from store.records import DEFAULT_TENANT
+from store.records import DEFAULT_TENANT, SCOPES
 from store.settings import from_environment
+
+if TYPE_CHECKING:
+    from store.keys import Key, Keys
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[Keys]:
+def _keys() -> Iterator["Keys"]:
     """The keys in the store that the settings name."""
+    from store.engine import connect  # a third of a second, which the other commands do without
+    from store.keys import Keys
+
     try:
         settings = from_environment()
         settings.make_home()
@@ -89,7 +93,7 @@ def revoke(id: str, as_json: bool) -> None:
         click.echo(f"{key.id} ({key.name}) is revoked")
 
 
-def _shown(key: Key) -> dict[str, Any]:
+def _shown(key: "Key") -> dict[str, Any]:
     """What may be shown of a key."""
     return {
         "id": key.id, "name": key.name, "tenant": key.tenant, "scopes": [one for one in SCOPES if one in key.scopes],
@@ -97,7 +101,7 @@ def _shown(key: Key) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _scopes(key: Key) -> str:
+def _scopes(key: "Key") -> str:
     return ", ".join(scope for scope in SCOPES if scope in key.scopes)
 
 

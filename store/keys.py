@@ -23,10 +23,8 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import InvalidRequest, UnknownKey
-from store.records import DEFAULT_TENANT
+from store.records import ADMIN, DEFAULT_TENANT, PREDICT, SCOPES
 
-PREDICT, FINETUNE, ADMIN = "predict", "finetune", "admin"
-SCOPES = (PREDICT, FINETUNE, ADMIN)
 TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 TOKEN = re.compile(rb"tmp_([0-9a-f]{64})([0-9a-f]{8})")
 FIRST = "key-first"  # id of the key that a gateway makes for itself: of several that start at once, one succeeds

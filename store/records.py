@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 log = logging.getLogger("temper.store")
 
+PREDICT, FINETUNE, ADMIN = SCOPES = ("predict", "finetune", "admin")  # of API keys
 DEFAULT_TENANT = "default"  # whose everything is where there are no keys
 
 

@@ -13,7 +13,8 @@ import click
 
 from quality.digits import all_digits
 from store.engine import connect
-from store.keys import ADMIN, FINETUNE, PREDICT, Keys
+from store.keys import Keys
+from store.records import ADMIN, FINETUNE, PREDICT
 from store.settings import Settings
 from tests.conftest import Service, png, running_service, zipped
 

@@ -29,7 +29,8 @@ from api.http.limits import refuse
 from api.http.turns import Turns
 from api.shared_read import SharedRead
 from store.errors import Forbidden, StoreUnavailable, TemperError, TooMany, Unauthorized
-from store.keys import ADMIN, FINETUNE, PREDICT, TENANT, Key, Keys, digest_of, is_well_formed
+from store.keys import TENANT, Key, Keys, digest_of, is_well_formed
+from store.records import ADMIN, FINETUNE, PREDICT
 from store.settings import Settings, is_loopback
 
 OPEN = ("/healthz", "/readyz")

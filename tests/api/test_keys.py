@@ -34,9 +34,9 @@ from serving.pb import model_server_pb2 as pb
 from serving.publishing import seal
 from serving.registry import BASE, is_visible, stored_name
 from store.errors import InvalidRequest, ModelServerError, UnknownKey
-from store.keys import SCOPES, Keys, digest_of, is_well_formed
+from store.keys import Keys, digest_of, is_well_formed
 from store.processes import free_port
-from store.records import public_name
+from store.records import SCOPES, public_name
 from store.settings import Settings, from_environment
 from tests.conftest import Place, eventually, opened, png, zipped
 from tests.trainer.test_datasets import DOT
