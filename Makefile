@@ -29,7 +29,7 @@ serve: $(READY) ## Run the service on http://127.0.0.1:8080
 	$(BIN)/temper serve
 
 # Each of the two has a service of its own, and runs whole files.
-TWO := --numprocesses 2 --dist loadfile --max-worker-restart 0
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 test: $(READY) ## Run the tests
 	$(BIN)/pytest $(TWO)
 

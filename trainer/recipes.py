@@ -118,6 +118,15 @@ def sampled(recipe: Recipe, rng: np.random.Generator) -> Recipe:
     return {**recipe, **values}
 
 
+def augmentation_kind(spec: Spec) -> str:
+    """What an augmentation makes of an image: nothing, nearly the same, something else, or its mirror image."""
+    if spec.augmentation is None:
+        return "none"
+    if spec.augmentation.flip:
+        return "mirrored"
+    return "large" if spec.augmentation.shift >= LARGE["shift"] else "small"
+
+
 def fallback(same_classes: bool) -> Recipe:
     """The recipe for data that are too few to compare any."""
     return LORA if same_classes else RECIPES[0]

@@ -22,7 +22,7 @@ from trainer.folds import stratified_folds
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import LeaseLost
 from trainer.lenet import adapters
-from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, candidates
+from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, augmentation_kind, candidates
 from trainer.search import NO_TIME, Clock, Found, Predicted, Problem, makespan, rungs, search, shortened
 from trainer.spec import Choose, Spec, described
 from trainer.trials import Rung, Score, Trial, among, by_one_standard_error, losses, sentence
@@ -483,8 +483,9 @@ def test_a_finalist_that_diverges_in_the_longer_run_is_not_chosen(
         search(asked(epochs=40, search={"trials": 4, "folds": 2}), problem(10))
 
 
-def test_augmentation_and_the_classifier_of_the_base_have_a_place_in_the_last_round(
-    problem: Callable[..., Problem],
+@pytest.mark.parametrize("hopeless", [1.0, 1e9])
+def test_augmentation_of_every_kind_and_the_classifier_of_the_base_have_a_place_in_the_last_round(
+    problem: Callable[..., Problem], hopeless: float
 ) -> None:
     def weak(spec: Spec) -> bool:
         return spec.epochs <= 4 and (spec.augmentation is not None or spec.head == "keep")
@@ -496,12 +497,17 @@ def test_augmentation_and_the_classifier_of_the_base_have_a_place_in_the_last_ro
     real = trainer.search._Rounds._predicted
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.search._Rounds._predicted", predicted)
-        patch.setattr("trainer.search.FINALISTS", 2)
+        patch.setattr("trainer.search.FINALISTS", 1)
+        patch.setattr("trainer.search.HOPELESS", hopeless)
         found = search(asked(method="full", epochs=40, search={"folds": 2}), problem(10))
     last = [trial.spec for trial in found.trials if trial.finished]
-    assert sum(spec.augmentation is None and spec.head == "new" for spec in last) == 2
-    assert any(spec.augmentation for spec in last)
+    assert sum(spec.augmentation is None and spec.head == "new" for spec in last) == 1
     assert any(spec.head == "keep" for spec in last)
+    kinds = {augmentation_kind(spec) for spec in last}
+    if hopeless > 1:
+        assert kinds == {"none", "small", "large", "mirrored"}
+    else:
+        assert len(kinds) == 2
 
 
 @pytest.mark.slow
