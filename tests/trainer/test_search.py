@@ -22,7 +22,7 @@ from trainer.folds import stratified_folds
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import LeaseLost
 from trainer.lenet import adapters
-from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, augmentation_kind, candidates
+from trainer.recipes import LORA, OFF, RECIPES, STRENGTHS, augmentation_kind, candidates, preview_recipe
 from trainer.search import NO_TIME, Clock, Found, Predicted, Problem, makespan, rungs, search, shortened
 from trainer.spec import Choose, Spec, described
 from trainer.trials import Rung, Score, Trial, among, by_one_standard_error, losses, sentence
@@ -162,6 +162,14 @@ def test_a_model_without_a_version_gets_a_preview_that_the_choice_replaces(place
     assert place.registry.find("m").version == 2
     second = place.run(place.claimed(spec))
     assert (second.preview_version, second.version) == (None, 3)
+
+
+def test_a_preview_sees_no_more_images_however_many_there_are() -> None:
+    for same_classes in (True, False):
+        seen = [images * preview_recipe(same_classes, images)["epochs"] for images in (100, 300, 1000, 3000, 6000)]
+        assert seen == sorted(seen)
+        assert seen[-1] == 6000
+        assert preview_recipe(same_classes, 60_000)["epochs"] == 1
 
 
 def test_a_worker_that_died_after_the_preview_goes_on_without_a_second_one(

@@ -201,7 +201,7 @@ class _Maker:
 
     def preview(self) -> None:
         """Publish the first version of a model from a quick recipe."""
-        recipe = preview_recipe(self.problem.same_classes)
+        recipe = preview_recipe(self.problem.same_classes, len(self.problem.data.labels))
         spec = self.asked.resolve(recipe)
         spec = spec.model_copy(update={"epochs": min(spec.epochs, recipe["epochs"])})
         start = self._start(spec)
