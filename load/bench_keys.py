@@ -72,20 +72,20 @@ def main(rounds: int, seconds: int) -> None:
         stack.enter_context(temper("temper", folder / "home"))
         keys = Keys(connect(f"sqlite:///{folder / 'home' / 'temper.db'}"))
         failed = beside_each_other(keys, folder, rounds, seconds)
-        failed += flooded(stack.enter_context(gateway(folder, "required")), keys, folder, rounds, seconds)
+        failed += flooded(stack.enter_context(gateway(folder, "required", "flooded")), keys, folder, rounds, seconds)
     if failed:
         sys.exit(f"{failed:,} requests failed")
 
 
 @contextlib.contextmanager
-def gateway(folder: Path, keys: str) -> Iterator[Server]:
-    """A further gateway of the service in this folder, with keys on or off."""
+def gateway(folder: Path, keys: str, name: str) -> Iterator[Server]:
+    """A further gateway of the service in this folder, with keys `required` or `off`."""
     home, port = folder / "home", free_port()
     environment = {
         "TEMPER_HOME": str(home), "TEMPER_PORT": str(port), "TEMPER_KEYS": keys,
         "TEMPER_MODEL_SERVER": f"unix:{home / 'run' / 'model_server.sock'}", **allocator_environment(),
     }  # fmt: skip
-    with running(f"keys-{keys}", folder, [sys.executable, "-m", "api"], port, environment) as server:
+    with running(f"keys {name}", folder, [sys.executable, "-m", "api"], port, environment) as server:
         server.wait(lambda: server.get("/readyz").is_success)
         yield server
 
@@ -140,7 +140,7 @@ def beside_each_other(keys: Keys, folder: Path, rounds: int, seconds: int) -> in
     for number in range(rounds):
         click.echo(f"round {number + 1} of {rounds}", err=True)
         with contextlib.ExitStack() as stack:
-            servers = {name: stack.enter_context(gateway(folder, mode)) for name, (mode, _) in names.items()}
+            servers = {name: stack.enter_context(gateway(folder, mode, name)) for name, (mode, _) in names.items()}
             for form, c in itertools.product(paths, CONNECTIONS):
                 for name in reversed(names) if number % 2 else names:
                     side = Side(servers[name], paths[form], folder / form, names[name][1])

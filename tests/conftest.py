@@ -96,7 +96,7 @@ def succeed(jobs: Jobs, job: Job, version: int) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, and fill up the end with short ones, so that two processes end together."""
+    """Begin with the folders of the longest files, so that short ones fill up the end of two processes."""
     items.sort(key=lambda item: item.path.parent.name not in ("cli", "end_to_end", "trainer"))
 
 

@@ -161,8 +161,11 @@ def test_importing_the_other_rooms_leaves_tensorflow_unloaded() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_the_gateway_does_without_rich_and_alembic() -> None:
-    code = "import api.__main__, api.app, sys; sys.exit(bool({'rich', 'alembic'} & sys.modules.keys()))"
+@pytest.mark.parametrize(
+    ("modules", "without"), [("api.__main__, api.app", {"rich", "alembic"}), ("cli.main", {"sqlalchemy", "numpy"})]
+)
+def test_what_is_started_often_or_runs_for_long_does_without_heavy_imports(modules: str, without: set[str]) -> None:
+    code = f"import {modules}, sys; sys.exit(bool({without} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

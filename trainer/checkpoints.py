@@ -41,7 +41,7 @@ class Checkpoint:
     def __init__(self, path: Path | None = None) -> None:
         """Keep the file in a directory that exists; without a path, nothing is kept."""
         self._path = path
-        self._due = time.monotonic() + FIRST_S
+        self._first_due = self._due = time.monotonic() + FIRST_S
 
     @classmethod
     def of(cls, folder: Path, name: str, *depends_on: Any) -> "Checkpoint":
@@ -67,10 +67,10 @@ class Checkpoint:
             log.warning("ignoring a checkpoint that cannot be read", file=str(self._path), reason=repr(exc))
             return None
 
-    def save(self, state: Callable[[], State], *, now: bool = False) -> None:
-        """Save what `state` returns, if it is time to, or `now`."""
+    def save(self, state: Callable[[], State], *, last: bool = False, now: bool = False) -> None:
+        """Save what `state` returns, if it is time to, or `now`; the `last` state if the work is worth a file."""
         began = time.monotonic()
-        if self._path is None or (began < self._due and not now):
+        if self._path is None or (began < (self._first_due if last else self._due) and not now):
             return
         arrays, record = state()
         arrays = {**arrays, RECORD: np.frombuffer(json.dumps(record).encode(), np.uint8)}

@@ -209,8 +209,8 @@ def fit(
 
     Args:
         validation: None if all images are trained on; some of them stand in for it, and their figures are not recorded.
-        on_epoch: called with the record of every epoch that is trained; raises to end the run, `Paused` with its
-            checkpoint saved.
+        on_epoch: called with the record of every epoch that is trained; raises to end the run. If it raises `Paused`,
+            the checkpoint is saved first.
         shares: also measure the share of each term in the update.
         keep: called after the epochs that the spec keeps, before a checkpoint is saved, with what the run would give if
             it ended with the weights of this epoch.
@@ -254,7 +254,7 @@ def fit(
         if epoch in to_keep or (to_keep and verdict):
             result.kept_epoch, result.overfitted_epoch = epoch, selection.never_robust
             keep(replace(result, params=run.params(), trained=model.snapshot()))
-        checkpoint.save(state)
+        checkpoint.save(state, last=bool(verdict) or epoch == spec.epochs)
         try:
             on_epoch(record)
         except Paused:

@@ -21,7 +21,7 @@ class Unwanted(Exception):
 
 
 class Paused(Exception):
-    """Raised by a check, and then in each run at its next check, which saves what it has done and ends."""
+    """Raised by a check to pause all runs; each raises it at its next check."""
 
 
 def at_once() -> int:
@@ -43,9 +43,9 @@ def side_by_side(
 ) -> Iterator[tuple[T, R]]:
     """Work on several tasks at once, on the current device; yields each with its result as it finishes.
 
-    An exception, of `work` or of `check`, ends all of them. After `Paused` they end with `Paused` too, and are waited
-    for; others are raised at once, so that no client who cancels waits for an epoch or a compilation, and the runs end,
-    unheeded, at their next check.
+    An exception, of `work` or of `check`, ends all of them. After `Paused` they are waited for, and those that finish
+    all the same are yielded; others are raised at once, so that no client who cancels waits for an epoch or a
+    compilation, and the runs end, unheeded, at their next check.
 
     Args:
         work: called with a task and with a function to call now and then, which raises `Unwanted` after a failure.
@@ -55,10 +55,10 @@ def side_by_side(
     device, paused, stopped = tf.constant(0.0).device, threading.Event(), threading.Event()
 
     def go_on() -> None:
-        if paused.is_set():
-            raise Paused
         if stopped.is_set():
             raise Unwanted
+        if paused.is_set():
+            raise Paused
 
     def begin(task: T) -> R:
         go_on()
@@ -79,6 +79,9 @@ def side_by_side(
         while wait(running, timeout=CHECK_S).not_done:
             with contextlib.suppress(Paused):
                 check()
+        for future in running:
+            if future.exception() is None:
+                yield left[future], future.result()
         raise
     finally:
         stopped.set()

@@ -125,7 +125,7 @@ def augmentation_kind(spec: Spec) -> str:
         return "none"
     if spec.augmentation.flip:
         return "mirrored"
-    return "large" if spec.augmentation.shift >= LARGE["shift"] else "small"
+    return "large" if any(getattr(spec.augmentation, name) >= size for name, size in LARGE.items()) else "small"
 
 
 def fallback(same_classes: bool) -> Recipe:
@@ -139,7 +139,7 @@ def recipe_of(spec: Spec) -> Recipe:
 
 
 def preview_recipe(same_classes: bool, images: int) -> Recipe:
-    """A recipe that is trained in a moment, however many images there are."""
+    """A recipe for at most `PREVIEWED` images, which is trained in a moment."""
     recipe, epochs = (LORA, 5) if same_classes else (FULL, 10)
     return {**recipe, "epochs": max(1, min(epochs, PREVIEWED // images))}
 

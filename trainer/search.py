@@ -225,8 +225,8 @@ class _Rounds:
 
         Always among them are one with augmentation and, where the classes are the base's, one that starts from the
         base's classifier, and the best one of each kind of augmentation that is not hopeless: short runs undervalue
-        them. After a sixteenth of the epochs, mirroring was 0.3 nats behind what it was 0.1 nats ahead of after a
-        quarter (coil20).
+        them. On coil20, mirroring was 0.3 nats behind the best after a sixteenth of the epochs, and 0.1 nats ahead of
+        it after a quarter.
 
         Args:
             after: what was chosen before; if the time is needed to train that, no trial begins.
@@ -255,40 +255,43 @@ class _Rounds:
                 return str(exc)
 
         tasks = [(trial, fold) for trial in trials for fold in range(rung.folds)]
-        for (trial, fold), result in side_by_side(work, tasks, lambda: self._memory.checked(self._check)):
-            if result != NO_TIME and key(trial, fold) not in known:
-                self._memory.note(key(trial, fold), result, self._clock.elapsed_s)
-            if isinstance(result, str):
-                failed.setdefault(trial.number, {})[fold] = result
-                continue
-            found[trial.number][fold] = result
-            trial.seconds += result.seconds
-            epochs = shortened(trial.spec, rung).epochs * (1 - 1 / len(self._folds))
-            self._clock.note(trial.spec, epochs, result.seconds)
-            if len(found[trial.number]) < rung.folds:
-                continue
-            score = self._scored(trial.spec, rung, found[trial.number])
-            trial.scores.append(score)
-            done.append(trial)
-            best = min(done, key=loss_of)
-            if not known.issuperset(key(trial, fold) for fold in range(rung.folds)):
-                self._on_trial(
-                    {"round": self._number, "trial": trial.number, "trials": len(trials), "tried": len(done),
-                     "epochs": score.epochs, "folds": rung.folds,
-                     "best": {"trial": best.number, **best.scores[-1].headline()}}
-                )  # fmt: skip
+        try:
+            for (trial, fold), result in side_by_side(work, tasks, self._check):
+                if result != NO_TIME and key(trial, fold) not in known:
+                    self._memory.note(key(trial, fold), result, self._clock.elapsed_s)
+                if isinstance(result, str):
+                    failed.setdefault(trial.number, {})[fold] = result
+                    continue
+                found[trial.number][fold] = result
+                trial.seconds += result.seconds
+                epochs = shortened(trial.spec, rung).epochs * (1 - 1 / len(self._folds))
+                self._clock.note(trial.spec, epochs, result.seconds)
+                if len(found[trial.number]) < rung.folds:
+                    continue
+                score = self._scored(trial.spec, rung, found[trial.number])
+                trial.scores.append(score)
+                done.append(trial)
+                best = min(done, key=loss_of)
+                if not known.issuperset(key(trial, fold) for fold in range(rung.folds)):
+                    self._on_trial(
+                        {"round": self._number, "trial": trial.number, "trials": len(trials), "tried": len(done),
+                         "epochs": score.epochs, "folds": rung.folds,
+                         "best": {"trial": best.number, **best.scores[-1].headline()}}
+                    )  # fmt: skip
+        except Paused:
+            self._memory.pause(self._clock.elapsed_s)
+            raise
         for trial in trials:
             if reasons := failed.get(trial.number):
                 trial.dropped = next((reasons[fold] for fold in sorted(reasons) if reasons[fold] != NO_TIME), NO_TIME)
         done.sort(key=lambda trial: (loss_of(trial), trial.number))
         kept = done
         if rung.keep is not None:
-            places = {has_place: next(filter(has_place, done), None) for has_place in self._places}
             near = [trial for trial in done if loss_of(trial) <= HOPELESS * loss_of(done[0])]
             kinds = {augmentation_kind(trial.spec): trial for trial in reversed(near)}
-            first = [trial for trial in done if trial in (*places.values(), *kinds.values())]
-            rest = [trial for trial in done if trial not in first]
-            kept = sorted([*first, *rest[: max(0, rung.keep - len(first))]], key=done.index)
+            first = {*kinds.values(), *(trial for place in self._places for trial in [*filter(place, done)][:1])}
+            rest = [trial for trial in done if trial not in first][: max(0, rung.keep - len(first))]
+            kept = [trial for trial in done if trial in first or trial in rest]
         for trial in done:
             if trial not in kept:
                 trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind the best"
@@ -370,13 +373,11 @@ class _Memory:
         self.results[key], self.used_s = result, elapsed_s
         self.checkpoint.save(self._state)
 
-    def checked(self, check: Check) -> None:
-        """Call `check`, and save what is known if it pauses the search."""
-        try:
-            check()
-        except Paused:
+    def pause(self, elapsed_s: float) -> None:
+        """Save what is known when the search has come to a halt."""
+        if not self.ended:
+            self.used_s = elapsed_s
             self.checkpoint.save(self._state, now=True)
-            raise
 
     def end(self, elapsed_s: float) -> None:
         """Remember that nothing is left to be tried. From now on no decision depends on the time any more."""
@@ -423,7 +424,7 @@ def rungs(trials: int, folds: int, images: int) -> tuple[Rung, ...]:
 
 
 FINALISTS = 3  # unless there are more places
-HOPELESS = 2.0  # times the loss of the best in the first round, with which a kind of augmentation has no place
+HOPELESS = 2.0  # a kind of augmentation whose loss is more than so many times the lowest gets no place
 FIRST_IMAGES = 200  # held-out images that decide the first round, if there are as many
 FIRST_SHARE, LAST_SHARE = 1 / 16, 1 / 4  # of the epochs, in the first round and in the last
 

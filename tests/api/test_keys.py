@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from api.http.keys import PAUSE_S, KeyRing, scope_of
+from api.http.keys import HOLD_S, PAUSE_S, KeyRing, scope_of
 from serving.client import ModelServer
 from serving.pb import model_server_pb2 as pb
 from serving.publishing import seal
@@ -748,6 +748,7 @@ def test_a_rate_refuses_what_is_beyond_it_and_says_when_to_come_back(guarded: Gu
         assert 429 in statuses
         refused = answers[statuses.index(429)]
         assert (refused.json()["error"]["code"], refused.headers["Retry-After"]) == ("rate_limited", "1")
+        assert refused.elapsed.total_seconds() >= HOLD_S[0]  # so that asking again and again costs others little
         assert api.get("/models").status_code == 200  # reading is not counted
         eventually(
             lambda: api.post(f"/predict?model={BASE}", content=bytes(784)).status_code == 200, "it is let in again"

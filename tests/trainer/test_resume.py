@@ -124,7 +124,9 @@ def test_a_job_that_is_killed_anywhere_ends_with_the_weights_of_one_that_is_not(
 def test_a_job_that_is_paused_frees_its_worker_and_goes_on_where_it_was(
     place: Place, trained: Trained, monkeypatch: pytest.MonkeyPatch, last: float
 ) -> None:
-    monkeypatch.setattr(checkpoints, "FIRST_S", float("inf"))  # saved when it is paused, and not before
+    # Saved after the first epoch, and no more but at an end or when it is paused.
+    monkeypatch.setattr(checkpoints, "FIRST_S", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", 1e-9)
     sha256, whole = trained.whole(place, SEARCH), trained.epochs
     job, noticed, look = place.claimed(SEARCH, model="resumed"), threading.Event(), Run.check
 

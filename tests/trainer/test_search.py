@@ -17,7 +17,7 @@ from tests.conftest import Place
 from trainer import evaluate, objectives
 from trainer.asked import Asked, check_dataset, parse_asked, parse_spec
 from trainer.export import load_params
-from trainer.fit import Split
+from trainer.fit import Fitted, Split, fit
 from trainer.folds import stratified_folds
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import LeaseLost
@@ -149,9 +149,20 @@ def test_a_cancelled_search_ends_at_its_next_run(place: Place, monkeypatch: pyte
     assert list(place.registry.wanted()) == ["lenet5"]
 
 
-def test_a_model_without_a_version_gets_a_preview_that_the_choice_replaces(place: Place) -> None:
+def test_a_model_without_a_version_gets_a_preview_that_the_choice_replaces(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def counting_fit(spec: Spec, start: Any, train: Split, *rest: Any, **more: Any) -> Fitted:
+        seen.append(len(train.labels))
+        return fit(spec, start, train, *rest, **more)
+
+    monkeypatch.setattr("trainer.worker.run_job.fit", counting_fit)
+    monkeypatch.setattr("trainer.worker.run_job.PREVIEWED", 50)
     spec = {"epochs": 12, "search": {"trials": 2, "folds": 2}}
     first = place.run(place.claimed(spec))
+    assert seen[0] == 50  # of 80
     assert (first.preview_version, first.version) == (1, 2)
     happened = [event.type for event in place.jobs.events(first.id)]
     assert happened.index("preview") < happened.index("trial")
@@ -169,7 +180,7 @@ def test_a_preview_sees_no_more_images_however_many_there_are() -> None:
         seen = [images * preview_recipe(same_classes, images)["epochs"] for images in (100, 300, 1000, 3000, 6000)]
         assert seen == sorted(seen)
         assert seen[-1] == 6000
-        assert preview_recipe(same_classes, 60_000)["epochs"] == 1
+        assert preview_recipe(same_classes, 60_000)["epochs"] == 1  # of some of them
 
 
 def test_a_worker_that_died_after_the_preview_goes_on_without_a_second_one(

@@ -97,7 +97,7 @@ def nominal(asked: Asked, dataset: DatasetCard) -> float:
 
     cores, trials = len(os.sched_getaffinity(0)), spec.search.trials
     searched_s = first * trials * mean_s(FIRST_SHARE, share * images)
-    searched_s += folds * min(FINALISTS, math.ceil(trials / 4) + 1) * mean_s(LAST_SHARE, share * images)
+    searched_s += folds * min(FINALISTS, trials) * mean_s(LAST_SHARE, share * images)
     runs = 0 if dataset.validation else folds
     final_s = sum(_trained_s(_resolved(asked, recipe), images, images, runs) for recipe in recipes) / len(recipes)
     preview_s = PREVIEW_S if spec.search.preview else 0.0

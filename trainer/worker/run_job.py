@@ -30,13 +30,13 @@ from trainer import delta, evaluate, report
 from trainer.asked import Asked
 from trainer.checkpoints import Checkpoint
 from trainer.export import digest, export, load_params, prepare
-from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit
+from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit, sample
 from trainer.jobs.kept import folder_of
 from trainer.jobs.records import Job, Jobs
 from trainer.lenet import Arrays
 from trainer.network import bottleneck_of
 from trainer.parallel import Check, Paused, side_by_side, watched
-from trainer.recipes import preview_recipe
+from trainer.recipes import PREVIEWED, preview_recipe
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, search
 from trainer.spec import Spec, described, pinned
@@ -206,6 +206,7 @@ class _Maker:
         spec = spec.model_copy(update={"epochs": min(spec.epochs, recipe["epochs"])})
         start = self._start(spec)
         train, validation = self.data.split(spec)
+        train = sample(train, PREVIEWED)
         classes, check = len(self.data.classes), self.run.check
         fitted = watched(
             lambda go_on: fit(
