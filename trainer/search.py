@@ -235,19 +235,21 @@ class _Rounds:
         done: list[Trial] = []
         found: dict[int, dict[int, Predicted]] = {trial.number: {} for trial in trials}  # by fold
         failed: dict[int, dict[int, str]] = {}  # why there is no prediction, by fold
-        known = set(self._memory.results)
+        known, late = set(self._memory.results), False
 
         def key(trial: Trial, fold: int) -> str:
             return _key(shortened(trial.spec, rung), fold, self._measures(rung))
 
         def work(task: tuple[Trial, int], check: Check) -> Predicted | str:
+            nonlocal late
             trial, fold = task
             if key(*task) in known:
                 return self._memory.results[key(*task)]
             if self._memory.ended:
                 return NO_TIME
             best = min(done, key=loss_of, default=after)
-            if best and self._clock.is_up(best.spec, meanwhile=shortened(trial.spec, rung)):
+            if late or (best and self._clock.is_up(best.spec, meanwhile=shortened(trial.spec, rung))):
+                late = late or trial is after  # a cheap one must not win because the best had no time
                 return NO_TIME
             try:
                 return self._predicted(trial.spec, rung, fold, check)

@@ -1,6 +1,7 @@
 """The automatic search: what it tries, how it chooses, and what becomes of its choice."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -527,6 +528,26 @@ def test_augmentation_of_every_kind_and_the_classifier_of_the_base_have_a_place_
         assert kinds == {"none", "small", "large", "mirrored"}
     else:
         assert len(kinds) == 2
+
+
+def test_a_cheap_recipe_does_not_win_because_the_best_one_had_no_time(
+    problem: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predicted(rounds: Any, spec: Spec, *rest: Any) -> Predicted:
+        found = real(rounds, spec, *rest)
+        return found._replace(logits=np.zeros_like(found.logits)) if spec.method == "lora" else found
+
+    def is_up(_: Clock, best: Spec, meanwhile: Spec | None = None) -> bool:
+        return meanwhile is not None and meanwhile.method == "full" and meanwhile.epochs > 4  # in the last round
+
+    real = trainer.search._Rounds._predicted
+    monkeypatch.setattr("trainer.search._Rounds._predicted", predicted)
+    monkeypatch.setattr(Clock, "is_up", is_up)
+    monkeypatch.setattr("trainer.search.HOPELESS", math.inf)
+    found = search(asked(epochs=60, search={"trials": 2, "folds": 2, "seconds": 1000.0}), problem(10))
+    assert [trial.spec.method for trial in found.trials] == ["lora", "full"]
+    assert found.spec.method == "full"
+    assert {len(trial.scores) for trial in found.trials} == {1}
 
 
 @pytest.mark.slow
