@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import httpx
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -25,16 +26,9 @@ from tests.conftest import eventually
 from tests.contract.conftest import config, predict_request, put
 
 
-def tcp_listeners(pid: int) -> list[str]:
-    """Local addresses on which a process listens, in hexadecimal, from /proc."""
-    found = []
-    ours = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            if state == "0A" and f"socket:[{rest[5]}]" in ours:
-                found.append(local)
-    return found
+def tcp_listeners(pid: int) -> list[Any]:
+    """Local addresses on which a process listens."""
+    return [one.laddr for one in psutil.Process(pid).net_connections("tcp") if one.status == psutil.CONN_LISTEN]
 
 
 def test_it_serves_on_a_unix_socket_alone(tmp_path: Path) -> None:
