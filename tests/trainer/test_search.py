@@ -553,7 +553,7 @@ def test_a_cheap_recipe_does_not_win_because_the_best_one_had_no_time(
 @pytest.mark.slow
 def test_epochs_that_overfit_are_taken_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"method": "full", "checkpoints": 1, "search": {"trials": 4, "folds": 3, "preview": False}}
-    monkeypatch.setattr("trainer.search.OVERFITTED", -1e9)  # as if any difference showed that
+    monkeypatch.setattr("trainer.search.OVERFITTED", -math.inf)  # as if any figures showed that, equal ones too
     place.run(job := place.claimed(spec))
     resolved, version = place.jobs.get(job.id).resolved_spec, place.registry.find("m")
     assert resolved is not None
