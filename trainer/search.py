@@ -197,7 +197,7 @@ def search(
     again = spec.model_copy(update={"epochs": spec.epochs + last.epochs})
     if "epochs" in asked.auto and last.rung.folds == folds and not clock.is_up(again):
         short = last.epochs, rounds.in_order(last.right)
-    memory.end(clock.elapsed_s)
+    memory.stop(clock.elapsed_s, ended=True)
     return Found(
         spec, trials, choice.trial.number, " ".join([sentence(spec, choice.trial, trials), *choice.why]),
         worth(choice.trial, trials), warnings, [trial.number for trial in choice.front], short,
@@ -216,9 +216,9 @@ class _Rounds:
         self._folds = list(stratified_folds(problem.data.labels, seed, folds))
         self._parts = [(problem.part(~fold), problem.part(fold)) for fold in self._folds]
         self._number = 0
-        self._places: list[Callable[[Trial], bool]] = [lambda trial: trial.spec.augmentation is not None]
+        self._places: list[Callable[[Spec], bool]] = [lambda spec: spec.augmentation is not None]
         if problem.same_classes:
-            self._places.append(lambda trial: trial.spec.head == "keep")
+            self._places.append(lambda spec: spec.head == "keep")
 
     def run(self, trials: Sequence[Trial], rung: Rung, after: Trial | None = None) -> list[Trial]:
         """Give every trial the work of a rung; returns those that go on, the best first.
@@ -281,7 +281,7 @@ class _Rounds:
                          "best": {"trial": best.number, **best.scores[-1].headline()}}
                     )  # fmt: skip
         except Paused:
-            self._memory.pause(self._clock.elapsed_s)
+            self._memory.stop(self._clock.elapsed_s, ended=False)
             raise
         for trial in trials:
             if reasons := failed.get(trial.number):
@@ -290,8 +290,9 @@ class _Rounds:
         kept = done
         if rung.keep is not None:
             near = [trial for trial in done if loss_of(trial) <= HOPELESS * loss_of(done[0])]
-            kinds = {augmentation_kind(trial.spec): trial for trial in reversed(near)}
-            first = {*kinds.values(), *(trial for place in self._places for trial in [*filter(place, done)][:1])}
+            first = set({augmentation_kind(trial.spec): trial for trial in reversed(near)}.values())
+            for has_place in self._places:
+                first.update([trial for trial in done if has_place(trial.spec)][:1])
             rest = [trial for trial in done if trial not in first][: max(0, rung.keep - len(first))]
             kept = [trial for trial in done if trial in first or trial in rest]
         for trial in done:
@@ -375,16 +376,10 @@ class _Memory:
         self.results[key], self.used_s = result, elapsed_s
         self.checkpoint.save(self._state)
 
-    def pause(self, elapsed_s: float) -> None:
-        """Save what is known when the search has come to a halt."""
+    def stop(self, elapsed_s: float, *, ended: bool) -> None:
+        """Remember where the search pauses, or that it has ended: then no decision depends on the time any more."""
         if not self.ended:
-            self.used_s = elapsed_s
-            self.checkpoint.save(self._state, now=True)
-
-    def end(self, elapsed_s: float) -> None:
-        """Remember that nothing is left to be tried. From now on no decision depends on the time any more."""
-        if not self.ended:
-            self.used_s, self.ended = elapsed_s, True
+            self.used_s, self.ended = elapsed_s, ended
             self.checkpoint.save(self._state, now=True)
 
     def _state(self) -> State:
