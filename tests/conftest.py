@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import sqlalchemy as sa
 import tensorflow as tf
@@ -202,6 +203,13 @@ def running_model_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
+
+
+def freeze(pid: int) -> None:
+    """SIGSTOP, and wait until every thread of the process has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = [psutil.Process(thread.id) for thread in psutil.Process(pid).threads()]
+    eventually(lambda: all(thread.status() == psutil.STATUS_STOPPED for thread in threads), "it has stopped")
 
 
 def listens(port: int) -> bool:

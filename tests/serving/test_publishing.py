@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from store.errors import ModelServerTimeout, ModelServerUnavailable, PublishFail
 from store.processes import free_port
 from store.records import DatasetCard, DatasetReport, Manifest, ReportCard
 from store.settings import Settings
-from tests.conftest import Place, eventually, opened, running_model_server
+from tests.conftest import Place, eventually, freeze, opened, running_model_server
 from trainer.export import export
 from trainer.jobs.library import Library, Upload
 from trainer.jobs.records import Jobs, LeaseLost
@@ -317,7 +316,7 @@ def test_a_frozen_server_holds_up_neither_other_servers_nor_other_processes(pres
         press.publish(1)
         press.publish(2)
         reconcile(press.settings, press.registry, [frozen])
-        process.send_signal(signal.SIGSTOP)
+        freeze(process.pid)
         with ThreadPoolExecutor(1) as pool:
             stuck = pool.submit(lambda: frozen.reload(press.settings.served_root, {"m": [1]}, timeout_s=8))
             press.registry.retire("m", 1)

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from serving.registry import Registry
+from store.processes import pulse_file
 from store.records import Manifest, ReportCard
 from store.settings import Settings
 from tests.conftest import Place, PostgreSQL, eventually, opened
@@ -42,6 +43,24 @@ def worker_of(place: Place, monkeypatch: pytest.MonkeyPatch) -> Worker:
     monkeypatch.setattr(loop, "connect", lambda url: place.engine)
     monkeypatch.setattr(loop, "STORE_PAUSE_S", 0.01)
     return Worker(place.settings)
+
+
+def test_a_worker_shows_its_pulse_before_it_says_that_it_is_ready(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_of(place, monkeypatch)
+    monkeypatch.setattr(loop, "HEARTBEAT_S", 60.0)
+    shown: list[bool] = []
+
+    def look(_: Any) -> None:
+        shown.append(pulse_file(place.settings, os.getpid()).exists())
+        raise loop.Stopped
+
+    monkeypatch.setattr(worker, "_loop", look)
+    with pytest.raises(loop.Stopped):
+        worker.run()
+    assert shown == [True]
+    assert not pulse_file(place.settings, os.getpid()).exists()
 
 
 def test_a_job_goes_on_when_the_store_fails_for_a_while(place: Place) -> None:

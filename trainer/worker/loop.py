@@ -124,8 +124,11 @@ class Worker:
         """Show the supervisor that this process runs. Importing TensorFlow may hold the interpreter for long."""
         while not self._stopped.wait(HEARTBEAT_S):
             if self.state != "warming":
-                with suppress(OSError):  # a full disk
-                    pulse_file(self.settings, os.getpid()).touch()
+                self._show_pulse()
+
+    def _show_pulse(self) -> None:
+        with suppress(OSError):  # a full disk
+            pulse_file(self.settings, os.getpid()).touch()
 
     def _run(self) -> None:
         import_tensorflow()
@@ -149,6 +152,7 @@ class Worker:
                 except PASSING_FAILURES as exc:
                     log.warning("waiting for the store", worker=self.id, reason=reason(exc))
                     time.sleep(STORE_PAUSE_S)
+            self._show_pulse()  # from here on the supervisor notices when it freezes
             self.state = "idle"
             log.info("ready", worker=self.id)
             self._loop(servers)
