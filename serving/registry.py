@@ -68,6 +68,11 @@ revisions = sa.Table(  # one row, incremented by every change
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("revision", sa.Integer, nullable=False),
 )
+_VERSIONS = (
+    sa.select(*(column for column in versions.c if column is not versions.c.removed), reports.c.report)
+    .join(reports)
+    .order_by(versions.c.model, versions.c.version.desc())
+)
 
 
 def stored_name(tenant: str, model: str) -> str:
@@ -370,15 +375,8 @@ class Registry:
         return routes
 
     def _select(self, condition: Any) -> list[Version]:
-        columns = [column for column in versions.c if column is not versions.c.removed]
-        query = (
-            sa.select(*columns, reports.c.report)
-            .join(reports)
-            .where(condition)
-            .order_by(versions.c.model, versions.c.version.desc())
-        )
         with self._engine.connect() as connection:
-            rows = connection.execute(query).mappings().all()
+            rows = connection.execute(_VERSIONS.where(condition)).mappings().all()
         read = {"manifest": Manifest.read, "report": ReportCard.read}
         return [Version(**{**row, **{name: record(row[name]) for name, record in read.items()}}) for row in rows]
 

@@ -137,8 +137,15 @@ class Outlook:
     queued: list[Job]  # the next one first
 
 
+# Statements with many columns are costly to build, and what idle workers ask every time is built once.
 _COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
+_SELECT = sa.select(*_COLUMNS)
+_UPDATE = jobs.update().returning(*_COLUMNS, jobs.c.last_seq)
 _TURN = (jobs.c.created_at - AGING_S * jobs.c.priority, jobs.c.id)  # in which queued jobs are claimed
+_FOLLOWING = (
+    sa.select(jobs.c.id).where(jobs.c.status == "queued").order_by(*_TURN).limit(1).with_for_update(skip_locked=True)
+)
+_OPEN_REPORT = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
 
 
 class LeaseLost(Exception):
@@ -196,7 +203,7 @@ class Jobs:
             UnknownJob: no job has this id, or it is another tenant's.
         """
         with self._engine.connect() as connection:
-            found = _read(connection, sa.select(*_COLUMNS).where((jobs.c.id == job_id) & _of(tenant)))
+            found = _read(connection, _SELECT.where((jobs.c.id == job_id) & _of(tenant)))
         if not found:
             raise UnknownJob(f"there is no job {job_id!r}", param=param)
         return found[0]
@@ -216,7 +223,7 @@ class Jobs:
         Raises:
             UnknownJob: no such job has the id `after`.
         """
-        query = sa.select(*_COLUMNS).where(_of(tenant)).order_by(jobs.c.id.desc()).limit(limit + 1)
+        query = _SELECT.where(_of(tenant)).order_by(jobs.c.id.desc()).limit(limit + 1)
         for column, wanted in ((jobs.c.model, model), (jobs.c.status, status)):
             if wanted is not None:
                 query = query.where(column == wanted)
@@ -317,7 +324,7 @@ class Jobs:
 
     def outlook(self) -> "Outlook":
         """Return what is to be done, without progress, and by how many workers."""
-        open_ = sa.select(*_COLUMNS).where(jobs.c.status.in_(("running", "queued"))).order_by(*_TURN)
+        open_ = _SELECT.where(jobs.c.status.in_(("running", "queued"))).order_by(*_TURN)
         living = sa.select(sa.func.count()).where(workers.c.seen_at > now() - LOST_AFTER_S).scalar_subquery()
         with self._engine.connect() as connection:
             found = [_job(dict(row), ()) for row in connection.execute(open_).mappings()]
@@ -327,25 +334,18 @@ class Jobs:
 
     def recent(self, most: int = RECENT) -> list[Job]:
         """Return the newest jobs that have succeeded, without progress."""
-        query = sa.select(*_COLUMNS).where(jobs.c.status == "succeeded").order_by(jobs.c.id.desc()).limit(most)
+        query = _SELECT.where(jobs.c.status == "succeeded").order_by(jobs.c.id.desc()).limit(most)
         with self._engine.connect() as connection:
             return [_job(dict(row), ()) for row in connection.execute(query).mappings()]
 
     def claim(self, worker: str) -> Job | None:
         """Lease the queued job whose turn it is to `worker`; None if there is none."""
-        following = (
-            sa.select(jobs.c.id)
-            .where(jobs.c.status == "queued")
-            .order_by(*_TURN)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
         with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
-            if connection.execute(following).first() is None:
+            if connection.execute(_FOLLOWING).first() is None:
                 return None
         with self._engine.begin() as connection:
             claimed = _write(
-                connection, (jobs.c.id == following.scalar_subquery()) & (jobs.c.status == "queued"),
+                connection, (jobs.c.id == _FOLLOWING.scalar_subquery()) & (jobs.c.status == "queued"),
                 [_status("running", "validating")],
                 status="running", stage="validating", worker=worker, started_at=now(),
                 attempts=jobs.c.attempts + 1, lease=jobs.c.lease + 1, progress_seq=jobs.c.last_seq + 2,
@@ -446,7 +446,7 @@ class Jobs:
     def unreported(self, worker: str, but: Collection[str] = ()) -> Job | None:
         """Lease to `worker` the oldest job whose report is not complete and that no living worker works on."""
         free = jobs.c.worker.is_(None) | (jobs.c.worker == worker) | jobs.c.worker.not_in(sa.select(workers.c.id))
-        open_ = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick") & free & jobs.c.id.not_in(but)
+        open_ = _OPEN_REPORT & free & jobs.c.id.not_in(but)
         oldest = sa.select(jobs.c.id).where(open_).order_by(jobs.c.id).limit(1).with_for_update(skip_locked=True)
         with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
             if connection.execute(oldest).first() is None:
@@ -532,6 +532,10 @@ class Jobs:
         lost &= jobs.c.status == "running"
         # PostgreSQL may find jobs lost by the second or third statement that were not by the first: each tells its own.
         last = jobs.c.attempts >= MAX_ATTEMPTS
+        any_ = sa.select(sa.exists().where(lost), sa.exists().where(workers.c.seen_at < now() - LOST_AFTER_S))
+        with self._engine.connect() as connection:  # usually there are none, and reading takes no write lock
+            if not any(connection.execute(any_).one()):
+                return []
         with self._engine.begin() as connection:
             if others:
                 connection.execute(workers.delete().where(workers.c.seen_at < now() - LOST_AFTER_S))
@@ -547,8 +551,7 @@ class Jobs:
 
 def needed_cards(connection: sa.Connection, tenant: str | None = None) -> list[DatasetCard]:
     """Return the data sets of jobs, a tenant's or all, that have not finished or whose report is not complete."""
-    open_report = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
-    query = sa.select(jobs.c.dataset).where(_of(tenant), jobs.c.status.not_in(FINISHED) | open_report)
+    query = sa.select(jobs.c.dataset).where(_of(tenant), jobs.c.status.not_in(FINISHED) | _OPEN_REPORT)
     return [DatasetCard.read(card) for card in connection.execute(query).scalars()]
 
 
@@ -585,9 +588,8 @@ def _write(
 ) -> list[Job]:
     """Change the jobs that match, append what has happened to each, and return them, without progress."""
     values["last_seq"] = jobs.c.last_seq + len(happened)  # locks the row, so the numbers of events have no gaps
-    update = jobs.update().where(where).values(**values).returning(*_COLUMNS, jobs.c.last_seq)
     changed = []
-    for row in connection.execute(update).mappings().all():
+    for row in connection.execute(_UPDATE.where(where).values(**values)).mappings().all():
         fields = dict(row)
         insert(connection, row["id"], fields.pop("last_seq"), happened)
         if told := _told_of(values):
