@@ -23,6 +23,7 @@ from serving.registry import BASE, Registry, stored_name
 from store.disk import Reserve, is_full
 from store.errors import ModelServerError, TemperError
 from store.health import Health, Notice
+from store.keys import Key
 from store.records import DEFAULT_TENANT
 from store.settings import Settings
 from store.webhooks import Webhooks
@@ -187,6 +188,12 @@ def tenant_of(request: Request) -> str:
     """Return the tenant on whose behalf a request is made."""
     tenant: str = request.scope["state"].get("tenant", DEFAULT_TENANT)
     return tenant
+
+
+def key_of(request: Request) -> Key | None:
+    """Return the key with which a request was let in, if keys are required."""
+    key: Key | None = request.scope["state"].get("key")
+    return key
 
 
 def stored(request: Request, model: str) -> str:

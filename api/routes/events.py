@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import BaseModel, Field, WithJsonSchema
 
-from api.gateway import Gateway, gateway_of, tenant_of
+from api.gateway import Gateway, gateway_of, key_of, tenant_of
 from api.http.openapi import JobId, errors
 from store.errors import InvalidRequest, Overloaded
+from store.keys import Key
 from trainer.jobs.events import Event, EventType
 from trainer.jobs.records import FINISHED
 
@@ -80,7 +81,7 @@ async def list_events(
         after = _number(last_event_id) if last_event_id else after
         if gateway.streams >= MAX_STREAMS:
             raise Overloaded(f"{MAX_STREAMS} clients follow jobs already; read pages, or try again later")
-        return EventSourceResponse(_stream(gateway, id, after), headers={"Cache-Control": "no-store"})
+        return EventSourceResponse(_stream(gateway, id, after, key_of(request)), headers={"Cache-Control": "no-store"})
     found = await asyncio.to_thread(gateway.jobs.events, id, after=after, limit=limit + 1)
     page = EventList(data=[EventView.of(event) for event in found[:limit]], has_more=len(found) > limit)
     return JSONResponse(page.model_dump())
@@ -94,8 +95,8 @@ def _number(last_event_id: str) -> int:
     return int(last_event_id)
 
 
-async def _stream(gateway: Gateway, job_id: str, after: int) -> AsyncIterator[bytes]:
-    """Server-sent events, up to the last that can happen.
+async def _stream(gateway: Gateway, job_id: str, after: int, key: Key | None) -> AsyncIterator[bytes]:
+    """Server-sent events, up to the last that can happen, or until the key is revoked.
 
     Every look asks the store, so nothing depends on which gateway or worker wrote an event. Where the store fails the
     stream breaks off, and the client resumes it.
@@ -103,7 +104,7 @@ async def _stream(gateway: Gateway, job_id: str, after: int) -> AsyncIterator[by
     gateway.streams += 1
     try:
         silent_s = 0.0
-        while True:
+        while key is None or gateway.keys.is_valid(key):
             job = await asyncio.to_thread(gateway.jobs.get, job_id)  # first: what ended it is then among the events
             found = await asyncio.to_thread(gateway.jobs.events, job_id, after=after)
             for event in found:

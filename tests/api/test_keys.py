@@ -245,6 +245,18 @@ def test_a_key_works_at_once_and_ends_within_two_seconds(guarded: Guarded) -> No
         eventually(lambda: api.get("/models").status_code == 401, "the key is refused", timeout_s=2.0)
 
 
+def test_a_stream_of_events_ends_when_its_key_is_revoked(guarded: Guarded) -> None:
+    key, token = guarded.keys.create("follows a job", scopes=["finetune"])
+    path = f"/finetune/{guarded.job(DEFAULT)}/events"
+    headers = {"X-API-Key": token, "Accept": "text/event-stream"}
+    with httpx.stream("GET", f"{guarded.url}{path}", headers=headers, timeout=20) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "event: status"
+        guarded.keys.revoke(key.id)
+        assert not any(line.startswith(":") for line in lines), "it has been kept alive"
+    assert httpx.get(f"{guarded.url}{path}", headers=headers).status_code == 401
+
+
 def test_readiness_shows_details_only_to_those_with_a_key(guarded: Guarded) -> None:
     assert httpx.get(f"{guarded.url}/readyz").json() == {"status": "ready"}
     with guarded.ask(scope="predict") as api:
