@@ -169,6 +169,21 @@ def test_what_is_started_often_or_runs_for_long_does_without_heavy_imports(modul
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("modules", "without"),
+    [
+        ("trainer.worker.run_job, trainer.worker.complete_report, trainer.worker.retention", {"keras"}),
+        ("serving.embedded.server, serving.embedded.rest", {"keras", "sklearn"}),
+    ],
+)
+def test_what_imports_tensorflow_does_without_keras(modules: str, without: set[str]) -> None:
+    code = (
+        "from serving.quiet import import_tensorflow; import_tensorflow()\n"
+        f"import {modules}, sys; sys.exit(bool({without} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_packed_floats_are_little_endian_bytes_on_the_wire() -> None:
     values = np.array([0.1, -2.5, 3e38], "<f4")
     official = predict_pb2.PredictResponse()
