@@ -73,6 +73,12 @@ deliveries = sa.Table(
     sa.Column("http_status", sa.Integer),  # of the last attempt, if it was answered
     sa.Column("error", sa.String),  # of the last attempt
 )
+# The lock lets nobody delete or disable an endpoint before the transaction has committed.
+_ENABLED = (
+    sa.select(webhooks.c.id, webhooks.c.types, now().label("at"))
+    .where(webhooks.c.disabled_at.is_(None))
+    .with_for_update(read=True)
+)
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,7 @@ def enqueue(
     connection: sa.Connection, type: WebhookType, data: Mapping[str, Any], tenant: str = DEFAULT_TENANT
 ) -> None:  # fmt: skip
     """Owe a delivery to every endpoint of a tenant that wants this type, once the connection's transaction commits."""
-    # The lock lets nobody delete or disable an endpoint between this look and the commit.
-    wanting = sa.select(webhooks.c.id, webhooks.c.types, now().label("at")).with_for_update(read=True)
-    wanting = wanting.where(webhooks.c.tenant == tenant, webhooks.c.disabled_at.is_(None))
+    wanting = _ENABLED.where(webhooks.c.tenant == tenant)
     rows = [
         {"id": _id("msg", row.at), "tenant": tenant, "webhook": row.id, "type": type, "data": dict(data),
          "created_at": row.at, "due_at": row.at, "status": "pending"}

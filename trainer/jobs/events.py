@@ -32,6 +32,7 @@ events = sa.Table(
     sa.Column("type", sa.String, nullable=False),
     sa.Column("data", sa.JSON, nullable=False),
 )
+_INSERT = events.insert().values(at=now())
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def insert(
     first = last_seq - len(happened) + 1
     rows = [{"job": job_id, "seq": first + i, "type": kind, "data": data} for i, (kind, data) in enumerate(happened)]
     if rows:
-        connection.execute(events.insert().values(at=now()), rows)
+        connection.execute(_INSERT, rows)
 
 
 def progress_of(happened: Iterable[Event]) -> Progress:

@@ -146,6 +146,29 @@ _FOLLOWING = (
     sa.select(jobs.c.id).where(jobs.c.status == "queued").order_by(*_TURN).limit(1).with_for_update(skip_locked=True)
 )
 _OPEN_REPORT = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
+_OF_THE_DEAD = jobs.c.worker.not_in(sa.select(workers.c.id))
+_DEAD = workers.c.seen_at < now() - LOST_AFTER_S
+
+
+def _lost(worker: Any, others: bool = True) -> sa.ColumnElement[bool]:
+    """The jobs that no worker runs; `worker`, which asks, runs none."""
+    dropped = jobs.c.worker == worker
+    return (jobs.c.status == "running") & (dropped | _OF_THE_DEAD if others else dropped)
+
+
+def _unreported(worker: Any, but: Any) -> sa.ColumnElement[bool]:
+    """The jobs whose report is not complete and that no living worker but `worker` works on."""
+    free = jobs.c.worker.is_(None) | (jobs.c.worker == worker) | _OF_THE_DEAD
+    return _OPEN_REPORT & free & jobs.c.id.not_in(but)
+
+
+def _oldest(condition: sa.ColumnElement[bool]) -> sa.Select[tuple[str]]:
+    return sa.select(jobs.c.id).where(condition).order_by(jobs.c.id).limit(1).with_for_update(skip_locked=True)
+
+
+_WORKER: sa.BindParameter[str] = sa.bindparam("worker")
+_ANY_LOST = sa.select(sa.exists().where(_lost(_WORKER)) | sa.exists().where(_DEAD))
+_OLDEST_UNREPORTED = _oldest(_unreported(_WORKER, sa.bindparam("but", expanding=True)))
 
 
 class LeaseLost(Exception):
@@ -445,14 +468,12 @@ class Jobs:
 
     def unreported(self, worker: str, but: Collection[str] = ()) -> Job | None:
         """Lease to `worker` the oldest job whose report is not complete and that no living worker works on."""
-        free = jobs.c.worker.is_(None) | (jobs.c.worker == worker) | jobs.c.worker.not_in(sa.select(workers.c.id))
-        open_ = _OPEN_REPORT & free & jobs.c.id.not_in(but)
-        oldest = sa.select(jobs.c.id).where(open_).order_by(jobs.c.id).limit(1).with_for_update(skip_locked=True)
         with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
-            if connection.execute(oldest).first() is None:
+            if connection.execute(_OLDEST_UNREPORTED, {"worker": worker, "but": list(but)}).first() is None:
                 return None
+        open_ = _unreported(worker, but)
         with self._engine.begin() as connection:
-            to_us = (jobs.c.id == oldest.scalar_subquery()) & open_
+            to_us = (jobs.c.id == _oldest(open_).scalar_subquery()) & open_
             claimed = _write(connection, to_us, (), worker=worker, lease=jobs.c.lease + 1)
         return claimed[0] if claimed else None
 
@@ -526,19 +547,15 @@ class Jobs:
         """
         message = f"its worker died or lost the store {MAX_ATTEMPTS} times"
         died = {"code": "worker_lost", "message": message, "param": None}
-        lost = jobs.c.worker == worker
-        if others:
-            lost |= jobs.c.worker.not_in(sa.select(workers.c.id))
-        lost &= jobs.c.status == "running"
+        lost = _lost(worker, others)
         # PostgreSQL may find jobs lost by the second or third statement that were not by the first: each tells its own.
         last = jobs.c.attempts >= MAX_ATTEMPTS
-        any_ = sa.select(sa.exists().where(lost), sa.exists().where(workers.c.seen_at < now() - LOST_AFTER_S))
         with self._engine.connect() as connection:  # usually there are none, and reading takes no write lock
-            if not any(connection.execute(any_).one()):
+            if not connection.execute(_ANY_LOST, {"worker": worker}).scalar_one():
                 return []
         with self._engine.begin() as connection:
             if others:
-                connection.execute(workers.delete().where(workers.c.seen_at < now() - LOST_AFTER_S))
+                connection.execute(workers.delete().where(_DEAD))
             _put_back(connection, lost & ~last & ~jobs.c.cancel_requested)
             cancelled = _write(
                 connection, lost & jobs.c.cancel_requested, [_status("cancelled")], **_ENDING, status="cancelled"
