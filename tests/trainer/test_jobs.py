@@ -299,6 +299,8 @@ def test_a_job_that_is_lost_while_others_are_recovered_is_not_taken_for_out_of_a
     if engine.dialect.name != "postgresql":
         pytest.skip("transactions that write to SQLite run one after another")
     queued(jobs)
+    assert jobs.claim("dead") is not None  # without it nothing is lost, and nothing is written
+    queued(jobs)
     jobs.heartbeat("w", "busy")
     job = jobs.claim("w")
     assert job is not None
@@ -316,6 +318,20 @@ def test_a_job_that_is_lost_while_others_are_recovered_is_not_taken_for_out_of_a
     assert jobs.get(job.id).status == "running"
     assert jobs.recover("v") == []
     assert jobs.get(job.id).status == "queued"
+
+
+def test_an_idle_worker_only_reads(jobs: Jobs) -> None:
+    """So it keeps nobody who writes waiting."""
+    engine = jobs._engine
+    queued(jobs)
+    jobs.heartbeat("w", "busy")
+    assert jobs.claim("w") is not None
+    jobs.heartbeat("v", "idle")
+    statements: list[str] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda _, __, statement, *___: statements.append(statement))
+    assert (jobs.claim("v"), jobs.unreported("v", ["a", "b"]), jobs.recover("v")) == (None, None, [])
+    assert len(statements) >= 3
+    assert all(statement.startswith("SELECT") for statement in statements)
 
 
 def test_pages_are_newest_first_and_complete(jobs: Jobs) -> None:

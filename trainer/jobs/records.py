@@ -153,13 +153,13 @@ _DEAD = workers.c.seen_at < now() - LOST_AFTER_S
 def _lost(worker: Any, others: bool = True) -> sa.ColumnElement[bool]:
     """The jobs that no worker runs; `worker`, which asks, runs none."""
     dropped = jobs.c.worker == worker
-    return (jobs.c.status == "running") & (dropped | _OF_THE_DEAD if others else dropped)
+    return sa.and_(jobs.c.status == "running", dropped | _OF_THE_DEAD if others else dropped)
 
 
 def _unreported(worker: Any, but: Any) -> sa.ColumnElement[bool]:
     """The jobs whose report is not complete and that no living worker but `worker` works on."""
     free = jobs.c.worker.is_(None) | (jobs.c.worker == worker) | _OF_THE_DEAD
-    return _OPEN_REPORT & free & jobs.c.id.not_in(but)
+    return sa.and_(_OPEN_REPORT, free, jobs.c.id.not_in(but))
 
 
 def _oldest(condition: sa.ColumnElement[bool]) -> sa.Select[tuple[str]]:
