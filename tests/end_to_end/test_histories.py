@@ -50,7 +50,7 @@ from trainer.jobs.records import FINISHED, MAX_ATTEMPTS, Job, Jobs
 from trainer.worker import complete_report, loop, retention, run_job
 from trainer.worker.loop import Stopped, Worker
 
-FEW, MANY = 100, 2_000  # histories
+FEW, MANY = 100, 10_000  # histories
 STEPS = 25  # of a history, at most
 CORES = len(os.sched_getaffinity(0))
 KEEP = 2  # versions of a model
@@ -488,11 +488,11 @@ def test_no_history_loses_a_job_or_does_one_twice() -> None:
 
 
 @pytest.mark.slow
-def test_no_history_of_two_thousand_loses_a_job_or_does_one_twice() -> None:
-    """Shared by as many processes as there are cores."""
+def test_no_history_of_ten_thousand_loses_a_job_or_does_one_twice() -> None:
+    """Shared by as many processes as there are cores, on what other tests leave of these."""
     share, first = math.ceil(MANY / CORES), 2
     command = [sys.executable, "-m", __name__, "--histories", str(share), "--seed"]
-    running = [subprocess.Popen([*command, str(first + number)]) for number in range(CORES)]
+    running = [subprocess.Popen(["nice", "-n", "19", *command, str(first + number)]) for number in range(CORES)]
     assert [process.wait() for process in running] == [0] * CORES
 
 
