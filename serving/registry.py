@@ -9,6 +9,7 @@ stored name: that of the model for the tenant `default`, and `tenant~model` for 
 clients see is the model's own name; messages of errors have it, too.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,11 +134,7 @@ class Registry:
     def _change(self, fence: Fence = lambda _: None) -> Iterator[sa.Connection]:
         """A transaction that changes the registry; transactions run one after another."""
         with self._engine.begin() as connection:
-            count: Any = _insert(connection)(revisions).values(id=1, revision=1)
-            count = count.on_conflict_do_update(
-                index_elements=["id"], set_={"revision": revisions.c.revision + 1}
-            )  # locks the row until the transaction ends
-            connection.execute(count)
+            connection.execute(_count(connection.dialect.name))  # locks the row until the transaction ends
             fence(connection)
             yield connection
 
@@ -156,7 +153,7 @@ class Registry:
     ) -> int:
         """Record a new version as `publishing`; returns its number."""
         with self._change(fence) as connection:
-            insert: Any = _insert(connection)(models).values(name=model, last_version=1, created_at=now())
+            insert: Any = _insert(connection.dialect.name)(models).values(name=model, last_version=1, created_at=now())
             insert = insert.on_conflict_do_update(
                 index_elements=["name"], set_={"last_version": models.c.last_version + 1}
             )
@@ -405,7 +402,8 @@ def _put_report(connection: sa.Connection, model: str, version: int, report: Rep
 def _put_label(connection: sa.Connection, model: str, label: str, version: int, weight: float | None = None) -> None:
     """Move a label; without a weight it keeps the one that it has."""
     before = _labels(connection, model).get(label)
-    row: Any = _insert(connection)(labels).values(model=model, label=label, version=version, weight=weight or 0.0)
+    insert = _insert(connection.dialect.name)
+    row: Any = insert(labels).values(model=model, label=label, version=version, weight=weight or 0.0)
     moved = {"version": version} | ({} if weight is None else {"weight": weight})
     connection.execute(row.on_conflict_do_update(index_elements=["model", "label"], set_=moved))
     _announce(connection, model, label, before.version if before else None, version)
@@ -418,9 +416,16 @@ def _announce(connection: sa.Connection, model: str, label: str, old: int | None
         enqueue(connection, "model.label.moved", data, owner_of(model))
 
 
-def _insert(connection: sa.Connection) -> Any:
-    """INSERT with ON CONFLICT in the dialect of the connection."""
-    if connection.dialect.name == "postgresql":
+@functools.cache
+def _count(dialect: str) -> Any:
+    """Increments the revision."""
+    first = _insert(dialect)(revisions).values(id=1, revision=1)
+    return first.on_conflict_do_update(index_elements=["id"], set_={"revision": revisions.c.revision + 1})
+
+
+def _insert(dialect: str) -> Any:
+    """INSERT with ON CONFLICT."""
+    if dialect == "postgresql":
         from sqlalchemy.dialects.postgresql import insert as postgresql
 
         return postgresql

@@ -138,7 +138,7 @@ def reason(exc: Exception) -> str:
 
 def _engine(url: str) -> sa.Engine:
     try:
-        engine = sa.create_engine(url, pool_pre_ping=True)
+        engine = sa.create_engine(url, pool_pre_ping=sa.make_url(url).get_backend_name() != "sqlite")
     except (sa.exc.ArgumentError, ImportError) as exc:  # NoSuchModuleError is an ArgumentError
         raise StoreUnavailable(f"TEMPER_STORE is not a valid database URL: {reason(exc)}") from exc
     if engine.dialect.name == "sqlite":

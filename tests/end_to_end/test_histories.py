@@ -15,12 +15,9 @@ import functools
 import io
 import itertools
 import json
-import math
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,9 +47,8 @@ from trainer.jobs.records import FINISHED, MAX_ATTEMPTS, Job, Jobs
 from trainer.worker import complete_report, loop, retention, run_job
 from trainer.worker.loop import Stopped, Worker
 
-FEW, MANY = 100, 10_000  # histories
+FEW, MANY, PARTS = 100, 10_000, 5  # histories
 STEPS = 25  # of a history, at most
-CORES = len(os.sched_getaffinity(0))
 KEEP = 2  # versions of a model
 TABLES = ("events", "jobs", "labels", "reports", "versions", "models", "workers", "revisions")
 MODELS, SLOTS = st.sampled_from(["m", "n"]), st.integers(0, 1)
@@ -488,12 +484,9 @@ def test_no_history_loses_a_job_or_does_one_twice() -> None:
 
 
 @pytest.mark.slow
-def test_no_history_of_ten_thousand_loses_a_job_or_does_one_twice() -> None:
-    """Shared by as many processes as there are cores, on what other tests leave of these."""
-    share, first = math.ceil(MANY / CORES), 2
-    command = [sys.executable, "-m", __name__, "--histories", str(share), "--seed"]
-    running = [subprocess.Popen(["nice", "-n", "19", *command, str(first + number)]) for number in range(CORES)]
-    assert [process.wait() for process in running] == [0] * CORES
+@pytest.mark.parametrize("first", range(2, 2 + PARTS))
+def test_no_history_of_ten_thousand_loses_a_job_or_does_one_twice(first: int) -> None:
+    run(MANY // PARTS, first)
 
 
 @click.command()

@@ -140,7 +140,7 @@ class Outlook:
 # Statements with many columns are costly to build, and what idle workers ask every time is built once.
 _COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
 _SELECT = sa.select(*_COLUMNS)
-_UPDATE = jobs.update().returning(*_COLUMNS, jobs.c.last_seq)
+_UPDATE = jobs.update().returning(*(jobs.c[name] for name in ("tenant", "last_seq", *ANNOUNCED)))
 _TURN = (jobs.c.created_at - AGING_S * jobs.c.priority, jobs.c.id)  # in which queued jobs are claimed
 _FOLLOWING = (
     sa.select(jobs.c.id).where(jobs.c.status == "queued").order_by(*_TURN).limit(1).with_for_update(skip_locked=True)
@@ -373,7 +373,7 @@ class Jobs:
                 status="running", stage="validating", worker=worker, started_at=now(),
                 attempts=jobs.c.attempts + 1, lease=jobs.c.lease + 1, progress_seq=jobs.c.last_seq + 2,
             )  # fmt: skip
-        return claimed[0] if claimed else None
+            return next(iter(_without_progress(connection, claimed)), None)
 
     def append_event(self, job: Job, type: EventType, data: Mapping[str, Any], *, stage: str | None = None) -> None:
         """Append an event to a job that runs, in one transaction with a new stage, if one is given.
@@ -475,7 +475,7 @@ class Jobs:
         with self._engine.begin() as connection:
             to_us = (jobs.c.id == _oldest(open_).scalar_subquery()) & open_
             claimed = _write(connection, to_us, (), worker=worker, lease=jobs.c.lease + 1)
-        return claimed[0] if claimed else None
+            return next(iter(_without_progress(connection, claimed)), None)
 
     def reported(self, job: Job, report_status: str, connection: sa.Connection | None = None) -> None:
         """Note how much of a finished job's report there is.
@@ -563,7 +563,7 @@ class Jobs:
             failed = _write(
                 connection, lost & last, [_status("failed", error=died)], **_ENDING, status="failed", error=died
             )
-        return [*cancelled, *failed]
+            return _without_progress(connection, [*cancelled, *failed])
 
 
 def needed_cards(connection: sa.Connection, tenant: str | None = None) -> list[DatasetCard]:
@@ -602,16 +602,15 @@ def _status(status: Status, stage: str | None = None, **more: Any) -> Happened:
 
 def _write(
     connection: sa.Connection, where: sa.ColumnElement[bool], happened: Sequence[Happened], **values: Any
-) -> list[Job]:
-    """Change the jobs that match, append what has happened to each, and return them, without progress."""
+) -> list[str]:
+    """Change the jobs that match, append what has happened to each, and return their ids."""
     values["last_seq"] = jobs.c.last_seq + len(happened)  # locks the row, so the numbers of events have no gaps
     changed = []
     for row in connection.execute(_UPDATE.where(where).values(**values)).mappings().all():
-        fields = dict(row)
-        insert(connection, row["id"], fields.pop("last_seq"), happened)
+        insert(connection, row["id"], row["last_seq"], happened)
         if told := _told_of(values):
-            _announce(connection, told, fields)
-        changed.append(_job(fields, ()))
+            _announce(connection, told, dict(row))
+        changed.append(row["id"])
     return changed
 
 
@@ -625,6 +624,11 @@ def _told_of(values: Mapping[str, Any]) -> WebhookType | None:
 def _announce(connection: sa.Connection, type: WebhookType, row: Mapping[str, Any]) -> None:
     data = {name: row[name] for name in ANNOUNCED} | {"model": public_name(row["model"])}
     enqueue(connection, type, data, row["tenant"])
+
+
+def _without_progress(connection: sa.Connection, ids: Sequence[str]) -> list[Job]:
+    found = connection.execute(_SELECT.where(jobs.c.id.in_(ids))).mappings() if ids else ()
+    return [_job(dict(row), ()) for row in found]
 
 
 def _read(connection: sa.Connection, query: sa.Select[Any]) -> list[Job]:
