@@ -191,7 +191,7 @@ def tenant_of(request: Request) -> str:
 
 
 def key_of(request: Request) -> Key | None:
-    """Return the key with which a request was let in, if keys are required."""
+    """Return the key that let a request in; None where keys are not required."""
     key: Key | None = request.scope["state"].get("key")
     return key
 

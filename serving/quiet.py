@@ -51,7 +51,11 @@ def import_tensorflow() -> None:
 
 @contextmanager
 def _without_keras_and_collections() -> Iterator[None]:
-    """Ask for the legacy Keras, as TensorFlow does without that where it is not installed; and collect no garbage."""
+    """Have TensorFlow skip Keras, and collect no garbage.
+
+    TensorFlow imports Keras eagerly but ignores a failure. Asked for the legacy Keras (`tf_keras`), which we do not
+    install, it imports none.
+    """
     chosen, collected = os.environ.get("TF_USE_LEGACY_KERAS"), gc.isenabled()
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     gc.disable()  # looking through 2,000 modules again and again takes half a second

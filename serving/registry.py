@@ -418,13 +418,13 @@ def _announce(connection: sa.Connection, model: str, label: str, old: int | None
 
 @functools.cache
 def _count(dialect: str) -> Any:
-    """Increments the revision."""
+    """The statement that increments the revision, or begins it."""
     first = _insert(dialect)(revisions).values(id=1, revision=1)
     return first.on_conflict_do_update(index_elements=["id"], set_={"revision": revisions.c.revision + 1})
 
 
 def _insert(dialect: str) -> Any:
-    """INSERT with ON CONFLICT."""
+    """The dialect's INSERT, which knows ON CONFLICT."""
     if dialect == "postgresql":
         from sqlalchemy.dialects.postgresql import insert as postgresql
 

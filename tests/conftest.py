@@ -208,8 +208,15 @@ def running_model_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
 def freeze(pid: int) -> None:
     """SIGSTOP, and wait until every thread of the process has stopped."""
     os.kill(pid, signal.SIGSTOP)
-    threads = [psutil.Process(thread.id) for thread in psutil.Process(pid).threads()]
-    eventually(lambda: all(thread.status() == psutil.STATUS_STOPPED for thread in threads), "it has stopped")
+
+    def stopped() -> bool:
+        try:
+            threads = [psutil.Process(thread.id) for thread in psutil.Process(pid).threads()]
+            return all(thread.status() == psutil.STATUS_STOPPED for thread in threads)
+        except psutil.NoSuchProcess:  # a thread that has just ended
+            return False
+
+    eventually(stopped, "it has stopped")
 
 
 def listens(port: int) -> bool:

@@ -172,8 +172,8 @@ def test_what_is_started_often_or_runs_for_long_does_without_heavy_imports(modul
 @pytest.mark.parametrize(
     ("modules", "without"),
     [
-        ("trainer.worker.run_job, trainer.worker.complete_report, trainer.worker.retention", {"keras"}),
-        ("serving.embedded.server, serving.embedded.rest", {"keras", "sklearn"}),
+        ("trainer.worker.run_job, trainer.worker.complete_report, trainer.worker.retention", {"keras", "tf_keras"}),
+        ("serving.embedded.server, serving.embedded.rest", {"keras", "tf_keras", "sklearn"}),
     ],
 )
 def test_what_imports_tensorflow_does_without_keras(modules: str, without: set[str]) -> None:

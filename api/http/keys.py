@@ -93,9 +93,9 @@ class KeyRing:
         key = self._by_hash.get(digest[:INDEX_BYTES])
         return key if key is not None and hmac.compare_digest(key.digest, digest) else None
 
-    def is_valid(self, key: Key) -> bool:
-        """Tell whether a key that was found is still valid, as far as is known."""
-        return key.digest[:INDEX_BYTES] in self._by_hash
+    def still_lets_in(self, key: Key | None) -> bool:
+        """Tell whether what was let in with this key, or with none, still would be, as far as is known."""
+        return not self.required if key is None else key.digest[:INDEX_BYTES] in self._by_hash
 
     async def find_new(self, token: bytes) -> Key | None:
         """The key that this is if it has been created since the last look.
@@ -199,7 +199,7 @@ class Guard:
 
 
 def _check_key(keys: KeyRing, key: Key | None, scope: Scope, headers: Mapping[bytes, bytes]) -> str | None:
-    """Note in the request's state its key, if it has a valid one, and for which tenant that lets it in.
+    """Record in the request's state its key and the tenant that it acts for.
 
     Returns:
         That tenant, if the request asks for a prediction, which tenants take turns for.
@@ -219,7 +219,8 @@ def _check_key(keys: KeyRing, key: Key | None, scope: Scope, headers: Mapping[by
         raise Unauthorized("an API key is required; send it as `Authorization: Bearer tmp_...`")
     if needed and not key.allows(needed):
         raise Forbidden(f"this needs the scope {needed!r}, which key {key.id} ({key.name}) lacks")
-    scope["state"]["key"], chosen = key, headers.get(b"x-temper-tenant")
+    scope["state"]["key"] = key
+    chosen = headers.get(b"x-temper-tenant")
     tenant = scope["state"]["tenant"] = key.tenant if chosen is None else _chosen(chosen, key)
     if needed is not PREDICT or scope["method"] != "POST":
         return None

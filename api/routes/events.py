@@ -60,7 +60,8 @@ class EventList(BaseModel):
     responses={
         200: {
             "description": "A page; or with `Accept: text/event-stream` a stream, in which `event` is the type, `data` "
-            "the same object as in a page, and `id` its `seq`. The stream ends when nothing more can happen.",
+            "the same object as in a page, and `id` its `seq`. The stream ends when nothing more can happen, or when "
+            "its key is revoked.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
         **errors(404, 422, 429, 503),
@@ -104,7 +105,7 @@ async def _stream(gateway: Gateway, job_id: str, after: int, key: Key | None) ->
     gateway.streams += 1
     try:
         silent_s = 0.0
-        while key is None or gateway.keys.is_valid(key):
+        while gateway.keys.still_lets_in(key):
             job = await asyncio.to_thread(gateway.jobs.get, job_id)  # first: what ended it is then among the events
             found = await asyncio.to_thread(gateway.jobs.events, job_id, after=after)
             for event in found:

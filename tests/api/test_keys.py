@@ -253,7 +253,9 @@ def test_a_stream_of_events_ends_when_its_key_is_revoked(guarded: Guarded) -> No
         lines = answer.iter_lines()
         assert next(lines) == "event: status"
         guarded.keys.revoke(key.id)
+        began = time.monotonic()
         assert not any(line.startswith(":") for line in lines), "it has been kept alive"
+        assert time.monotonic() - began < 5.0
     assert httpx.get(f"{guarded.url}{path}", headers=headers).status_code == 401
 
 
@@ -544,6 +546,25 @@ def test_the_first_key_is_made_once_and_a_revoked_one_keeps_the_door_shut(engine
     assert keys.revoke(first.id).revoked_at == revoked.revoked_at
     assert asyncio.run(required(local))
     assert keys.create_first() is None
+
+
+def test_what_was_let_in_may_not_stay_when_its_key_is_revoked_or_keys_become_required(
+    engine: sa.Engine, tmp_path: Path
+) -> None:
+    keys = Keys(engine)
+
+    async def check() -> None:
+        ring = KeyRing(keys, Settings(home=tmp_path))
+        await ring.refresh()
+        assert ring.still_lets_in(None)
+        key, _ = keys.create("first")
+        await ring.refresh()
+        assert (ring.still_lets_in(None), ring.still_lets_in(key)) == (False, True)
+        keys.revoke(key.id)
+        await ring.refresh()
+        assert not ring.still_lets_in(key)
+
+    asyncio.run(check())
 
 
 def test_unknown_keys_cost_the_store_one_look_in_a_while(engine: sa.Engine, tmp_path: Path) -> None:

@@ -137,21 +137,19 @@ class Outlook:
     queued: list[Job]  # the next one first
 
 
-# Statements with many columns are costly to build, and what idle workers ask every time is built once.
+# Wide statements are costly to build, so they and what idle workers keep asking are built once.
 _COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
 _SELECT = sa.select(*_COLUMNS)
 _UPDATE = jobs.update().returning(*(jobs.c[name] for name in ("tenant", "last_seq", *ANNOUNCED)))
 _TURN = (jobs.c.created_at - AGING_S * jobs.c.priority, jobs.c.id)  # in which queued jobs are claimed
-_FOLLOWING = (
-    sa.select(jobs.c.id).where(jobs.c.status == "queued").order_by(*_TURN).limit(1).with_for_update(skip_locked=True)
-)
+_NEXT = sa.select(jobs.c.id).where(jobs.c.status == "queued").order_by(*_TURN).limit(1)
 _OPEN_REPORT = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
 _OF_THE_DEAD = jobs.c.worker.not_in(sa.select(workers.c.id))
-_DEAD = workers.c.seen_at < now() - LOST_AFTER_S
+_LIVING = workers.c.seen_at > now() - LOST_AFTER_S
 
 
-def _lost(worker: Any, others: bool = True) -> sa.ColumnElement[bool]:
-    """The jobs that no worker runs; `worker`, which asks, runs none."""
+def _lost(worker: Any, others: bool) -> sa.ColumnElement[bool]:
+    """Running jobs that `worker`, which runs none now, has dropped; with `others`, also those of dead workers."""
     dropped = jobs.c.worker == worker
     return sa.and_(jobs.c.status == "running", dropped | _OF_THE_DEAD if others else dropped)
 
@@ -162,12 +160,13 @@ def _unreported(worker: Any, but: Any) -> sa.ColumnElement[bool]:
     return sa.and_(_OPEN_REPORT, free, jobs.c.id.not_in(but))
 
 
-def _oldest(condition: sa.ColumnElement[bool]) -> sa.Select[tuple[str]]:
-    return sa.select(jobs.c.id).where(condition).order_by(jobs.c.id).limit(1).with_for_update(skip_locked=True)
+def _oldest(condition: sa.ColumnElement[bool]) -> sa.Select[str]:
+    return sa.select(jobs.c.id).where(condition).order_by(jobs.c.id).limit(1)
 
 
 _WORKER: sa.BindParameter[str] = sa.bindparam("worker")
-_ANY_LOST = sa.select(sa.exists().where(_lost(_WORKER)) | sa.exists().where(_DEAD))
+_ANY_DROPPED = sa.select(sa.exists().where(_lost(_WORKER, others=False)))
+_ANY_LOST = sa.select(sa.exists().where(_lost(_WORKER, others=True)) | sa.exists().where(~_LIVING))
 _OLDEST_UNREPORTED = _oldest(_unreported(_WORKER, sa.bindparam("but", expanding=True)))
 
 
@@ -348,7 +347,7 @@ class Jobs:
     def outlook(self) -> "Outlook":
         """Return what is to be done, without progress, and by how many workers."""
         open_ = _SELECT.where(jobs.c.status.in_(("running", "queued"))).order_by(*_TURN)
-        living = sa.select(sa.func.count()).where(workers.c.seen_at > now() - LOST_AFTER_S).scalar_subquery()
+        living = sa.select(sa.func.count()).where(_LIVING).scalar_subquery()
         with self._engine.connect() as connection:
             found = [_job(dict(row), ()) for row in connection.execute(open_).mappings()]
             at, count = connection.execute(sa.select(now(), living)).one()
@@ -364,11 +363,12 @@ class Jobs:
     def claim(self, worker: str) -> Job | None:
         """Lease the queued job whose turn it is to `worker`; None if there is none."""
         with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
-            if connection.execute(_FOLLOWING).first() is None:
+            if connection.execute(_NEXT).first() is None:
                 return None
+        following = _NEXT.with_for_update(skip_locked=True).scalar_subquery()
         with self._engine.begin() as connection:
             claimed = _write(
-                connection, (jobs.c.id == _FOLLOWING.scalar_subquery()) & (jobs.c.status == "queued"),
+                connection, (jobs.c.id == following) & (jobs.c.status == "queued"),
                 [_status("running", "validating")],
                 status="running", stage="validating", worker=worker, started_at=now(),
                 attempts=jobs.c.attempts + 1, lease=jobs.c.lease + 1, progress_seq=jobs.c.last_seq + 2,
@@ -472,9 +472,9 @@ class Jobs:
             if connection.execute(_OLDEST_UNREPORTED, {"worker": worker, "but": list(but)}).first() is None:
                 return None
         open_ = _unreported(worker, but)
+        oldest = _oldest(open_).with_for_update(skip_locked=True).scalar_subquery()
         with self._engine.begin() as connection:
-            to_us = (jobs.c.id == _oldest(open_).scalar_subquery()) & open_
-            claimed = _write(connection, to_us, (), worker=worker, lease=jobs.c.lease + 1)
+            claimed = _write(connection, (jobs.c.id == oldest) & open_, (), worker=worker, lease=jobs.c.lease + 1)
             return next(iter(_without_progress(connection, claimed)), None)
 
     def reported(self, job: Job, report_status: str, connection: sa.Connection | None = None) -> None:
@@ -532,10 +532,10 @@ class Jobs:
     def worker_states(self) -> dict[str, str]:
         """Return the state of every living worker by its id."""
         with self._engine.connect() as connection:
-            query = sa.select(workers.c.id, workers.c.state).where(workers.c.seen_at > now() - LOST_AFTER_S)
+            query = sa.select(workers.c.id, workers.c.state).where(_LIVING)
             return {row.id: row.state for row in connection.execute(query)}
 
-    def recover(self, worker: str | None = None, *, others: bool = True) -> list[Job]:
+    def recover(self, worker: str, *, others: bool = True) -> list[Job]:
         """Requeue or pause running jobs that no worker runs, but end those to be cancelled and those out of attempts.
 
         Args:
@@ -551,11 +551,11 @@ class Jobs:
         # PostgreSQL may find jobs lost by the second or third statement that were not by the first: each tells its own.
         last = jobs.c.attempts >= MAX_ATTEMPTS
         with self._engine.connect() as connection:  # usually there are none, and reading takes no write lock
-            if not connection.execute(_ANY_LOST, {"worker": worker}).scalar_one():
+            if not connection.execute(_ANY_LOST if others else _ANY_DROPPED, {"worker": worker}).scalar_one():
                 return []
         with self._engine.begin() as connection:
             if others:
-                connection.execute(workers.delete().where(_DEAD))
+                connection.execute(workers.delete().where(~_LIVING))
             _put_back(connection, lost & ~last & ~jobs.c.cancel_requested)
             cancelled = _write(
                 connection, lost & jobs.c.cancel_requested, [_status("cancelled")], **_ENDING, status="cancelled"
@@ -627,6 +627,7 @@ def _announce(connection: sa.Connection, type: WebhookType, row: Mapping[str, An
 
 
 def _without_progress(connection: sa.Connection, ids: Sequence[str]) -> list[Job]:
+    """Jobs in no particular order."""
     found = connection.execute(_SELECT.where(jobs.c.id.in_(ids))).mappings() if ids else ()
     return [_job(dict(row), ()) for row in found]
 
