@@ -1,5 +1,7 @@
 """The `temper` command: `serve`, and what the HTTP API has, through the Python client."""
 
+import logging
+
 import click
 
 from api import __version__
@@ -23,12 +25,26 @@ def main(context: click.Context, url: str | None) -> None:
 
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 the service is away or overloaded, 130 interrupted.
     """
+    _show_waiting()
     settings = _settings()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         context.obj = context.with_resource(Client(url or f"http://{host}:{settings.port}", retries=1))
     except ValueError as exc:
         raise Failed(f"--url {exc}" if url else str(exc)) from exc
+
+
+def _show_waiting() -> None:
+    """Print on standard error what the client waits for before it tries again."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(record.getMessage(), err=True)
+
+    log = logging.getLogger("temper.client")
+    log.setLevel(logging.INFO)
+    log.handlers = [Shown()]
+    log.propagate = False
 
 
 def _settings() -> Settings:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json as jsons
+import logging
 import random
 import time
 import uuid
@@ -51,10 +52,13 @@ from temper.transport import (
     at,
 )
 
+log = logging.getLogger("temper.client")
+
 LOOK_S = 0.25  # between looks at a job that is waited for
 PATIENCE_S = 60.0  # how long the service may be away while a job is followed
 LONG_S = 300.0  # what an upload, a proof or a page may take
 SHORTEST_S, LONGEST_S = 0.25, 5.0  # between attempts
+TOLD_S = 1.5  # between attempts from which on a user wonders what is going on
 MOST = 100  # items of a page
 MOST_EVENTS = 1000
 STABLE = "stable"
@@ -81,7 +85,10 @@ class Verbs(Driver):
                 if not request.repeatable or (attempt >= self.retries and time.monotonic() - began >= patience_s):
                     raise
                 pause_s = min(LONGEST_S, SHORTEST_S * 2**attempt) * random.uniform(0.5, 1.0)
-                yield Pause(max(pause_s, exc.retry_after_s or 0.0))
+                pause_s = max(pause_s, exc.retry_after_s or 0.0)
+                if pause_s > TOLD_S:
+                    log.info("%s; trying again in %.0f s", exc.message, pause_s)
+                yield Pause(pause_s)
         raise AssertionError
 
     def _get(self, path: str, patience_s: float = 0.0, **params: Any) -> Steps[Answer]:

@@ -794,6 +794,8 @@ def test_a_tenant_has_so_many_unfinished_jobs_and_another_has_its_own(tmp_path: 
     with opened(f"sqlite:///{tmp_path / 'temper.db'}") as engine:
         keys = Keys(engine)
         tokens = [keys.create(tenant, tenant, ["finetune"])[1] for tenant in ("a", "b")]
+        upload = tmp_path / "upload.zip"
+        upload.write_bytes(UPLOAD)
         with running_gateway(tmp_path, tmp_path / "log", ready=False, **settings) as url:
             eventually(lambda: httpx.get(f"{url}/healthz").is_success, "the gateway answers")
 
@@ -809,6 +811,13 @@ def test_a_tenant_has_so_many_unfinished_jobs_and_another_has_its_own(tmp_path: 
             refused = finetune(tokens[0], "second")
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
             assert "1 fine-tune is unfinished" in refused.json()["error"]["message"]
+            command = [sys.executable, "-m", "cli", "--url", url, "finetune", str(upload), "--model", "m"]
+            told = subprocess.run(
+                command, env={**os.environ, "TEMPER_API_KEY": tokens[0]}, capture_output=True, check=False
+            )
+            waited, failed = told.stderr.decode().splitlines()
+            assert waited == "1 fine-tune is unfinished; wait for one, or cancel it; trying again in 10 s"
+            assert (told.returncode, failed.startswith("Error: 1 fine-tune is unfinished")) == (3, True)
             assert finetune(tokens[0], "first").json() == job.json()  # it was answered already
             assert finetune(tokens[0], "second", dry_run="true").status_code == 200
             assert finetune(tokens[1], "first").status_code == 202
