@@ -136,7 +136,8 @@ def progress_line(state: dict[str, Any]) -> str:
 def show_job(job: Job) -> None:
     """A job in a few lines."""
     version = f"{job.model}:{job.version}" if job.version else job.model
-    say(f"[bold]{job.id}[/] {escape(version)} {job.status}")
+    asked = ", to be cancelled" if job.cancel_requested else ", to pause" if job.pause_requested else ""
+    say(f"[bold]{job.id}[/] {escape(version)} {job.status}{asked}")
     table = _facts()
     if job.dataset:
         table.add_row("data", _contents(job.dataset))

@@ -64,6 +64,8 @@ class Job(Record):
     error: Failure | None = None
     report_status: str = "none"  # then quick, then complete
     attempts: int = 0  # how often a worker has started it
+    cancel_requested: bool = False
+    pause_requested: bool = False
     priority: int = 0
     queue_position: int | None = None  # 1 for the next one
     estimated_end_at: float | None = None

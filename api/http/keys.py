@@ -2,11 +2,12 @@
 
 Scopes, and the routes that need them:
 
-    predict     predictions (/predict, /v1, /v2); reading models, versions and report cards
+    predict     predictions (/predict, /v1, /v2)
     finetune    everything else: jobs, uploads and data sets, labels, deleting, downloading what a fine-tune has learned
     admin       all of that for any tenant (`X-Temper-Tenant` names it), and /metrics, which shows all tenants' models
 
-The documentation needs a key of any scope. /healthz and /readyz are open, the latter without details.
+Reading models, versions, report cards and the documentation needs a key of any scope. /healthz and /readyz are open,
+the latter without details.
 
 A request brings its key as `Authorization: Bearer tmp_...`, as `X-API-Key`, or as the password of HTTP Basic, which is
 what a browser can send when it opens a report card.
@@ -50,11 +51,8 @@ def scope_of(method: str, path: str) -> str | None:
         return PREDICT
     if path in OPEN:
         return None
-    if method in SAFE:
-        if READING.fullmatch(path):
-            return PREDICT
-        if path in DOCUMENTS or path.startswith("/static-offline-docs/"):
-            return ANY
+    if method in SAFE and (READING.fullmatch(path) or path in DOCUMENTS or path.startswith("/static-offline-docs/")):
+        return ANY
     return ADMIN if path == "/metrics" else FINETUNE
 
 

@@ -36,7 +36,9 @@ class EventView(BaseModel):
         description="What has happened: a change of `status` or stage; a `preview` that is live; a `trial` of the "
         "search; the spec that it has `resolved`; an `epoch`; a `publishing` step; a further part of the `report`."
     )
-    data: dict[str, Any] = Field(description="The particulars, as in the job.")
+    data: dict[str, Any] = Field(
+        description="The particulars, as in the job; of one that is queued again also the `reason`."
+    )
 
     @classmethod
     def of(cls, event: Event) -> "EventView":

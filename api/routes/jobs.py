@@ -145,6 +145,8 @@ class JobView(BaseModel):
         description="How often a worker has started it. When a worker dies, the next attempt goes on from the last "
         "checkpoint; after three the job fails. Pauses do not count."
     )
+    cancel_requested: bool = Field(description="Is a running job to be cancelled? Its worker looks twice a second.")
+    pause_requested: bool = Field(description="Is a running job to pause? It does at the end of its epoch.")
     created_at: float = Field(description="Unix seconds.")
     started_at: float | None = Field(description="Unix seconds.")
     finished_at: float | None = Field(description="Unix seconds.")
@@ -190,7 +192,9 @@ class JobView(BaseModel):
         fields = {name: value for name, value in vars(job).items() if name in cls.model_fields}
         fields |= {"model": public_name(job.model), "base": public_name(job.base)}
         lenient = {"spec": spec, "progress": job.progress.dump(), "dataset": job.dataset.dump()}
+        runs = job.finished_at is None
         stands = {
+            "cancel_requested": job.cancel_requested and runs, "pause_requested": job.pause_requested and runs,
             "queue_position": standing.position, "estimated_start_at": standing.start_at,
             "estimated_end_at": standing.end_at,
         }  # fmt: skip

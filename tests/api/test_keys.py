@@ -201,8 +201,8 @@ ALLOWED = {  # the scopes with which a request is let in, whatever comes of it t
     ("POST", "/predict"): {"predict", "admin"},
     ("POST", f"/v1/models/{BASE}:predict"): {"predict", "admin"},
     ("GET", f"/v2/models/{BASE}"): {"predict", "admin"},
-    ("GET", "/models"): {"predict", "admin"},
-    ("GET", f"/models/{BASE}/versions/1/report"): {"predict", "admin"},
+    ("GET", "/models"): {"predict", "finetune", "admin"},
+    ("GET", f"/models/{BASE}/versions/1/report"): {"predict", "finetune", "admin"},  # which `finetune --wait` shows
     ("GET", f"/models/{BASE}/versions/1/delta"): {"finetune", "admin"},
     ("PUT", f"/models/{BASE}/labels/x"): {"finetune", "admin"},
     ("DELETE", "/models/absent"): {"finetune", "admin"},

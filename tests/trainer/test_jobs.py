@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
+from api.routes.jobs import JobView
 from store.errors import UnknownJob, WrongState
 from store.records import DatasetCard
 from tests.conftest import succeed
@@ -321,6 +322,28 @@ def test_a_job_that_is_lost_while_others_are_recovered_is_not_taken_for_out_of_a
     assert jobs.get(job.id).status == "queued"
 
 
+def test_a_job_says_what_it_was_asked_for_and_its_events_why_it_waits_again(jobs: Jobs) -> None:
+    job_id = queued(jobs).id
+    assert jobs.claim("dead") is not None
+    jobs.recover("another")
+    claimed = jobs.claim("w")
+    assert claimed is not None
+    jobs.pause(job_id)
+    shown = JobView.of(jobs.get(job_id))
+    assert (shown.status, shown.pause_requested, shown.cancel_requested) == ("running", True, False)
+    jobs.requeue(claimed)
+    assert not JobView.of(jobs.get(job_id)).pause_requested
+    jobs.resume(job_id)
+    reasons = [event.data.get("reason") for event in jobs.events(job_id) if event.data.get("status") == "queued"]
+    assert reasons == [None, "its worker died or lost the store", "resumed"]
+    last = jobs.claim("w")
+    assert last is not None
+    jobs.cancel(job_id)
+    assert JobView.of(jobs.get(job_id)).cancel_requested
+    jobs.finish(last, "cancelled")
+    assert not JobView.of(jobs.get(job_id)).cancel_requested
+
+
 def test_looking_for_work_only_reads(jobs: Jobs) -> None:
     """So it keeps nobody who writes waiting."""
     engine = jobs._engine
@@ -369,7 +392,7 @@ def test_every_change_is_an_event_and_progress_follows_from_them(jobs: Jobs) -> 
         ("status", {"status": "queued", "stage": None}),
         ("status", {"status": "running", "stage": "validating"}),
         ("epoch", {"epoch": 1}),
-        ("status", {"status": "queued", "stage": None}),
+        ("status", {"status": "queued", "stage": None, "reason": "its worker stopped"}),
         ("status", {"status": "running", "stage": "validating"}),
         ("status", {"status": "running", "stage": "training"}),
         ("epoch", {"epoch": 1, "epochs": 2}),

@@ -335,7 +335,7 @@ class Jobs:
         """
         with self._held(job_id, tenant) as (connection, of_job):
             changed = _write(
-                connection, of_job & (jobs.c.status == "paused"), [_status("queued")], **_QUEUED
+                connection, of_job & (jobs.c.status == "paused"), [_status("queued", reason="resumed")], **_QUEUED
             ) or _write(
                 connection, of_job & (jobs.c.status == "running") & jobs.c.pause_requested, (), pause_requested=False
             )  # fmt: skip
@@ -464,7 +464,7 @@ class Jobs:
     def requeue(self, job: Job) -> None:
         """Give back the lease of a running job that is to pause, or whose worker stops; the attempt does not count."""
         with self._engine.begin() as connection:
-            _put_back(connection, _leased(job), attempts=jobs.c.attempts - 1)
+            _put_back(connection, _leased(job), "its worker stopped", attempts=jobs.c.attempts - 1)
 
     def unreported(self, worker: str, but: Collection[str] = ()) -> Job | None:
         """Lease to `worker` the oldest job whose report is not complete and that no living worker works on."""
@@ -556,7 +556,7 @@ class Jobs:
         with self._engine.begin() as connection:
             if others:
                 connection.execute(workers.delete().where(~_LIVING))
-            _put_back(connection, lost & ~last & ~jobs.c.cancel_requested)
+            _put_back(connection, lost & ~last & ~jobs.c.cancel_requested, "its worker died or lost the store")
             cancelled = _write(
                 connection, lost & jobs.c.cancel_requested, [_status("cancelled")], **_ENDING, status="cancelled"
             )
@@ -579,11 +579,11 @@ _PAUSED = {**_FREE, "status": "paused", "pause_requested": False}
 _ENDING = {**_FREE, "finished_at": now()}
 
 
-def _put_back(connection: sa.Connection, where: sa.ColumnElement[bool], **values: Any) -> None:
+def _put_back(connection: sa.Connection, where: sa.ColumnElement[bool], reason: str, **values: Any) -> None:
     """Queue the running jobs that match, or pause those that a client wants paused."""
     pauses = where & jobs.c.pause_requested & ~jobs.c.cancel_requested
     _write(connection, pauses, [_status("paused")], **_PAUSED, **values)
-    _write(connection, where, [_status("queued")], **_QUEUED, **values)
+    _write(connection, where, [_status("queued", reason=reason)], **_QUEUED, **values)
 
 
 def _of(tenant: str | None) -> sa.ColumnElement[bool]:

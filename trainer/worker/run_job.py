@@ -61,10 +61,11 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     published: set[str] = field(default_factory=set)  # publishing steps that are done
     chosen: dict[str, Any] | None = field(init=False)  # the resolved spec in the record
-    _under_way: tuple[str, float] = ("", 0.0)  # stage, and when it began
+    _under_way: tuple[str, float] = field(init=False)  # stage, and when it began
 
     def __post_init__(self) -> None:
         self.chosen = self.job.resolved_spec
+        self._under_way = self.job.stage or "", time.perf_counter()
 
     def trial(self, record: dict[str, Any]) -> None:
         """Note a trial of the search."""
@@ -95,7 +96,8 @@ class Run:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Everything inside belongs to this stage."""
-        self.patiently(lambda: self.jobs.set_stage(self.job, name))
+        if name != self._under_way[0]:  # the first one came with the claim
+            self.patiently(lambda: self.jobs.set_stage(self.job, name))
         began = time.perf_counter()
         self._under_way = name, began
         yield
