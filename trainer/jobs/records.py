@@ -349,7 +349,7 @@ class Jobs:
         open_ = _SELECT.where(jobs.c.status.in_(("running", "queued"))).order_by(*_TURN)
         living = sa.select(sa.func.count()).where(_LIVING).scalar_subquery()
         with self._engine.connect() as connection:
-            found = [_job(dict(row), ()) for row in connection.execute(open_).mappings()]
+            found = _without_progress(connection, open_)
             at, count = connection.execute(sa.select(now(), living)).one()
         queued, running = ([job for job in found if job.status == status] for status in ("queued", "running"))
         return Outlook(at, count, running, queued)
@@ -358,22 +358,28 @@ class Jobs:
         """Return the newest jobs that have succeeded, without progress."""
         query = _SELECT.where(jobs.c.status == "succeeded").order_by(jobs.c.id.desc()).limit(most)
         with self._engine.connect() as connection:
-            return [_job(dict(row), ()) for row in connection.execute(query).mappings()]
+            return _without_progress(connection, query)
 
     def claim(self, worker: str) -> Job | None:
         """Lease the queued job whose turn it is to `worker`; None if there is none."""
         with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
             if connection.execute(_NEXT).first() is None:
                 return None
-        following = _NEXT.with_for_update(skip_locked=True).scalar_subquery()
+        return self._lease(
+            _NEXT, jobs.c.status == "queued", [_status("running", "validating")],
+            status="running", stage="validating", worker=worker, started_at=now(),
+            attempts=jobs.c.attempts + 1, progress_seq=jobs.c.last_seq + 2,
+        )  # fmt: skip
+
+    def _lease(
+        self, first: sa.Select[str], where: sa.ColumnElement[bool], happened: Sequence[Happened], **values: Any
+    ) -> Job | None:
+        """Give the first job that nobody else is taking at this moment a new lease; None if `where` no longer holds."""
+        taken = first.with_for_update(skip_locked=True).scalar_subquery()
         with self._engine.begin() as connection:
-            claimed = _write(
-                connection, (jobs.c.id == following) & (jobs.c.status == "queued"),
-                [_status("running", "validating")],
-                status="running", stage="validating", worker=worker, started_at=now(),
-                attempts=jobs.c.attempts + 1, lease=jobs.c.lease + 1, progress_seq=jobs.c.last_seq + 2,
-            )  # fmt: skip
-            return next(iter(_without_progress(connection, claimed)), None)
+            ids = _write(connection, (jobs.c.id == taken) & where, happened, **values, lease=jobs.c.lease + 1)
+            found = _without_progress(connection, _SELECT.where(jobs.c.id.in_(ids)))
+        return found[0] if found else None
 
     def append_event(self, job: Job, type: EventType, data: Mapping[str, Any], *, stage: str | None = None) -> None:
         """Append an event to a job that runs, in one transaction with a new stage, if one is given.
@@ -472,10 +478,7 @@ class Jobs:
             if connection.execute(_OLDEST_UNREPORTED, {"worker": worker, "but": list(but)}).first() is None:
                 return None
         open_ = _unreported(worker, but)
-        oldest = _oldest(open_).with_for_update(skip_locked=True).scalar_subquery()
-        with self._engine.begin() as connection:
-            claimed = _write(connection, (jobs.c.id == oldest) & open_, (), worker=worker, lease=jobs.c.lease + 1)
-            return next(iter(_without_progress(connection, claimed)), None)
+        return self._lease(_oldest(open_), open_, (), worker=worker)
 
     def reported(self, job: Job, report_status: str, connection: sa.Connection | None = None) -> None:
         """Note how much of a finished job's report there is.
@@ -563,7 +566,7 @@ class Jobs:
             failed = _write(
                 connection, lost & last, [_status("failed", error=died)], **_ENDING, status="failed", error=died
             )
-            return _without_progress(connection, [*cancelled, *failed])
+            return _without_progress(connection, _SELECT.where(jobs.c.id.in_([*cancelled, *failed])))
 
 
 def needed_cards(connection: sa.Connection, tenant: str | None = None) -> list[DatasetCard]:
@@ -626,10 +629,8 @@ def _announce(connection: sa.Connection, type: WebhookType, row: Mapping[str, An
     enqueue(connection, type, data, row["tenant"])
 
 
-def _without_progress(connection: sa.Connection, ids: Sequence[str]) -> list[Job]:
-    """Jobs in no particular order."""
-    found = connection.execute(_SELECT.where(jobs.c.id.in_(ids))).mappings() if ids else ()
-    return [_job(dict(row), ()) for row in found]
+def _without_progress(connection: sa.Connection, query: sa.Select[Any]) -> list[Job]:
+    return [_job(dict(row), ()) for row in connection.execute(query).mappings()]
 
 
 def _read(connection: sa.Connection, query: sa.Select[Any]) -> list[Job]:
