@@ -19,7 +19,7 @@ from serving.client import ModelServer
 from serving.registry import Registry
 from store.processes import free_port
 from store.records import ReportCard
-from tests.conftest import Service, eventually, opened, running_model_server, running_service
+from tests.conftest import Service, eventually, freeze, opened, running_model_server, running_service
 
 pytestmark = pytest.mark.slow
 RAW = {"Content-Type": "application/octet-stream"}
@@ -142,7 +142,7 @@ def test_a_server_that_freezes_is_given_up_and_its_requests_go_to_the_other(two:
     with Crowd(two.service, "lenet5") as crowd:
         crowd.asked(100)
         began = time.monotonic()
-        two.processes[-1].send_signal(signal.SIGSTOP)
+        freeze(two.processes[-1].pid)
         eventually(lambda: "unavailable" in two.states(), "it is given up")
         crowd.asked(100)
         assert time.monotonic() - began < 9  # before the requests' own time is up
@@ -163,7 +163,7 @@ def test_predictions_come_back_with_their_server(one: Behind) -> None:
 def test_nobody_waits_for_a_server_that_is_known_to_be_frozen(one: Behind, digits_zip: bytes) -> None:
     job = one.service.finetune(digits_zip, "unwanted", HEAD).json()["id"]
     assert one.service.finished(job)["status"] == "succeeded"
-    one.processes[-1].send_signal(signal.SIGSTOP)
+    freeze(one.processes[-1].pid)
     eventually(lambda: one.service.api.get("/readyz").status_code == 503, "it is given up")
     for _ in range(10):
         began = time.monotonic()

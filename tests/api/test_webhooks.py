@@ -35,7 +35,7 @@ from store import webhooks as module
 from store.errors import InvalidRequest, UnknownWebhook, WrongState
 from store.records import DatasetCard, Manifest, ReportCard
 from store.webhooks import Delivery, Webhook, Webhooks, enqueue
-from tests.conftest import Service, eventually, running_service, succeed
+from tests.conftest import Service, eventually, freeze, running_service, succeed
 from trainer.jobs.records import Jobs
 
 AT_ONCE = (0.0,) * 10  # as many attempts as in earnest, without pauses
@@ -754,7 +754,7 @@ def test_a_gateway_killed_between_what_happens_and_its_delivery_loses_nothing(
         webhook = service.api.post("/webhooks", json={"url": receiver.url}).json()
         (gateway,) = service.children("api")
         job = service.finetune(digits_zip, "m", '{"epochs": 1}').json()
-        os.kill(gateway, signal.SIGSTOP)  # it delivers nothing, while the worker goes on
+        freeze(gateway)  # it delivers nothing, while the worker goes on
         eventually(lambda: tmp_path.joinpath("models/m/1").is_dir(), "the version is there")
         with contextlib.suppress(ProcessLookupError):  # the supervisor may have replaced it, as it does not answer
             os.kill(gateway, signal.SIGKILL)

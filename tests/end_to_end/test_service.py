@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
 import re
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import Service, eventually, npz, running_service
+from tests.conftest import Service, eventually, freeze, npz, running_service
 from trainer.export import load_params
 from trainer.lenet import logits
 
@@ -201,7 +199,7 @@ def test_frozen_processes_are_replaced(tmp_path: Path) -> None:
         eventually(lambda: "idle" in service.api.get("/readyz").json()["workers"].values(), "the worker is ready")
         before = {module: service.children(module) for module in ("api", "serving", "trainer")}
         for (pid,) in before.values():
-            os.kill(pid, signal.SIGSTOP)
+            freeze(pid)
 
         def replaced(module: str) -> bool:
             now = service.children(module)
