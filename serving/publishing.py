@@ -23,7 +23,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from serving.client import ModelServer
-from serving.registry import BASE, STABLE, Fence, Registry
+from serving.registry import BASE, STABLE, Fence, Registry, Version
 from store.errors import (
     ModelServerError,
     ModelServerTimeout,
@@ -34,7 +34,7 @@ from store.errors import (
     UnknownModel,
 )
 from store.files import make_directory, move, remove_tree
-from store.records import GREY_28, Manifest, ReportCard, public_name
+from store.records import GREY_28, GateCard, Manifest, ReportCard, public_name
 from store.settings import Settings
 
 log = logging.getLogger("temper.publishing")
@@ -204,12 +204,16 @@ def publish(
     job_id: str | None,
     manifest: Manifest,
     report: Callable[[], ReportCard],
+    judge: Callable[[Version | None], GateCard] | None = None,
     label: str = STABLE,
     step: Callable[[str], None] = lambda done: None,
     fence: Fence = lambda _: None,
-    finish: Callable[[sa.Connection, int], None] = lambda connection, version: None,
+    finish: Callable[[sa.Connection, int, GateCard | None], None] = lambda connection, version, gate: None,
 ) -> int:
     """Move a staged SavedModel into place, prove that it is served, and point the label at it.
+
+    Without the label it goes live if its gate fails. That is judged against what `stable` stands for, and again if the
+    label has moved by the time of the transaction.
 
     A server that restarts on the way is told again what to serve. One that stays away is left behind as long as another
     is there: the gateway brings it up to date when it returns. Of servers that stand by for one another the first that
@@ -218,10 +222,13 @@ def publish(
     Args:
         staged: sealed directory with a probe, on the file system of the models.
         report: makes the report card, once for the record of the version and again when it goes live.
+        judge: called with the version that `stable` stands for, if there is one; returns the outcome of the gate, which
+            goes into the report card.
         label: requests for the model that follow this label get the new version.
         step: called after every step, and again while the next one waits; raises to abandon the publication.
         fence: called in the transaction that reserves the number; raises if the caller may no longer publish.
-        finish: called in the transaction that makes the version live, with its number; raises likewise.
+        finish: called in the transaction that makes the version live, with its number and the outcome of its gate;
+            raises likewise.
 
     Returns:
         The number of the version, live.
@@ -259,7 +266,8 @@ def publish(
             here = [*did, *(server for server in here if server not in did)] if one else did
             done = name
             step(done)
-        registry.go_live(model, version, label, report=report(), fence=lambda connection: finish(connection, version))
+        while not _go_live(registry, model, version, label, report, judge, finish):
+            step(done)
     except BaseException:
         with contextlib.suppress(TemperError):
             withdraw(settings, registry, servers, model, version)
@@ -267,6 +275,34 @@ def publish(
     if one and len(here) > 1:
         threading.Thread(target=_follow, args=(here[1:], steps.values(), f"{model}:{version}")).start()
     return version
+
+
+class _Outdated(Exception):
+    """`stable` stands for another version than the one that was compared with."""
+
+
+def _go_live(
+    registry: Registry, model: str, version: int, label: str, report: Callable[[], ReportCard],
+    judge: Callable[[Version | None], GateCard] | None, finish: Callable[[sa.Connection, int, GateCard | None], None],
+) -> bool:  # fmt: skip
+    """Judge a version and make it live; False if `stable` has moved meanwhile."""
+    stable = registry.stable(model) if judge else None
+    gate = judge(stable) if judge else None
+
+    def takes_label(now: int | None) -> bool:
+        if judge and now != (stable.version if stable else None):
+            raise _Outdated
+        return gate is None or gate.passed
+
+    card = report()
+    try:
+        registry.go_live(
+            model, version, label, report=card.model_copy(update={"gate": gate}) if gate else card,
+            takes_label=takes_label, fence=lambda connection: finish(connection, version, gate),
+        )  # fmt: skip
+    except _Outdated:
+        return False
+    return True
 
 
 def _follow(servers: Sequence[ModelServer], steps: Iterable[Callable[[ModelServer], object]], what: str) -> None:

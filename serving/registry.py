@@ -18,8 +18,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from store.engine import metadata, now
-from store.errors import InvalidRequest, UnknownModel, WrongState
-from store.records import DEFAULT_TENANT, Manifest, ReportCard, owner_of, public_name
+from store.errors import GateFailed, InvalidRequest, UnknownModel, WrongState
+from store.records import DEFAULT_TENANT, Manifest, Override, ReportCard, owner_of, public_name
 from store.validation import in_words
 from store.webhooks import enqueue
 
@@ -33,6 +33,7 @@ models = sa.Table(
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("last_version", sa.Integer, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("gate", sa.JSON(none_as_null=True)),  # conditions for its versions to get a label; null for the default
 )
 versions = sa.Table(
     "versions",
@@ -165,12 +166,14 @@ class Registry:
 
     def go_live(
         self, model: str, version: int, label: str = STABLE, *, report: ReportCard | None = None,
-        fence: Fence = lambda _: None,
+        takes_label: Callable[[int | None], bool] = lambda stable: True, fence: Fence = lambda _: None,
     ) -> None:  # fmt: skip
         """Make a proven version live and point `label` at it; a model's first version becomes `stable` too.
 
         Args:
             report: replaces its report card.
+            takes_label: called in the transaction with the version that `stable` stands for, or None; tells whether
+                the version gets labels, or raises to roll back.
 
         Raises:
             WrongState: the version has been withdrawn.
@@ -181,23 +184,31 @@ class Registry:
                 raise WrongState(f"{public_name(model)}:{version} has been withdrawn", param="version")
             if report:
                 _put_report(connection, model, version, report)
-            _put_label(connection, model, label, version)
-            if label != STABLE and STABLE not in _labels(connection, model):
-                _put_label(connection, model, STABLE, version)
+            stable = _labels(connection, model).get(STABLE)
+            if takes_label(stable.version if stable else None):
+                _put_label(connection, model, label, version)
+                if label != STABLE and stable is None:
+                    _put_label(connection, model, STABLE, version)
 
     def set_report(self, model: str, version: int, report: ReportCard, fence: Fence = lambda _: None) -> None:
-        """Replace the report card of a version."""
+        """Replace the report card of a version, but for its gate, in which overrides may have been noted meanwhile."""
         with self._change(fence) as connection:
+            if (before := _report_of(connection, model, version)) and before.gate:
+                report = report.model_copy(update={"gate": before.gate})
             _put_report(connection, model, version, report)
 
-    def put_label(self, model: str, label: str, version: int, weight: float | None = None) -> Label:
+    def put_label(
+        self, model: str, label: str, version: int, weight: float | None = None, *, override: bool = False
+    ) -> Label:
         """Point a label at a live version.
 
         Args:
             weight: its share of the requests that name neither version nor label; None keeps the one it has.
+            override: also if the gate of the version has failed, which its report card then notes.
 
         Raises:
             UnknownModel: there is no such version.
+            GateFailed: its gate has failed.
             InvalidRequest: the weights add up to more than 1, or `stable`, which gets what is left, was given one.
         """
         if weight and label == STABLE:
@@ -206,12 +217,16 @@ class Registry:
             live = sa.select(versions.c.version).where(versions.c.model == model, versions.c.live)
             known = set(connection.execute(live).scalars())
             _check_version(model, version, known)
+            before = _labels(connection, model).get(label)
+            overrides = False
+            if before is None or before.version != version:  # otherwise only the weight changes
+                overrides = _pass_gate(connection, model, version, label, override)
             others = (other.weight for name, other in _labels(connection, model).items() if name != label)
             shares = (weight or 0.0) + sum(others)
             if shares > 1 + 1e-9:
                 text = f"weight: the labels of {public_name(model)!r} would get {shares:g} of 1"
                 raise InvalidRequest(text, param="weight")
-            _put_label(connection, model, label, version, weight)
+            _put_label(connection, model, label, version, weight, overrides)
             return _labels(connection, model)[label]
 
     def drop_label(self, model: str, label: str) -> None:
@@ -253,6 +268,7 @@ class Registry:
             if version is None or (last_too and known == {version}):
                 gone = _labels(connection, model)
                 connection.execute(labels.delete().where(labels.c.model == model))
+                connection.execute(models.update().where(models.c.name == model).values(gate=None))
                 for name, label in gone.items():
                     _announce(connection, model, name, label.version, None)
             else:
@@ -321,6 +337,29 @@ class Registry:
         """Labels of a model."""
         with self._engine.connect() as connection:
             return _labels(connection, model)
+
+    def stable(self, model: str) -> Version | None:
+        """The version labelled `stable`, if there is one."""
+        labelled = sa.exists().where(
+            labels.c.model == versions.c.model, labels.c.version == versions.c.version, labels.c.label == STABLE
+        )
+        return next(iter(self._select((versions.c.model == model) & labelled)), None)
+
+    def gate(self, model: str) -> dict[str, Any] | None:
+        """The gate of a model, as JSON values; None if it has none, or there is no such model."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(models.c.gate).where(models.c.name == model)).scalar_one_or_none()
+
+    def set_gate(self, model: str, gate: dict[str, Any] | None) -> None:
+        """Give a model a gate, as JSON values, or take it away. It is for the versions to come.
+
+        Raises:
+            UnknownModel: there is no such model.
+        """
+        live = sa.exists().where(versions.c.model == model, versions.c.live)
+        with self._change() as connection:
+            if not connection.execute(models.update().where(models.c.name == model, live).values(gate=gate)).rowcount:
+                raise UnknownModel(f"there is no model {public_name(model)!r}", param="model")
 
     def has_live(self, model: str) -> bool:
         """Tell whether the model has a live version."""
@@ -399,20 +438,51 @@ def _put_report(connection: sa.Connection, model: str, version: int, report: Rep
     connection.execute(reports.update().where(of_version).values(report=report.dump()))
 
 
-def _put_label(connection: sa.Connection, model: str, label: str, version: int, weight: float | None = None) -> None:
+def _report_of(connection: sa.Connection, model: str, version: int) -> ReportCard | None:
+    of_version = (reports.c.model == model) & (reports.c.version == version)
+    stored = connection.execute(sa.select(reports.c.report).where(of_version)).scalar_one_or_none()
+    return None if stored is None else ReportCard.read(stored)
+
+
+def _pass_gate(connection: sa.Connection, model: str, version: int, label: str, override: bool) -> bool:
+    """Whether a label is given to a version only by an override, which is noted in its report card."""
+    report = _report_of(connection, model, version)
+    if report is None or report.gate is None or report.gate.passed:
+        return False
+    gate = report.gate
+    if not override:
+        raise GateFailed(
+            f"the gate of {public_name(model)}:{version} has failed: {'; '.join(gate.reasons)}. To move {label!r} "
+            "there all the same, send `override: true`",
+            param="override", details=[{"field": one.condition, "reason": one.message} for one in gate.conditions
+                                       if not one.passed],
+        )  # fmt: skip
+    given = Override(label=label, at=connection.execute(sa.select(now())).scalar_one())
+    noted = gate.model_copy(update={"overrides": [*gate.overrides, given]})
+    _put_report(connection, model, version, report.model_copy(update={"gate": noted}))
+    return True
+
+
+def _put_label(
+    connection: sa.Connection, model: str, label: str, version: int, weight: float | None = None,
+    overrides: bool = False,
+) -> None:  # fmt: skip
     """Move a label; without a weight it keeps the one that it has."""
     before = _labels(connection, model).get(label)
     insert = _insert(connection.dialect.name)
     row: Any = insert(labels).values(model=model, label=label, version=version, weight=weight or 0.0)
     moved = {"version": version} | ({} if weight is None else {"weight": weight})
     connection.execute(row.on_conflict_do_update(index_elements=["model", "label"], set_=moved))
-    _announce(connection, model, label, before.version if before else None, version)
+    _announce(connection, model, label, before.version if before else None, version, overrides)
 
 
-def _announce(connection: sa.Connection, model: str, label: str, old: int | None, new: int | None) -> None:
+def _announce(
+    connection: sa.Connection, model: str, label: str, old: int | None, new: int | None, overrides: bool = False
+) -> None:
     """Tell the endpoints that a label stands for another version; None for none."""
     if old != new:
         data = {"model": public_name(model), "label": label, "from": old, "to": new}
+        data |= {"override": True} if overrides else {}
         enqueue(connection, "model.label.moved", data, owner_of(model))
 
 

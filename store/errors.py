@@ -153,6 +153,12 @@ class WrongState(TemperError):
     code = "wrong_state"
 
 
+class GateFailed(WrongState):
+    """The version has not fulfilled the conditions for a label; it can be moved with an override."""
+
+    code = "gate_failed"
+
+
 class Overloaded(TemperError):
     """More is in flight than may wait; try again."""
 

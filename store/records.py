@@ -366,6 +366,43 @@ class SearchCard(Record):
     trials: list[TrialCard] = Field(default_factory=list)
 
 
+class Condition(Record):
+    """A condition of a gate, and what was measured.
+
+    `limit` and `value` are shares. Of `class_recall` they are those of the class that is farthest below its limit, and
+    of `not_worse` the value is the difference in accuracy. The interval is that of the value (95%).
+    """
+
+    condition: str = ""  # the field of the gate
+    limit: float | None = None
+    value: float | None = None  # None if it could not be measured, or is no number
+    interval: tuple[float, float] | None = None
+    passed: bool = False
+    message: str = ""  # the same in words
+
+
+class Override(Record):
+    """A label that was given to a version although its gate had failed."""
+
+    label: str = ""
+    at: float = 0.0  # Unix seconds
+
+
+class GateCard(Record):
+    """Whether a version could have its label, and why."""
+
+    passed: bool = True
+    compared_with: int | None = None  # the version that `stable` stood for; None if there was none to compare with
+    conditions: list[Condition] = Field(default_factory=list)
+    seconds: float = 0.0  # that it took
+    overrides: list[Override] = Field(default_factory=list)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why it failed."""
+        return [one.message for one in self.conditions if not one.passed]
+
+
 class ReportCard(Record):
     """How good a version is. A pretrained model has a card of other fields, which are kept as they are."""
 
@@ -384,5 +421,6 @@ class ReportCard(Record):
     cross_validation: CrossValidation | None = None
     search: SearchCard | None = None
     forgetting: Forgetting | None = None
+    gate: GateCard | None = None
     device: str | None = None
     cost: Cost | None = None

@@ -191,6 +191,10 @@ def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -
         wrong["search.seconds"] = (
             f"{spec.search.seconds:g} s are too few for even one trial; give at least {least_s:.1f}"
         )
+    if spec.gate and isinstance(spec.gate.class_recall, dict):
+        unknown = [name for name in spec.gate.class_recall if name not in classes]
+        if unknown:
+            wrong["gate.class_recall"] = f"names {_some(unknown)}, of which the data has no images"
     if spec.early_stopping and not (held_out or spec.validation_split):
         wrong["early_stopping"] = "leave it out: all images are trained on, so there are none to stop by"
     if spec.folds and held_out:

@@ -57,19 +57,20 @@ class HeldOut:
 
 def quick(
     fitted: Fitted, train: Split, held_out: HeldOut, classes: tuple[str, ...], spec: Spec, base: Arrays | None = None,
-    *, attack_images: int = ATTACK_IMAGES,
+    *, attack_images: int = ATTACK_IMAGES, attack_well: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The part that is computed before publishing; all but `train` is measured on held-out images.
 
     Args:
         base: parameters that training started from, if they had the same classes.
         attack_images: most images that attacks are run on.
+        attack_well: run them on all of these also without adversarial training.
     """
     validation, logits = held_out.split, held_out.logits
     before = None if base is None else evaluate.accuracy(Network(base).logits(validation.images), validation.labels)
     on_train = evaluate.score(fitted.network.logits(train.images), train.labels)
     on_validation = evaluate.score(logits, validation.labels)
-    attacked = _quick_robustness(Network(held_out.params), held_out.attacked, spec, attack_images)
+    attacked = _quick_robustness(Network(held_out.params), held_out.attacked, spec, attack_images, attack_well)
     params, delta = fitted.params, fitted.trained
     sparse = evaluate.sparsity(params)
     return {
@@ -191,11 +192,11 @@ def _promise(spec: Spec, fitted: Fitted) -> dict[str, Any]:
     return {"exact_zeros_in": names[0], "shrunk_without_zeros": names[1]}
 
 
-def _quick_robustness(network: Network, validation: Split, spec: Spec, images: int) -> dict[str, Any]:
+def _quick_robustness(network: Network, validation: Split, spec: Spec, images: int, well: bool) -> dict[str, Any]:
     """Accuracy under a short APGD, and under FGSM. Without adversarial training fewer images and steps will do."""
-    trained = spec.adversarial is not None
-    split = _sample(validation, images if trained else min(images, GLANCE_IMAGES))
-    epsilon, steps = epsilon_of(spec), QUICK_STEPS if trained else GLANCE_STEPS
+    well = well or spec.adversarial is not None
+    split = _sample(validation, images if well else min(images, GLANCE_IMAGES))
+    epsilon, steps = epsilon_of(spec), QUICK_STEPS if well else GLANCE_STEPS
     *_, standing = withstood_pgd(lambda: network, split, epsilon, steps=steps)
     weak = evaluate.accuracy(fgsm(network, split, epsilon), split.labels)
     accuracy = float(standing.mean())

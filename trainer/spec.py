@@ -11,8 +11,10 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Tag,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -250,6 +252,48 @@ class Search(Strict):
         return self
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _recall(value: Any) -> Any:
+    shares = list(value.values()) if isinstance(value, dict) else [value]
+    numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
+    if not (numbers and shares and all(0 <= share <= 1 for share in shares)):
+        raise ValueError("must be a number from 0 to 1, or an object with such a number for each of some classes")
+    return {name: float(share) for name, share in value.items()} if isinstance(value, dict) else float(value)
+
+
+_RECALL_SCHEMA = {"type": "number", "minimum": 0, "maximum": 1}
+Recall = Annotated[
+    float | dict[str, float],
+    PlainValidator(_recall),
+    WithJsonSchema(
+        {"anyOf": [_RECALL_SCHEMA, {"type": "object", "additionalProperties": _RECALL_SCHEMA, "minProperties": 1}]}
+    ),
+]
+
+
+class Gate(Strict):
+    """Conditions for a version to get its label. All are about held-out images; null leaves one out."""
+
+    accuracy: Share | None = Field(None, description="Least accuracy.")
+    robust_accuracy: Share | None = Field(None, description="Least accuracy under the quick attack of the report.")
+    calibration_error: Share | None = Field(None, description="Largest expected calibration error.")
+    generalization_gap: Share | None = Field(None, description="Most by which accuracy in training may be higher.")
+    forgetting: Share | None = Field(
+        None, description="Largest loss of accuracy on the base's own task, which is then measured before publishing."
+    )
+    class_recall: Recall | None = Field(
+        None, description="Least recall: a number for every class, or an object with one for each of some classes."
+    )
+    not_worse: bool = Field(
+        True,
+        description="Not clearly worse than the version that `stable` stands for, on the same held-out images "
+        "(McNemar's exact test, 5%).",
+    )
+    same_classes: bool = Field(True, description="The classes of the version that `stable` stands for.")
+
+
 class Spec(Strict):
     """How to fine-tune. Every field has a default; zero or null switches an effect off."""
 
@@ -344,6 +388,11 @@ class Spec(Strict):
         None,
         description="Bounds of the search for the fields that are `auto`, which with `search` alone are all that are "
         "not given; null if nothing is searched.",
+    )
+    gate: Gate | None = Field(
+        None,
+        description="What the version must fulfil to get its label; null for the model's gate, or else `Gate` with its "
+        "defaults: not clearly worse than the version before.",
     )
     polarity: Literal["auto", "light_on_dark", "dark_on_light"] = Field(
         "auto", description="Whether foreground is lighter or darker than background. `auto` decides from the borders."

@@ -383,7 +383,7 @@ def run_without_learning(
         publish(
             settings, registry, servers, staged=staged, model=job.model, job_id=job.id,
             manifest=Manifest(classes=("a",), sha256=tag(job), preview=preview), report=ReportCard, label=job.label,
-            step=step, fence=fence, finish=lambda connection, version: finish(job, version, connection),
+            step=step, fence=fence, finish=lambda connection, version, _: finish(job, version, connection),
         )  # fmt: skip
 
     run.check()

@@ -1,7 +1,7 @@
 """What has happened to a job, append-only: every change of status or stage, every trial, epoch and publishing step.
 
     type        data
-    status      {"status": …, "stage": …}; with "version" or "error" at the end
+    status      {"status": …, "stage": …}; at the end with "error", or with "version" and "gate" (a `GateCard`)
     preview     {"version": …}, live while the job searches
     trial       what a trial of the search has found, and the best so far
     resolved    {"spec": …}, which the search has chosen

@@ -32,7 +32,7 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import UnknownJob, WrongState
-from store.records import DEFAULT_TENANT, DatasetCard, Progress, public_name
+from store.records import DEFAULT_TENANT, DatasetCard, GateCard, Progress, public_name
 from store.webhooks import WebhookType, enqueue
 from trainer.jobs.events import Event, EventType, events, insert, progress_of
 
@@ -51,7 +51,9 @@ TOLD: Mapping[str, WebhookType] = {
     "failed": "fine_tuning.job.failed",
     "cancelled": "fine_tuning.job.cancelled",
 }  # what a new status is to webhooks; that a job is requeued is none of their business
-ANNOUNCED = ("id", "model", "label", "status", "version", "preview_version", "error", "report_status")  # by webhooks
+ANNOUNCED = (  # by webhooks
+    "id", "model", "label", "status", "version", "preview_version", "error", "report_status", "gate",
+)  # fmt: skip
 
 jobs = sa.Table(
     "jobs",
@@ -83,6 +85,7 @@ jobs = sa.Table(
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),
+    sa.Column("gate", sa.JSON(none_as_null=True)),
 )
 workers = sa.Table(
     "workers",
@@ -125,6 +128,7 @@ class Job:
     priority: int = 0  # from -MAX_PRIORITY to MAX_PRIORITY; the highest first
     metadata: dict[str, str] | None = None  # of the client's own
     checkpoint: dict[str, Any] | None = None  # that it publishes instead of training: `job` and `epoch`
+    gate: dict[str, Any] | None = None  # whether its version got its label, and why: a `GateCard`
 
 
 @dataclass(frozen=True)
@@ -421,8 +425,10 @@ class Jobs:
         """
         self._write_leased(job, [("preview", {"version": version})], connection, preview_version=version)
 
-    def succeeded(self, job: Job, version: int, connection: sa.Connection) -> None:
-        """End a running job with its version.
+    def succeeded(
+        self, job: Job, version: int, connection: sa.Connection, gate: GateCard | None = None
+    ) -> None:  # fmt: skip
+        """End a running job with its version, which is live without its label if the gate has failed.
 
         Args:
             connection: of the transaction that makes the version live, so that neither is there without the other.
@@ -430,10 +436,12 @@ class Jobs:
         Raises:
             LeaseLost: as above.
         """
-        happened: list[Happened] = [("publishing", {"step": "labelled"}), _status("succeeded", version=version)]
-        self._write_leased(
-            job, happened, connection, **_ENDING, status="succeeded", version=version, report_status="quick"
-        )
+        judged: dict[str, Any] = {"gate": gate.dump()} if gate else {}
+        happened: list[Happened] = [_status("succeeded", version=version, **judged)]
+        if gate is None or gate.passed:
+            happened.insert(0, ("publishing", {"step": "labelled"}))
+        ended: dict[str, Any] = {"status": "succeeded", "version": version, "report_status": "quick", **judged}
+        self._write_leased(job, happened, connection, **_ENDING, **ended)
 
     def check_lease(self, job: Job, connection: sa.Connection | None = None) -> bool:
         """Check that a job still belongs to the worker that claimed it; returns whether a client wants it paused.

@@ -55,7 +55,7 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
         with tf.device(device):  # not across the yield: other work comes with a device of its own
             found = next(steps)
     with tf.device(device):
-        lost = _forgetting(params, job.base, data.classes, settings, registry)
+        lost = forgetting(params, job.base, data.classes, settings, registry)
     card = version.report.dump()
     quick, attacked = card["robustness"], {**card["robustness"], **found}
     outdated = report.fgsm_flatters(spec, quick)
@@ -65,7 +65,7 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
     registry.set_report(job.model, job.version, complete, lambda connection: jobs.reported(job, "complete", connection))
 
 
-def _forgetting(
+def forgetting(
     params: Arrays, base: str, classes: tuple[str, ...], settings: Settings, registry: Registry
 ) -> dict[str, Any] | None:
     """How much of the base's task is left; None where nothing of that task is there."""

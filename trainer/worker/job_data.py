@@ -16,6 +16,7 @@ from store.settings import Settings
 from trainer.fit import Split
 from trainer.folds import stratified, stratified_folds
 from trainer.jobs.datasets import Dataset
+from trainer.lenet import Tensor
 from trainer.spec import Spec
 
 FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
@@ -69,10 +70,10 @@ class JobData:
         """Some of these, (n,) bool."""
         return self._ready(self.dataset, some)
 
-    def as_sent(self, split: Split) -> np.ndarray:
-        """The first images of a split as a client would send them, (n, 784) uint8."""
-        images = np.asarray(split.images[:PARITY_IMAGES]).reshape(-1, GREY_28.pixels)
-        return np.rint(255 * (1.0 - images if self.invert else images)).astype(np.uint8)
+    def as_sent(self, images: Tensor) -> np.ndarray:
+        """Images, (n, 28, 28, 1), as a client would send them, (n, 784) uint8."""
+        values: np.ndarray = np.asarray(images).reshape(-1, GREY_28.pixels)
+        return np.rint(255 * (1.0 - values if self.invert else values)).astype(np.uint8)
 
     def _ready(self, dataset: Dataset, some: np.ndarray | slice = slice(None)) -> Split:
         images = (dataset.images[some] / np.float32(255))[..., None]

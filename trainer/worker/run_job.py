@@ -24,7 +24,7 @@ from serving.registry import STABLE, Fence, Registry
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.files import make_directory, remove_tree
-from store.records import Manifest, ReportCard, public_name
+from store.records import GateCard, Manifest, ReportCard, public_name
 from store.settings import Settings
 from trainer import delta, evaluate, report
 from trainer.asked import Asked
@@ -40,11 +40,14 @@ from trainer.recipes import PREVIEWED, preview_recipe
 from trainer.report import HeldOut
 from trainer.search import Found, Problem, search
 from trainer.spec import Spec, described, pinned
+from trainer.worker.complete_report import forgetting
+from trainer.worker.held_out import Candidate, Predictions, gate_of
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
 from trainer.worker.kept_networks import keep, read_all
 
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 FOLD_PAUSE_S = 0.25  # between two records of epochs of a fold
+LATER = ("robust_accuracy", "forgetting")  # conditions of a gate that a preview is not measured for
 EARLIER = 3  # versions whose recipes are tried again for the next
 
 T = TypeVar("T")
@@ -202,7 +205,7 @@ class _Maker:
     checkpoints: _Checkpoints
 
     def preview(self) -> None:
-        """Publish the first version of a model from a quick recipe."""
+        """Publish the first version of a model from a quick recipe, unless its gate fails."""
         recipe = preview_recipe(self.problem.same_classes, len(self.problem.data.labels))
         spec = self.asked.resolve(recipe)
         spec = spec.model_copy(update={"epochs": min(spec.epochs, recipe["epochs"])})
@@ -215,14 +218,19 @@ class _Maker:
                 spec, start, train, validation, classes=classes, on_epoch=lambda _: go_on(), shares=False
             ), check,
         )  # fmt: skip
-        card = watched(
-            lambda _: self._evaluated(spec, start, fitted, train, HeldOut.apart(fitted, validation or train)), check
-        )
+        held_out = watched(lambda _: HeldOut.apart(fitted, validation or train), check)
+        card = watched(lambda _: self._evaluated(spec, start, fitted, train, held_out), check)
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
-        manifest = self._exported(spec, fitted, train, card, preview=True)
+        quick = gate_of(spec, self.run.job.model, self.registry).model_copy(update=dict.fromkeys(LATER))
+        predicted = Predictions.of(held_out, self.data)
+        candidate = Candidate(self.run.job.id, quick, ReportCard.model_validate(card), fitted, predicted, self.data)
+        if not candidate.judge(None, self.settings, self.registry).passed:
+            return
+        manifest = self._exported(candidate, spec, train, card, preview=True)
         self._publish(
-            manifest, lambda: ReportCard.model_validate(card), step=lambda _: check(), finish=self.run.jobs.previewed
-        )
+            manifest, candidate, lambda: ReportCard.model_validate(card), step=lambda _: check(),
+            finish=lambda job, version, connection, _: self.run.jobs.previewed(job, version, connection),
+        )  # fmt: skip
 
     def make(self, found: Found) -> None:
         """Train a resolved spec and publish the result, which ends the job."""
@@ -320,16 +328,24 @@ class _Maker:
         """Evaluate, export and publish a network."""
         run = self.run
         with run.stage("evaluating"):
+            gate = gate_of(spec, run.job.model, self.registry)
             trained = spec, start, fitted, across, train, validation
-            fitted, held_out, card = watched(lambda _: self._judged(*trained), run.go_on)
+            well = gate.robust_accuracy is not None
+            fitted, held_out, card = watched(lambda _: self._judged(*trained, attack_well=well), run.go_on)
+            if gate.forgetting is not None:
+                task = run.job.base, self.data.classes, self.settings, self.registry
+                card["forgetting"] = watched(lambda _: forgetting(fitted.params, *task), run.go_on)
             if searched:
                 card["search"] = searched.dump()
                 card["warnings"] += searched.warnings
         with run.stage("exporting"):
-            manifest = self._exported(spec, fitted, train, card, fold=held_out.params if held_out.out_of_fold else None)
+            predicted = watched(lambda _: Predictions.of(held_out, self.data), run.go_on)
+            candidate = Candidate(run.job.id, gate, ReportCard.model_validate(card), fitted, predicted, self.data)
+            fold = held_out.params if held_out.out_of_fold else None
+            manifest = self._exported(candidate, spec, train, card, fold=fold)
         with run.stage("publishing"):
             self._publish(
-                manifest,
+                manifest, candidate,
                 lambda: ReportCard.model_validate({**card, "cost": report.cost(run.seconds_so_far(), fitted)}),
                 step=run.publishing, finish=run.jobs.succeeded,
             )  # fmt: skip
@@ -339,7 +355,8 @@ class _Maker:
         return begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
 
     def _judged(
-        self, spec: Spec, start: Start, fitted: Fitted, across: HeldOut | None, train: Split, validation: Split | None
+        self, spec: Spec, start: Start, fitted: Fitted, across: HeldOut | None, train: Split, validation: Split | None,
+        *, attack_well: bool,
     ) -> tuple[Fitted, HeldOut, dict[str, Any]]:  # fmt: skip
         """The network as it will be served, what its report rests on, and the report."""
         held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
@@ -348,26 +365,28 @@ class _Maker:
             temperature = evaluate.temperature(held_out.logits, held_out.split.labels)
             fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
             across = across and across.cooled(temperature)
-        card = self._evaluated(spec, start, fitted, train, held_out)
+        card = self._evaluated(spec, start, fitted, train, held_out, attack_well=attack_well)
         card["calibration"]["temperature"] = temperature
         if across:
             card["cross_validation"] = report.cross_validation(across, self.data.folds(spec))
         return fitted, held_out, card
 
     def _evaluated(
-        self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut
+        self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut, *, attack_well: bool = False
     ) -> dict[str, Any]:  # fmt: skip
-        before = None if start.new else start.params
-        images = self.settings.attack_images
-        card = report.quick(fitted, train, held_out, self.data.classes, spec, base=before, attack_images=images)
+        card = report.quick(
+            fitted, train, held_out, self.data.classes, spec, base=None if start.new else start.params,
+            attack_images=self.settings.attack_images, attack_well=attack_well,
+        )  # fmt: skip
         return card | {"device": self.device.removeprefix("/")}
 
     def _exported(
-        self, spec: Spec, fitted: Fitted, train: Split, card: dict[str, Any], *, fold: Arrays | None = None,
+        self, candidate: Candidate, spec: Spec, train: Split, card: dict[str, Any], *, fold: Arrays | None = None,
         preview: bool = False,
     ) -> Manifest:  # fmt: skip
         """Write everything that is published to the staging directory."""
-        job, data, staged, base = self.run.job, self.data, self.staged, public_name(self.run.job.base)
+        fitted, job, data, staged = candidate.fitted, self.run.job, self.data, self.staged
+        base = public_name(job.base)
         watched(lambda _: prepare(fitted.params, invert=data.invert), self.run.go_on)
         manifest = Manifest(
             classes=data.classes, polarity=data.polarity, base=base, base_sha256=digest(self.problem.base),
@@ -380,20 +399,23 @@ class _Maker:
             np.savez(staged / FOLD, allow_pickle=False, **fold)
         delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
         card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
-        Probe(data.as_sent(train), fitted.network.logits(train.images[:PARITY_IMAGES])).save(staged)
+        probed = train.images[:PARITY_IMAGES]
+        Probe(data.as_sent(probed), fitted.network.logits(probed)).save(staged)
+        candidate.held_out.save(staged)
         seal(staged)
         return manifest
 
     def _publish(
-        self, manifest: Manifest, card: Callable[[], ReportCard], *, step: Callable[[str], None],
-        finish: Callable[[Job, int, sa.Connection], None],
+        self, manifest: Manifest, candidate: Candidate, card: Callable[[], ReportCard], *, step: Callable[[str], None],
+        finish: Callable[[Job, int, sa.Connection, GateCard | None], None],
     ) -> None:  # fmt: skip
         job = self.run.job
         publish(
             self.settings, self.registry, self.servers,
             staged=self.staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
+            judge=lambda stable: candidate.judge(stable, self.settings, self.registry),
             step=step, fence=functools.partial(self.run.jobs.check_lease, job),
-            finish=lambda connection, version: finish(job, version, connection),
+            finish=lambda connection, version, gate: finish(job, version, connection, gate),
         )  # fmt: skip
 
 

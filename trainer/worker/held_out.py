@@ -1,0 +1,191 @@
+"""What versions predict on images that were held out, and the comparison of a new one with `stable` on these."""
+
+import json
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import tensorflow as tf
+
+from serving.registry import BASE, Registry, Version, stored_name
+from store.errors import UnknownModel
+from store.records import GREY_28, DatasetCard, GateCard, ReportCard, owner_of, public_name
+from store.settings import Settings
+from trainer.export import load_params
+from trainer.fit import Fitted
+from trainer.gate import Comparison, fixed_conditions, not_compared, not_worse, same_classes
+from trainer.jobs.datasets import Dataset
+from trainer.network import BATCH, Network
+from trainer.report import HeldOut
+from trainer.spec import Gate, Spec
+from trainer.worker.job_data import JobData, named
+
+HELD_OUT = "assets.extra/held_out.npz"
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a version predicted on the images that were held out for it; every version carries its own."""
+
+    images: list[bytes]  # digests of their pixels
+    truth: np.ndarray  # (n,) int32, positions of classes
+    predicted: np.ndarray  # (n,) int32
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each is right, (n,) bool."""
+        found: np.ndarray = self.predicted == self.truth
+        return found
+
+    @classmethod
+    def of(cls, held_out: HeldOut, data: JobData) -> Self:
+        """Those that a report rests on."""
+        split = held_out.split
+        parts = (split.images[at : at + BATCH] for at in range(0, len(split.labels), BATCH))
+        images = [one for part in parts for one in digests(data.as_sent(part))]
+        return cls(images, split.labels.astype(np.int32), held_out.logits.argmax(axis=1).astype(np.int32))
+
+    def save(self, version: Path) -> None:
+        """Write them into the directory of a version."""
+        images = np.frombuffer(b"".join(self.images), np.uint8).reshape(-1, DIGEST_BYTES)
+        np.savez(version / HELD_OUT, allow_pickle=False, images=images, truth=self.truth, predicted=self.predicted)
+
+    @classmethod
+    def load(cls, version: Path) -> Self:
+        """Read those of a version; none of one from an earlier release."""
+        try:
+            with np.load(version / HELD_OUT, allow_pickle=False) as arrays:
+                return cls([one.tobytes() for one in arrays["images"]], arrays["truth"], arrays["predicted"])
+        except FileNotFoundError:
+            return cls([], np.empty(0, np.int32), np.empty(0, np.int32))
+
+
+def digests(images: np.ndarray) -> Iterator[bytes]:
+    """A digest of the pixels of each image, uint8 of any shape with 784 of them."""
+    pixels = np.ascontiguousarray(images).reshape(-1, GREY_28.pixels)
+    return (blake2b(one.data, digest_size=DIGEST_BYTES).digest() for one in pixels)
+
+
+def gate_of(spec: Spec, model: str, registry: Registry) -> Gate:
+    """The gate of a job: its own, that of the model, or the default."""
+    stored = registry.gate(model)
+    return spec.gate or (Gate.model_validate_json(json.dumps(stored)) if stored else Gate())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A version that is about to go live, and what it is judged by."""
+
+    job: str
+    gate: Gate
+    card: ReportCard
+    fitted: Fitted
+    held_out: Predictions
+    data: JobData
+
+    def judge(self, stable: Version | None, settings: Settings, registry: Registry) -> GateCard:
+        """The outcome of the gate beside the version that `stable` stands for, if there is one."""
+        began = time.perf_counter()
+        conditions, gate = list(fixed_conditions(self.gate, self.card)), self.gate
+        if stable is not None and stable.job_id == self.job:  # its own preview
+            stable = None
+        if stable is None:
+            if gate.not_worse:
+                conditions.append(not_compared("there is no version to compare it with", passed=True))
+        else:
+            before = f"{public_name(stable.model)}:{stable.version}"
+            known = self.data.classes == stable.manifest.classes
+            if gate.same_classes:
+                conditions.append(same_classes(self.data.classes, before, stable.manifest.classes))
+            if gate.not_worse and known:
+                try:
+                    conditions.append(not_worse(self._beside(stable, before, settings, registry)))
+                except (OSError, ValueError, zipfile.BadZipFile, tf.errors.OpError) as exc:
+                    why = f"it cannot be compared with {before}, whose files are missing or damaged"
+                    conditions.append(not_compared(f"{why}: {type(exc).__name__}", passed=False))
+            elif gate.not_worse and not gate.same_classes:
+                conditions.append(
+                    not_compared(f"it is not compared with {before}, which has other classes", passed=True)
+                )
+        return GateCard(
+            passed=all(one.passed for one in conditions), compared_with=stable.version if stable else None,
+            conditions=conditions, seconds=round(time.perf_counter() - began, 4), overrides=[],
+        )  # fmt: skip
+
+    def _beside(self, stable: Version, before: str, settings: Settings, registry: Registry) -> Comparison:
+        """What both make of the images that were held out for either of them.
+
+        Each answers with what it predicted when the image was held out for it, which is right if it is what the data
+        said then. An image that was not held out for it goes through its network, unless that was trained on it; it is
+        left out then. So is one that `stable` has from what it started from.
+        """
+        assert self.card.validation is not None
+        place, data, mine = settings.version(stable.model, stable.version), self.data, self.held_out
+        recorded = Predictions.load(place)
+        right_before = dict(zip(recorded.images, recorded.right.tolist(), strict=True))
+        uploads = [] if stable.manifest.dataset is None else _uploads(stable.manifest.dataset, settings)
+        learned = {one for upload in uploads[:1] for one in digests(upload)} - right_before.keys()
+        learned |= _inherited(stable, settings, registry)
+        pairs = [
+            (right, right_before[image])
+            for image, right in zip(mine.images, mine.right.tolist(), strict=True)
+            if image in right_before and image not in learned
+        ]
+
+        own = _by_digest(*(upload.images for upload in (data.dataset, data.validation) if upload))
+        asked = [at for at, image in enumerate(mine.images) if image not in learned and image not in right_before]
+        if asked:
+            pixels = np.stack([own[mine.images[at]] for at in asked])
+            network, invert = Network(load_params(place)), stable.manifest.polarity == "dark_on_light"
+            right = _right(network, pixels, mine.truth[asked], invert=invert)
+            pairs += zip(mine.right[asked].tolist(), right.tolist(), strict=True)
+
+        old = {image: one for image, one in _by_digest(*uploads).items() if image in right_before}
+        asked = [at for at, image in enumerate(recorded.images)
+                 if image in old and image not in own and image not in learned]  # fmt: skip
+        if asked:
+            pixels = np.stack([old[recorded.images[at]] for at in asked])
+            right = _right(self.fitted.network, pixels, recorded.truth[asked], invert=data.invert)
+            pairs += zip(right.tolist(), recorded.right[asked].tolist(), strict=True)
+        ours, theirs = np.array(pairs, bool).reshape(-1, 2).T
+        left_out = sum(image in learned for image in mine.images)
+        return Comparison(before, ours, theirs, left_out, self.card.validation, stable.report.validation)
+
+
+def _right(network: Network, pixels: np.ndarray, truth: np.ndarray, *, invert: bool) -> np.ndarray:
+    """Whether a network classifies images, (n, 28, 28) uint8 as they were sent, correctly, (n,) bool."""
+    images = (pixels / np.float32(255)).reshape(-1, *GREY_28.shape)
+    found: np.ndarray = network.logits(1 - images if invert else images).argmax(axis=1) == truth
+    return found
+
+
+def _uploads(card: DatasetCard, settings: Settings) -> list[np.ndarray]:
+    """Images to train on, and those to measure on if they were uploaded apart, (n, 28, 28) uint8; without lost ones."""
+    files = [settings.datasets / f"{part.id}.npz" for part in card.parts]
+    return [Dataset.load(file).images for file in files if file.is_file()]
+
+
+def _by_digest(*uploads: np.ndarray) -> dict[bytes, np.ndarray]:
+    return {one: image for images in uploads for one, image in zip(digests(images), images, strict=True)}
+
+
+def _inherited(version: Version, settings: Settings, registry: Registry) -> set[bytes]:
+    """The images that a version has learned from by what it started from, as far as that is still there."""
+    found = set[bytes]()
+    base = version.manifest.base
+    while base is not None and base.partition(":")[0] != BASE:
+        model, _, number = base.partition(":")
+        try:
+            earlier = named(f"{stored_name(owner_of(version.model), model)}:{number}", registry)
+        except UnknownModel:  # removed since
+            break
+        if earlier.manifest.dataset:
+            found |= {one for upload in _uploads(earlier.manifest.dataset, settings)[:1] for one in digests(upload)}
+        base = earlier.manifest.base
+    return found
