@@ -1,0 +1,340 @@
+"""The gate: conditions, what is compared with what, and versions that do not get their label."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from store.errors import GateFailed, InvalidSpec
+from store.records import Condition, DatasetCard, ReportCard, Score
+from tests.conftest import Place
+from trainer.asked import check_dataset, parse_asked
+from trainer.gate import Comparison, fixed_conditions, not_worse, same_classes
+from trainer.jobs.datasets import Dataset
+from trainer.jobs.records import Job
+from trainer.spec import Gate
+from trainer.worker.held_out import Predictions, digests
+
+GOOD = {"epochs": 8, "method": "full", "learning_rate": 0.01, "folds": 3, "validation_split": 0}
+CARD = ReportCard.model_validate({
+    "validation": {
+        "images": 20, "accuracy": 0.8, "accuracy_interval": [0.6, 0.9],
+        "classification_report": {"classes": {
+            "a": {"recall": 0.9, "support": 10}, "b": {"recall": 0.7, "support": 10}, "c": {"recall": 0, "support": 0},
+        }},
+    },
+    "generalization_gap": {"accuracy": 0.1}, "calibration": {"expected_calibration_error": 0.05},
+    "robustness": {"attack": "pgd", "epsilon": 0.1, "accuracy": 0.3}, "forgetting": {"lost": 0.02},
+})  # fmt: skip
+
+
+def uploaded(place: Place, images: np.ndarray, labels: np.ndarray, classes: str = "0123456789") -> DatasetCard:
+    """What `place` trains on from now on."""
+    dataset = Dataset(images, labels.astype(np.int32), tuple(classes))
+    place.dataset = dataset.described()
+    dataset.save(place.settings.datasets / f"{place.dataset.id}.npz")
+    return place.dataset
+
+
+def ran(place: Place, spec: dict[str, Any] | None = None, **how: Any) -> Job:
+    return place.run(place.claimed(GOOD | (spec or {}), **how))
+
+
+def gate_of(job: Job) -> dict[str, Any]:
+    assert job.gate is not None
+    return job.gate
+
+
+def condition(job: Job, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(one for one in gate_of(job)["conditions"] if one["condition"] == name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("field", "passes", "fails"),
+    [
+        ("accuracy", 0.8, 0.81),
+        ("robust_accuracy", 0.3, 0.31),
+        ("calibration_error", 0.05, 0.04),
+        ("generalization_gap", 0.1, 0.09),
+        ("forgetting", 0.02, 0.01),
+        ("class_recall", {"a": 0.9, "b": 0.7}, {"a": 0.9, "b": 0.71}),
+    ],
+)
+def test_each_condition_passes_at_its_limit_and_fails_beyond(field: str, passes: Any, fails: Any) -> None:
+    for limit, passed in ((passes, True), (fails, False)):
+        (found,) = fixed_conditions(Gate.model_validate({field: limit}), CARD)
+        assert (found.condition, found.passed) == (field, passed)
+        assert found.value is not None
+        assert found.message
+
+
+@pytest.mark.parametrize("field", ["accuracy", "robust_accuracy", "calibration_error", "generalization_gap",
+                                   "forgetting", "class_recall"])  # fmt: skip
+def test_a_condition_that_cannot_be_measured_fails_and_says_so(field: str) -> None:
+    (found,) = fixed_conditions(Gate.model_validate({field: 0.5}), ReportCard())
+    assert (found.passed, found.value) == (False, None)
+    assert "cannot be" in found.message
+
+
+def test_a_floor_for_every_class_names_those_below_it_and_those_without_images() -> None:
+    (found,) = fixed_conditions(Gate(class_recall=0.8), CARD)
+    assert (found.passed, found.limit, found.value) == (False, 0.8, 0.7)
+    assert found.message == (
+        "the recall of 'b' is 70%, less than 80%; the recall of 'c' cannot be measured: no image of it is held out"
+    )
+
+
+def test_without_conditions_there_are_none() -> None:
+    assert list(fixed_conditions(Gate(), CARD)) == []
+
+
+def pairs(both: int, won: int, lost: int, neither: int, **more: Any) -> Condition:
+    right = np.array([True] * (both + won) + [False] * (lost + neither))
+    before = np.array([True] * both + [False] * won + [True] * lost + [False] * neither)
+    own = {"own": Score(images=10, accuracy=0.1), "own_before": Score(images=20, accuracy=0.95)}
+    return not_worse(Comparison("m:1", right, before, 0, **(own | more)))
+
+
+def test_a_difference_counts_only_if_it_is_no_chance() -> None:
+    """McNemar's exact test: 5 of 5 discordant pairs have p = 0.0625, 6 of 6 have 0.03125."""
+    five, six, better = pairs(90, 0, 5, 5), pairs(90, 0, 6, 4), pairs(90, 6, 0, 4)
+    assert (five.passed, six.passed, better.passed) == (True, False, True)
+    assert five.value == pytest.approx(-0.05)
+    assert six.interval is not None
+    assert better.interval is not None
+    assert six.interval == pytest.approx((-0.06, 0.06 * (2 * (1 - 0.025 ** (1 / 6)) - 1)))  # Clopper and Pearson
+    assert six.interval[1] < 0 < better.interval[0]
+    assert "p = 0.031" in six.message
+
+
+def test_versions_that_never_differ_differ_by_nothing() -> None:
+    found = pairs(40, 0, 0, 3)
+    assert (found.passed, found.value, found.interval) == (True, 0.0, (0.0, 0.0))
+
+
+def test_with_too_few_common_images_each_is_compared_on_its_own() -> None:
+    found = pairs(5, 0, 4, 0)
+    assert (found.passed, found.interval) == (False, None)
+    assert "10% of 10 held-out images are right, and 95% of the 20 that were held out for m:1" in found.message
+    assert pairs(5, 0, 4, 0, own=Score(images=10, accuracy=0.9)).passed
+    unknown = pairs(5, 0, 4, 0, own_before=None)
+    assert unknown.passed
+    assert "only 9 held-out images" in unknown.message
+
+
+def test_other_classes_are_named() -> None:
+    assert same_classes(("a", "b"), "m:1", ("a", "b")).passed
+    found = same_classes(("a", "c"), "m:1", ("a", "b"))
+    assert not found.passed
+    assert "it adds 'c' and it lacks 'b'" in found.message
+
+
+def test_a_floor_for_a_class_that_the_data_lacks_is_refused() -> None:
+    asked = parse_asked('{"gate": {"class_recall": {"a": 0.5, "x": 0.5}}}')
+    with pytest.raises(InvalidSpec, match="names 'x'") as refused:
+        check_dataset(asked, {"a": 9, "b": 9}, held_out=False)
+    assert refused.value.param == "spec.gate.class_recall"
+
+
+def test_the_same_data_again_takes_the_label(place: Place) -> None:
+    for number in (1, 2):
+        job = ran(place)
+        assert (job.status, job.version, gate_of(job)["passed"]) == ("succeeded", number, True)
+        assert place.registry.labels("m")["stable"].version == number
+    assert gate_of(job)["compared_with"] == 1
+    worse = condition(job, "not_worse")
+    assert (worse["value"], worse["passed"]) == (0.0, True)
+    assert "of 100 held-out images" in worse["message"]
+    card = place.registry.find("m").report
+    assert card.gate is not None
+    assert card.gate.dump() == job.gate
+    last = place.jobs.events(job.id)[-1]
+    assert (last.type, last.data["gate"]) == ("status", job.gate)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["the same images", "other images"])
+@pytest.mark.parametrize("spec", [{}, {"folds": None, "validation_split": 0.2}], ids=["folds", "split"])
+def test_wrongly_labelled_data_does_not_take_stable(
+    place: Place, digits: tuple[np.ndarray, np.ndarray], fresh: bool, spec: dict[str, Any]
+) -> None:
+    assert gate_of(ran(place, spec))["passed"]
+    images, labels = digits[0][200:400] if fresh else digits[0][:100], digits[1][200:400] if fresh else digits[1][:100]
+    uploaded(place, images, np.random.default_rng(3).permutation(labels))
+    job = ran(place, spec)
+    assert (job.status, job.version) == ("succeeded", 2)
+    assert gate_of(job)["passed"] is False
+    assert gate_of(job)["compared_with"] == 1
+    assert condition(job, "not_worse")["value"] < -0.15
+    assert place.registry.labels("m")["stable"].version == 1
+    assert place.registry.find("m", 2).live
+    assert "labelled" not in job.progress.publishing
+
+
+def test_more_data_is_compared_without_the_images_that_stable_was_trained_on(
+    place: Place, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    split = {"folds": None, "validation_split": 0.2}
+    ran(place, split)
+    held_out = Predictions.load(place.settings.version("m", 1))
+    assert len(held_out.images) == 20
+    trained = set(digests(digits[0][:100])) - set(held_out.images)
+    uploaded(place, digits[0][:300], digits[1][:300])
+    job = ran(place, split)
+    new = Predictions.load(place.settings.version("m", 2))
+    left_out = sum(image in trained for image in new.images)
+    assert left_out > 0
+    assert f"{left_out} that m:1 was trained on are left out" in condition(job, "not_worse")["message"]
+    assert f"of {len(new.images) - left_out} held-out images" in condition(job, "not_worse")["message"]
+
+
+def test_what_stables_base_was_trained_on_is_left_out(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    ran(place)
+    uploaded(place, digits[0][100:200], digits[1][100:200])
+    ran(place, {"base": "m:1"}, base="m:1")
+    uploaded(place, digits[0][:200], digits[1][:200])
+    job = ran(place)
+    assert gate_of(job)["compared_with"] == 2
+    assert "of 100 held-out images" in condition(job, "not_worse")["message"]
+    assert "100 that m:2 was trained on are left out" in condition(job, "not_worse")["message"]
+
+
+def test_dark_and_light_uploads_of_other_images_are_compared(
+    place: Place, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    ran(place)
+    uploaded(place, 255 - digits[0][200:300], digits[1][200:300])
+    place.dataset = place.dataset.model_copy(update={"polarity": "dark_on_light"})
+    job = ran(place)
+    worse = condition(job, "not_worse")
+    assert "of 200 held-out images" in worse["message"]  # 100 of either
+    assert abs(worse["value"]) < 0.1
+
+
+def test_other_classes_do_not_take_the_label_by_themselves(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    ran(place)
+    few = digits[1][:200] < 5
+    uploaded(place, digits[0][:200][few], digits[1][:200][few], "01234")
+    job = ran(place)
+    assert not gate_of(job)["passed"]
+    assert [one["condition"] for one in gate_of(job)["conditions"]] == ["same_classes"]
+    assert "it lacks '5', '6', '7', '8', '9'" in condition(job, "same_classes")["message"]
+    assert place.registry.labels("m")["stable"].version == 1
+    job = ran(place, {"gate": {"same_classes": False}})
+    assert gate_of(job)["passed"]
+    assert "other classes" in condition(job, "not_worse")["message"]
+    assert place.registry.labels("m")["stable"].version == 3
+
+
+def test_a_first_version_that_fails_leaves_the_model_without_stable(place: Place) -> None:
+    job = ran(place, {"epochs": 1, "gate": {"accuracy": 1.0}})
+    assert (job.status, job.version) == ("succeeded", 1)
+    assert place.registry.labels("m") == {}
+    assert place.registry.stable("m") is None
+    assert place.servers[0].predict("m", 1, np.zeros((1, 784), np.uint8)).version == 1
+    job = ran(place)
+    assert (gate_of(job)["compared_with"], gate_of(job)["passed"]) == (None, True)
+    assert place.registry.labels("m")["stable"].version == 2
+
+
+def test_the_models_gate_holds_unless_the_spec_has_one(place: Place) -> None:
+    ran(place)
+    place.registry.set_gate("m", Gate(calibration_error=0.0).model_dump())
+    assert not gate_of(ran(place))["passed"]
+    assert place.registry.labels("m")["stable"].version == 1
+    assert gate_of(ran(place, {"gate": {"accuracy": 0.1}}))["passed"]
+    place.registry.set_gate("m", None)
+    assert gate_of(ran(place))["passed"]
+    assert place.registry.labels("m")["stable"].version == 4
+
+
+def test_what_is_usually_measured_later_is_measured_for_the_gate(
+    place: Place, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    uploaded(place, digits[0][:200], digits[1][:200])  # 100 to attack, and not only the first 64
+    job = ran(place, {"folds": None, "validation_split": 0.5, "gate": {"robust_accuracy": 0.0, "forgetting": 1.0}})
+    card = place.registry.find("m").report.dump()
+    assert condition(job, "forgetting")["value"] == card["forgetting"]["lost"]
+    robust = condition(job, "robust_accuracy")["value"]
+    assert robust == card["robustness"]["accuracy"]
+    images = card["validation"]["images"]
+    assert images > 64
+    assert images * robust == pytest.approx(round(images * robust))
+
+
+def test_a_preview_that_misses_a_limit_is_not_published(place: Place) -> None:
+    search = {"search": {"trials": 2}, "epochs": 2, "method": "head"}
+    job = place.run(place.claimed(search | {"gate": {"accuracy": 1.0}}))
+    assert (job.status, job.preview_version, job.version) == ("succeeded", None, 1)
+    assert place.registry.labels("m") == {}
+    job = place.run(place.claimed(search, model="n"))
+    assert (job.preview_version, job.version, gate_of(job)["compared_with"]) == (1, 2, None)
+    assert place.registry.labels("n")["stable"].version == 2
+
+
+def test_it_is_judged_again_if_stable_moves_meanwhile(
+    place: Place, digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = place.dataset, uploaded(place, digits[0][:100], np.random.default_rng(3).permutation(digits[1][:100]))
+    ran(place)
+    place.dataset = good
+    ran(place)
+    place.registry.put_label("m", "stable", 1)
+    go_live, judged = place.registry.go_live, []
+
+    def moves(*args: Any, **how: Any) -> None:
+        judged.append(how["report"].gate.compared_with)
+        if len(judged) == 1:
+            place.registry.put_label("m", "stable", 2)
+        go_live(*args, **how)
+
+    monkeypatch.setattr(place.registry, "go_live", moves)
+    place.dataset = bad
+    job = ran(place)
+    assert judged == [1, 2]
+    assert (gate_of(job)["compared_with"], gate_of(job)["passed"]) == (2, False)
+    assert place.registry.labels("m")["stable"].version == 2
+
+
+def test_a_stable_version_whose_files_are_damaged_is_no_reason_to_pass(place: Place) -> None:
+    ran(place)
+    (place.settings.version("m", 1) / "assets.extra/held_out.npz").write_bytes(b"no zip")
+    job = ran(place)
+    assert not gate_of(job)["passed"]
+    assert "missing or damaged" in condition(job, "not_worse")["message"]
+
+
+def test_an_override_gives_the_label_and_is_recorded_for_good(place: Place) -> None:
+    ran(place)
+    job = ran(place, {"gate": {"calibration_error": 0.0}})
+    with pytest.raises(GateFailed, match=r"the gate of m:2 has failed: the calibration error is .* more than 0%"):
+        place.registry.put_label("m", "stable", 2)
+    place.registry.put_label("m", "stable", 2, override=True)
+    assert place.registry.labels("m")["stable"].version == 2
+    before = place.registry.find("m", 2).report
+    place.registry.set_report("m", 2, ReportCard.model_validate(before.dump() | {"gate": job.gate, "device": "later"}))
+    card = place.registry.find("m", 2).report
+    assert card.device == "later"
+    assert card.gate is not None
+    assert not card.gate.passed
+    assert [one.label for one in card.gate.overrides] == ["stable"]
+
+
+def test_a_checkpoint_is_judged_like_any_version(place: Place) -> None:
+    spec = parse_asked(json.dumps(GOOD | {"checkpoints": 2, "folds": None, "validation_split": 0.3})).described()
+
+    def publishes(checkpoint: dict[str, Any] | None) -> Job:
+        place.jobs.create(
+            model="m", base="lenet5:1", spec=spec, resolved_spec=spec, dataset=place.dataset, checkpoint=checkpoint
+        )
+        job = place.jobs.claim("w")
+        assert job is not None
+        return place.run(job)
+
+    source = publishes(None)
+    done = publishes({"job": source.id, "epoch": 4})
+    assert (done.version, gate_of(done)["compared_with"]) == (2, 1)
+    images = len(Predictions.load(place.settings.version("m", 2)).images)
+    assert images > 20
+    assert f"of {images} held-out images" in condition(done, "not_worse")["message"]
