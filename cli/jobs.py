@@ -9,6 +9,7 @@ import click
 from cli.command import INTERRUPTED, command, to_paste
 from cli.show import (
     console,
+    print_gate,
     print_report,
     progress,
     show_checkpoints,
@@ -21,6 +22,17 @@ from cli.spec_options import spec_of, spec_options
 from temper import Checkpoint, Client, DryRun, Event, Job
 
 job_id = click.argument("job")
+
+
+def _show_job(job: Job) -> None:
+    show_job(job)
+    _tell_gate(job)
+
+
+def _tell_gate(job: Job) -> None:
+    """That the version of a job is live without its label, if so."""
+    which, label = f"{job.model}:{job.version}", () if job.label == "stable" else ("--label", job.label)
+    print_gate(which, job.gate, to_paste("promote", which, *label, "--override"))
 
 
 def _show_queued(job: Job) -> None:
@@ -86,8 +98,11 @@ def _wait(client: Client, job_id: str) -> Job:
         )
         raise click.exceptions.Exit(INTERRUPTED) from None
     print_report(client.report(job.model, job.version))
-    where = "live" if job.label == "stable" else f"live as {job.label}"
-    console.print(f"[bold green]{job.model}:{job.version}[/] is {where}")
+    if job.gate_failures:
+        _tell_gate(job)
+    else:
+        where = "live" if job.label == "stable" else f"live as {job.label}"
+        console.print(f"[bold green]{job.model}:{job.version}[/] is {where}")
     return job
 
 
@@ -98,7 +113,7 @@ def jobs(client: Client, limit: int) -> list[Job]:
     return list(client.jobs(limit))
 
 
-@command(show_job)
+@command(_show_job)
 @job_id
 def status(client: Client, job: str) -> Job:
     """Show a job."""

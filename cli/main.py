@@ -9,7 +9,7 @@ from cli.command import Away, Commands, Failed, command
 from cli.datasets import datasets
 from cli.jobs import cancel, checkpoints, events, finetune, jobs, pause, resume, status, wait
 from cli.keys import keys
-from cli.models import delete, delta, download, models, predict, promote, report, rollback, verify
+from cli.models import delete, delta, download, gate, models, predict, promote, report, rollback, verify
 from cli.show import show_health
 from cli.webhooks import webhooks
 from store.settings import Settings, from_environment
@@ -77,7 +77,7 @@ def health(client: Client) -> Health:
 
 for one in (
     finetune, wait, jobs, status, events, checkpoints, pause, resume, cancel,
-    predict, models, report, verify, promote, rollback, download, delta, delete, datasets, webhooks,
+    predict, models, report, verify, promote, rollback, gate, download, delta, delete, datasets, webhooks,
     health, keys,
 ):  # fmt: skip
     main.add_command(one)

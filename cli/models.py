@@ -12,24 +12,28 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from cli.command import Failed, Versioned, command, versioned
+from cli.command import Failed, Versioned, command, to_paste, versioned
 from cli.show import (
     console,
+    print_gate,
     print_image,
     say,
     show_deleted,
     show_file,
+    show_gate,
     show_label,
     show_models,
     show_prediction,
     show_verification,
     show_version,
 )
-from temper import Client, Deleted, Label, ModelSummary, Prediction, Verification, Version
+from cli.spec_options import json_object
+from temper import Client, Deleted, Gate, Label, ModelSummary, Prediction, Verification, Version
 from temper.bodies import saved_as
 
 Named = tuple[str, int | None]  # a model, and a version if one was given
 SAVED_MODEL = "savedmodel"
+override_option = click.option("--override", is_flag=True, help="Also to a version that has failed its gate.")
 label_option = click.option("--label", default="stable", show_default=True, help="The label to move.")
 
 
@@ -73,20 +77,35 @@ def predict(client: Client, file: Path, model: str, version: int | None, label: 
 @click.option(
     "--weight", type=click.FloatRange(0, 1), help="Share of the requests that name neither version nor label."
 )
-def promote(client: Client, version: Named, label: str, weight: float | None) -> Label:
+@override_option
+def promote(client: Client, version: Named, label: str, weight: float | None, override: bool) -> Label:
     """Have a label stand for a version."""
     model, number = version
     if number is None:
         raise click.BadParameter(f"name the version, as in {model}:2", param_hint="MODEL:VERSION")
-    return client.set_label(model, label, number, weight)
+    return client.set_label(model, label, number, weight, override=override)
 
 
 @command(show_label)
 @click.argument("model")
 @label_option
-def rollback(client: Client, model: str, label: str) -> Label:
+@override_option
+def rollback(client: Client, model: str, label: str, override: bool) -> Label:
     """Move a label back to the live version before the one that it stands for."""
-    return client.rollback(model, label)
+    return client.rollback(model, label, override=override)
+
+
+@command(show_gate)
+@click.argument("model")
+@click.option("--set", "conditions", metavar="JSON", help="Give it this gate, such as '{\"accuracy\": 0.9}', or @FILE.")
+@click.option("--delete", "delete_", is_flag=True, help="Take its gate away; the default is in its place.")
+def gate(client: Client, model: str, conditions: str | None, delete_: bool) -> Gate:
+    """Show what the versions to come of a model must fulfil to get their label, or change that."""
+    if conditions is not None and delete_:
+        raise click.UsageError("give --set or --delete, not both")
+    if conditions is not None:
+        return client.set_gate(model, json_object(conditions, "--set"))
+    return client.delete_gate(model) if delete_ else client.gate(model)
 
 
 @command(show_deleted)
@@ -127,6 +146,8 @@ def verify(client: Client, version: Named) -> Verification:
 def report(client: Client, version: Named, open_: bool, output: Path | None) -> Version:
     """Show the report card of a version."""
     found = client.version(*version)
+    which = f"{version[0]}:{found.version}"
+    print_gate(which, found.report.get("gate"), to_paste("promote", which, "--override"))
     if output or open_:
         page = client.report_page(version[0], found.version)
         if output is None:  # a browser sends no API key, so it is given the page and not the URL

@@ -21,6 +21,7 @@ from temper.records import (
     Delivery,
     DryRun,
     Event,
+    Gate,
     Health,
     Job,
     Label,
@@ -30,6 +31,7 @@ from temper.records import (
     Version,
     Webhook,
     WebhookDeleted,
+    failures,
 )
 
 if TYPE_CHECKING:
@@ -157,9 +159,27 @@ def show_job(job: Job) -> None:
         table.add_row("preview", f"{job.model}:{job.preview_version}")
     if job.version:
         table.add_row("report", job.report_status)
+    if job.gate_failures:
+        table.add_row("gate", "[red]failed[/]")
     if job.error:
         table.add_row("error", f"{escape(job.error.message)} \\[{job.error.code}]")
     show(table)
+
+
+def print_gate(which: str, gate: Mapping[str, Any] | None, command: str) -> None:
+    """That a version is live without its label, why, and the command that gives it one all the same."""
+    reasons, overrides = failures(gate), (gate or {}).get("overrides")
+    if not reasons:
+        return
+    if overrides:
+        given = " and ".join(dict.fromkeys(one["label"] for one in overrides))
+        say(f"[yellow]{which} has failed its gate, and got the label {given} by an override[/]")
+    else:
+        say(f"[bold red]{which} is live without its label: it has failed its gate[/]")
+    for reason in reasons:
+        say(f"  {escape(reason)}")
+    if not overrides:
+        say(f"To give it the label all the same:\n  {command}")
 
 
 def _contents(data: Mapping[str, Any]) -> str:
@@ -298,9 +318,12 @@ def _event_line(event: Event) -> str:
             return progress_line(event.data)
         case "resolved":
             return json.dumps(event.data.get("spec"))
+    values = dict(event.data)
+    if gate := values.pop("gate", None):
+        values["gate"] = f"without its label: {'; '.join(failures(gate))}" if failures(gate) else None
     return " ".join(
         str(value["message"] if isinstance(value, dict) and "message" in value else value)
-        for value in event.data.values()
+        for value in values.values()
         if value is not None
     )
 
@@ -332,6 +355,17 @@ def show_label(label: Label) -> None:
     """Where a label has moved."""
     share = f" and {label.weight:.0%} of the requests" if label.weight else ""
     say(f"{label.label} of {label.model} is now [bold]{label.model}:{label.version}[/]{share}")
+
+
+def show_gate(gate: Gate) -> None:
+    """What the versions of a model must fulfil."""
+    if gate.gate is None:
+        return say(f"{gate.model} has the default gate: no version may be clearly worse than the one before")
+    table = _facts()
+    for name, limit in gate.gate.items():
+        if limit is not None:
+            table.add_row(name.replace("_", " "), escape(json.dumps(limit)))
+    return show(table)
 
 
 def show_deleted(deleted: Deleted) -> None:

@@ -78,13 +78,7 @@ def spec_of(given: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         click.ClickException: `--spec` is no JSON object, or a part of it that an option belongs to is none.
     """
-    text = given.pop("spec_json") or "{}"
-    try:
-        spec = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
-    except ValueError as exc:
-        raise click.ClickException(f"--spec is not valid JSON: {exc}") from exc
-    if not isinstance(spec, dict):
-        raise click.ClickException("--spec must be a JSON object")
+    spec = json_object(given.pop("spec_json") or "{}", "--spec")
     for name, value in given.items():
         if value is None:
             continue
@@ -97,3 +91,18 @@ def spec_of(given: dict[str, Any]) -> dict[str, Any] | None:
         else:
             spec[name] = value
     return spec or None
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """The JSON object in the text of an option, or in the `@FILE` that it names.
+
+    Raises:
+        click.ClickException: there is none.
+    """
+    try:
+        found = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
+    except ValueError as exc:
+        raise click.ClickException(f"{option} is not valid JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise click.ClickException(f"{option} must be a JSON object")
+    return found

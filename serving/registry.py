@@ -454,7 +454,7 @@ def _pass_gate(connection: sa.Connection, model: str, version: int, label: str, 
         raise GateFailed(
             f"the gate of {public_name(model)}:{version} has failed: {'; '.join(gate.reasons)}. To move {label!r} "
             "there all the same, send `override: true`",
-            param="override", details=[{"field": one.condition, "reason": one.message} for one in gate.conditions
+            param="override", details=[{"condition": one.condition, "reason": one.message} for one in gate.conditions
                                        if not one.passed],
         )  # fmt: skip
     given = Override(label=label, at=connection.execute(sa.select(now())).scalar_one())

@@ -5,6 +5,7 @@ from temper.errors import (
     BadRequest,
     Conflict,
     Forbidden,
+    GateFailed,
     IdempotencyMismatch,
     InvalidDataset,
     InvalidImage,
@@ -36,6 +37,7 @@ from temper.records import (
     Estimate,
     Event,
     Failure,
+    Gate,
     Health,
     Job,
     Label,
@@ -50,9 +52,9 @@ from temper.records import (
 
 __all__ = [
     "AsyncClient", "BadRequest", "Checkpoint", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted",
-    "Deleted", "Delivery", "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Health", "IdempotencyMismatch",
-    "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label",
-    "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError",
-    "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType",
-    "Verification", "Version", "Webhook", "WebhookDeleted",
+    "Deleted", "Delivery", "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Gate", "GateFailed", "Health",
+    "IdempotencyMismatch", "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec",
+    "Job", "JobFailed", "Label", "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError",
+    "StorageFull", "TemperError", "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable",
+    "Unreachable", "UnsupportedMediaType", "Verification", "Version", "Webhook", "WebhookDeleted",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from temper.records import (
     Delivery,
     DryRun,
     Event,
+    Gate,
     Health,
     Job,
     Label,
@@ -33,6 +34,7 @@ from temper.records import (
     Version,
     Webhook,
     WebhookDeleted,
+    failures,
 )
 from temper.transport import (
     Answer,
@@ -464,33 +466,71 @@ class Verbs(Driver):
         return (yield from self._ask(request)).body.decode()
 
     @Verb
-    def promote(self, model: str, version: int) -> Steps[Label]:
-        """Have `stable` stand for a version."""
-        return (yield from self._put_label(model, STABLE, version, None))
+    def promote(self, model: str, version: int, *, override: bool = False) -> Steps[Label]:
+        """Have `stable` stand for a version.
+
+        Args:
+            override: also if its gate has failed.
+
+        Raises:
+            GateFailed: it has.
+        """
+        return (yield from self._put_label(model, STABLE, version, None, override))
 
     @Verb
-    def rollback(self, model: str, label: str = STABLE) -> Steps[Label]:
-        """Move a label back to the live version before the one that it stands for.
+    def rollback(self, model: str, label: str = STABLE, *, override: bool = False) -> Steps[Label]:
+        """Move a label back to the live version before the one that it stands for that has not failed its gate.
+
+        Args:
+            override: to the one before, whether it has failed its gate or not.
 
         Raises:
             Conflict: there is none.
+            GateFailed: all that there are have failed theirs.
         """
         found = (yield from self._get(at("models", model))).read(Model)
         now = _labelled(found, label)
-        before = [version.version for version in found.versions if version.version < now]
+        earlier = [version for version in found.versions if version.version < now]
+        passed = [version for version in earlier if override or not failures(version.report.get("gate"))]
+        before = [version.version for version in passed or earlier]
         if not before:
             text = f"model {model!r} has no live version before {now}, for which {label!r} stands"
             raise Conflict(text, code="wrong_state", param="version")
-        return (yield from self._put_label(model, label, max(before), None))
+        return (yield from self._put_label(model, label, max(before), None, override))
 
     @Verb
-    def set_label(self, model: str, label: str, version: int, weight: float | None = None) -> Steps[Label]:
+    def set_label(
+        self, model: str, label: str, version: int, weight: float | None = None, *, override: bool = False
+    ) -> Steps[Label]:
         """Have a label stand for a version.
 
         Args:
             weight: its share of the requests that name neither version nor label; stays as it is if not given.
+            override: also if the gate of the version has failed.
+
+        Raises:
+            GateFailed: it has.
         """
-        return (yield from self._put_label(model, label, version, weight))
+        return (yield from self._put_label(model, label, version, weight, override))
+
+    @Verb
+    def gate(self, model: str) -> Steps[Gate]:
+        """The gate of a model: what its versions must fulfil to get their label."""
+        return (yield from self._get(at("models", model, "gate"))).read(Gate)
+
+    @Verb
+    def set_gate(self, model: str, gate: Mapping[str, Any]) -> Steps[Gate]:
+        """Give a model a gate, for fine-tunes to come that have none in their spec.
+
+        Args:
+            gate: conditions such as `{"accuracy": 0.9}`; what is left out has its default.
+        """
+        return (yield from self._ask(Request("PUT", at("models", model, "gate"), json=dict(gate)))).read(Gate)
+
+    @Verb
+    def delete_gate(self, model: str) -> Steps[Gate]:
+        """Take a model's gate away; the default is in its place."""
+        return (yield from self._ask(Request("DELETE", at("models", model, "gate")))).read(Gate)
 
     @Verb
     def delete_label(self, model: str, label: str) -> Steps[Deleted]:
@@ -531,8 +571,11 @@ class Verbs(Driver):
         path = at("models", model, "versions", number, "delta")
         return (yield from self._save(path, to, f"{model}-{number}.delta.npz"))
 
-    def _put_label(self, model: str, label: str, version: int, weight: float | None) -> Steps[Label]:
-        move = {"version": version} | ({} if weight is None else {"weight": weight})
+    def _put_label(
+        self, model: str, label: str, version: int, weight: float | None, override: bool
+    ) -> Steps[Label]:  # fmt: skip
+        move: dict[str, Any] = {"version": version} | ({} if weight is None else {"weight": weight})
+        move |= {"override": True} if override else {}
         return (yield from self._ask(Request("PUT", at("models", model, "labels", label), json=move))).read(Label)
 
     def _pages(self, path: str, kind: Any, key: str, limit: int | None, **params: Any) -> Listing[Any]:

@@ -6,6 +6,7 @@ TemperError
 ├── Forbidden               403  the key does not allow it
 ├── NotFound                404  no such model, version, label or job
 ├── Conflict                409  the state does not allow it
+│   └── GateFailed               a version that failed its gate gets a label only with an override
 ├── TooLarge                413
 ├── UnsupportedMediaType    415
 ├── InvalidRequest          422  IdempotencyMismatch, InvalidSpec, InvalidDataset, InvalidImage, InvalidInstances
@@ -78,6 +79,10 @@ class NotFound(TemperError):
 
 class Conflict(TemperError):
     """The state does not allow it."""
+
+
+class GateFailed(Conflict):
+    """The version has failed its gate, and gets a label only with an override."""
 
 
 class TooLarge(TemperError):
@@ -155,7 +160,7 @@ BY_STATUS: dict[int, type[TemperError]] = {
     507: StorageFull,
 }  # fmt: skip
 BY_CODE: dict[str, type[TemperError]] = {
-    "idempotency_mismatch": IdempotencyMismatch,
+    "gate_failed": GateFailed, "idempotency_mismatch": IdempotencyMismatch,
     "invalid_spec": InvalidSpec, "invalid_dataset": InvalidDataset, "invalid_image": InvalidImage,
     "invalid_instances": InvalidInstances,
 }  # fmt: skip
@@ -172,7 +177,8 @@ def from_answer(status: int, error: Mapping[str, Any], retry_after: str | None =
         KeyError, TypeError: it is not an error of Temper.
     """
     general = BY_STATUS.get(status, ServerError if status >= 500 else TemperError)
-    kind = BY_CODE.get(error["code"], general) if general is InvalidRequest else general
+    kind = BY_CODE.get(error["code"], general)
+    kind = kind if issubclass(kind, general) else general
     return kind(
         error["message"], code=error["code"], param=error["param"], details=error["details"], status=status,
         request_id=error.get("request_id"),

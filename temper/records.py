@@ -71,11 +71,24 @@ class Job(Record):
     estimated_end_at: float | None = None
     metadata: dict[str, str] | None = None
     checkpoint: dict[str, Any] | None = None  # `job` and `epoch`, if it publishes that one's and trains nothing
+    gate: dict[str, Any] | None = None  # if not `passed`, the version is live without its label; `conditions` say why
 
     @property
     def finished(self) -> bool:
         """Whether it has succeeded, failed or been cancelled."""
         return self.finished_at is not None
+
+    @property
+    def gate_failures(self) -> list[str]:
+        """Why its version is live without its label; nothing if it got that."""
+        return failures(self.gate)
+
+
+def failures(gate: Mapping[str, Any] | None) -> list[str]:
+    """Why a gate has failed, in a sentence for each condition; nothing if it passed or there is none."""
+    if not gate or gate["passed"]:
+        return []
+    return [one["message"] for one in gate["conditions"] if not one["passed"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +233,15 @@ class Model(Record):
     versions: tuple[Version, ...]
     labels: dict[str, int]
     weights: dict[str, float]
+    gate: dict[str, Any] | None = None  # what its versions must fulfil to get a label; None for the default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Record):
+    """What the versions to come of a model must fulfil to get their label."""
+
+    model: str
+    gate: dict[str, Any] | None  # None for the default
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,6 +215,9 @@ _LABEL_MOVE = _record("A label that has moved.", {
     "from": {"type": ["integer", "null"], "description": "The version that it stood for; null if it is new."},
     "to": {"type": ["integer", "null"], "description": "The version that it stands for; null if it was deleted."},
 })  # fmt: skip
+_LABEL_MOVE["properties"]["override"] = {
+    "type": "boolean", "const": True, "description": "Only there if the gate of that version had failed.",
+}  # fmt: skip
 
 
 def _delivery(kind: WebhookType) -> dict[str, Any]:

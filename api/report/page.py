@@ -154,6 +154,11 @@ def _notices(report: Json) -> Iterator[Notice]:
         yield Notice("bad", "Catastrophic overfitting of the attack", [text])
     if sentence := (report.get("search") or {}).get("sentence"):
         yield Notice("note", "How it was regularized", [sentence.replace("`", "")])
+    gate = report.get("gate") or {}
+    if failed := [one["message"] for one in gate.get("conditions", ()) if not one["passed"]]:
+        given = " and ".join(dict.fromkeys(one["label"] for one in gate.get("overrides", ())))
+        outcome = f"got the label {given} by an override" if given else "went live without its label"
+        yield Notice("bad", f"It failed its gate and {outcome}", failed)
     if doubts := report.get("warnings"):
         yield Notice("bad", "Before you rely on it", doubts)
     if warnings := (report.get("regularization") or {}).get("warnings"):
@@ -210,6 +215,13 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
         ]
         scores = ("", "precision", "recall", "F1", "support")
         yield Table("Classes", scores, rows, folded=len(found["classes"]) > MANY)
+    if (found := report.get("gate")) and found["conditions"]:
+        rows = [
+            (one["condition"].replace("_", " "), _share(one["limit"]), _share(one["value"]),
+             "yes" if one["passed"] else "no", one["message"])
+            for one in found["conditions"]
+        ]  # fmt: skip
+        yield Table("Gate", ("", "limit", "measured", "passed", ""), rows)
     if found := report.get("search"):
         yield from _search_tables(found)
     if across := report.get("cross_validation"):
@@ -284,6 +296,10 @@ def _setting(value: Any) -> str:
     if value in (None, 0):
         return "off"
     return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def _interval(score: Json) -> str:

@@ -130,9 +130,9 @@ class JobView(BaseModel):
     id: str = Field(description="Name of the job.", examples=["ftjob-0198c0ffee01a2b3c4d5e6"])
     object: Literal["fine_tuning.job"] = Field("fine_tuning.job", description="Kind of this object.")
     model: str = Field(description="The model that gets a new version.")
-    version: int | None = Field(description="That version, once it is live.")
+    version: int | None = Field(description="That version, once it is live; without its label if its gate failed.")
     preview_version: int | None = Field(description="A version from a quick recipe, live while the job searches.")
-    label: str = Field(description="The label that moves to it.")
+    label: str = Field(description="The label that moves to it if it passes its gate.")
     base: str = Field(description="What training starts from, `name:version`.")
     status: Annotated[str, _one_of(Status)] = Field(description="Where the job stands.")
     stage: Annotated[str | None, _one_of(Stage, null=True)] = Field(description="What a running job is doing.")
@@ -179,6 +179,10 @@ class JobView(BaseModel):
     metadata: dict[str, str] | None = Field(description="What the client has noted on the job.")
     checkpoint: dict[str, Any] | None = Field(
         description="The `job` and `epoch` whose checkpoint it publishes instead of training."
+    )
+    gate: dict[str, Any] | None = Field(
+        description="Whether its version has `passed` the gate and so got its label: every condition with its limit, "
+        "what was measured and a sentence, and the version that it was `compared_with`. null until the version is live."
     )
 
     @classmethod

@@ -18,6 +18,7 @@ from serving.registry import BASE, LABEL, Label, Route, Version, is_visible
 from store.errors import Forbidden, NotFound, PublishFailed, TemperError, WrongState
 from store.records import DEFAULT_TENANT, public_name
 from trainer.jobs.kept import sweep_kept
+from trainer.spec import Gate
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["models"])
@@ -71,6 +72,19 @@ class LabelMove(BaseModel):
         None, description="Share of the requests that name neither version nor label; those with the same "
         "`X-Sticky-Key` follow the same label. If omitted, the share stays as it is."
     )  # fmt: skip
+    override: bool = Field(
+        False, description="Move it to a version whose gate has failed; its report card then says so."
+    )
+
+
+class GateView(BaseModel):
+    """What the versions to come of a model must fulfil to get their label."""
+
+    model: str = Field(description="The model.")
+    object: Literal["gate"] = Field("gate", description="Kind of this object.")
+    gate: Gate | None = Field(
+        description="Its gate; null for the default. A fine-tune with a `gate` in its spec is judged by that instead."
+    )
 
 
 class Deleted(BaseModel):
@@ -136,11 +150,14 @@ class ModelView(BaseModel):
     labels: dict[str, int] = Field(description="The version of each label.")
     weights: dict[str, float] = Field(description="Share of the traffic of each label besides `stable`.")
     versions: list[VersionView] = Field(description="Live versions, newest first.")
+    gate: dict[str, Any] | None = Field(description="What its versions must fulfil to get a label; null: the default.")
 
     @classmethod
-    def of(cls, name: str, labels: dict[str, Label], versions: list[VersionView]) -> "ModelView":
+    def of(
+        cls, name: str, labels: dict[str, Label], versions: list[VersionView], gate: dict[str, Any] | None
+    ) -> "ModelView":
         """The public face of a model's records."""
-        return cls(name=name, versions=versions, **_labels(labels))
+        return cls(name=name, versions=versions, gate=gate, **_labels(labels))
 
 
 @router.get("/models", responses=errors(422, 503))
@@ -158,7 +175,7 @@ def get_model(request: Request, model: Name) -> ModelView:
     """A model with all its live versions and their report cards."""
     registry, name = gateway_of(request).registry, stored(request, model)
     versions = [VersionView.of(version) for version in registry.of_model(name)]
-    return ModelView.of(model, registry.labels(name), versions)
+    return ModelView.of(model, registry.labels(name), versions, registry.gate(name))
 
 
 @router.delete("/models/{model}", responses=errors(404, 409, 422, 503, 507))
@@ -193,10 +210,13 @@ async def put_label(request: Request, model: Name, label: LabelName, move: Label
     """Move a label to a version: promote, roll back, or send it a share of the traffic.
 
     Requests that name neither version nor label follow `stable`, except for the shares (`weight`) of other labels.
+    A version whose gate has failed gets a label only with `override` (409, `gate_failed`).
     """
     gateway, name = gateway_of(request), _own(request, model)
     await asyncio.to_thread(_check_intact, gateway, name, move.version, "labelled")
-    moved = await asyncio.to_thread(gateway.registry.put_label, name, label, move.version, move.weight)
+    moved = await asyncio.to_thread(
+        gateway.registry.put_label, name, label, move.version, move.weight, override=move.override
+    )
     log.info("%s: label %s stands for %d, weight %g", name, label, moved.version, moved.weight)
     await gateway.router.refresh()
     return LabelView.of(model, label, moved)
@@ -210,6 +230,31 @@ async def delete_label(request: Request, model: Name, label: LabelName) -> Delet
     log.info("%s: label %s removed", name, label)
     await gateway.router.refresh()
     return Deleted(model=model, label=label)
+
+
+@router.get("/models/{model}/gate", responses=errors(404, 422, 503))
+def get_gate(request: Request, model: Name) -> GateView:
+    """The gate of a model."""
+    registry, name = gateway_of(request).registry, stored(request, model)
+    registry.of_model(name)
+    return GateView.model_validate({"model": model, "gate": registry.gate(name)})
+
+
+@router.put("/models/{model}/gate", responses=errors(400, 404, 422, 503, 507))
+def put_gate(request: Request, model: Name, gate: Gate) -> GateView:
+    """Give a model a gate: what its versions must fulfil to get their label.
+
+    It is for fine-tunes that are evaluated from now on and have no `gate` in their spec.
+    """
+    gateway_of(request).registry.set_gate(_own(request, model), gate.model_dump(mode="json"))
+    return GateView(model=model, gate=gate)
+
+
+@router.delete("/models/{model}/gate", responses=errors(404, 422, 503, 507))
+def delete_gate(request: Request, model: Name) -> GateView:
+    """Take a model's gate away; the default is in its place."""
+    gateway_of(request).registry.set_gate(_own(request, model), None)
+    return GateView(model=model, gate=None)
 
 
 @router.get(
@@ -254,9 +299,9 @@ def get_saved_model(request: Request, model: Name, version: Number) -> Streaming
 
 
 def _own(request: Request, model: str) -> str:
-    """The stored name of a model whose labels the request may change: the base model's are everyone's."""
+    """The stored name of a model whose labels or gate the request may change: the base model's are everyone's."""
     if model == BASE and tenant_of(request) != DEFAULT_TENANT:
-        raise Forbidden(f"{BASE!r} is shared by all tenants; only the tenant {DEFAULT_TENANT!r} may change its labels")
+        raise Forbidden(f"{BASE!r} is shared by all tenants; only the tenant {DEFAULT_TENANT!r} may change it")
     return stored(request, model)
 
 
