@@ -307,6 +307,8 @@ def test_only_the_default_tenant_labels_the_base(guarded: Guarded) -> None:
     with guarded.ask(ACME) as api:
         assert api.put(f"/models/{BASE}/labels/mine", json={"version": 1}).status_code == 403
         assert api.delete(f"/models/{BASE}/labels/mine").status_code == 403
+        assert api.put(f"/models/{BASE}/gate", json={"accuracy": 1}).status_code == 403
+        assert api.delete(f"/models/{BASE}/gate").status_code == 403
 
 
 def test_no_url_reaches_the_stored_name_of_another_tenants_model(guarded: Guarded) -> None:
@@ -333,6 +335,8 @@ TENSOR = {"name": "image", "shape": [1, 784], "datatype": "UINT8", "data": [0] *
 def body_for(method: str, path: str, things: Mapping[str, str], version: str) -> dict[str, Any]:
     """Arguments of a request that is right but for whose things it names."""
     model = things["model"]
+    if path.endswith("/gate"):
+        return {"json": {"accuracy": 0.5}}
     if method == "PUT":
         return {"json": {"version": int(version)}}
     if path == "/predict":

@@ -33,7 +33,7 @@ from api.http.openapi import add_webhooks
 from serving.registry import Registry
 from store import webhooks as module
 from store.errors import InvalidRequest, UnknownWebhook, WrongState
-from store.records import DatasetCard, Manifest, ReportCard
+from store.records import DatasetCard, GateCard, Manifest, ReportCard
 from store.webhooks import Delivery, Webhook, Webhooks, enqueue
 from tests.conftest import Service, eventually, freeze, running_service, succeed
 from trainer.jobs.records import Jobs
@@ -402,7 +402,11 @@ def happen(engine: sa.Engine) -> None:
     jobs.cancel(cancelled.id)
     registry.go_live("m", registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()))
     registry.go_live("m", registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()), "canary")
+    failed = ReportCard(gate=GateCard(passed=False))
+    number = registry.reserve("m", None, Manifest(classes=("a",)), failed)
+    registry.go_live("m", number, takes_label=lambda stable: False)
     registry.put_label("m", "canary", 2, 0.5)  # moves nothing
+    registry.put_label("m", "beta", number, override=True)
     registry.put_label("m", "stable", 2)
     registry.drop_label("m", "canary")
     registry.retire("m")
@@ -427,12 +431,13 @@ def test_every_change_of_a_job_and_every_move_of_a_label_is_told_to_those_who_wa
     ]  # fmt: skip
     moves = {(each.data["label"], each.data["from"], each.data["to"]) for each in told if "label" in each.type}
     assert moves == {("stable", None, 1), ("canary", None, 2), ("stable", 1, 2), ("canary", 2, None),
-                     ("stable", 2, None)}  # fmt: skip
-    assert len(told) == 15
+                     ("stable", 2, None), ("beta", None, 3), ("beta", 3, None)}  # fmt: skip
+    assert [each.data["to"] for each in told if each.data.get("override")] == [3]
+    assert len(told) == 17
     (failed,) = of(webhooks, failures)
     assert failed.data["error"]["code"] == "diverged"
     assert set(failed.data) == {"id", "model", "label", "status", "version", "preview_version", "error",
-                                "report_status"}  # fmt: skip
+                                "report_status", "gate"}  # fmt: skip
     assert [each.data["version"] for each in told if each.type == "fine_tuning.job.succeeded"] == [1]
     assert webhooks.deliveries(other.id, limit=9, tenant="other") == ([], False)
     with pytest.raises(UnknownWebhook):
@@ -440,7 +445,7 @@ def test_every_change_of_a_job_and_every_move_of_a_label_is_told_to_those_who_wa
 
 
 KINDS: dict[str, type | tuple[type, ...]] = {
-    "object": dict, "string": str, "integer": int, "number": (int, float), "null": type(None),
+    "object": dict, "string": str, "integer": int, "number": (int, float), "null": type(None), "boolean": bool,
 }  # fmt: skip
 
 

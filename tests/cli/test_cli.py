@@ -271,6 +271,7 @@ def test_every_command_prints_json_and_nothing_else(
         "verify": json_of(service, "verify", f"{LONG}:2"),
         "promote": json_of(service, "promote", f"{LONG}:2"),
         "rollback": json_of(service, "rollback", LONG),
+        "gate": json_of(service, "gate", LONG),
         "delta": json_of(service, "delta", LONG, "--output", str(tmp_path)),
         "download": json_of(service, "download", f"{LONG}:1", "--output", str(tmp_path / "x.zip")),
         "checkpoints": json_of(service, "checkpoints", job),
@@ -305,6 +306,7 @@ def test_every_command_prints_json_and_nothing_else(
     assert (seen["status"]["id"], seen["wait"]["id"]) == (job, job)
     assert seen["status"].keys() == service.api.get(f"/finetune/{job}").json().keys()
     assert (seen["promote"]["version"], seen["rollback"]["version"]) == (2, 1)
+    assert seen["gate"]["gate"] is None
     assert seen["verify"]["proven"]
     assert seen["report"]["report"]["validation"]["images"] > 0
     assert Path(seen["download"]["path"]).stat().st_size == seen["download"]["bytes"]
@@ -448,6 +450,32 @@ def test_labels_are_promoted_and_rolled_back(service: Service, job: str) -> None
     assert "name the version" in called(service, "promote", LONG, code=2).stderr
     for wrong in (f"{LONG}:0", f"{LONG}:x", ":1", ""):
         called(service, "promote", wrong, code=2)
+
+
+def test_a_version_that_failed_its_gate_is_said_to_be_live_without_its_label(service: Service, upload: Path) -> None:
+    spec = json.dumps({"method": "head", "epochs": 1})
+    ask = ("finetune", str(upload), "--model", "gate-cli", "--wait")
+    assert "gate-cli:1 is live" in called(service, *ask, "--spec", spec).stdout
+    assert "default gate" in called(service, "gate", "gate-cli").stdout
+    shown = called(service, "gate", "gate-cli", "--set", '{"calibration_error": 0}').stdout
+    assert re.search(r"calibration error +0", shown)
+    promote = "promote gate-cli:2 --override"
+    done = called(service, *ask, "--spec", spec).stdout
+    assert "gate-cli:2 is live without its label" in done
+    assert "the calibration error is" in done
+    assert promote in done
+    job = json_of(service, "jobs", "--limit", "1")[0]
+    assert promote in called(service, "status", job["id"]).stdout
+    assert promote in called(service, "report", "gate-cli:2").stdout
+    assert "without its label: the calibration error is" in called(service, "events", job["id"]).stdout
+    assert "[gate_failed]" in called(service, "promote", "gate-cli:2", code=1).stderr
+    assert "gate-cli:2" in called(service, "promote", "gate-cli:2", "--override").stdout
+    assert "by an override" in called(service, "report", "gate-cli:2").stdout
+    assert "default gate" in called(service, "gate", "gate-cli", "--delete").stdout
+    called(service, *ask, "--spec", spec)
+    assert "gate-cli:1" in called(service, "rollback", "gate-cli").stdout  # not to the one that failed
+    called(service, "promote", "gate-cli:3")
+    assert "gate-cli:2" in called(service, "rollback", "gate-cli", "--override").stdout
 
 
 def test_deleting_asks_first(service: Service, job: str, upload: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import sqlalchemy as sa
 
 from serving.registry import Label, Registry
-from store.errors import InvalidRequest, UnknownModel, WrongState
-from store.records import Manifest, ReportCard
+from store.errors import GateFailed, InvalidRequest, UnknownModel, WrongState
+from store.records import Condition, GateCard, Manifest, ReportCard
 
 
 @pytest.fixture
@@ -151,3 +151,77 @@ def test_every_change_changes_the_revision(registry: Registry) -> None:
         change()
         seen.add(registry.revision())
     assert len(seen) == 7
+
+
+def failing(registry: Registry) -> int:
+    """A live version that has failed its gate."""
+    conditions = [Condition(condition="accuracy", passed=False, message="accuracy is 1%")]
+    card = ReportCard(gate=GateCard(passed=False, conditions=conditions))
+    number = registry.reserve("m", None, Manifest(classes=("a", "b")), card)
+    registry.go_live("m", number, takes_label=lambda stable: False)
+    return number
+
+
+def test_a_version_that_failed_its_gate_gets_a_label_only_by_an_override_which_is_recorded(registry: Registry) -> None:
+    number = failing(registry)
+    assert registry.labels("m") == {"stable": Label(4)}
+    before = registry.revision()
+    with pytest.raises(GateFailed, match="the gate of m:5 has failed: accuracy is 1%"):
+        registry.put_label("m", "canary", number)
+    assert registry.revision() == before
+    registry.put_label("m", "canary", number, override=True)
+    registry.put_label("m", "canary", number, 0.5)  # which moves nothing
+    registry.put_label("m", "stable", 4, override=True)  # which needs none
+    gate = registry.find("m", number).report.gate
+    assert gate is not None
+    (override,) = gate.overrides
+    assert (override.label, gate.passed) == ("canary", False)
+    assert abs(override.at - registry.clock()) < 60
+    assert registry.find("m", 4).report.gate is None
+
+
+def test_an_override_that_is_refused_leaves_no_record(registry: Registry) -> None:
+    number = failing(registry)
+    with pytest.raises(InvalidRequest):
+        registry.put_label("m", "stable", number, 0.5, override=True)
+    registry.put_label("m", "canary", 3, 0.7)
+    with pytest.raises(InvalidRequest):
+        registry.put_label("m", "other", number, 0.7, override=True)
+    gate = registry.find("m", number).report.gate
+    assert gate is not None
+    assert gate.overrides == []
+
+
+def test_a_first_version_that_takes_no_label_is_live_without_any(engine: sa.Engine) -> None:
+    registry = Registry(engine)
+    seen: list[int | None] = []
+
+    def takes(stable: int | None) -> bool:
+        seen.append(stable)
+        return False
+
+    for label in ("stable", "canary"):
+        number = registry.reserve("m", None, Manifest(classes=("a",)), ReportCard())
+        registry.go_live("m", number, label, takes_label=takes)
+    assert registry.labels("m") == {}
+    assert registry.stable("m") is None
+    assert [version.version for version in registry.of_model("m")] == [2, 1]
+    registry.put_label("m", "stable", 1)
+    stable = registry.stable("m")
+    assert stable is not None
+    assert (stable.version, seen) == (1, [None, None])
+
+
+def test_a_model_keeps_its_gate_until_it_is_deleted(registry: Registry) -> None:
+    assert registry.gate("m") is None
+    registry.set_gate("m", {"accuracy": 0.5})
+    registry.reserve("m", None, Manifest(classes=("a",)), ReportCard())
+    assert registry.gate("m") == {"accuracy": 0.5}
+    registry.set_gate("m", None)
+    assert registry.gate("m") is None
+    registry.set_gate("m", {"accuracy": 0.5})
+    registry.retire("m")
+    assert registry.gate("m") is None
+    for nobody in ("m", "n"):
+        with pytest.raises(UnknownModel, match=f"no model '{nobody}'"):
+            registry.set_gate(nobody, {})

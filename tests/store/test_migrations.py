@@ -108,6 +108,18 @@ def test_a_store_from_before_migrations_is_adopted_with_all_it_holds(engine: sa.
         assert registry.reserve("m", None, Manifest(classes=("a",)), ReportCard()) == 3
 
 
+def test_versions_and_jobs_from_before_there_were_gates_have_none(engine: sa.Engine) -> None:
+    url = emptied(engine)
+    run(engine, BEFORE_MIGRATIONS)
+    with opened(url) as adopted:
+        registry = Registry(adopted)
+        assert (registry.gate("m"), registry.find("m", 1).report.gate) == (None, None)
+        assert Jobs(adopted).get("ftjob-1").gate is None
+        registry.put_label("m", "stable", 1)
+        registry.set_gate("m", {"accuracy": 0.5})
+        assert registry.gate("m") == {"accuracy": 0.5}
+
+
 def test_a_label_of_a_withdrawn_version_moves_to_the_newest_live_one(engine: sa.Engine) -> None:
     url = emptied(engine)
     run(engine, BEFORE_MIGRATIONS + "UPDATE versions SET removed = true WHERE version = 2;\n")
