@@ -14,6 +14,7 @@ from trainer.gate import Comparison, fixed_conditions, not_worse, same_classes
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job
 from trainer.spec import Gate
+from trainer.worker import held_out
 from trainer.worker.held_out import Predictions, digests
 
 GOOD = {"epochs": 8, "method": "full", "learning_rate": 0.01, "folds": 3, "validation_split": 0}
@@ -177,9 +178,9 @@ def test_more_data_is_compared_without_the_images_that_stable_was_trained_on(
 ) -> None:
     split = {"folds": None, "validation_split": 0.2}
     ran(place, split)
-    held_out = Predictions.load(place.settings.version("m", 1))
-    assert len(held_out.images) == 20
-    trained = set(digests(digits[0][:100])) - set(held_out.images)
+    old = Predictions.load(place.settings.version("m", 1))
+    assert len(old.images) == 20
+    trained = set(digests(digits[0][:100])) - set(old.images)
     uploaded(place, digits[0][:300], digits[1][:300])
     job = ran(place, split)
     new = Predictions.load(place.settings.version("m", 2))
@@ -187,6 +188,16 @@ def test_more_data_is_compared_without_the_images_that_stable_was_trained_on(
     assert left_out > 0
     assert f"{left_out} that m:1 was trained on are left out" in condition(job, "not_worse")["message"]
     assert f"of {len(new.images) - left_out} held-out images" in condition(job, "not_worse")["message"]
+
+
+def test_networks_are_asked_for_some_of_many_images(
+    place: Place, digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "MOST", 30)
+    monkeypatch.setattr(held_out, "MOST_BEFORE", 20)
+    ran(place)
+    uploaded(place, digits[0][200:300], digits[1][200:300])
+    assert "of 50 held-out images" in condition(ran(place), "not_worse")["message"]
 
 
 def test_what_stables_base_was_trained_on_is_left_out(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:

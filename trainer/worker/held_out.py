@@ -27,6 +27,10 @@ from trainer.worker.job_data import JobData, named
 
 HELD_OUT = "assets.extra/held_out.npz"
 DIGEST_BYTES = 16
+MOST, MOST_BEFORE = (
+    1000,
+    500,
+)  # images that go through the network of `stable`, and of those held out for it, the new one
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ class Candidate:
 
         Each answers with what it predicted when the image was held out for it, which is right if it is what the data
         said then. An image that was not held out for it goes through its network, unless that was trained on it; it is
-        left out then. So is one that `stable` has from what it started from.
+        left out then. So is one that `stable` has from what it started from. To save time, networks are asked for some
+        of the images where there are many.
         """
         assert self.card.validation is not None
         place, data, mine = settings.version(stable.model, stable.version), self.data, self.held_out
@@ -139,23 +144,29 @@ class Candidate:
         ]
 
         own = _by_digest(*(upload.images for upload in (data.dataset, data.validation) if upload))
-        asked = [at for at, image in enumerate(mine.images) if image not in learned and image not in right_before]
-        if asked:
+        new = [at for at, image in enumerate(mine.images) if image not in learned and image not in right_before]
+        if asked := _spread(new, MOST):
             pixels = np.stack([own[mine.images[at]] for at in asked])
             network, invert = Network(load_params(place)), stable.manifest.polarity == "dark_on_light"
             right = _right(network, pixels, mine.truth[asked], invert=invert)
             pairs += zip(mine.right[asked].tolist(), right.tolist(), strict=True)
 
         old = {image: one for image, one in _by_digest(*uploads).items() if image in right_before}
-        asked = [at for at, image in enumerate(recorded.images)
-                 if image in old and image not in own and image not in learned]  # fmt: skip
-        if asked:
+        earlier = [at for at, image in enumerate(recorded.images)
+                   if image in old and image not in own and image not in learned]  # fmt: skip
+        if asked := _spread(earlier, MOST_BEFORE):
             pixels = np.stack([old[recorded.images[at]] for at in asked])
             right = _right(self.fitted.network, pixels, recorded.truth[asked], invert=data.invert)
             pairs += zip(right.tolist(), recorded.right[asked].tolist(), strict=True)
         ours, theirs = np.array(pairs, bool).reshape(-1, 2).T
         left_out = sum(image in learned for image in mine.images)
         return Comparison(before, ours, theirs, left_out, self.card.validation, stable.report.validation)
+
+
+def _spread(positions: list[int], most: int) -> list[int]:
+    """At most `most` of these, evenly spaced."""
+    chosen = np.linspace(0, len(positions) - 1, min(most, len(positions))).astype(int)
+    return [positions[at] for at in chosen]
 
 
 def _right(network: Network, pixels: np.ndarray, truth: np.ndarray, *, invert: bool) -> np.ndarray:
