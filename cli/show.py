@@ -41,7 +41,7 @@ console = Console(highlight=False)
 WIDE = 1000  # columns
 SHOWN = 20  # classes of a model, at most
 BEST = 5  # classes of a prediction
-NO_RECIPE = ("base", "search", "polarity", "device", "seed")  # of a spec
+NO_RECIPE = ("base", "search", "gate", "polarity", "device", "seed")  # of a spec
 TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
 
 

@@ -62,6 +62,8 @@ def test_an_override_moves_the_label_and_nothing_else_does(service: Service, fai
     assert abs(override["at"] - failed["finished_at"]) < 600
     page = service.api.get("/models/gated/versions/2/report").text
     assert "It failed its gate and got the label second by an override" in page
+    assert "Gate</h2>" in page
+    assert "the calibration error is" in page
 
 
 def test_a_model_whose_only_version_failed_answers_by_version(service: Service, digits_zip: bytes) -> None:

@@ -134,9 +134,9 @@ class Candidate:
         place, data, mine = settings.version(stable.model, stable.version), self.data, self.held_out
         recorded = Predictions.load(place)
         right_before = dict(zip(recorded.images, recorded.right.tolist(), strict=True))
-        uploads = [] if stable.manifest.dataset is None else _uploads(stable.manifest.dataset, settings)
-        learned = {one for upload in uploads[:1] for one in digests(upload)} - right_before.keys()
-        learned |= _inherited(stable, settings, registry)
+        card = stable.manifest.dataset
+        trained_on, apart = _upload(card, settings), _upload(card.validation if card else None, settings)
+        learned = set(digests(trained_on)) - right_before.keys() | _inherited(stable, settings, registry)
         pairs = [
             (right, right_before[image])
             for image, right in zip(mine.images, mine.right.tolist(), strict=True)
@@ -151,7 +151,7 @@ class Candidate:
             right = _right(network, pixels, mine.truth[asked], invert=invert)
             pairs += zip(mine.right[asked].tolist(), right.tolist(), strict=True)
 
-        old = {image: one for image, one in _by_digest(*uploads).items() if image in right_before}
+        old = {image: one for image, one in _by_digest(trained_on, apart).items() if image in right_before}
         earlier = [at for at, image in enumerate(recorded.images)
                    if image in old and image not in own and image not in learned]  # fmt: skip
         if asked := _spread(earlier, MOST_BEFORE):
@@ -176,10 +176,10 @@ def _right(network: Network, pixels: np.ndarray, truth: np.ndarray, *, invert: b
     return found
 
 
-def _uploads(card: DatasetCard, settings: Settings) -> list[np.ndarray]:
-    """Images to train on, and those to measure on if they were uploaded apart, (n, 28, 28) uint8; without lost ones."""
-    files = [settings.datasets / f"{part.id}.npz" for part in card.parts]
-    return [Dataset.load(file).images for file in files if file.is_file()]
+def _upload(card: DatasetCard | None, settings: Settings) -> np.ndarray:
+    """The images of a data set, (n, 28, 28) uint8; none if it is gone."""
+    file = settings.datasets / f"{card.id}.npz" if card else None
+    return Dataset.load(file).images if file and file.is_file() else np.empty((0, 28, 28), np.uint8)
 
 
 def _by_digest(*uploads: np.ndarray) -> dict[bytes, np.ndarray]:
@@ -196,7 +196,6 @@ def _inherited(version: Version, settings: Settings, registry: Registry) -> set[
             earlier = named(f"{stored_name(owner_of(version.model), model)}:{number}", registry)
         except UnknownModel:  # removed since
             break
-        if earlier.manifest.dataset:
-            found |= {one for upload in _uploads(earlier.manifest.dataset, settings)[:1] for one in digests(upload)}
+        found |= set(digests(_upload(earlier.manifest.dataset, settings)))
         base = earlier.manifest.base
     return found
