@@ -24,6 +24,7 @@ from temper import (
     AsyncClient,
     Client,
     Conflict,
+    GateFailed,
     InvalidDataset,
     InvalidImage,
     InvalidInstances,
@@ -279,6 +280,28 @@ def test_labels_move_forth_and_back(temper: Client, job: Job) -> None:
     assert temper.delete_label("typed", "canary").label == "canary"
     with pytest.raises(NotFound, match="canary"):
         temper.rollback("typed", label="canary")
+
+
+def test_a_version_that_failed_its_gate_needs_an_override(temper: Client, digits: Digits) -> None:
+    upload = digits[0][:60], [str(label) for label in digits[1][:60]]
+    quick: dict[str, Any] = {"method": "head", "epochs": 1}
+    temper.finetune(upload, "gated-client", quick, wait=True)
+    given = temper.set_gate("gated-client", {"calibration_error": 0.0}).gate
+    assert given is not None
+    assert temper.gate("gated-client").gate == temper.model("gated-client").gate == given
+    job = temper.finetune(upload, "gated-client", quick, wait=True)
+    assert "the calibration error is" in job.gate_failures[0]
+    with pytest.raises(GateFailed) as refused:
+        temper.promote("gated-client", 2)
+    assert isinstance(refused.value, Conflict)
+    assert refused.value.code == "gate_failed"
+    assert temper.promote("gated-client", 2, override=True).version == 2
+    assert temper.delete_gate("gated-client").gate is None
+    assert not temper.finetune(upload, "gated-client", quick, wait=True).gate_failures
+    assert temper.rollback("gated-client").version == 1
+    with pytest.raises(GateFailed):
+        temper.set_label("gated-client", "canary", 2)
+    assert temper.set_label("gated-client", "canary", 2, override=True).version == 2
 
 
 def test_reports_proofs_and_health_are_read(temper: Client, job: Job) -> None:
