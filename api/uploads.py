@@ -41,6 +41,8 @@ from store.errors import (
 from store.files import move
 from store.records import DEFAULT_TENANT, DatasetCard, DatasetReport
 from store.settings import Settings
+from trainer.jobs.datasets import check_apart, file_of
+from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION
 from trainer.jobs.library import Upload
 from trainer.jobs.records import FINISHED, Jobs
 
@@ -187,9 +189,11 @@ class Uploads:
                 cards = dict(kept)
                 for name, least in (("data", 2), ("validation", 1)):
                     if name in form.files:
-                        cards[name], _, path = await self._prepare(form, name, least, leftovers)
-                        places[path] = f"{cards[name].id}.npz"
-            dataset = with_validation(cards["data"], cards.get("validation"))
+                        cards[name], _, found = await self._prepare(form, name, least, leftovers)
+                        places |= found
+            dataset = with_validation(
+                cards["data"], cards.get("validation"), "validation_dataset" if "validation" in kept else "validation"
+            )
             check(dataset)
             if keep:
                 await asyncio.to_thread(self._move, places)
@@ -205,9 +209,9 @@ class Uploads:
         raw, sha256 = form.files[name], form.hashes[name]
         with contextlib.ExitStack() as leftovers:
             async with self._decoders:
-                dataset, report, path = await self._prepare(form, name, 2, leftovers)
+                dataset, report, places = await self._prepare(form, name, 2, leftovers)
             size_bytes = raw.stat().st_size
-            await asyncio.to_thread(self._move, {path: f"{dataset.id}.npz", raw: f"{sha256}.upload"})
+            await asyncio.to_thread(self._move, {**places, raw: f"{sha256}.upload"})
         return Upload(sha256, size_bytes, dataset, report)
 
     def _move(self, places: Mapping[Path, str]) -> None:
@@ -217,16 +221,22 @@ class Uploads:
 
     async def _prepare(
         self, form: Form, name: str, least: int, leftovers: contextlib.ExitStack
-    ) -> tuple[DatasetCard, DatasetReport, Path]:
-        """Describe a file and say where its prepared form lies; `leftovers` removes that unless it is moved."""
+    ) -> tuple[DatasetCard, DatasetReport, dict[Path, str]]:
+        """Describe a file and say where the prepared form of each part lies, and what it is called when it is kept.
+
+        `leftovers` removes what is not moved.
+        """
         raw = form.files[name]
         prepared = raw.with_suffix(".npz")
-        leftovers.callback(prepared.unlink, missing_ok=True)
+        for part in PARTS:
+            leftovers.callback(file_of(prepared, part).unlink, missing_ok=True)
         try:
             dataset, report = await prepare_upload(await self._take_decoder(), raw, prepared, self._settings, least)
         except InvalidDataset as exc:
             raise InvalidDataset(exc.message, param=name, details=exc.details) from exc
-        return dataset.model_copy(update={"filename": form.names[name]}), report, prepared
+        parts = {TRAIN: dataset, VALIDATION: dataset.validation, TEST: dataset.test}
+        places = {file_of(prepared, part): card.file for part, card in parts.items() if card}
+        return dataset.model_copy(update={"filename": form.names[name]}), report, places
 
 
 async def _pieces(request: Request) -> AsyncIterator[bytes]:
@@ -402,22 +412,22 @@ def _decoded(name: bytes) -> str:
         return name.decode("latin-1")
 
 
-def with_validation(dataset: DatasetCard, apart: DatasetCard | None) -> DatasetCard:
+def with_validation(dataset: DatasetCard, apart: DatasetCard | None, param: str = "validation") -> DatasetCard:
     """The data set with the images to validate on, if there are any.
 
+    Args:
+        param: the field that gives them.
+
     Raises:
-        InvalidDataset: these are of classes that it lacks, or the training images.
+        InvalidDataset: these are of classes that it lacks, or the training images, or either has parts of its own.
     """
     if apart is None:
         return dataset
-    unknown = sorted(set(apart.classes) - set(dataset.classes))
-    if unknown:
-        details = [{"class": name, "reason": "is not a class of `data`"} for name in unknown]
-        message = f"the validation images have classes that `data` lacks: {', '.join(map(repr, unknown[:5]))}"
-        message += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise InvalidDataset(message, param="validation", details=details)
-    if apart.id == dataset.id:
-        raise InvalidDataset("the validation images are the same as those of `data`", param="validation")
+    if len(apart.parts) > 1:
+        raise InvalidDataset("images to validate on have no parts of their own; give only these", param=param)
+    if dataset.validation is not None:
+        raise InvalidDataset("the data set has images to validate on already; leave one of them out", param=param)
+    check_apart(dataset, apart, "the validation images", param)
     return dataset.model_copy(update={"validation": apart})
 
 
@@ -433,7 +443,7 @@ async def start_decoder() -> Process:
 async def prepare_upload(
     process: Process, upload: Path, prepared: Path, settings: Settings, least: int = 2
 ) -> tuple[DatasetCard, DatasetReport]:
-    """Have a decoder read `upload` and write the data set to `prepared`.
+    """Have a decoder read `upload` and write the data set to `prepared`, other parts of it beside (`file_of`).
 
     Args:
         process: of `start_decoder`; it ends with this call.

@@ -125,6 +125,10 @@ def _tiles(report: Json) -> Iterator[Tile]:
         note = f"95% interval {_interval(found)}, {found['images']:,} images"
         title = "Out-of-fold accuracy" if found.get("out_of_fold") else "Validation accuracy"
         yield Tile(title, percent(found["accuracy"]), note)
+    if found := report.get("test"):
+        error = f"calibration error {found['expected_calibration_error']:.1%}"
+        note = f"95% interval {_interval(found)}, {found['images']:,} images; {error}"
+        yield Tile("Test accuracy", percent(found["accuracy"]), note)
     if found := report.get("generalization_gap"):
         note = f"percentage points; in cross-entropy {found['cross_entropy']:+z.2g} nats"
         yield Tile("Generalization gap", f"{100 * found['accuracy']:+z.1f} pp", note)

@@ -50,7 +50,7 @@ class DatasetView(BaseModel):
         """The public face of a data set's record."""
         return cls(
             id=kept.id, created_at=kept.created_at, expires_at=kept.expires_at, filename=kept.dataset.filename,
-            size_bytes=kept.size_bytes, sha256=kept.dataset.id, polarity=kept.dataset.polarity, report=kept.report,
+            size_bytes=kept.size_bytes, sha256=kept.dataset.content, polarity=kept.dataset.polarity, report=kept.report,
         )  # fmt: skip
 
 

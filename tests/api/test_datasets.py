@@ -57,6 +57,26 @@ def test_a_data_set_is_reported_kept_once_and_deleted(service: Service) -> None:
     assert service.api.delete(f"/datasets/{kept['id']}").status_code == 404
 
 
+def test_data_sets_that_differ_in_a_part_are_two_and_each_keeps_its_files(service: Service) -> None:
+    train = {f"train/{name}/{i}.png": png(noise()) for name in "ab" for i in range(2)}
+    kept = [
+        post(service.api, zipped(train | {f"test/a/{i}.png": png(noise()) for i in range(count)}), "d.zip").json()
+        for count in (0, 1, 2)
+    ]
+    assert len({one["id"] for one in kept}) == 3
+    assert [one["report"]["test_images"] for one in kept] == [0, 1, 2]
+    jobs = [
+        service.api.post("/finetune", data={"model": "m", "dry_run": "true", "dataset": one["id"]}).json()
+        for one in kept
+    ]
+    assert len({job["dataset"]["id"] for job in jobs}) == 1
+    assert [job["dataset"].get("test", {}).get("images") for job in jobs] == [None, 1, 2]
+    prepared = {part["prepared"] for job in jobs for part in (job["dataset"], job["dataset"].get("test")) if part}
+    assert {f"{name}.npz" for name in prepared} <= {path.name for path in (service.home / "datasets").iterdir()}
+    for one in kept:
+        service.api.delete(f"/datasets/{one['id']}")
+
+
 @pytest.mark.parametrize("case", sorted(BAD)[::3])
 def test_a_bad_data_set_is_refused_as_an_upload_is_and_leaves_nothing(service: Service, case: str) -> None:
     content, says, named = BAD[case]

@@ -410,7 +410,7 @@ def test_a_dry_run_shows_what_would_be_trained_and_what_it_would_take(
     for fact in ("60 images, 10 classes", "lenet5:1", "method, head", "16 recipes", " s, give or take ", " GB"):
         assert fact in shown, shown
     shown = called(service, *ask, "--method", "full", "--epsilon", "0.1", "--validation", str(validation)).stdout
-    for fact in ("method full", '"epsilon": 0.1', "validation  40 images"):
+    for fact in ("method full", '"epsilon": 0.1', "60 images, 40 to validate on"):
         assert fact in shown, shown
     assert "automatic" not in shown
     assert "recipes" not in shown

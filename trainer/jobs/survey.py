@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from store.records import DatasetReport
+from trainer.jobs.layouts import TEST, TRAIN, VALIDATION
 
 FAINT = 8  # grey levels, of 255, that lie between the darkest and the lightest pixel of an image that shows something
 MOST_LISTED = 20  # images, or groups of duplicates, that a report names
@@ -14,8 +15,9 @@ MOST_IN_GROUP = 10
 
 
 def survey(
-    images: np.ndarray, labels: Sequence[str], names: Sequence[str | int], sizes: Sequence[tuple[int, int]]
-) -> DatasetReport:
+    images: np.ndarray, labels: Sequence[str], names: Sequence[str | int], sizes: Sequence[tuple[int, int]],
+    parts: Sequence[str],
+) -> DatasetReport:  # fmt: skip
     """Describe an upload.
 
     Args:
@@ -23,6 +25,7 @@ def survey(
         labels: the class of each.
         names: of each, its file, or its index in an array.
         sizes: of each, width and height in pixels as it was uploaded.
+        parts: of each, the part of the data set that it belongs to.
     """
 
     def shown(index: int, **more: Any) -> dict[str, Any]:
@@ -39,12 +42,15 @@ def survey(
     spread = flat.max(axis=1).astype(int) - flat.min(axis=1)
     faint = np.flatnonzero(spread < FAINT)
     counts: dict[str, int] = defaultdict(int)
-    for label in labels:
-        counts[label] += 1
+    for label, part in zip(labels, parts, strict=True):
+        if part == TRAIN:
+            counts[label] += 1
     by_pixels = sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
     return DatasetReport(
         classes=dict(counts),
-        images=len(images),
+        images=parts.count(TRAIN),
+        validation_images=parts.count(VALIDATION),
+        test_images=parts.count(TEST),
         smallest=by_pixels[0],
         largest=by_pixels[-1],
         sizes=len(by_pixels),

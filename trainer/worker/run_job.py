@@ -360,6 +360,8 @@ class _Maker:
         before = None if start.new else start.params
         images = self.settings.attack_images
         card = report.quick(fitted, train, held_out, self.data.classes, spec, base=before, attack_images=images)
+        if (test := self.data.unseen) is not None:
+            card["test"] = report.on_test(fitted, test)
         return card | {"device": self.device.removeprefix("/")}
 
     def _exported(
