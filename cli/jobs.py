@@ -14,6 +14,7 @@ from cli.show import (
     show_checkpoints,
     show_dry_run,
     show_events,
+    show_findings,
     show_job,
     show_jobs,
 )
@@ -31,8 +32,13 @@ def _show_queued(job: Job) -> None:
 def _show_asked(found: Job | DryRun) -> None:
     if isinstance(found, DryRun):
         show_dry_run(found)
-    else:
-        _show_queued(found)
+    elif not found.finished:
+        _show_created(found)
+
+
+def _show_created(job: Job) -> None:
+    show_job(job)
+    show_findings(job.dataset)
 
 
 @command(_show_asked)
@@ -62,7 +68,7 @@ def finetune(
     )
     if not wait or isinstance(found, DryRun):
         return found
-    show_job(found)
+    _show_created(found)
     return _wait(client, found.id)
 
 

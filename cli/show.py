@@ -170,6 +170,13 @@ def _contents(data: Mapping[str, Any]) -> str:
     return f"{data['images']} images{apart}, {len(data['classes'])} classes, {polarity}"
 
 
+def show_findings(data: Mapping[str, Any]) -> None:
+    """A line for each thing that is wrong with the data set of a job."""
+    for part in (data, data.get("validation") or {}):
+        for finding in part.get("findings", ()):
+            say(f"[yellow]{escape(finding['message'])}[/]")
+
+
 def show_dry_run(found: DryRun) -> None:
     """What a fine-tune would train, and what it would take."""
     say(f"[bold]{escape(found.model)}[/] would get a version; nothing was created")
@@ -230,14 +237,18 @@ def show_dataset(dataset: Dataset) -> None:
     report = dataset.report
     say(f"[bold]{dataset.id}[/] {escape(dataset.filename)}, {dataset.polarity.replace('_', ' ')}")
     facts = _facts()
-    facts.add_row("images", f"{report['images']:,}")
+    apart = "".join(
+        f", {report[key]:,} to {verb}" for part, verb in APART.items() if report.get(key := f"{part}_images")
+    )
+    facts.add_row("images", f"{report['images']:,}{apart}")
     facts.add_row("classes", escape("  ".join(f"{name} {count}" for name, count in report["classes"].items())))
     for name, key in (
         ("duplicates", "duplicates"),
         ("of another class", "conflicts"),
         ("near-constant", "near_constant"),
+        ("of these, light on transparent", "blank_after_alpha"),
     ):
-        facts.add_row(name, f"{report[key]:,}")
+        facts.add_row(name, f"{report.get(key, 0):,}")
     show(facts)
 
 

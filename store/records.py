@@ -88,6 +88,20 @@ class InputForm(Record):
 GREY_28 = InputForm()  # the only form today
 
 
+class Finding(Record):
+    """Something that is wrong with images of a data set; each image is in one finding at most.
+
+    `kind` is `conflict` (equal to an image of another class), `leak` (to validate or test on, and trained on as well),
+    `blank_after_alpha` (shows something until its transparency becomes white), `constant` (shows next to nothing) or
+    `duplicate` (equal to another image of its class).
+    """
+
+    kind: str = ""
+    message: str = ""  # in words, with the first images
+    images: int = 0
+    listed: list[dict[str, Any]] = Field(default_factory=list)  # the first: "file" or "index", "class", perhaps "part"
+
+
 class DatasetCard(Record):
     """A prepared data set. `id` is the SHA-256 of its content: of images, labels and classes, not of file names."""
 
@@ -100,6 +114,13 @@ class DatasetCard(Record):
     polarity: str = "light_on_dark"
     validation: "DatasetCard | None" = None  # uploaded with it, to measure on
     test: "DatasetCard | None" = None  # uploaded with it, and scored apart: nothing is trained or chosen on these
+
+    findings: list[Finding] = Field(default_factory=list)  # what is wrong with images of any part
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with it, in words."""
+        return [finding.message for part in self.parts for finding in part.findings]
 
     @property
     def parts(self) -> "tuple[DatasetCard, ...]":
@@ -144,6 +165,10 @@ class DatasetReport(Record):
     )
     near_constant: int = Field(0, description="Images that show next to nothing.")
     near_constant_images: list[dict[str, Any]] = Field(default_factory=list, description="The first of these.")
+    blank_after_alpha: int = Field(
+        0, description="Of these, the images that show something until their transparency becomes white."
+    )
+    blank_after_alpha_images: list[dict[str, Any]] = Field(default_factory=list, description="The first of these.")
 
 
 class Manifest(Record):

@@ -98,7 +98,7 @@ def report_page(name: str, version: int, card: ReportCard, about: Manifest) -> s
     else:
         spec = about.trained_with
         page = Page(
-            title, _subtitle(manifest, spec), list(_tiles(report)), list(_notices(report)),
+            title, _subtitle(manifest, spec), list(_tiles(report)), [*_notices(report), *_about_data(about)],
             list(_figures(report, manifest)), list(_tables(report, manifest)),
             json.dumps(spec, indent=2, ensure_ascii=False),
         )  # fmt: skip
@@ -167,6 +167,11 @@ def _notices(report: Json) -> Iterator[Notice]:
     if "curve" not in robustness:
         text = "Accuracy under PGD and Square, signs of gradient masking, and forgetting of the base's task."
         yield Notice("note", "Not measured yet", [text])
+
+
+def _about_data(about: Manifest) -> Iterator[Notice]:
+    if about.dataset and (warnings := about.dataset.warnings):
+        yield Notice("poor", "About the data", warnings)
 
 
 def _figures(report: Json, manifest: Json) -> Iterator[Figure]:

@@ -159,8 +159,9 @@ class JobView(BaseModel):
         "weights."
     )
     dataset: dict[str, Any] = Field(
-        description="What it learns from: number of images, of each class, polarity, hash; `kept` is the id of a data "
-        "set that was given by it."
+        description="What it learns from: number of images, of each class, polarity, hash. `validation` and `test` are "
+        "parts that are apart, `findings` say what is wrong with images (`kind`, `message`, number of `images`, the "
+        "first ones `listed`), `kept` is the id of a data set that was given by it."
     )
     error: Annotated[JobError | dict[str, Any] | None, Field(union_mode="left_to_right")] = Field(
         description="Why it failed."
@@ -229,7 +230,9 @@ class DryRun(BaseModel):
         description="The spec with every default filled in, also the `folds` of a search, and `auto` where it searches."
     )
     resolved_spec: dict[str, Any] | None = Field(description="The same with its base, if nothing is searched.")
-    warnings: list[str] = Field(description="What would be done in another way than asked for.")
+    warnings: list[str] = Field(
+        description="What is wrong with the images, and what would be done in another way than asked for."
+    )
     estimate: Estimated = Field(description="What it would take.")
 
 
@@ -424,7 +427,7 @@ def _dry_run(gateway: Gateway, model: str, base: str, asked: Asked, dataset: Dat
             return None
         return cost.peak_memory_bytes if cost else None
 
-    spec, warnings = asked.described(), list[str]()
+    spec, warnings = asked.described(), dataset.warnings
     fewest = min(dataset.classes.values())
     if asked.auto and fewest < FEWEST_OF_A_CLASS:
         warnings.append(

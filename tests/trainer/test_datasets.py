@@ -245,7 +245,8 @@ def test_the_decoding_process_is_bounded_in_memory(tmp_path: Path) -> None:
 def test_a_good_upload_passes_through_the_process(tmp_path: Path) -> None:
     (tmp_path / "upload").write_bytes(zipped(GOOD))
     verdict = decoded(tmp_path, Settings(home=tmp_path))
-    assert verdict == Dataset.load(tmp_path / "prepared").described()
+    dataset = Dataset.load(tmp_path / "prepared").described()
+    assert (verdict.id, verdict.file, verdict.polarity) == (dataset.id, dataset.file, dataset.polarity)
     assert verdict.classes == {"a": 2, "b": 2}
 
 
@@ -487,3 +488,73 @@ def test_names_are_kept_and_are_no_part_of_the_id(tmp_path: Path) -> None:
     old = Dataset.load(tmp_path / "old.npz")
     assert old.names == (0, 1, 2, 3)
     assert old.described().file == f"{cards[0].id}.npz"
+
+
+def drawn(mode: str, ground: tuple[int, ...], ink: tuple[int, ...]) -> bytes:
+    """A square of one colour on a ground of another."""
+    image = Image.new(mode, (28, 28), ground)
+    image.paste(ink, (10, 10, 18, 18))
+    return encoded(image, "PNG")
+
+
+def test_each_image_that_something_is_wrong_with_is_named_once_for_its_worst_fault(tmp_path: Path) -> None:
+    flat, strokes = png(np.full((28, 28), 9, np.uint8)), drawn("RGBA", (0, 0, 0, 0), (255, 255, 255, 255))
+    found = read_zip(tmp_path, {
+        "train/a/1.png": shade(1), "train/a/2.png": shade(1), "train/b/3.png": shade(1),
+        "train/a/4.png": shade(4), "train/b/5.png": shade(5), "train/b/6.png": shade(5),
+        "train/a/7.png": flat, "train/b/8.png": flat, "train/a/9.png": strokes,
+        "test/a/1.png": shade(4), "test/b/2.png": shade(60), "test/b/3.png": shade(60),
+    })  # fmt: skip
+    assert {finding.kind: [image["file"] for image in finding.listed] for finding in found.findings} == {
+        "conflict": ["train/a/1.png", "train/b/3.png", "train/a/2.png"],  # one of each class first
+        "leak": ["test/a/1.png"],
+        "blank_after_alpha": ["train/a/9.png"],
+        "constant": ["train/a/7.png", "train/b/8.png"],
+        "duplicate": ["train/b/6.png", "test/b/3.png"],  # without the one to keep
+    }
+    assert [finding.images for finding in found.findings] == [3, 1, 1, 2, 2]
+    assert found.findings[1].listed == [{"file": "test/a/1.png", "class": "a", "part": "test"}]
+    assert found.findings[0].message.startswith(
+        "3 images equal to one of another class: train/a/1.png (a), train/b/3.png (b), train/a/2.png (a)."
+    )
+    assert found.described().warnings == [finding.message for finding in found.findings]
+    assert (found.report.near_constant, found.report.blank_after_alpha) == (3, 1)
+    assert found.report.blank_after_alpha_images == [{"file": "train/a/9.png", "class": "a"}]
+
+
+def test_a_finding_lists_twenty_images_and_names_three(tmp_path: Path) -> None:
+    found = read_zip(tmp_path, {f"{name}/{i:02}.png": shade(i) for name in "ab" for i in range(30)})
+    (finding,) = found.findings
+    assert (finding.kind, finding.images, len(finding.listed)) == ("conflict", 60, 20)
+    assert "a/00.png (a), b/00.png (b), a/01.png (a) and 57 more." in finding.message
+
+
+@pytest.mark.parametrize(
+    ("image", "kinds"),
+    [
+        (drawn("RGBA", (0, 0, 0, 0), (255, 255, 255, 255)), ["blank_after_alpha"]),
+        (drawn("LA", (255, 0), (255, 255)), ["blank_after_alpha"]),
+        (drawn("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), []),  # dark strokes show
+        (drawn("RGBA", (0, 0, 0, 255), (255, 255, 255, 255)), []),  # light ones too, on an opaque ground
+        (drawn("RGBA", (0, 0, 0, 0), (9, 9, 9, 0)), ["constant"]),  # nothing shows on any ground
+        (drawn("L", (255,), (255,)), ["constant"]),
+        (drawn("L", (255,), (250,)), ["constant"]),
+    ],
+    ids=range(7),
+)
+def test_an_image_that_transparency_makes_blank_is_told_from_one_that_was_blank(
+    tmp_path: Path, image: bytes, kinds: list[str]
+) -> None:
+    found = read_zip(tmp_path, {f"{name}/{i}.png": shade(2 * ord(name) + i) for name in "ab" for i in range(2)} | {
+        "a/odd.png": image
+    })  # fmt: skip
+    assert [finding.kind for finding in found.findings] == kinds
+    assert all(finding.listed == [{"file": "a/odd.png", "class": "a"}] for finding in found.findings)
+
+
+def test_findings_of_arrays_name_indices(tmp_path: Path) -> None:
+    images = np.stack([DOT, DOT // 2, DOT, DOT // 3])
+    (tmp_path / "upload").write_bytes(npz(images=images, labels=[0, 0, 1, 1]))
+    (finding,) = prepared(tmp_path / "upload").findings
+    assert finding.listed == [{"index": 0, "class": "0"}, {"index": 2, "class": "1"}]
+    assert "2 images equal to one of another class: 0 (0), 2 (1)." in finding.message

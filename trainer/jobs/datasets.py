@@ -27,11 +27,11 @@ from PIL import Image
 from store.disk import is_full
 from store.errors import InvalidDataset, InvalidImage
 from store.processes import end_with_parent
-from store.records import DatasetCard, DatasetReport
+from store.records import DatasetCard, DatasetReport, Finding
 from store.settings import Settings
 from trainer.jobs.images import FORMATS, SIDE, decode, is_dark_on_light, prepare
 from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, invalid, layout_of
-from trainer.jobs.survey import survey
+from trainer.jobs.survey import Seen, is_faint, survey
 
 IGNORED = re.compile(r"(^|/)(\.[^./][^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
 MAX_CLASSES = 1000
@@ -104,11 +104,12 @@ class Prepared:
 
     parts: Mapping[str, Dataset]  # `train`, and `validation` and `test` where the upload has them apart
     report: DatasetReport
+    findings: list[Finding]
 
     def described(self) -> DatasetCard:
         """All of it as the API describes it."""
         cards = {part: dataset.described() for part, dataset in self.parts.items()}
-        return cards.pop(TRAIN).model_copy(update=cards)
+        return cards.pop(TRAIN).model_copy(update={**cards, "findings": self.findings})
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class _Upload:
     labels: list[str]
     names: Names
     sizes: list[tuple[int, int]]  # width and height in pixels, before it was prepared
+    blank: list[bool]  # whether it showed something until its transparency became white
 
 
 def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Prepared:
@@ -154,7 +156,7 @@ def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Pre
     for part, dataset in parts.items():
         if part != TRAIN:
             check_apart(whole, dataset.described(), f"the {part} images", "data")
-    return Prepared(parts, _surveyed(uploads, parts))
+    return Prepared(parts, *_surveyed(uploads, parts))
 
 
 def check_apart(dataset: DatasetCard, apart: DatasetCard, what: str, param: str) -> None:
@@ -173,15 +175,16 @@ def check_apart(dataset: DatasetCard, apart: DatasetCard, what: str, param: str)
         raise InvalidDataset(f"{what} are the same as those to train on", param=param)
 
 
-def _surveyed(uploads: Mapping[str, _Upload], parts: Mapping[str, Dataset]) -> DatasetReport:
+def _surveyed(uploads: Mapping[str, _Upload], parts: Mapping[str, Dataset]) -> tuple[DatasetReport, list[Finding]]:
     """What is worth knowing of all parts together."""
-    return survey(
-        np.concatenate([dataset.images for dataset in parts.values()]),
-        [dataset.classes[position] for dataset in parts.values() for position in dataset.labels],
-        [name for dataset in parts.values() for name in dataset.names],
-        [size for upload in uploads.values() for size in upload.sizes],
-        [part for part, dataset in parts.items() for _ in dataset.names],
-    )
+    seen = [
+        Seen(name, dataset.classes[label], part, size, blank)
+        for part, dataset in parts.items()
+        for name, label, size, blank in zip(
+            dataset.names, dataset.labels, uploads[part].sizes, uploads[part].blank, strict=True
+        )
+    ]
+    return survey(np.concatenate([dataset.images for dataset in parts.values()]), seen)
 
 
 def _indexed(upload: _Upload, least: int) -> Dataset:
@@ -233,7 +236,7 @@ def _read_zip(
         raise invalid("the zip has no images")
     if len(entries) > max_images:
         raise invalid(f"{len(entries)} files, more than the {max_images} allowed")
-    found: dict[str, list[tuple[np.ndarray, str, str, tuple[int, int]]]] = {TRAIN: []}
+    found: dict[str, list[tuple[np.ndarray, str, str, tuple[int, int], bool]]] = {TRAIN: []}
     wrong = []
     for entry in entries:
         try:
@@ -241,7 +244,8 @@ def _read_zip(
             pixels = decode(body, max_pixels)
             with Image.open(io.BytesIO(body), formats=FORMATS) as image:
                 size = image.size
-            found.setdefault(where.part, []).append((pixels, where.label, entry.filename, size))
+            blank = bool(is_faint(pixels)) and not is_faint(decode(body, max_pixels, ground=0))
+            found.setdefault(where.part, []).append((pixels, where.label, entry.filename, size, blank))
         except InvalidImage as exc:
             wrong.append({"file": entry.filename, "reason": exc.message})
         except MemoryError:
@@ -250,8 +254,8 @@ def _read_zip(
         raise invalid(f"{len(wrong)} of {len(entries)} files cannot be used", wrong)
     uploads = {}
     for part, images in sorted(found.items(), key=lambda item: PARTS.index(item[0])):
-        pixels, labels, names, sizes = zip(*images, strict=True)
-        uploads[part] = _Upload(np.stack(pixels), list(labels), names, list(sizes))
+        pixels, labels, names, sizes, blank = zip(*images, strict=True)
+        uploads[part] = _Upload(np.stack(pixels), list(labels), names, list(sizes), list(blank))
     return uploads
 
 
@@ -297,8 +301,9 @@ def _read_npz(
         height, width = (SIDE, SIDE) if images.ndim == 2 else images.shape[1:3]
         indices: Names = tuple(i if part == TRAIN else f"{name}[{i}]" for i in range(len(images)))
         uploads[part] = _Upload(
-            _prepared(images, indices), _labels(labels, indices), indices, [(width, height)] * len(images)
-        )
+            _prepared(images, indices), _labels(labels, indices), indices,
+            [(width, height)] * len(images), [False] * len(images),
+        )  # fmt: skip
     return uploads
 
 
