@@ -116,6 +116,7 @@ class DatasetCard(Record):
     test: "DatasetCard | None" = None  # uploaded with it, and scored apart: nothing is trained or chosen on these
 
     findings: list[Finding] = Field(default_factory=list)  # what is wrong with images of any part
+    excluded: int = 0  # images of the upload that were left out, as the client wished
 
     @property
     def warnings(self) -> list[str]:

@@ -26,6 +26,8 @@ from store.validation import TEXT, in_words
 from trainer.asked import Asked, check_dataset, default_folds, parse_asked, refused
 from trainer.jobs.answers import Answer
 from trainer.jobs.estimates import Standing
+from trainer.jobs.layouts import MAX_PATH
+from trainer.jobs.library import KeptDataset
 from trainer.jobs.records import AGING_S, MAX_PRIORITY, Job, Status
 from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Spec, pinned
 
@@ -57,6 +59,20 @@ def _parsed(value: Any) -> Any:
         raise ValueError(f"is not valid JSON: {exc}") from exc
 
 
+def _excluded(value: Any) -> list[str | int]:
+    names = _parsed(value)
+    if not isinstance(names, list) or not all(_is_name(name) for name in names):
+        raise ValueError("must be a JSON array of file names, or of indices")
+    return names
+
+
+def _is_name(name: Any) -> bool:
+    """Tell whether this can name an image: text that an answer can repeat, or a whole number."""
+    if isinstance(name, str):
+        return len(name) <= MAX_PATH and not re.search("[\ud800-\udfff]", name)
+    return isinstance(name, int) and not isinstance(name, bool) and name >= 0
+
+
 class FinetuneFields(BaseModel):
     """The text fields of the form."""
 
@@ -67,6 +83,14 @@ class FinetuneFields(BaseModel):
     validation_dataset: str | None = Field(
         None, max_length=100, pattern=TEXT,
         description="Id of a kept data set to validate on, instead of the file `validation`.",
+    )  # fmt: skip
+    exclude: Annotated[
+        list[str | int] | None, BeforeValidator(_excluded), WithJsonSchema({"type": "string"}),
+    ] = Field(
+        None,
+        description="Images of `data` or `dataset` to leave out, as a JSON array of the names that `findings` and "
+        "reports give them: files in the zip, or indices in the array of images.",
+        examples=['["7/a.png", "7/b.png"]'],
     )  # fmt: skip
     label: str = Field(
         STABLE, pattern=LABEL, description="Label to move to the new version, such as `stable` or `canary`."
@@ -270,7 +294,9 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
         async def prepare(*, keep: bool = True) -> tuple[str, DatasetCard]:
             base = await asyncio.to_thread(resolve_base, gateway, tenant, asked.fixed)
             kept = await asyncio.to_thread(_kept, gateway, tenant, ids)
-            return base, await gateway.uploads.store(form, functools.partial(check, asked), kept, keep=keep)
+            return base, await gateway.uploads.store(
+                form, functools.partial(check, asked), kept, exclude=fields.exclude or (), keep=keep
+            )
 
         async def create(note: Note) -> Answer:
             await asyncio.to_thread(check_quota, gateway, tenant)  # before all the work
@@ -293,9 +319,9 @@ def accepted(job: Job) -> Answer:
     return Answer(202, JobView.of(job).model_dump_json(), f"/finetune/{job.id}")
 
 
-def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, DatasetCard]:
+def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, KeptDataset]:
     """The data sets that stand for the files of the form."""
-    return {INSTEAD[field]: gateway.library.get(tenant, name, field).card() for field, name in ids.items()}
+    return {INSTEAD[field]: gateway.library.get(tenant, name, field) for field, name in ids.items()}
 
 
 def check(asked: Asked, dataset: DatasetCard) -> None:

@@ -29,13 +29,13 @@ DOT[10:18, 10:18] = 255
 GOOD = {f"{name}/{i}.png": png(DOT) for name in "ab" for i in range(2)}
 
 
-def reading(tmp_path: Path, content: bytes, **limits: int) -> Dataset:
+def reading(tmp_path: Path, content: bytes, **limits: Any) -> Dataset:
     path = tmp_path / "upload"
     path.write_bytes(content)
     return prepared(path, **limits).parts["train"]
 
 
-def prepared(path: Path, **limits: int) -> Prepared:
+def prepared(path: Path, **limits: Any) -> Prepared:
     return read(path, **{"max_pixels": 1 << 24, "max_images": 1000, **limits})
 
 
@@ -310,12 +310,12 @@ def split(*tops: str, classes: Iterable[str] = "ab") -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def read_zip(tmp_path: Path, files: dict[str, bytes], **limits: int) -> Prepared:
+def read_zip(tmp_path: Path, files: dict[str, bytes], **limits: Any) -> Prepared:
     (tmp_path / "upload").write_bytes(zipped(files))
     return prepared(tmp_path / "upload", **limits)
 
 
-def refused(tmp_path: Path, files: dict[str, bytes], says: str, **limits: int) -> list[dict[str, Any]]:
+def refused(tmp_path: Path, files: dict[str, bytes], says: str, **limits: Any) -> list[dict[str, Any]]:
     """The details of the refusal of a zip."""
     with pytest.raises(InvalidDataset, match=re.escape(says)) as caught:
         read_zip(tmp_path, files, **limits)
@@ -558,3 +558,53 @@ def test_findings_of_arrays_name_indices(tmp_path: Path) -> None:
     (finding,) = prepared(tmp_path / "upload").findings
     assert finding.listed == [{"index": 0, "class": "0"}, {"index": 2, "class": "1"}]
     assert "2 images equal to one of another class: 0 (0), 2 (1)." in finding.message
+
+
+def test_excluded_images_are_left_out_unread_of_every_part(tmp_path: Path) -> None:
+    files = split("train", "test") | {"train/a/broken.png": b"?", "test/a/caf\u00e9.png": shade(9)}
+    names = ["train/a/broken.png", "./train/b/0.png", "test/a/cafe\u0301.png"]
+    assert "broken.png" in str(refused(tmp_path, files, "1 of 10 files"))
+    enough = {f"train/b/{i}.png": shade(200 + i) for i in (7, 8)}
+    found = read_zip(tmp_path, files | enough, exclude=names)
+    assert not {"train/a/broken.png", "train/b/0.png"} & set(found.parts["train"].names)
+    assert len(found.parts["train"].names) == 5
+    assert found.parts["test"].names == tuple(split("test"))
+    assert (found.described().excluded, found.report.images) == (3, 5)
+    assert "excluded" not in read_zip(tmp_path, split("train")).described().dump()
+    whole = read_zip(tmp_path, split("train", "test"), exclude=list(split("test")))
+    assert list(whole.parts) == ["train"]
+
+
+def test_what_exclusion_leaves_must_be_a_data_set_and_every_name_must_be_there(tmp_path: Path) -> None:
+    assert refused(tmp_path, GOOD, "has only one image", exclude=["a/0.png"])[0]["class"] == "a"
+    refused(tmp_path, GOOD, "found only 'b'", exclude=["a/0.png", "a/1.png"])
+    refused(tmp_path, split("train", "test"), "no image to train on is left", exclude=list(split("train")))
+    refused(tmp_path, GOOD, "the zip has no images", exclude=list(GOOD))
+    with pytest.raises(InvalidDataset, match=r"a/9\.png: is not in the data set") as caught:
+        read_zip(tmp_path, GOOD, exclude=["a/9.png", "a/0.png", 3])
+    assert caught.value.param == "exclude"
+    assert [detail.get("file", detail.get("index")) for detail in caught.value.details] == ["a/9.png", 3]
+
+
+def test_excluded_images_of_arrays_leave_the_indices_of_the_others_as_they_were(tmp_path: Path) -> None:
+    images = np.stack([DOT // k for k in range(1, 9)]).astype(np.int64)
+    images[3] = 999
+    arrays = {"x_train": images[:6], "y_train": [0, 0, 0, 1, 1, 1], "x_test": images[6:], "y_test": [0, 1]}
+    (tmp_path / "upload").write_bytes(npz(**arrays))
+    found = prepared(tmp_path / "upload", exclude=[3, "0", "x_test[1]"])
+    assert found.parts["train"].names == (1, 2, 4, 5)
+    assert found.parts["train"].labels.tolist() == [0, 0, 1, 1]
+    assert (found.parts["train"].images == images[[1, 2, 4, 5]]).all()
+    assert found.parts["test"].names == ("x_test[0]",)
+    found.parts["train"].save(tmp_path / "kept.npz")
+    assert Dataset.load(tmp_path / "kept.npz").names == (1, 2, 4, 5)
+    with pytest.raises(InvalidDataset, match="has values") as caught:
+        prepared(tmp_path / "upload", exclude=[0])
+    assert caught.value.details[0]["index"] == 3
+    assert list(prepared(tmp_path / "upload", exclude=[3, "x_test[0]", "x_test[1]"]).parts) == ["train"]
+
+
+def test_a_csv_may_name_what_is_excluded(tmp_path: Path) -> None:
+    files = FLAT | {"9.png": b"?", "l.csv": "\n".join([*ROWS, "9.png,a"]).encode()}
+    refused(tmp_path, files, "1 of 5 files")
+    assert read_zip(tmp_path, files, exclude=["9.png"]).parts["train"].names == tuple(FLAT)

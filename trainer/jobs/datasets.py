@@ -16,7 +16,7 @@ import sys
 import unicodedata
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from store.disk import is_full
-from store.errors import InvalidDataset, InvalidImage
+from store.errors import InvalidDataset, InvalidImage, listed
 from store.processes import end_with_parent
 from store.records import DatasetCard, DatasetReport, Finding
 from store.settings import Settings
@@ -105,11 +105,13 @@ class Prepared:
     parts: Mapping[str, Dataset]  # `train`, and `validation` and `test` where the upload has them apart
     report: DatasetReport
     findings: list[Finding]
+    excluded: int = 0
 
     def described(self) -> DatasetCard:
         """All of it as the API describes it."""
         cards = {part: dataset.described() for part, dataset in self.parts.items()}
-        return cards.pop(TRAIN).model_copy(update={**cards, "findings": self.findings})
+        more = {"excluded": self.excluded} if self.excluded else {}
+        return cards.pop(TRAIN).model_copy(update={**cards, "findings": self.findings, **more})
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,48 @@ class _Upload:
     blank: list[bool]  # whether it showed something until its transparency became white
 
 
-def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Prepared:
+class _Exclusion:
+    """Images to leave out, by file, or by index in an array."""
+
+    def __init__(self, names: Sequence[str | int]) -> None:
+        self._wanted = {_plain(name): name for name in names}
+        self._found = set[str]()
+        self.images = 0
+
+    def has(self, name: str | int) -> bool:
+        """Tell whether to leave out an image of the upload."""
+        if found := _plain(name) in self._wanted:
+            self._found.add(_plain(name))
+            self.images += 1
+        return found
+
+    def check(self) -> None:
+        """Refuse names that the upload does not have."""
+        unknown = [name for plain, name in self._wanted.items() if plain not in self._found]
+        if unknown:
+            details = [{**_shown(name), "reason": "is not in the data set"} for name in unknown]
+            raise InvalidDataset(listed("there is nothing to exclude", details), param="exclude", details=details)
+
+
+def _plain(name: str | int) -> str:
+    return unicodedata.normalize("NFC", str(name)).removeprefix("./")
+
+
+def read(
+    path: Path, *, max_pixels: int, max_images: int, least: int = 2, exclude: Sequence[str | int] = ()
+) -> Prepared:
     """Read the data set in a zip or an `.npz`, and say what is worth knowing of it.
 
     Args:
         max_pixels: most pixels of one image.
         max_images: most images of the data set.
         least: fewest classes, and fewest images of each: two to train on, one to validate on.
+        exclude: images of any part to leave out unread: files of the zip, or names of `Dataset.names` for arrays.
 
     Raises:
         InvalidDataset: with every offending file or index in its details.
     """
+    excluded = _Exclusion(exclude)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -141,9 +174,9 @@ def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Pre
             if unpacked > MAX_UNPACKED_BYTES:
                 raise invalid(f"the file unpacks to {unpacked} bytes; at most {MAX_UNPACKED_BYTES} are allowed")
             if entries and all(entry.filename.endswith(".npy") for entry in entries):
-                uploads = _read_npz(archive, entries, max_pixels, max_images)
+                uploads = _read_npz(archive, entries, max_pixels, max_images, excluded)
             else:
-                uploads = _read_zip(archive, entries, max_pixels, max_images)
+                uploads = _read_zip(archive, entries, max_pixels, max_images, excluded)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as exc:
         if isinstance(exc, OSError) and exc.errno not in (None, errno.EINVAL):  # of a seek to where a zip points
             raise  # the disk's fault, not the upload's
@@ -156,7 +189,7 @@ def read(path: Path, *, max_pixels: int, max_images: int, least: int = 2) -> Pre
     for part, dataset in parts.items():
         if part != TRAIN:
             check_apart(whole, dataset.described(), f"the {part} images", "data")
-    return Prepared(parts, *_surveyed(uploads, parts))
+    return Prepared(parts, *_surveyed(uploads, parts), excluded.images)
 
 
 def check_apart(dataset: DatasetCard, apart: DatasetCard, what: str, param: str) -> None:
@@ -227,11 +260,13 @@ def _normalized(labels: list[str]) -> list[str]:
 
 
 def _read_zip(
-    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int
+    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int, excluded: _Exclusion
 ) -> dict[str, _Upload]:
     """Images and labels as the CSV or the folders of a zip say."""
     entries = [entry for entry in entries if not IGNORED.search(entry.filename)]
     entries, place = layout_of(entries, lambda entry: _unpacked(archive, entry), max_images)
+    entries = [entry for entry in entries if not excluded.has(entry.filename)]
+    excluded.check()
     if not entries:
         raise invalid("the zip has no images")
     if len(entries) > max_images:
@@ -252,6 +287,8 @@ def _read_zip(
             wrong.append({"file": entry.filename, "reason": "decoding it takes too much memory"})
     if wrong:
         raise invalid(f"{len(wrong)} of {len(entries)} files cannot be used", wrong)
+    if not found[TRAIN]:
+        raise invalid("at least two classes are needed, and no image to train on is left")
     uploads = {}
     for part, images in sorted(found.items(), key=lambda item: PARTS.index(item[0])):
         pixels, labels, names, sizes, blank = zip(*images, strict=True)
@@ -271,7 +308,7 @@ def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _read_npz(
-    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int
+    archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int, excluded: _Exclusion
 ) -> dict[str, _Upload]:
     """Images and labels of `images` (or `x`) and `labels` (or `y`), or of `x_train`, `y_train`, `x_test`, …."""
     arrays = {entry.filename.removesuffix(".npy"): entry for entry in entries}
@@ -300,10 +337,16 @@ def _read_npz(
             raise invalid(f"labels must be (n,) integers or strings, not {labels.shape} {labels.dtype}")
         height, width = (SIDE, SIDE) if images.ndim == 2 else images.shape[1:3]
         indices: Names = tuple(i if part == TRAIN else f"{name}[{i}]" for i in range(len(images)))
+        kept = [i for i, index in enumerate(indices) if not excluded.has(index)]
+        if len(kept) < len(indices):
+            images, labels, indices = images[kept], labels[kept], tuple(indices[i] for i in kept)
+        if part != TRAIN and not kept:
+            continue
         uploads[part] = _Upload(
             _prepared(images, indices), _labels(labels, indices), indices,
             [(width, height)] * len(images), [False] * len(images),
         )  # fmt: skip
+    excluded.check()
     return uploads
 
 
@@ -390,7 +433,7 @@ def file_of(prepared: Path, part: str) -> Path:
     return prepared if part == TRAIN else prepared.with_name(f"{prepared.name}.{part}")
 
 
-def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[str, Any]:
+def _main(upload: Path, prepared: Path, least: int, exclude: Sequence[str | int], settings: Settings) -> dict[str, Any]:
     """The verdict: `dataset` and `report`, `error` with what is wrong with the upload, or `full` if the disk is.
 
     Whatever else goes wrong ends the process with a traceback, and SIGXCPU ends it when its time is up.
@@ -401,7 +444,9 @@ def _main(upload: Path, prepared: Path, least: int, settings: Settings) -> dict[
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGKILL, at the second, would not say why
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        found = read(upload, max_pixels=settings.max_pixels, max_images=settings.max_images, least=least)
+        found = read(
+            upload, max_pixels=settings.max_pixels, max_images=settings.max_images, least=least, exclude=exclude
+        )
         for part, dataset in found.parts.items():
             dataset.save(file_of(prepared, part))
         return {"dataset": found.described().dump(), "report": found.report.dump()}
@@ -420,4 +465,5 @@ if __name__ == "__main__":
     end_with_parent(signal.SIGKILL)
     task = json.load(sys.stdin)
     given = Settings.model_validate_json(task["settings"])
-    json.dump(_main(Path(task["upload"]), Path(task["prepared"]), task["least"], given), sys.stdout)
+    verdict = _main(Path(task["upload"]), Path(task["prepared"]), task["least"], task["exclude"], given)
+    json.dump(verdict, sys.stdout)
