@@ -42,8 +42,7 @@ from store.errors import (
 from store.files import move
 from store.records import DEFAULT_TENANT, DatasetCard, DatasetReport
 from store.settings import Settings
-from trainer.jobs.datasets import check_apart, file_of
-from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION
+from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of
 from trainer.jobs.library import KeptDataset, Upload
 from trainer.jobs.records import FINISHED, Jobs
 

@@ -37,7 +37,9 @@ router = APIRouter(tags=["fine-tune"])
 QUOTA_RETRY_S = 10.0  # when a client may ask again whether a fine-tune has finished
 
 FILES = {
-    "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
+    "data": "Labelled images: a zip of class folders, perhaps inside `train/`, `val/` and `test/`, or of images and a "
+    "CSV of `file`, `label` and perhaps `split`; or an .npz of `images` and `labels`, or of `x_train`, `y_train`, "
+    "`x_test` and so on. Images of `val/` take the place of `validation`, those of `test/` are scored apart.",
     "validation": "Images to validate on, in the same format; without them images of `data` are held out in turn, or "
     "some of them, as the spec says.",
 }

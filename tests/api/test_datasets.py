@@ -117,6 +117,7 @@ def test_without_the_bytes_of_a_kept_data_set_nothing_is_excluded_and_the_rest_w
     kept = post(api, content).json()["id"]
     (settings.datasets / f"{hashlib.sha256(content).hexdigest()}.upload").unlink()
     fields = {"model": "m", "dataset": kept, "dry_run": "true"}
+    assert api.post("/finetune", data=fields).status_code == 200
     answer = api.post("/finetune", data={**fields, "exclude": "[0]"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "dataset")
 

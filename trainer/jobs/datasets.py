@@ -30,7 +30,7 @@ from store.processes import end_with_parent
 from store.records import DatasetCard, DatasetReport, Finding
 from store.settings import Settings
 from trainer.jobs.images import FORMATS, SIDE, decode, is_dark_on_light, prepare
-from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, invalid, layout_of
+from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of, invalid, layout_of
 from trainer.jobs.survey import Seen, is_faint, survey
 
 IGNORED = re.compile(r"(^|/)(\.[^./][^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
@@ -192,22 +192,6 @@ def read(
     return Prepared(parts, *_surveyed(uploads, parts), excluded.images)
 
 
-def check_apart(dataset: DatasetCard, apart: DatasetCard, what: str, param: str) -> None:
-    """Refuse images to measure on that do not belong to a data set.
-
-    Raises:
-        InvalidDataset: they are of classes that it lacks, or the training images.
-    """
-    unknown = sorted(set(apart.classes) - set(dataset.classes))
-    if unknown:
-        details = [{"class": name, "reason": "is not a class of the training images"} for name in unknown]
-        message = f"{what} have classes that the training images lack: {', '.join(map(repr, unknown[:5]))}"
-        message += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise InvalidDataset(message, param=param, details=details)
-    if apart.id == dataset.id:
-        raise InvalidDataset(f"{what} are the same as those to train on", param=param)
-
-
 def _surveyed(uploads: Mapping[str, _Upload], parts: Mapping[str, Dataset]) -> tuple[DatasetReport, list[Finding]]:
     """What is worth knowing of all parts together."""
     seen = [
@@ -217,7 +201,8 @@ def _surveyed(uploads: Mapping[str, _Upload], parts: Mapping[str, Dataset]) -> t
             dataset.names, dataset.labels, uploads[part].sizes, uploads[part].blank, strict=True
         )
     ]
-    return survey(np.concatenate([dataset.images for dataset in parts.values()]), seen)
+    images = [dataset.images for dataset in parts.values()]
+    return survey(np.concatenate(images) if len(images) > 1 else images[0], seen)
 
 
 def _indexed(upload: _Upload, least: int) -> Dataset:
@@ -426,11 +411,6 @@ def _prepared(images: np.ndarray, indices: Names) -> np.ndarray:
     if wrong:
         raise invalid(f"{len(wrong)} of {len(images)} images cannot be used", wrong)
     return prepared
-
-
-def file_of(prepared: Path, part: str) -> Path:
-    """Where a part lies of the upload whose training images are in `prepared`."""
-    return prepared if part == TRAIN else prepared.with_name(f"{prepared.name}.{part}")
 
 
 def _main(upload: Path, prepared: Path, least: int, exclude: Sequence[str | int], settings: Settings) -> dict[str, Any]:

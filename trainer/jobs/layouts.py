@@ -13,9 +13,11 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from store.errors import InvalidDataset, InvalidImage, listed
+from store.records import DatasetCard
 
 PARTS = TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPELLINGS = {
@@ -47,6 +49,27 @@ Layout = Callable[[zipfile.ZipInfo], Place]  # raises InvalidImage
 def invalid(message: str, details: Sequence[dict[str, Any]] = ()) -> InvalidDataset:
     """The error about an upload."""
     return InvalidDataset(listed(message, details), param="data", details=list(details))
+
+
+def file_of(prepared: Path, part: str) -> Path:
+    """Where a part lies of the upload whose training images are in `prepared`."""
+    return prepared if part == TRAIN else prepared.with_name(f"{prepared.name}.{part}")
+
+
+def check_apart(dataset: DatasetCard, apart: DatasetCard, what: str, param: str) -> None:
+    """Refuse images to measure on that do not belong to a data set.
+
+    Raises:
+        InvalidDataset: they are of classes that it lacks, or the training images.
+    """
+    unknown = sorted(set(apart.classes) - set(dataset.classes))
+    if unknown:
+        details = [{"class": name, "reason": "is not a class of the training images"} for name in unknown]
+        message = f"{what} have classes that the training images lack: {', '.join(map(repr, unknown[:5]))}"
+        message += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise InvalidDataset(message, param=param, details=details)
+    if apart.id == dataset.id:
+        raise InvalidDataset(f"{what} are the same as those to train on", param=param)
 
 
 def layout_of(
