@@ -14,7 +14,7 @@ import sys
 import time
 from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,7 @@ from store.errors import (
     InvalidDataset,
     InvalidRequest,
     MalformedRequest,
+    NotFound,
     Overloaded,
     StorageFull,
     TemperError,
@@ -41,7 +42,8 @@ from store.errors import (
 from store.files import move
 from store.records import DEFAULT_TENANT, DatasetCard, DatasetReport
 from store.settings import Settings
-from trainer.jobs.library import Upload
+from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of
+from trainer.jobs.library import KeptDataset, Upload
 from trainer.jobs.records import FINISHED, Jobs
 
 log = logging.getLogger("temper.gateway")
@@ -68,6 +70,15 @@ class Form:
         """Return the SHA-256 of what the form says, whatever its boundary and the order of its fields."""
         said = json.dumps([self.texts, self.names, self.hashes], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file to prepare."""
+
+    path: Path
+    filename: str  # as the client gave it
+    kept: str | None = None  # id of the data set that is kept of it
 
 
 class Uploads:
@@ -168,28 +179,35 @@ class Uploads:
 
     async def store(
         self, form: Form, check: Callable[[DatasetCard], None],
-        kept: Mapping[str, DatasetCard] = MappingProxyType({}), *, keep: bool = True,
+        kept: Mapping[str, KeptDataset] = MappingProxyType({}), *, exclude: Sequence[str | int] = (), keep: bool = True,
     ) -> DatasetCard:  # fmt: skip
         """Prepare the files of a form and keep the result; returns what the job record says of it.
 
         Args:
             check: called with that; raises to reject it, and then nothing is kept.
             kept: data sets that are stored already and take the place of the file `data` or `validation`.
+            exclude: images of `data` to leave out.
             keep: false to keep nothing in any case.
 
         Raises:
-            InvalidDataset: what is wrong with either file, or with the two together.
+            InvalidDataset: what is wrong with either file, or with the two together, or that `exclude` names an image
+                which is not there.
             StorageFull: no space is left.
         """
+        sources = {name: _Source(path, form.names[name]) for name, path in form.files.items()}
+        if exclude and "data" in kept:
+            sources["data"] = await self._again(kept["data"])
         places: dict[Path, str] = {}
         with contextlib.ExitStack() as leftovers:
-            async with self._decoders if form.files else contextlib.nullcontext():
-                cards = dict(kept)
-                for name, least in (("data", 2), ("validation", 1)):
-                    if name in form.files:
-                        cards[name], _, path = await self._prepare(form, name, least, leftovers)
-                        places[path] = f"{cards[name].id}.npz"
-            dataset = with_validation(cards["data"], cards.get("validation"))
+            async with self._decoders if sources else contextlib.nullcontext():
+                cards = {name: one.card() for name, one in kept.items()}
+                for name, least, without in (("data", 2, exclude), ("validation", 1, ())):
+                    if name in sources:
+                        cards[name], _, found = await self._prepare(sources[name], name, least, leftovers, without)
+                        places |= found
+            dataset = with_validation(
+                cards["data"], cards.get("validation"), "validation_dataset" if "validation" in kept else "validation"
+            )
             check(dataset)
             if keep:
                 await asyncio.to_thread(self._move, places)
@@ -205,9 +223,9 @@ class Uploads:
         raw, sha256 = form.files[name], form.hashes[name]
         with contextlib.ExitStack() as leftovers:
             async with self._decoders:
-                dataset, report, path = await self._prepare(form, name, 2, leftovers)
+                dataset, report, places = await self._prepare(_Source(raw, form.names[name]), name, 2, leftovers)
             size_bytes = raw.stat().st_size
-            await asyncio.to_thread(self._move, {path: f"{dataset.id}.npz", raw: f"{sha256}.upload"})
+            await asyncio.to_thread(self._move, {**places, raw: f"{sha256}.upload"})
         return Upload(sha256, size_bytes, dataset, report)
 
     def _move(self, places: Mapping[Path, str]) -> None:
@@ -215,18 +233,38 @@ class Uploads:
             for path, name in places.items():
                 move(path, self._settings.datasets / name)
 
+    async def _again(self, kept: KeptDataset) -> "_Source":
+        """The bytes of a data set that is kept, to be read again without some of its images."""
+        if self._lock is None:  # the disk was full when the gateway started
+            await asyncio.to_thread(self._take_place)
+        path = self._settings.datasets / f"{kept.upload}.upload"
+        if not await asyncio.to_thread(path.is_file):
+            raise NotFound(f"the content of {kept.id} is gone from the disk; upload it again", param="dataset")
+        return _Source(path, kept.dataset.filename, kept.id)
+
     async def _prepare(
-        self, form: Form, name: str, least: int, leftovers: contextlib.ExitStack
-    ) -> tuple[DatasetCard, DatasetReport, Path]:
-        """Describe a file and say where its prepared form lies; `leftovers` removes that unless it is moved."""
-        raw = form.files[name]
-        prepared = raw.with_suffix(".npz")
-        leftovers.callback(prepared.unlink, missing_ok=True)
+        self, source: "_Source", name: str, least: int, leftovers: contextlib.ExitStack,
+        exclude: Sequence[str | int] = (),
+    ) -> tuple[DatasetCard, DatasetReport, dict[Path, str]]:  # fmt: skip
+        """Describe a file and say where the prepared form of each part lies, and what it is called when it is kept.
+
+        `leftovers` removes what is not moved.
+        """
+        prepared = self._staging / f"{secrets.token_hex(8)}.npz"
+        for part in PARTS:
+            leftovers.callback(file_of(prepared, part).unlink, missing_ok=True)
         try:
-            dataset, report = await prepare_upload(await self._take_decoder(), raw, prepared, self._settings, least)
+            dataset, report = await prepare_upload(
+                await self._take_decoder(), source.path, prepared, self._settings, least, exclude
+            )
         except InvalidDataset as exc:
-            raise InvalidDataset(exc.message, param=name, details=exc.details) from exc
-        return dataset.model_copy(update={"filename": form.names[name]}), report, prepared
+            field = "dataset" if source.kept else name
+            param = field if exc.param == "data" else exc.param
+            raise InvalidDataset(exc.message, param=param, details=exc.details) from exc
+        parts = {TRAIN: dataset, VALIDATION: dataset.validation, TEST: dataset.test}
+        places = {file_of(prepared, part): card.file for part, card in parts.items() if card}
+        named = {"filename": source.filename} | ({"kept": source.kept} if source.kept else {})
+        return dataset.model_copy(update=named), report, places
 
 
 async def _pieces(request: Request) -> AsyncIterator[bytes]:
@@ -402,22 +440,22 @@ def _decoded(name: bytes) -> str:
         return name.decode("latin-1")
 
 
-def with_validation(dataset: DatasetCard, apart: DatasetCard | None) -> DatasetCard:
+def with_validation(dataset: DatasetCard, apart: DatasetCard | None, param: str = "validation") -> DatasetCard:
     """The data set with the images to validate on, if there are any.
 
+    Args:
+        param: the field that gives them.
+
     Raises:
-        InvalidDataset: these are of classes that it lacks, or the training images.
+        InvalidDataset: these are of classes that it lacks, or the training images, or either has parts of its own.
     """
     if apart is None:
         return dataset
-    unknown = sorted(set(apart.classes) - set(dataset.classes))
-    if unknown:
-        details = [{"class": name, "reason": "is not a class of `data`"} for name in unknown]
-        message = f"the validation images have classes that `data` lacks: {', '.join(map(repr, unknown[:5]))}"
-        message += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise InvalidDataset(message, param="validation", details=details)
-    if apart.id == dataset.id:
-        raise InvalidDataset("the validation images are the same as those of `data`", param="validation")
+    if len(apart.parts) > 1:
+        raise InvalidDataset("images to validate on have no parts of their own; give only these", param=param)
+    if dataset.validation is not None:
+        raise InvalidDataset("the data set has images to validate on already; leave one of them out", param=param)
+    check_apart(dataset, apart, "the validation images", param)
     return dataset.model_copy(update={"validation": apart})
 
 
@@ -431,13 +469,18 @@ async def start_decoder() -> Process:
 
 
 async def prepare_upload(
-    process: Process, upload: Path, prepared: Path, settings: Settings, least: int = 2
+    process: Process,
+    upload: Path,
+    prepared: Path,
+    settings: Settings,
+    least: int = 2,
+    exclude: Sequence[str | int] = (),
 ) -> tuple[DatasetCard, DatasetReport]:
-    """Have a decoder read `upload` and write the data set to `prepared`.
+    """Have a decoder read `upload` and write the data set to `prepared`, other parts of it beside (`file_of`).
 
     Args:
         process: of `start_decoder`; it ends with this call.
-        least: as in `trainer.jobs.datasets.read`.
+        least, exclude: as in `trainer.jobs.datasets.read`.
 
     Returns:
         What was prepared, and what is worth knowing of it.
@@ -448,7 +491,10 @@ async def prepare_upload(
         TemperError: the decoder failed for a reason that is not the upload's fault; the log has it.
     """
     too_long = InvalidDataset(f"reading the file takes more than the {settings.decode_seconds} s allowed", param="data")
-    task = {"upload": str(upload), "prepared": str(prepared), "least": least, "settings": settings.model_dump_json()}
+    task = {
+        "upload": str(upload), "prepared": str(prepared), "least": least, "exclude": list(exclude),
+        "settings": settings.model_dump_json(),
+    }  # fmt: skip
     try:
         told = process.communicate(json.dumps(task).encode())
         output, complaint = await asyncio.wait_for(told, settings.decode_seconds)

@@ -15,6 +15,7 @@ from cli.show import (
     show_checkpoints,
     show_dry_run,
     show_events,
+    show_findings,
     show_job,
     show_jobs,
 )
@@ -43,8 +44,13 @@ def _show_queued(job: Job) -> None:
 def _show_asked(found: Job | DryRun) -> None:
     if isinstance(found, DryRun):
         show_dry_run(found)
-    else:
-        _show_queued(found)
+    elif not found.finished:
+        _show_created(found)
+
+
+def _show_created(job: Job) -> None:
+    show_job(job)
+    show_findings(job.dataset)
 
 
 @command(_show_asked)
@@ -54,28 +60,47 @@ def _show_asked(found: Job | DryRun) -> None:
 @click.option(
     "--validation", type=click.Path(exists=True, path_type=Path), help="Images to measure on, in the same form as PATH."
 )
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="IMAGE",
+    help="An image to leave out, by its name in PATH, or @FILE with one on each line; may be repeated.",
+)
 @click.option("--label", help="The label to move to the new version.  [default: stable]")
 @click.option("--priority", default=0, help="From -100 to 100; the highest of the queued jobs is next.")
 @click.option("--wait", is_flag=True, help="Show progress until the job finishes.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained and what it would take; create nothing.")
 @spec_options
 def finetune(
-    client: Client, path: Path | None, model: str, dataset: str | None, validation: Path | None, label: str | None,
-    priority: int, wait: bool, dry_run: bool, **given: Any,
+    client: Client, path: Path | None, model: str, dataset: str | None, validation: Path | None,
+    exclude: tuple[str, ...], label: str | None, priority: int, wait: bool, dry_run: bool, **given: Any,
 ) -> Job | DryRun:  # fmt: skip
-    """Fine-tune on PATH: a directory of class folders, a zip of one, or an .npz of images and labels."""
+    """Fine-tune on PATH: a directory of class folders, a zip of one, or an .npz of images and labels.
+
+    The class folders may be inside train/, val/ and test/; or a CSV names files and labels.
+    """
     if (path is None) is (dataset is None):
         raise click.UsageError("give either PATH or --dataset")
     if dry_run and wait:
         raise click.UsageError("give --dry-run or --wait, not both")
     ask = client.dry_run if dry_run else client.finetune
     found: Job | DryRun = ask(
-        path, model, spec_of(given), dataset=dataset, validation=validation, label=label, priority=priority
-    )
+        path, model, spec_of(given), dataset=dataset, validation=validation, exclude=_names(exclude), label=label,
+        priority=priority,
+    )  # fmt: skip
     if not wait or isinstance(found, DryRun):
         return found
-    show_job(found)
+    _show_created(found)
     return _wait(client, found.id)
+
+
+def _names(exclude: tuple[str, ...]) -> list[str]:
+    """What `--exclude` names, with the lines of the files that it names."""
+    found: list[str] = []
+    for name in exclude:
+        lines = Path(name[1:]).read_text(encoding="utf-8").splitlines() if name.startswith("@") else [name]
+        found += [line.strip() for line in lines if line.strip()]
+    return found
 
 
 @command(_show_queued)

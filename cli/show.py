@@ -42,6 +42,7 @@ WIDE = 1000  # columns
 SHOWN = 20  # classes of a model, at most
 BEST = 5  # classes of a prediction
 NO_RECIPE = ("base", "search", "gate", "polarity", "device", "seed")  # of a spec
+APART = {"validation": "validate on", "test": "test on"}  # parts of a data set besides the images to train on
 TERMS = {"data_loss": "loss", "adversarial_loss": "adversarial", "l1": "l1", "l2": "l2", "l2_sp": "l2_sp"}
 
 
@@ -185,7 +186,15 @@ def print_gate(which: str, gate: Mapping[str, Any] | None, command: str) -> None
 def _contents(data: Mapping[str, Any]) -> str:
     """What is in the data set of a job."""
     polarity = data["polarity"].replace("_", " ")
-    return f"{data['images']} images, {len(data['classes'])} classes, {polarity}"
+    apart = "".join(f", {data[part]['images']} to {verb}" for part, verb in APART.items() if data.get(part))
+    return f"{data['images']} images{apart}, {len(data['classes'])} classes, {polarity}"
+
+
+def show_findings(data: Mapping[str, Any]) -> None:
+    """A line for each thing that is wrong with the data set of a job."""
+    for part in (data, data.get("validation") or {}):
+        for finding in part.get("findings", ()):
+            say(f"[yellow]{escape(finding['message'])}[/]")
 
 
 def show_dry_run(found: DryRun) -> None:
@@ -193,8 +202,6 @@ def show_dry_run(found: DryRun) -> None:
     say(f"[bold]{escape(found.model)}[/] would get a version; nothing was created")
     table, estimate = _facts(), found.estimate
     table.add_row("data", _contents(found.dataset))
-    if validation := found.dataset.get("validation"):
-        table.add_row("validation", f"{validation['images']} images")
     table.add_row("base", found.base)
     recipe = {name: value for name, value in found.spec.items() if name not in NO_RECIPE and value}
     searched = [name for name, value in recipe.items() if value == "auto" and name != "class_weights"]
@@ -250,14 +257,18 @@ def show_dataset(dataset: Dataset) -> None:
     report = dataset.report
     say(f"[bold]{dataset.id}[/] {escape(dataset.filename)}, {dataset.polarity.replace('_', ' ')}")
     facts = _facts()
-    facts.add_row("images", f"{report['images']:,}")
+    apart = "".join(
+        f", {report[key]:,} to {verb}" for part, verb in APART.items() if report.get(key := f"{part}_images")
+    )
+    facts.add_row("images", f"{report['images']:,}{apart}")
     facts.add_row("classes", escape("  ".join(f"{name} {count}" for name, count in report["classes"].items())))
     for name, key in (
         ("duplicates", "duplicates"),
         ("of another class", "conflicts"),
         ("near-constant", "near_constant"),
+        ("of these, light on transparent", "blank_after_alpha"),
     ):
-        facts.add_row(name, f"{report[key]:,}")
+        facts.add_row(name, f"{report.get(key, 0):,}")
     show(facts)
 
 
@@ -421,6 +432,10 @@ def print_report(report: dict[str, Any]) -> None:
     text = f"{validation['images']} images, 95% interval {low:.1%} to {high:.1%}"
     kind = "out-of-fold" if validation.get("out_of_fold") else "validation"
     table.add_row(f"{kind} accuracy", f"{validation['accuracy']:.1%}", text)
+    if test := report.get("test"):
+        low, high = test["accuracy_interval"]
+        text = f"{test['images']} images, 95% interval {low:.1%} to {high:.1%}"
+        table.add_row("test accuracy", f"{test['accuracy']:.1%}", text)
     table.add_row("generalization gap", f"{gap['accuracy']:+.1%}", f"cross-entropy {gap['cross_entropy']:+.3f}")
     name = f"accuracy under {attacked['attack'].upper()}"
     weaker = attacked.get("accuracy_under_fgsm")

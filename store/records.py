@@ -5,6 +5,8 @@ does not fit any more. `dump` gives back what was set and nothing else, so a rec
 """
 
 import copy
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -86,21 +88,58 @@ class InputForm(Record):
 GREY_28 = InputForm()  # the only form today
 
 
+class Finding(Record):
+    """Something that is wrong with images of a data set; each image is in one finding at most.
+
+    `kind` is `conflict` (equal to an image of another class), `leak` (to validate or test on, and trained on as well),
+    `blank_after_alpha` (shows something until its transparency becomes white), `constant` (shows next to nothing) or
+    `duplicate` (equal to another image of its class).
+    """
+
+    kind: str = ""
+    message: str = ""  # in words, with the first images
+    images: int = 0
+    listed: list[dict[str, Any]] = Field(default_factory=list)  # the first: "file" or "index", "class", perhaps "part"
+
+
 class DatasetCard(Record):
-    """A prepared data set. `id` is the SHA-256 of its content."""
+    """A prepared data set. `id` is the SHA-256 of its content: of images, labels and classes, not of file names."""
 
     id: str = ""
+    prepared: str = ""  # SHA-256 of content and file names, which names its file; the id where images have no names
     kept: str | None = None  # the data set or file by whose id a job was given it; None if it was uploaded with the job
     filename: str = ""
     images: int = 0
     classes: dict[str, int] = Field(default_factory=dict)  # images of each class
     polarity: str = "light_on_dark"
     validation: "DatasetCard | None" = None  # uploaded with it, to measure on
+    test: "DatasetCard | None" = None  # uploaded with it, and scored apart: nothing is trained or chosen on these
+
+    findings: list[Finding] = Field(default_factory=list)  # what is wrong with images of any part
+    excluded: int = 0  # images of the upload that were left out, as the client wished
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with it, in words."""
+        return [finding.message for part in self.parts for finding in part.findings]
 
     @property
     def parts(self) -> "tuple[DatasetCard, ...]":
-        """It, and the images to measure on if they are apart."""
-        return (self, self.validation) if self.validation else (self,)
+        """It, and the images to validate and to test on where these are apart."""
+        return (self, *(part for part in (self.validation, self.test) if part))
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of all of its parts; its id if there is but one."""
+        if len(self.parts) == 1:
+            return self.id
+        ids = [part and part.id for part in (self, self.validation, self.test)]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+    @property
+    def file(self) -> str:
+        """Name of the file of prepared images, without those of the other parts."""
+        return f"{self.prepared or self.id}.npz"
 
 
 class DatasetReport(Record):
@@ -109,8 +148,10 @@ class DatasetReport(Record):
     An image is listed as {"file" or "index", "class"}, with a "reason" where it is near-constant.
     """
 
-    images: int = Field(0, description="Number of images.")
-    classes: dict[str, int] = Field(default_factory=dict, description="Images of each class.")
+    images: int = Field(0, description="Number of images to train on.")
+    validation_images: int = Field(0, description="Number of images to validate on, where the upload has them apart.")
+    test_images: int = Field(0, description="Likewise to test on.")
+    classes: dict[str, int] = Field(default_factory=dict, description="Images to train on of each class.")
     smallest: tuple[int, int] = Field(
         (0, 0), description="Width and height of the image with the fewest pixels, as it was uploaded."
     )
@@ -125,6 +166,10 @@ class DatasetReport(Record):
     )
     near_constant: int = Field(0, description="Images that show next to nothing.")
     near_constant_images: list[dict[str, Any]] = Field(default_factory=list, description="The first of these.")
+    blank_after_alpha: int = Field(
+        0, description="Of these, the images that show something until their transparency becomes white."
+    )
+    blank_after_alpha_images: list[dict[str, Any]] = Field(default_factory=list, description="The first of these.")
 
 
 class Manifest(Record):
@@ -207,6 +252,12 @@ class Validation(Score):
 
     classification_report: dict[str, Any] = Field(default_factory=dict)
     confusion_matrix: list[list[int]] = Field(default_factory=list)  # rows are true classes
+
+
+class TestScore(Score):
+    """The score on the images of a test part, which nothing was trained or chosen on."""
+
+    expected_calibration_error: float = 0.0
 
 
 class CrossValidation(Score):
@@ -410,6 +461,7 @@ class ReportCard(Record):
     base: dict[str, float] | None = None  # accuracy of what training began with, where it knew the same classes
     train: Score | None = None
     validation: Validation | None = None
+    test: TestScore | None = None  # where the data set has a test part
     generalization_gap: Gap | None = None
     calibration: Calibration | None = None
     robustness: Robustness | None = None

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 PathOrBytes: TypeAlias = str | os.PathLike[str] | bytes
-# To train on: the path of a directory of class folders, of a zip of one or of an .npz; the content of such a file; or
-# images, (n, height, width[, channels]) uint8 or floats in [0, 1], with the label of each.
+# To train on: the path of a directory of class folders (perhaps in train/, val/ and test/) or of images with a CSV of
+# their labels, of a zip of one or of an .npz; the content of such a file; or images, (n, height, width[, channels])
+# uint8 or floats in [0, 1], with the label of each.
 Data: TypeAlias = Union[PathOrBytes, "tuple[np.ndarray, np.ndarray | Sequence[int] | Sequence[str]]"]
 # To predict on: a file (image, .npy or zip of images) by path or content; or (28, 28), (n, 28, 28), (n, 28, 28, 1) or
 # (n, 784) uint8, or floats in [0, 1].
@@ -36,7 +37,7 @@ def upload(data: Data) -> tuple[str, IO[bytes]]:
 
     Raises:
         OSError: it cannot be read.
-        InvalidDataset: a directory has no files in class folders.
+        InvalidDataset: a directory has neither files in class folders nor a CSV.
     """
     if isinstance(data, tuple):
         import numpy as np  # which whoever has arrays has already imported
@@ -54,8 +55,11 @@ def upload(data: Data) -> tuple[str, IO[bytes]]:
 def _zipped(folder: Path) -> IO[bytes]:
     """A temporary zip of a directory."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    if not any(len(file.relative_to(folder).parts) > 1 for file in files):
-        text = f"{folder} has no images in class folders: make one folder per class, as in {folder}/cat"
+    if not any(len(file.relative_to(folder).parts) > 1 or file.suffix.lower() == ".csv" for file in files):
+        text = (
+            f"{folder} has no images in class folders: make one folder per class, as in {folder}/cat, or add a CSV of "
+            "files and labels"
+        )
         raise InvalidDataset(text, code="invalid_dataset", param="data")
     packed = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     with zipfile.ZipFile(packed, "w", strict_timestamps=False) as archive:

@@ -7,7 +7,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,7 @@ class Verbs(Driver):
         *,
         dataset: str | None = None,
         validation: Data | None = None,
+        exclude: Sequence[str | int] = (),
         label: str | None = None,
         priority: int = 0,
         metadata: Mapping[str, str] | None = None,
@@ -188,13 +189,16 @@ class Verbs(Driver):
         """Upload labelled images and queue a fine-tune on them.
 
         Args:
-            data: the path of a directory of class folders, of a zip of one or of an `.npz`; or a pair of arrays, images
-                (n, height, width[, channels]) as uint8 or floats from 0 to 1, and the label of each.
+            data: the path of a directory of class folders (perhaps inside train/, val/ and test/) or of images with a
+                CSV of their labels, of a zip of one or of an `.npz`; or a pair of arrays, images (n, height, width[,
+                channels]) as uint8 or floats from 0 to 1, and the label of each.
                 None with `dataset`.
             model: gets a new version.
             spec: how to train; chosen automatically if not given.
             dataset: id of a data set that is kept, in place of `data`.
             validation: images to measure on, in the same form.
+            exclude: images to leave out, by the names that `findings` of the job's data set and reports give them:
+                files in the zip or directory, or indices in the array.
             label: moves to the new version; `stable` if not given.
             priority: from -100 to 100; the highest of the queued jobs is next.
             metadata: of your own, to find the job by; up to 16 strings.
@@ -207,7 +211,7 @@ class Verbs(Driver):
             InvalidSpec: the spec is wrong.
             JobFailed: `wait` was given, and the job failed or was cancelled.
         """
-        fields, files = _asked(data, model, spec, dataset, validation, label, priority, metadata)
+        fields, files = _asked(data, model, spec, dataset, validation, exclude, label, priority, metadata)
         job = (yield from self._upload("/finetune", fields, files, idempotency_key)).read(Job)
         return (yield from self._wait(job.id, on_progress, None)) if wait else job
 
@@ -220,6 +224,7 @@ class Verbs(Driver):
         *,
         dataset: str | None = None,
         validation: Data | None = None,
+        exclude: Sequence[str | int] = (),
         label: str | None = None,
         priority: int = 0,
         metadata: Mapping[str, str] | None = None,
@@ -230,7 +235,7 @@ class Verbs(Driver):
             InvalidDataset: the images cannot be trained on.
             InvalidSpec: the spec is wrong.
         """
-        fields, files = _asked(data, model, spec, dataset, validation, label, priority, metadata)
+        fields, files = _asked(data, model, spec, dataset, validation, exclude, label, priority, metadata)
         return (yield from self._upload("/finetune", fields | {"dry_run": "true"}, files)).read(DryRun)
 
     @Verb
@@ -593,7 +598,7 @@ class Verbs(Driver):
 
 def _asked(
     data: Data | None, model: str, spec: Mapping[str, Any] | None, dataset: str | None, validation: Data | None,
-    label: str | None, priority: int, metadata: Mapping[str, str] | None,
+    exclude: Sequence[str | int], label: str | None, priority: int, metadata: Mapping[str, str] | None,
 ) -> tuple[dict[str, str], dict[str, Data | None]]:  # fmt: skip
     """The fields and files of a form that asks for a fine-tune."""
     if (data is None) is (dataset is None):
@@ -601,6 +606,7 @@ def _asked(
     fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
     fields |= ({"label": label} if label else {}) | ({"dataset": dataset} if dataset else {})
     fields |= {"priority": str(priority)} if priority else {}
+    fields |= {"exclude": jsons.dumps(list(exclude))} if exclude else {}
     fields |= {"metadata": jsons.dumps(metadata)} if metadata else {}
     return fields, {"data": data, "validation": validation}
 

@@ -60,7 +60,7 @@ class Job(Record):
     finished_at: float | None = None
     spec: dict[str, Any] = field(default_factory=dict)
     resolved_spec: dict[str, Any] | None = None
-    dataset: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)  # `findings` in it say what is wrong with images
     error: Failure | None = None
     report_status: str = "none"  # then quick, then complete
     attempts: int = 0  # how often a worker has started it
@@ -113,7 +113,7 @@ class DryRun(Record):
     spec: dict[str, Any]  # with every default, and "auto" for what would be searched
     estimate: Estimate
     resolved_spec: dict[str, Any] | None = None  # the same with its base, if nothing would be searched
-    warnings: list[str] = field(default_factory=list)  # what would be done in another way than asked for
+    warnings: list[str] = field(default_factory=list)  # what is wrong with images, or would be done in another way
 
 
 @dataclass(frozen=True, kw_only=True)

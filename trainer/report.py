@@ -148,6 +148,13 @@ def fgsm_flatters(spec: Spec, attacked: dict[str, Any]) -> list[str]:
     ]
 
 
+def on_test(fitted: Fitted, test: Split) -> dict[str, Any]:
+    """The score of the network that will be served on images which nothing was trained or chosen on."""
+    logits = fitted.network.logits(test.images)
+    error = evaluate.calibration(logits, test.labels)["expected_calibration_error"]
+    return {**evaluate.score(logits, test.labels), "expected_calibration_error": error}
+
+
 def cross_validation(found: HeldOut, folds: Iterator[np.ndarray]) -> dict[str, Any]:
     """The score on out-of-fold predictions, and the accuracy on each fold, given as (n,) bool."""
     logits, labels = found.logits, found.split.labels

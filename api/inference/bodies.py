@@ -128,5 +128,5 @@ def unzipped(body: bytes, most_bytes: int) -> list[tuple[str, bytes]]:
             if sum(entry.file_size for entry in wanted) > most_bytes:
                 raise TooLarge(f"the files in the zip add up to more than {most_bytes} bytes", param="body")
             return [(entry.filename, archive.read(entry)) for entry in wanted]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as exc:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as exc:
         raise InvalidInstances(f"the zip is broken: {exc}", param="body") from exc

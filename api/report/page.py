@@ -98,7 +98,7 @@ def report_page(name: str, version: int, card: ReportCard, about: Manifest) -> s
     else:
         spec = about.trained_with
         page = Page(
-            title, _subtitle(manifest, spec), list(_tiles(report)), list(_notices(report)),
+            title, _subtitle(manifest, spec), list(_tiles(report)), [*_notices(report), *_about_data(about)],
             list(_figures(report, manifest)), list(_tables(report, manifest)),
             json.dumps(spec, indent=2, ensure_ascii=False),
         )  # fmt: skip
@@ -125,6 +125,10 @@ def _tiles(report: Json) -> Iterator[Tile]:
         note = f"95% interval {_interval(found)}, {found['images']:,} images"
         title = "Out-of-fold accuracy" if found.get("out_of_fold") else "Validation accuracy"
         yield Tile(title, percent(found["accuracy"]), note)
+    if found := report.get("test"):
+        error = f"calibration error {found['expected_calibration_error']:.1%}"
+        note = f"95% interval {_interval(found)}, {found['images']:,} images; {error}"
+        yield Tile("Test accuracy", percent(found["accuracy"]), note)
     if found := report.get("generalization_gap"):
         note = f"percentage points; in cross-entropy {found['cross_entropy']:+z.2g} nats"
         yield Tile("Generalization gap", f"{100 * found['accuracy']:+z.1f} pp", note)
@@ -168,6 +172,11 @@ def _notices(report: Json) -> Iterator[Notice]:
     if "curve" not in robustness:
         text = "Accuracy under PGD and Square, signs of gradient masking, and forgetting of the base's task."
         yield Notice("note", "Not measured yet", [text])
+
+
+def _about_data(about: Manifest) -> Iterator[Notice]:
+    if about.dataset and (warnings := about.dataset.warnings):
+        yield Notice("poor", "About the data", warnings)
 
 
 def _figures(report: Json, manifest: Json) -> Iterator[Figure]:

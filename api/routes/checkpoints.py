@@ -144,7 +144,7 @@ def _check_inputs(gateway: Gateway, job: Job) -> None:
     """Refuse to publish what cannot be evaluated any more."""
     try:
         for card in job.dataset.parts:
-            os.utime(gateway.settings.datasets / f"{card.id}.npz")  # or the worker's sweep might find it old and unused
+            os.utime(gateway.settings.datasets / card.file)  # or the worker's sweep might find it old and unused
     except FileNotFoundError as exc:
         raise WrongState(f"the images that {job.id} learned from have been deleted", param="id") from exc
     model, _, version = job.base.partition(":")

@@ -25,8 +25,8 @@ _FORM: dict[str, Any] = {
     "properties": {
         "data": {
             "type": "string", "contentMediaType": "application/octet-stream",
-            "description": "Labelled images, as `POST /finetune` takes them: a zip of class folders, or an .npz of "
-            "`images` and `labels`.",
+            "description": "Labelled images, as `POST /finetune` takes them: a zip of class folders, perhaps inside "
+            "`train/`, `val/` and `test/`, or of images with a CSV; or an .npz of `images` and `labels`.",
         }
     },
 }  # fmt: skip
@@ -41,7 +41,9 @@ class DatasetView(BaseModel):
     expires_at: float | None = Field(description="Unix seconds after which it is deleted.")
     filename: str = Field(description="Name of the uploaded file.")
     size_bytes: int = Field(description="Size of the uploaded file.")
-    sha256: str = Field(description="Hash of the content: of the prepared images, their labels and classes.")
+    sha256: str = Field(
+        description="Hash of the content: of the prepared images, their labels and classes, in all parts."
+    )
     polarity: str = Field(description="`light_on_dark` or `dark_on_light`, as `auto` decides it.")
     report: DatasetReport = Field(description="What is worth knowing before training on it.")
 
@@ -50,7 +52,7 @@ class DatasetView(BaseModel):
         """The public face of a data set's record."""
         return cls(
             id=kept.id, created_at=kept.created_at, expires_at=kept.expires_at, filename=kept.dataset.filename,
-            size_bytes=kept.size_bytes, sha256=kept.dataset.id, polarity=kept.dataset.polarity, report=kept.report,
+            size_bytes=kept.size_bytes, sha256=kept.dataset.content, polarity=kept.dataset.polarity, report=kept.report,
         )  # fmt: skip
 
 

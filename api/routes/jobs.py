@@ -26,6 +26,8 @@ from store.validation import TEXT, in_words
 from trainer.asked import Asked, check_dataset, default_folds, parse_asked, refused
 from trainer.jobs.answers import Answer
 from trainer.jobs.estimates import Standing
+from trainer.jobs.layouts import MAX_PATH
+from trainer.jobs.library import KeptDataset
 from trainer.jobs.records import AGING_S, MAX_PRIORITY, Job, Status
 from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Spec, pinned
 
@@ -35,7 +37,9 @@ router = APIRouter(tags=["fine-tune"])
 QUOTA_RETRY_S = 10.0  # when a client may ask again whether a fine-tune has finished
 
 FILES = {
-    "data": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`.",
+    "data": "Labelled images: a zip of class folders, perhaps inside `train/`, `val/` and `test/`, or of images and a "
+    "CSV of `file`, `label` and perhaps `split`; or an .npz of `images` and `labels`, or of `x_train`, `y_train`, "
+    "`x_test` and so on. Images of `val/` take the place of `validation`, those of `test/` are scored apart.",
     "validation": "Images to validate on, in the same format; without them images of `data` are held out in turn, or "
     "some of them, as the spec says.",
 }
@@ -57,6 +61,20 @@ def _parsed(value: Any) -> Any:
         raise ValueError(f"is not valid JSON: {exc}") from exc
 
 
+def _excluded(value: Any) -> list[str | int]:
+    names = _parsed(value)
+    if not isinstance(names, list) or not all(_is_name(name) for name in names):
+        raise ValueError("must be a JSON array of file names, or of indices")
+    return names
+
+
+def _is_name(name: Any) -> bool:
+    """Tell whether this can name an image: text that an answer can repeat, or a whole number."""
+    if isinstance(name, str):
+        return len(name) <= MAX_PATH and not re.search("[\ud800-\udfff]", name)
+    return isinstance(name, int) and not isinstance(name, bool) and name >= 0
+
+
 class FinetuneFields(BaseModel):
     """The text fields of the form."""
 
@@ -67,6 +85,14 @@ class FinetuneFields(BaseModel):
     validation_dataset: str | None = Field(
         None, max_length=100, pattern=TEXT,
         description="Id of a kept data set to validate on, instead of the file `validation`.",
+    )  # fmt: skip
+    exclude: Annotated[
+        list[str | int] | None, BeforeValidator(_excluded), WithJsonSchema({"type": "string"}),
+    ] = Field(
+        None,
+        description="Images of `data` or `dataset` to leave out, as a JSON array of the names that `findings` and "
+        "reports give them: files in the zip, or indices in the array of images.",
+        examples=['["7/a.png", "7/b.png"]'],
     )  # fmt: skip
     label: str = Field(
         STABLE, pattern=LABEL, description="Label to move to the new version, such as `stable` or `canary`."
@@ -159,8 +185,9 @@ class JobView(BaseModel):
         "weights."
     )
     dataset: dict[str, Any] = Field(
-        description="What it learns from: number of images, of each class, polarity, hash; `kept` is the id of a data "
-        "set that was given by it."
+        description="What it learns from: number of images, of each class, polarity, hash. `validation` and `test` are "
+        "parts that are apart, `findings` say what is wrong with images (`kind`, `message`, number of `images`, the "
+        "first ones `listed`), `kept` is the id of a data set that was given by it."
     )
     error: Annotated[JobError | dict[str, Any] | None, Field(union_mode="left_to_right")] = Field(
         description="Why it failed."
@@ -233,7 +260,9 @@ class DryRun(BaseModel):
         description="The spec with every default filled in, also the `folds` of a search, and `auto` where it searches."
     )
     resolved_spec: dict[str, Any] | None = Field(description="The same with its base, if nothing is searched.")
-    warnings: list[str] = Field(description="What would be done in another way than asked for.")
+    warnings: list[str] = Field(
+        description="What is wrong with the images, and what would be done in another way than asked for."
+    )
     estimate: Estimated = Field(description="What it would take.")
 
 
@@ -271,7 +300,9 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
         async def prepare(*, keep: bool = True) -> tuple[str, DatasetCard]:
             base = await asyncio.to_thread(resolve_base, gateway, tenant, asked.fixed)
             kept = await asyncio.to_thread(_kept, gateway, tenant, ids)
-            return base, await gateway.uploads.store(form, functools.partial(check, asked), kept, keep=keep)
+            return base, await gateway.uploads.store(
+                form, functools.partial(check, asked), kept, exclude=fields.exclude or (), keep=keep
+            )
 
         async def create(note: Note) -> Answer:
             await asyncio.to_thread(check_quota, gateway, tenant)  # before all the work
@@ -294,9 +325,9 @@ def accepted(job: Job) -> Answer:
     return Answer(202, JobView.of(job).model_dump_json(), f"/finetune/{job.id}")
 
 
-def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, DatasetCard]:
+def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, KeptDataset]:
     """The data sets that stand for the files of the form."""
-    return {INSTEAD[field]: gateway.library.get(tenant, name, field).card() for field, name in ids.items()}
+    return {INSTEAD[field]: gateway.library.get(tenant, name, field) for field, name in ids.items()}
 
 
 def check(asked: Asked, dataset: DatasetCard) -> None:
@@ -428,7 +459,7 @@ def _dry_run(gateway: Gateway, model: str, base: str, asked: Asked, dataset: Dat
             return None
         return cost.peak_memory_bytes if cost else None
 
-    spec, warnings = asked.described(), list[str]()
+    spec, warnings = asked.described(), dataset.warnings
     fewest = min(dataset.classes.values())
     if asked.auto and fewest < FEWEST_OF_A_CLASS:
         warnings.append(

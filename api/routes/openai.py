@@ -65,7 +65,7 @@ After = Annotated[str | None, Query(max_length=120, pattern=TEXT, description="T
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FILE_FORM}}}},
 )  # fmt: skip
 async def create_file(request: Request, idempotency_key: IdempotencyKey = None) -> Response:
-    """Upload labelled images: a zip of class folders, or an `.npz`. What cannot be trained on is refused here."""
+    """Upload labelled images, as `data` of `POST /finetune`: a zip or an `.npz`. Others are refused here."""
     gateway, tenant = gateway_of(request), tenant_of(request)
     names = {field.alias or name for name, field in FileFields.model_fields.items()}
     async with gateway.uploads.receive(request, names, {"file"}, tenant) as form:

@@ -37,7 +37,7 @@ class FileFields(BaseModel):
 def _file_form() -> dict[str, Any]:
     schema = FileFields.model_json_schema()
     binary = {"type": "string", "contentMediaType": "application/octet-stream"}
-    file = {**binary, "description": "Labelled images: a zip of class folders, or an .npz of `images` and `labels`."}
+    file = {**binary, "description": "Labelled images, as `data` of `POST /finetune`: a zip or an .npz."}
     return {"type": "object", "properties": {"file": file, **schema["properties"]}, "required": ["file", "purpose"]}
 
 

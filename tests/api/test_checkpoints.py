@@ -171,7 +171,7 @@ def test_nothing_is_published_before_the_job_has_succeeded_or_after_it_was_cance
 @pytest.fixture
 def images(service: Service, job: dict[str, Any]) -> Iterator[Path]:
     """The file of the data set; back in its place afterwards."""
-    path = service.home / "datasets" / f"{job['dataset']['id']}.npz"
+    path = service.home / "datasets" / f"{job['dataset']['prepared']}.npz"
     content = path.read_bytes()
     yield path
     path.write_bytes(content)

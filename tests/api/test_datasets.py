@@ -1,5 +1,7 @@
 """Data sets as a resource, and requests that are sent again."""
 
+import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +13,7 @@ import sqlalchemy as sa
 from tests.api.test_refusals import files
 from tests.conftest import Service, npz, opened, png, zipped
 from tests.trainer.test_datasets import BAD, DOT
+from trainer.jobs.datasets import Dataset
 
 RNG = np.random.default_rng(11)
 
@@ -55,6 +58,68 @@ def test_a_data_set_is_reported_kept_once_and_deleted(service: Service) -> None:
     assert service.api.delete(f"/datasets/{kept['id']}").json()["deleted"] is True
     assert service.api.get(f"/datasets/{kept['id']}").json()["error"]["code"] == "unknown_dataset"
     assert service.api.delete(f"/datasets/{kept['id']}").status_code == 404
+
+
+def test_data_sets_that_differ_in_a_part_are_two_and_each_keeps_its_files(service: Service) -> None:
+    train = {f"train/{name}/{i}.png": png(noise()) for name in "ab" for i in range(2)}
+    kept = [
+        post(service.api, zipped(train | {f"test/a/{i}.png": png(noise()) for i in range(count)}), "d.zip").json()
+        for count in (0, 1, 2)
+    ]
+    assert len({one["id"] for one in kept}) == 3
+    assert [one["report"]["test_images"] for one in kept] == [0, 1, 2]
+    jobs = [
+        service.api.post("/finetune", data={"model": "m", "dry_run": "true", "dataset": one["id"]}).json()
+        for one in kept
+    ]
+    assert len({job["dataset"]["id"] for job in jobs}) == 1
+    assert [job["dataset"].get("test", {}).get("images") for job in jobs] == [None, 1, 2]
+    prepared = {part["prepared"] for job in jobs for part in (job["dataset"], job["dataset"].get("test")) if part}
+    assert {f"{name}.npz" for name in prepared} <= {path.name for path in (service.home / "datasets").iterdir()}
+    for one in kept:
+        service.api.delete(f"/datasets/{one['id']}")
+
+
+def test_images_are_excluded_from_an_upload_and_from_a_kept_data_set_alike(lone: Any) -> None:
+    api, _, settings = lone
+    same = png(noise())
+    files = {f"{name}/{i}.png": png(noise()) for name in "ab" for i in range(3)}
+    content = zipped(files | {"a/same.png": same, "b/same.png": same})
+    kept = post(api, content, "d.zip").json()["id"]
+
+    def ask(exclude: str | None, **more: Any) -> Any:
+        fields = {"model": "excluded"} | ({"exclude": exclude} if exclude else {})
+        answer = api.post("/finetune", data={**fields, **more.pop("data", {})}, **more)
+        return answer.json()["error" if answer.status_code == 422 else "dataset"]
+
+    whole = ask(None, data={"dataset": kept})
+    (finding,) = whole["findings"]
+    assert (finding["kind"], finding["images"]) == ("conflict", 2)
+    names = json.dumps([image["file"] for image in finding["listed"]])
+    sent, taken = ask(names, files={"data": ("d.zip", content)}), ask(names, data={"dataset": kept})
+    assert {**sent, "kept": kept} == taken
+    assert (taken["id"] != whole["id"], taken["images"], taken["excluded"]) == (True, 6, 2)
+    assert (taken["findings"], taken["filename"]) == ([], "d.zip")
+    assert Dataset.load(settings.datasets / f"{taken['prepared']}.npz").names == tuple(files)
+    assert api.delete(f"/datasets/{kept}").status_code == 409
+    for more, param in (({"files": {"data": ("d.zip", content)}}, "data"), ({"data": {"dataset": kept}}, "dataset")):
+        unknown = ask('["a/9.png", 0]', **more)
+        assert (unknown["code"], unknown["param"]) == ("invalid_dataset", "exclude")
+        assert [detail.get("file", detail.get("index")) for detail in unknown["details"]] == ["a/9.png", 0]
+        few = ask(json.dumps(["a/0.png", "a/1.png", "a/2.png"]), **more)
+        assert (few["code"], few["param"]) == ("invalid_dataset", param)
+        assert few["details"] == [{"class": "a", "reason": "has only one image"}]
+
+
+def test_without_the_bytes_of_a_kept_data_set_nothing_is_excluded_and_the_rest_works(lone: Any) -> None:
+    api, _, settings = lone
+    content = upload()
+    kept = post(api, content).json()["id"]
+    (settings.datasets / f"{hashlib.sha256(content).hexdigest()}.upload").unlink()
+    fields = {"model": "m", "dataset": kept, "dry_run": "true"}
+    assert api.post("/finetune", data=fields).status_code == 200
+    answer = api.post("/finetune", data={**fields, "exclude": "[0]"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "dataset")
 
 
 @pytest.mark.parametrize("case", sorted(BAD)[::3])

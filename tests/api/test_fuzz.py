@@ -35,7 +35,11 @@ UPLOADS = [
     zipped({f"{name}/{i}.png": png(DOT) for name in "ab" for i in range(3)}),
     zipped({f"{name}/{i}.jpg": _JPEG for name in "ab" for i in range(3)}),
     npz(images=_IMAGES, labels=np.arange(6) % 2),
-]
+    zipped({f"{i}.png": png(DOT) for i in range(6)} | {
+        "labels.csv": "\n".join(["file,label,split", *(f"{i}.png,{i % 2},train" for i in range(6))]).encode()
+    }),
+    zipped({f"{top}/{name}/{i}.png": png(DOT) for top in ("train", "test") for name in "ab" for i in range(2)}),
+]  # fmt: skip
 BODIES = [
     ("application/zip", zipped({"1.png": png(DOT), "2.jpg": _JPEG})),
     ("application/x-npy", _npy(_IMAGES)),
@@ -125,7 +129,7 @@ def test_a_mutated_upload_is_taken_or_refused_with_its_field(service: Service) -
     def send(api: httpx.Client, data: bytes) -> httpx.Response:
         return api.post("/finetune", files={"data": ("d", data)}, data={"model": "fuzz", "dry_run": "true"})
 
-    _fuzz(service, "/finetune", send, st.sampled_from(UPLOADS).flatmap(mutated), n=12)
+    _fuzz(service, "/finetune", send, st.sampled_from(UPLOADS).flatmap(mutated), n=20)
 
 
 def test_a_mutated_predict_body_is_answered_or_refused_with_its_field(service: Service) -> None:

@@ -127,6 +127,16 @@ def shown(report: Json, classes: list[str]) -> Page:
     return Page(html("digits", 3, report, manifest(classes)))
 
 
+def test_what_is_wrong_with_the_data_is_on_the_page() -> None:
+    about = manifest(DIGITS)
+    assert "About the data" not in html("digits", 3, full_report(DIGITS), about)
+    about["dataset"]["findings"] = [{"kind": "conflict", "message": f"2 images {STRANGE}", "images": 2, "listed": []}]
+    page = html("digits", 3, full_report(DIGITS), about)
+    assert "About the data" in Page(page).texts
+    assert f"2 images {STRANGE}" in " ".join(Page(page).texts)
+    assert STRANGE not in page
+
+
 DIGITS = [str(digit) for digit in range(10)]
 PLOTS = [
     "Loss by epoch",

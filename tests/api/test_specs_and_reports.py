@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.conftest import Service, npz
+from tests.conftest import Service, npz, png, zipped
 
 Digits = tuple[np.ndarray, np.ndarray]
 
@@ -54,6 +54,80 @@ def test_a_validation_upload_is_what_is_measured_on(service: Service, digits: Di
     done = service.finished(answer.json()["id"])
     report = service.api.get(f"/models/apart/versions/{done['version']}").json()["report"]
     assert (report["train"]["images"], report["validation"]["images"]) == (100, 40)
+
+
+def test_train_val_and_test_folders_are_trained_on_validated_on_and_scored_apart(
+    service: Service, digits: Digits
+) -> None:
+    images, labels = digits
+    of_part = {"train": range(100), "val": range(300, 340), "test": range(400, 480)}
+    content = zipped({f"{top}/{labels[i]}/{i}.png": png(images[i]) for top, some in of_part.items() for i in some})
+    files, fields = {"data": ("parts.zip", content)}, {"model": "parts", "spec": '{"epochs": 2, "method": "head"}'}
+    dry = service.api.post("/finetune", files=files, data={**fields, "dry_run": "true"}).json()
+    answer = service.api.post("/finetune", files=files, data=fields)
+    assert answer.status_code == 202, answer.text
+    dataset = answer.json()["dataset"]
+    assert dry["dataset"] == dataset
+    assert [part["images"] for part in (dataset, dataset["validation"], dataset["test"])] == [100, 40, 80]
+    done = service.finished(answer.json()["id"])
+    report = service.api.get(f"/models/parts/versions/{done['version']}").json()["report"]
+    assert [report[part]["images"] for part in ("train", "validation", "test")] == [100, 40, 80]
+    unseen = np.stack([images[i] for i in of_part["test"]]).tolist()
+    predicted = service.api.post("/predict", json={"model": "parts", "range": "byte", "instances": unseen}).json()
+    right = [one["label"] == str(labels[i]) for one, i in zip(predicted["predictions"], of_part["test"], strict=True)]
+    assert report["test"]["accuracy"] == pytest.approx(np.mean(right))
+    low, high = report["test"]["accuracy_interval"]
+    assert low < report["test"]["accuracy"] < high
+    assert 0 < report["test"]["expected_calibration_error"] < 1
+    assert report["test"]["cross_entropy"] > 0
+    page = service.api.get(f"/models/parts/versions/{done['version']}/report").text
+    assert "Test accuracy" in page
+
+
+def test_a_test_part_leaves_the_report_out_of_fold_and_no_one_looks_at_it(service: Service, digits: Digits) -> None:
+    """The same training images give the same weights, whatever there is to test on."""
+    images, labels = digits
+    hashes = []
+    for first in (200, 300):
+        some = {"train": range(60), "test": range(first, first + 30)}
+        content = zipped({f"{top}/{labels[i]}/{i}.png": png(images[i]) for top, of in some.items() for i in of})
+        spec = '{"epochs": 2, "method": "head", "folds": 2, "validation_split": 0}'
+        done = service.finished(service.finetune(content, "untouched", spec).json()["id"])
+        version = service.api.get(f"/models/untouched/versions/{done['version']}").json()
+        hashes.append(version["manifest"]["sha256"])
+        assert version["report"]["validation"]["out_of_fold"]
+        assert (version["report"]["train"]["images"], version["report"]["test"]["images"]) == (60, 30)
+    assert hashes[0] == hashes[1]
+
+
+def test_validation_images_are_given_once_and_have_no_parts(service: Service, digits: Digits) -> None:
+    images, labels = digits
+    parts = zipped({
+        f"{top}/{labels[i]}/{i}.png": png(images[i])
+        for top, at in (("train", 0), ("val", 300)) for i in range(at, at + 60)
+    })  # fmt: skip
+    apart = npz(images=images[500:540], labels=labels[500:540])
+    kept = {name: service.api.post("/datasets", files={"data": body}).json()["id"] for name, body in (
+        ("parts", parts), ("apart", apart))}  # fmt: skip
+    cases: list[tuple[dict[str, bytes], dict[str, str], str]] = [
+        ({"data": parts, "validation": apart}, {}, "validation"),
+        ({"data": parts}, {"validation_dataset": kept["apart"]}, "validation_dataset"),
+        ({}, {"dataset": kept["parts"], "validation_dataset": kept["apart"]}, "validation_dataset"),
+        ({"data": apart, "validation": parts}, {}, "validation"),
+        ({"data": apart}, {"validation_dataset": kept["parts"]}, "validation_dataset"),
+    ]
+    for files, fields, param in cases:
+        answer = service.api.post("/finetune", files=files, data={"model": "twice", "dry_run": "true", **fields})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_dataset", param), answer.text
+    for file, apart_file in ((kept["parts"], kept["apart"]), (kept["apart"], kept["parts"])):
+        wanted = {"model": "lenet5", "training_file": file, "validation_file": apart_file}
+        error = service.api.post("/openai/v1/fine_tuning/jobs", json=wanted).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_dataset", "validation_file")
+    taken = service.api.post("/finetune", data={"model": "twice", "dry_run": "true", "dataset": kept["parts"]})
+    assert taken.json()["dataset"]["validation"]["images"] == 60
+    for name in kept.values():
+        assert service.api.delete(f"/datasets/{name}").status_code == 200
 
 
 def test_validation_images_of_unknown_classes_are_refused(service: Service, digits: Digits) -> None:

@@ -192,6 +192,39 @@ def test_a_directory_without_class_folders_is_refused_before_the_upload(tmp_path
     assert "one folder per class" in line
 
 
+def test_a_folder_with_a_csv_or_with_parts_is_uploaded_and_what_is_wrong_is_told(
+    service: Service, digits: Digits, tmp_path: Path
+) -> None:
+    flat, parts = tmp_path / "flat", tmp_path / "parts"
+    flat.mkdir()
+    for i in range(40):
+        (flat / f"{i}.png").write_bytes(png(digits[0][i]))
+    rows = [f"{i}.png,{digits[1][i]}" for i in range(40)]
+    (flat / "same.png").write_bytes(png(digits[0][7]))
+    (flat / "labels.csv").write_text("\n".join(["file,label", *rows, f"same.png,{(digits[1][7] + 1) % 10}"]))
+    for name, some in (("train", range(60)), ("test", range(60, 80))):
+        class_folders(parts / name, (digits[0][some], digits[1][some]), len(some))
+    ask = ("--model", "laid-out", "--dry-run")
+    shown = called(service, "finetune", str(flat), *ask).stdout
+    assert "41 images, 10 classes" in shown
+    assert "2 images equal to one of another class: " in shown
+    shown = called(service, "finetune", str(flat), *ask, "--exclude", "same.png").stdout
+    assert "40 images, 10 classes" in shown
+    assert "equal to one" not in shown
+    (tmp_path / "list.txt").write_text("same.png\n\n3.png\n")
+    listed = called(service, "finetune", str(flat), *ask, "--exclude", "4.png", "--exclude", f"@{tmp_path}/list.txt")
+    assert "38 images" in listed.stdout
+    assert "60 images, 20 to test on, 10 classes" in called(service, "finetune", str(parts), *ask).stdout
+    refusal = called(service, "finetune", str(flat), *ask, "--exclude", "none.png", code=1).stderr
+    assert "none.png: is not in the data set" in refusal
+    assert "no-such" in called(service, "finetune", str(flat), *ask, "--exclude", "@no-such", code=1).stderr
+    queued = called(
+        service, "finetune", str(flat), "--model", "laid-out", "--epochs", "1000", "--method", "full"
+    ).stdout
+    assert "2 images equal to one of another class: " in queued
+    called(service, "cancel", re.search(r"ftjob-\w+", queued)[0])  # type: ignore[index]
+
+
 @pytest.mark.parametrize("command", ["finetune", "predict"])
 def test_a_file_that_cannot_be_read_is_reported(service: Service, command: str) -> None:
     line = error_line(temper(service, command, "/proc/self/mem", "--model", "m"))  # even root cannot read it
@@ -412,7 +445,7 @@ def test_a_dry_run_shows_what_would_be_trained_and_what_it_would_take(
     for fact in ("60 images, 10 classes", "lenet5:1", "method, head", "16 recipes", " s, give or take ", " GB"):
         assert fact in shown, shown
     shown = called(service, *ask, "--method", "full", "--epsilon", "0.1", "--validation", str(validation)).stdout
-    for fact in ("method full", '"epsilon": 0.1', "validation  40 images"):
+    for fact in ("method full", '"epsilon": 0.1', "60 images, 40 to validate on"):
         assert fact in shown, shown
     assert "automatic" not in shown
     assert "recipes" not in shown

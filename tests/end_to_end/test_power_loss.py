@@ -180,7 +180,7 @@ def check(settings: Settings, engine: sa.Engine, job_id: str | None) -> str:
     if job_id is None:
         return ""
     job = jobs.get(job_id)
-    assert Dataset.load(settings.datasets / f"{job.dataset.id}.npz").described().id == job.dataset.id
+    assert Dataset.load(settings.datasets / job.dataset.file).described().id == job.dataset.id
     assert job.status != "succeeded" or registry.find(job.model, job.version)
     return job.status
 

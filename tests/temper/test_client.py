@@ -107,6 +107,19 @@ def test_a_folder_a_zip_bytes_and_arrays_are_the_same_upload(temper: Client, dig
     assert failure.value.code == "cancelled"
 
 
+def test_what_is_wrong_with_images_is_told_and_they_can_be_excluded(temper: Client, digits: Digits) -> None:
+    arrays = np.concatenate([digits[0][:40], digits[0][:1]]), [*digits[1][:40], (digits[1][0] + 1) % 10]
+    dry = temper.dry_run(arrays, "excluding", {"method": "head"})
+    (warning,) = dry.warnings
+    assert "2 images equal to one of another class: 0 " in warning
+    (finding,) = dry.dataset["findings"]
+    last = finding["listed"][-1]["index"]
+    without = temper.dry_run(arrays, "excluding", {"method": "head"}, exclude=[last])
+    assert (without.dataset["images"], without.dataset["excluded"], without.warnings) == (40, 1, [])
+    with pytest.raises(InvalidDataset, match="41: is not in the data set"):
+        temper.finetune(arrays, "excluding", exclude=[41])
+
+
 def test_a_data_set_is_kept_used_by_its_id_and_deleted(temper: Client, digits: Digits) -> None:
     kept = temper.upload((digits[0][100:180], digits[1][100:180]))
     assert (kept.report["images"], kept.report["duplicates"]) == (80, 0)

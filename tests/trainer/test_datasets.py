@@ -7,6 +7,7 @@ import signal
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from store.errors import InvalidDataset, InvalidImage, StorageFull, TemperError
 from store.records import DatasetCard
 from store.settings import Settings
 from tests.conftest import npz, png, zipped
-from trainer.jobs.datasets import Dataset, read
+from trainer.jobs.datasets import Dataset, Prepared, read
 from trainer.jobs.images import decode, is_dark_on_light, prepare
 
 RNG = np.random.default_rng(0)
@@ -28,10 +29,14 @@ DOT[10:18, 10:18] = 255
 GOOD = {f"{name}/{i}.png": png(DOT) for name in "ab" for i in range(2)}
 
 
-def reading(tmp_path: Path, content: bytes, **limits: int) -> Dataset:
+def reading(tmp_path: Path, content: bytes, **limits: Any) -> Dataset:
     path = tmp_path / "upload"
     path.write_bytes(content)
-    return read(path, **{"max_pixels": 1 << 24, "max_images": 1000, **limits})[0]
+    return prepared(path, **limits).parts["train"]
+
+
+def prepared(path: Path, **limits: Any) -> Prepared:
+    return read(path, **{"max_pixels": 1 << 24, "max_images": 1000, **limits})
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -240,7 +245,8 @@ def test_the_decoding_process_is_bounded_in_memory(tmp_path: Path) -> None:
 def test_a_good_upload_passes_through_the_process(tmp_path: Path) -> None:
     (tmp_path / "upload").write_bytes(zipped(GOOD))
     verdict = decoded(tmp_path, Settings(home=tmp_path))
-    assert verdict == Dataset.load(tmp_path / "prepared").described()
+    dataset = Dataset.load(tmp_path / "prepared").described()
+    assert (verdict.id, verdict.file, verdict.polarity) == (dataset.id, dataset.file, dataset.polarity)
     assert verdict.classes == {"a": 2, "b": 2}
 
 
@@ -287,3 +293,318 @@ def test_an_array_is_refused_by_its_header_before_it_takes_memory(tmp_path: Path
     content = npz(images=np.zeros((4, 28, 28, 8), np.uint8), labels=np.arange(4))
     with pytest.raises(InvalidDataset, match="must be"):
         reading(tmp_path, content.replace(b"(4, 28, 28, 8)", b"(9, 28, 28, 8)"))  # the data would be too short
+
+
+def shade(value: int) -> bytes:
+    """An image of which every test can have several that differ."""
+    image = DOT.copy()
+    image[12:16, 12:16] = value
+    return png(image)
+
+
+def split(*tops: str, classes: Iterable[str] = "ab") -> dict[str, bytes]:
+    """Two images of every class in each of some folders."""
+    return {
+        f"{top}/{name}/{i}.png": shade(100 * number + 10 * ord(name[0]) % 97 + i)
+        for number, top in enumerate(tops) for name in classes for i in range(2)
+    }  # fmt: skip
+
+
+def read_zip(tmp_path: Path, files: dict[str, bytes], **limits: Any) -> Prepared:
+    (tmp_path / "upload").write_bytes(zipped(files))
+    return prepared(tmp_path / "upload", **limits)
+
+
+def refused(tmp_path: Path, files: dict[str, bytes], says: str, **limits: Any) -> list[dict[str, Any]]:
+    """The details of the refusal of a zip."""
+    with pytest.raises(InvalidDataset, match=re.escape(says)) as caught:
+        read_zip(tmp_path, files, **limits)
+    assert caught.value.param == "data"
+    return caught.value.details
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "Validation"])
+def test_train_val_and_test_folders_are_the_parts_of_a_data_set(tmp_path: Path, validation: str) -> None:
+    found = read_zip(tmp_path, split("TRAIN", validation, "test") | {"test/b/.DS_Store": b"?"})
+    assert list(found.parts) == ["train", "validation", "test"]
+    assert {dataset.classes for dataset in found.parts.values()} == {("a", "b")}
+    assert found.parts["validation"].names == tuple(f"{validation}/{name}/{i}.png" for name in "ab" for i in range(2))
+    card = found.described()
+    assert card.classes == {"a": 2, "b": 2}
+    assert card.validation
+    assert card.test
+    assert [part.images for part in card.parts] == [4, 4, 4]
+    assert (found.report.images, found.report.validation_images, found.report.test_images) == (4, 4, 4)
+
+
+def test_train_and_test_alone_leave_validation_to_the_training_images(tmp_path: Path) -> None:
+    card = read_zip(tmp_path, split("train", "testing")).described()
+    assert card.validation is None
+    assert card.test
+    assert list(read_zip(tmp_path, split("train")).parts) == ["train"]
+    lone = read_zip(tmp_path, split("train") | {"test/b/0.png": shade(250)})  # one class and one image are enough
+    assert lone.parts["test"].classes == ("b",)
+
+
+def test_split_names_beside_other_folders_or_below_the_top_are_classes(tmp_path: Path) -> None:
+    assert reading(tmp_path, zipped(split("train", "test", "ship"))).classes == ("ship", "test", "train")
+    assert reading(tmp_path, zipped(split("car", "boat", classes=["train", "test"]))).classes == ("boat", "car")
+
+
+@pytest.mark.parametrize(
+    ("files", "says", "named"),
+    [
+        (
+            {f"{top}/{i}.png": shade(i) for top in ("train", "test") for i in range(2)},
+            "test/, train/ are parts of a data set, so each needs class folders, as in test/cat/1.png",
+            ["test/", "train/"],
+        ),
+        (split("train") | {"test/0.png": shade(9)}, "needs class folders", ["test/"]),
+        (split("train", "test") | {"train/0.png": shade(9)}, "train/class/0.png", ["train/0.png"]),
+        (split("train", "test") | {"notes.txt": b"?"}, "not in a class folder", ["notes.txt"]),
+        (split("val", "test"), "train/ is missing", []),
+        (split("train", "val", "valid"), "several folders for one part", []),
+        (split("train") | split("test", classes="abx"), "classes that the training images lack: 'x'", ["x"]),
+        ({**split("train"), **{f"val/{name[6:]}": body for name, body in split("train").items()}}, "are the same", []),
+        (split("train", classes="a") | split("test"), "two classes", []),
+        (split("all/train", "all/test"), "zip what is inside", []),
+    ],
+    ids=range(10),
+)
+def test_split_folders_that_do_not_make_a_data_set_are_refused(
+    tmp_path: Path, files: dict[str, bytes], says: str, named: list[str]
+) -> None:
+    assert [detail.get("file", detail.get("class")) for detail in refused(tmp_path, files, says)] == named
+
+
+def test_images_to_validate_on_have_no_parts(tmp_path: Path) -> None:
+    assert refused(tmp_path, split("train", "test"), "no parts of their own", least=1) == []
+
+
+def test_the_arrays_of_keras_are_parts_too(tmp_path: Path) -> None:
+    images = np.stack([DOT, DOT // 2, DOT // 3, DOT // 4, DOT // 5, DOT // 6])
+    names = {"x_train": images[:4], "y_train": np.array([[0], [0], [1], [1]]), "x_test": images[4:], "y_test": [1, 0]}
+    (tmp_path / "upload").write_bytes(npz(**names))
+    found = prepared(tmp_path / "upload")
+    assert list(found.parts) == ["train", "test"]
+    assert found.parts["train"].names == (0, 1, 2, 3)
+    assert (found.parts["test"].names, found.parts["test"].labels.tolist()) == (("x_test[0]", "x_test[1]"), [1, 0])
+    (tmp_path / "upload").write_bytes(npz(**names, x_val=images[4:5], y_val=[1]))
+    assert list(prepared(tmp_path / "upload").parts) == ["train", "validation", "test"]
+    for bad, says in (
+        ({**names, "y_test": [1, 2]}, "classes that the training images lack: '2'"),
+        ({**names, "y_test": [1]}, "differ in length"),
+        ({name: array for name, array in names.items() if name != "y_test"}, "must be named 'y_test'"),
+        ({**names, "x_test": images[4:].astype(float)}, "2 of 2 images"),
+    ):
+        (tmp_path / "upload").write_bytes(npz(**bad))
+        with pytest.raises(InvalidDataset, match=re.escape(says)):
+            prepared(tmp_path / "upload")
+    (tmp_path / "upload").write_bytes(npz(**names))
+    with pytest.raises(InvalidDataset, match="6 images, more than the 5 allowed"):
+        prepared(tmp_path / "upload", max_images=5)
+
+
+FLAT = {f"{i}.png": shade(i) for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "0.png,cat\n1.png,cat\n2.png,dog\n3.png,dog\n",
+        "\ufeffFilename;Label\r\n0.png; cat\r\n\r\n1.png;cat\r\n2.png;dog\r\n./3.png;dog",
+        "\tclass\tpath\n0\tcat\t0.png\n1\tcat\t1.png\n2\tdog\t2.png\n3\tdog\t3.png\n",
+        'image,target\n"0.png","cat"\n"1.png","cat"\n"2.png","dog"\n"3.png","dog"\n',
+    ],
+    ids=["plain", "semicolons", "tabs", "quoted"],
+)
+@pytest.mark.parametrize("folder", ["", "data/"])
+def test_a_csv_says_which_class_each_file_has(tmp_path: Path, table: str, folder: str) -> None:
+    files = {f"{folder}{name}": body for name, body in FLAT.items()} | {f"{folder}Labels.CSV": table.encode()}
+    dataset = reading(tmp_path, zipped(files | {"__MACOSX/labels.csv": b"?"}))
+    assert dataset.classes == ("cat", "dog")
+    assert dict(zip(dataset.names, dataset.labels.tolist(), strict=True)) == {
+        f"{folder}{i}.png": i // 2 for i in range(4)
+    }
+
+
+def test_paths_of_a_csv_may_begin_at_the_top_and_its_split_makes_parts(tmp_path: Path) -> None:
+    files = {f"train/{name}": body for name, body in FLAT.items()} | {"train/caf\u00e9.png": shade(9)}
+    rows = [f"train/{i}.png,{'ab'[i // 2]},Train" for i in range(4)] + ["train\\cafe\u0301.png,b,test"]
+    found = read_zip(tmp_path, files | {"meta/l.csv": "\n".join(["file,label,subset", *rows]).encode()})
+    assert found.parts["train"].names == tuple(f"train/{i}.png" for i in range(4))
+    assert found.parts["test"].names == ("train/caf\u00e9.png",)
+    assert found.parts["test"].classes == ("b",)
+
+
+ROWS = [f"{i}.png,{'ab'[i // 2]}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("table", "says", "named"),
+    [
+        ("\n".join([*ROWS, "3.png,a"]), "is named in line 4 already", [("3.png", 5)]),
+        ("\n".join([*ROWS, "9.png,a", "8.png,a"]), "is not in the zip", [("9.png", 5), ("8.png", 6)]),
+        ("\n".join(ROWS[:3]), "the CSV does not name it", [("3.png", None)]),
+        ("\n".join([*ROWS[:3], "3.png, "]), "has no label (line 4)", [("3.png", 4)]),
+        ("\n".join([*ROWS[:3], "3.png"]), "line 4 has 1 of the columns", [("l.csv", 4)]),
+        ("\n".join(["file,digit", *ROWS]), "the header has 'file', 'digit'", [("l.csv", 1)]),
+        ("\n".join(["file,label,class", *(f"{row},x" for row in ROWS)]), "one for the label", [("l.csv", 1)]),
+        ("\n".join(f"{row},train" for row in ROWS), "no header that names them", [("l.csv", 1)]),
+        ("0.png 1.png", "one column for the file", [("l.csv", 1)]),
+        ("\n".join(["file,label,set", "0.png,a,dev", *(f"{row},test" for row in ROWS[1:])]), "'dev'", [("0.png", 2)]),
+        ("file,label,split\n" + "\n".join(f"{row},test" for row in ROWS), "no images to train on", []),
+        ('"' + "x" * 200_000, "field larger than", [("l.csv", 1)]),
+        ("", "the CSV does not name it", [(name, None) for name in FLAT]),
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_a_csv_that_does_not_fit_is_refused_with_its_lines(
+    tmp_path: Path, table: str, says: str, named: list[tuple[str, int | None]]
+) -> None:
+    details = refused(tmp_path, FLAT | {"l.csv": table.encode()}, says)
+    assert [(detail["file"], detail.get("line")) for detail in details] == named
+
+
+def test_a_csv_that_is_not_one_readable_file_is_refused(tmp_path: Path) -> None:
+    table = "\n".join(ROWS).encode()
+    assert len(refused(tmp_path, FLAT | {"l.csv": table, "m/n.csv": table}, "2 CSV files")) == 2
+    refused(tmp_path, FLAT | {"l.csv": table.replace(b"a", b"\xe9")}, "is not UTF-8 (byte 6)")
+    refused(tmp_path, {"../0.png": shade(0), "l.csv": b"../0.png,a"}, "leaves the archive")
+    refused(tmp_path, FLAT | {"l.csv": table}, "more than the 3", max_images=3)
+    refused(tmp_path, FLAT | {"l.csv": table + b"\n" + table}, "more than the 4 images allowed", max_images=4)
+
+
+def test_names_are_kept_and_are_no_part_of_the_id(tmp_path: Path) -> None:
+    dataset = reading(tmp_path, zipped(GOOD))
+    assert dataset.names == tuple(GOOD)
+    dataset.save(tmp_path / "kept.npz")
+    assert Dataset.load(tmp_path / "kept.npz").names == dataset.names
+    renamed = reading(tmp_path, zipped({name.replace("png", "x"): body for name, body in GOOD.items()}))
+    cards = dataset.described(), renamed.described()
+    assert cards[0].id == cards[1].id
+    assert cards[0].file != cards[1].file  # or one upload would rename the images of another
+    np.savez(tmp_path / "old.npz", images=dataset.images, labels=dataset.labels, classes=np.array(dataset.classes))
+    old = Dataset.load(tmp_path / "old.npz")
+    assert old.names == (0, 1, 2, 3)
+    assert old.described().file == f"{cards[0].id}.npz"
+
+
+def drawn(mode: str, ground: tuple[int, ...], ink: tuple[int, ...]) -> bytes:
+    """A square of one colour on a ground of another."""
+    image = Image.new(mode, (28, 28), ground)
+    image.paste(ink, (10, 10, 18, 18))
+    return encoded(image, "PNG")
+
+
+def test_each_image_that_something_is_wrong_with_is_named_once_for_its_worst_fault(tmp_path: Path) -> None:
+    flat, strokes = png(np.full((28, 28), 9, np.uint8)), drawn("RGBA", (0, 0, 0, 0), (255, 255, 255, 255))
+    found = read_zip(tmp_path, {
+        "train/a/1.png": shade(1), "train/a/2.png": shade(1), "train/b/3.png": shade(1),
+        "train/a/4.png": shade(4), "train/b/5.png": shade(5), "train/b/6.png": shade(5),
+        "train/a/7.png": flat, "train/b/8.png": flat, "train/a/9.png": strokes,
+        "test/a/1.png": shade(4), "test/b/2.png": shade(60), "test/b/3.png": shade(60),
+    })  # fmt: skip
+    assert {finding.kind: [image["file"] for image in finding.listed] for finding in found.findings} == {
+        "conflict": ["train/a/1.png", "train/b/3.png", "train/a/2.png"],  # one of each class first
+        "leak": ["test/a/1.png"],
+        "blank_after_alpha": ["train/a/9.png"],
+        "constant": ["train/a/7.png", "train/b/8.png"],
+        "duplicate": ["train/b/6.png", "test/b/3.png"],  # without the one to keep
+    }
+    assert [finding.images for finding in found.findings] == [3, 1, 1, 2, 2]
+    assert found.findings[1].listed == [{"file": "test/a/1.png", "class": "a", "part": "test"}]
+    assert found.findings[0].message.startswith(
+        "3 images equal to one of another class: train/a/1.png (a), train/b/3.png (b), train/a/2.png (a)."
+    )
+    assert found.described().warnings == [finding.message for finding in found.findings]
+    assert (found.report.near_constant, found.report.blank_after_alpha) == (3, 1)
+    assert found.report.blank_after_alpha_images == [{"file": "train/a/9.png", "class": "a"}]
+
+
+def test_a_finding_lists_twenty_images_and_names_three(tmp_path: Path) -> None:
+    found = read_zip(tmp_path, {f"{name}/{i:02}.png": shade(i) for name in "ab" for i in range(30)})
+    (finding,) = found.findings
+    assert (finding.kind, finding.images, len(finding.listed)) == ("conflict", 60, 20)
+    assert "a/00.png (a), b/00.png (b), a/01.png (a) and 57 more." in finding.message
+
+
+@pytest.mark.parametrize(
+    ("image", "kinds"),
+    [
+        (drawn("RGBA", (0, 0, 0, 0), (255, 255, 255, 255)), ["blank_after_alpha"]),
+        (drawn("LA", (255, 0), (255, 255)), ["blank_after_alpha"]),
+        (drawn("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), []),  # dark strokes show
+        (drawn("RGBA", (0, 0, 0, 255), (255, 255, 255, 255)), []),  # light ones too, on an opaque ground
+        (drawn("RGBA", (0, 0, 0, 0), (9, 9, 9, 0)), ["constant"]),  # nothing shows on any ground
+        (drawn("L", (255,), (255,)), ["constant"]),
+        (drawn("L", (255,), (250,)), ["constant"]),
+    ],
+    ids=range(7),
+)
+def test_an_image_that_transparency_makes_blank_is_told_from_one_that_was_blank(
+    tmp_path: Path, image: bytes, kinds: list[str]
+) -> None:
+    found = read_zip(tmp_path, {f"{name}/{i}.png": shade(2 * ord(name) + i) for name in "ab" for i in range(2)} | {
+        "a/odd.png": image
+    })  # fmt: skip
+    assert [finding.kind for finding in found.findings] == kinds
+    assert all(finding.listed == [{"file": "a/odd.png", "class": "a"}] for finding in found.findings)
+
+
+def test_findings_of_arrays_name_indices(tmp_path: Path) -> None:
+    images = np.stack([DOT, DOT // 2, DOT, DOT // 3])
+    (tmp_path / "upload").write_bytes(npz(images=images, labels=[0, 0, 1, 1]))
+    (finding,) = prepared(tmp_path / "upload").findings
+    assert finding.listed == [{"index": 0, "class": "0"}, {"index": 2, "class": "1"}]
+    assert "2 images equal to one of another class: 0 (0), 2 (1)." in finding.message
+
+
+def test_excluded_images_are_left_out_unread_of_every_part(tmp_path: Path) -> None:
+    files = split("train", "test") | {"train/a/broken.png": b"?", "test/a/caf\u00e9.png": shade(9)}
+    names = ["train/a/broken.png", "./train/b/0.png", "test/a/cafe\u0301.png"]
+    assert "broken.png" in str(refused(tmp_path, files, "1 of 10 files"))
+    enough = {f"train/b/{i}.png": shade(200 + i) for i in (7, 8)}
+    found = read_zip(tmp_path, files | enough, exclude=names)
+    assert not {"train/a/broken.png", "train/b/0.png"} & set(found.parts["train"].names)
+    assert len(found.parts["train"].names) == 5
+    assert found.parts["test"].names == tuple(split("test"))
+    assert (found.described().excluded, found.report.images) == (3, 5)
+    assert "excluded" not in read_zip(tmp_path, split("train")).described().dump()
+    whole = read_zip(tmp_path, split("train", "test"), exclude=list(split("test")))
+    assert list(whole.parts) == ["train"]
+
+
+def test_what_exclusion_leaves_must_be_a_data_set_and_every_name_must_be_there(tmp_path: Path) -> None:
+    assert refused(tmp_path, GOOD, "has only one image", exclude=["a/0.png"])[0]["class"] == "a"
+    refused(tmp_path, GOOD, "found only 'b'", exclude=["a/0.png", "a/1.png"])
+    refused(tmp_path, split("train", "test"), "no image to train on is left", exclude=list(split("train")))
+    refused(tmp_path, GOOD, "the zip has no images", exclude=list(GOOD))
+    with pytest.raises(InvalidDataset, match=r"a/9\.png: is not in the data set") as caught:
+        read_zip(tmp_path, GOOD, exclude=["a/9.png", "a/0.png", 3])
+    assert caught.value.param == "exclude"
+    assert [detail.get("file", detail.get("index")) for detail in caught.value.details] == ["a/9.png", 3]
+
+
+def test_excluded_images_of_arrays_leave_the_indices_of_the_others_as_they_were(tmp_path: Path) -> None:
+    images = np.stack([DOT // k for k in range(1, 9)]).astype(np.int64)
+    images[3] = 999
+    arrays = {"x_train": images[:6], "y_train": [0, 0, 0, 1, 1, 1], "x_test": images[6:], "y_test": [0, 1]}
+    (tmp_path / "upload").write_bytes(npz(**arrays))
+    found = prepared(tmp_path / "upload", exclude=[3, "0", "x_test[1]"])
+    assert found.parts["train"].names == (1, 2, 4, 5)
+    assert found.parts["train"].labels.tolist() == [0, 0, 1, 1]
+    assert (found.parts["train"].images == images[[1, 2, 4, 5]]).all()
+    assert found.parts["test"].names == ("x_test[0]",)
+    found.parts["train"].save(tmp_path / "kept.npz")
+    assert Dataset.load(tmp_path / "kept.npz").names == (1, 2, 4, 5)
+    with pytest.raises(InvalidDataset, match="has values") as caught:
+        prepared(tmp_path / "upload", exclude=[0])
+    assert caught.value.details[0]["index"] == 3
+    assert list(prepared(tmp_path / "upload", exclude=[3, "x_test[0]", "x_test[1]"]).parts) == ["train"]
+
+
+def test_a_csv_may_name_what_is_excluded(tmp_path: Path) -> None:
+    files = FLAT | {"9.png": b"?", "l.csv": "\n".join([*ROWS, "9.png,a"]).encode()}
+    refused(tmp_path, files, "1 of 5 files")
+    assert read_zip(tmp_path, files, exclude=["9.png"]).parts["train"].names == tuple(FLAT)

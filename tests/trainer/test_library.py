@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -45,6 +46,21 @@ def test_content_is_kept_once_for_each_tenant_and_files_each_time(library: Libra
         library.get("t", "d1")
     assert library.get("other", "d1").upload == "u1"
     assert library.files() == {"u1.upload", "d1.npz"}
+
+
+def test_every_part_of_a_data_set_is_kept_with_it(library: Library, engine: sa.Engine) -> None:
+    parts = {"validation": DatasetCard(id="v", prepared="v2"), "test": DatasetCard(id="t")}
+    card = UPLOAD.dataset.model_copy(update=parts)
+    kept = library.keep("t", replace(UPLOAD, dataset=card))
+    assert kept.id not in ("d1", library.keep("t", UPLOAD).id)
+    assert library.get("t", kept.id).dataset == card
+    assert library.files() == {"u1.upload", "d1.npz", "v2.npz", "t.npz"}
+    assert use(engine, kept.card()).dataset.parts[2].file == "t.npz"
+    assert {part.file for card in Jobs(engine).needed_datasets() for part in card.parts} == {
+        "d1.npz",
+        "v2.npz",
+        "t.npz",
+    }
 
 
 def test_pages_have_every_data_set_once_in_both_orders(library: Library) -> None:

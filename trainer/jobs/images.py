@@ -21,10 +21,10 @@ OVERSAMPLING = 8  # a JPEG is decoded at the smallest scale that leaves this man
 Image.MAX_IMAGE_PIXELS = None  # `decode` has a limit of its own, which raises instead of warning
 
 
-def decode(body: bytes, max_pixels: int) -> np.ndarray:
+def decode(body: bytes, max_pixels: int, ground: int = 255) -> np.ndarray:
     """An encoded image as (28, 28) uint8.
 
-    Applies the EXIF orientation, puts transparent images on white, and takes the first of several frames.
+    Applies the EXIF orientation, puts transparent images on a `ground`, white, and takes the first of several frames.
 
     Raises:
         InvalidImage: not an image in one of `FORMATS`, truncated, or larger than `max_pixels` pixels.
@@ -40,7 +40,7 @@ def decode(body: bytes, max_pixels: int) -> np.ndarray:
                 image.draft("L", (math.ceil(width * scale), math.ceil(height * scale)))  # only JPEG supports it
                 with _one_large if image.width * image.height > LARGE else contextlib.nullcontext():
                     ImageOps.exif_transpose(image, in_place=True)
-                    return prepare(_grey(image))
+                    return prepare(_grey(image, ground))
     except (InvalidImage, MemoryError):
         raise
     except UnidentifiedImageError as exc:
@@ -49,7 +49,7 @@ def decode(body: bytes, max_pixels: int) -> np.ndarray:
         raise InvalidImage(f"a broken image ({exc})") from exc
 
 
-def _grey(image: Image.Image) -> Image.Image:
+def _grey(image: Image.Image, ground: int) -> Image.Image:
     """As 8-bit luminance (mode L)."""
     if image.mode in ("I", "F"):
         raise InvalidImage("an image with 32 bits per pixel, whose range is unknown; save it with 8 or 16 bits")
@@ -62,7 +62,7 @@ def _grey(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if image.mode not in ("RGBA", "LA"):
             image = image.convert("RGBA")
-        opaque = Image.new("L", image.size, 255)
+        opaque = Image.new("L", image.size, ground)
         opaque.paste(image.convert("L"), mask=image.getchannel("A"))
         return opaque
     return image.convert("L")

@@ -1,9 +1,9 @@
 """Data sets that clients keep apart from jobs: uploaded once, used by id, and deleted when nobody wants them any more.
 
-A row is what a client knows of one; `datasets/<content>.npz` has the prepared images, `datasets/<upload>.upload` the
-bytes as they were sent. Both are named by their SHA-256, so rows share them. Whoever keeps a data set moves its files
-into place first and adds its row afterwards; files that no row and no job needs are swept by the worker, once they are
-an hour old.
+A row is what a client knows of one; `datasets/<prepared>.npz` has the prepared images of a part,
+`datasets/<upload>.upload` the bytes as they were sent. Both are named by their SHA-256, so rows share them. Whoever
+keeps a data set moves its files into place first and adds its row afterwards; files that no row and no job needs are
+swept by the worker, once they are an hour old.
 """
 
 import secrets
@@ -76,7 +76,7 @@ class Library:
 
         Args:
             anew: under an id of its own, `file-…`, which sorts by creation time. Otherwise the id is that of the
-                content, and a data set that is kept already stays as it is.
+                content, and a data set that is kept already stays as it is, also the names of its images.
             also: called in the same transaction with the data set and whether it is new; raises to roll it back.
         """
         while True:
@@ -90,7 +90,7 @@ class Library:
         self, connection: sa.Connection, tenant: str, upload: Upload, anew: bool, expires_after_s: float | None,
         also: Also,
     ) -> KeptDataset:  # fmt: skip
-        content = (datasets.c.tenant == tenant) & (datasets.c.id == upload.dataset.id)
+        content = (datasets.c.tenant == tenant) & (datasets.c.id == upload.dataset.content)
         # An update, as it locks the row until the transaction ends.
         found = datasets.update().where(content).values(id=datasets.c.id).returning(*_COLUMNS)
         row = None if anew else connection.execute(found).mappings().first()
@@ -99,7 +99,7 @@ class Library:
         else:
             at = connection.execute(sa.select(now())).scalar_one()
             kept, created = KeptDataset(
-                id=f"file-{int(at * 1000):011x}{secrets.token_hex(5)}" if anew else upload.dataset.id,
+                id=f"file-{int(at * 1000):011x}{secrets.token_hex(5)}" if anew else upload.dataset.content,
                 created_at=at, expires_at=expires_after_s and at + expires_after_s, upload=upload.sha256,
                 size_bytes=upload.size_bytes, dataset=upload.dataset, report=upload.report,
             ), True  # fmt: skip
@@ -170,7 +170,8 @@ class Library:
         with self._engine.begin() as connection:
             connection.execute(datasets.delete().where(~_alive()))
             rows = connection.execute(sa.select(datasets.c.upload, datasets.c.dataset)).all()
-        return {name for row in rows for name in (f"{row.upload}.upload", f"{row.dataset['id']}.npz")}
+        prepared = {part.file for row in rows for part in DatasetCard.read(row.dataset).parts}
+        return prepared | {f"{row.upload}.upload" for row in rows}
 
 
 _COLUMNS = [column for column in datasets.c if column is not datasets.c.tenant]

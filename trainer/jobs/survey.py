@@ -1,58 +1,130 @@
 """What is worth knowing of an upload before training on it: sizes, duplicates, images that show nothing."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from store.records import DatasetReport
+from store.records import DatasetReport, Finding
+from trainer.jobs.layouts import TEST, TRAIN, VALIDATION
 
 FAINT = 8  # grey levels, of 255, that lie between the darkest and the lightest pixel of an image that shows something
 MOST_LISTED = 20  # images, or groups of duplicates, that a report names
 MOST_IN_GROUP = 10
+MOST_IN_WORDS = 3  # images that the message of a finding names
+WORDS = {  # kind: what the images are, and what to do
+    "conflict": ("equal to one of another class", "Keep each picture in one class."),
+    "leak": ("to validate or test on that are trained on as well", "They flatter the report; remove them."),
+    "blank_after_alpha": (
+        "light on a transparent ground, which becomes white and leaves nothing to see",
+        "Save them on a dark ground, without transparency.",
+    ),
+    "constant": ("with next to nothing on them", "Remove them unless they are what you mean."),
+    "duplicate": ("equal to another one of their class", "They count twice; remove them unless that is meant."),
+}
 
 
-def survey(
-    images: np.ndarray, labels: Sequence[str], names: Sequence[str | int], sizes: Sequence[tuple[int, int]]
-) -> DatasetReport:
-    """Describe an upload.
+@dataclass(frozen=True)
+class Seen:
+    """What is known of an image besides its pixels."""
+
+    name: str | int  # its file, or its index in an array
+    label: str
+    part: str
+    size: tuple[int, int]  # width and height in pixels as it was uploaded
+    blank: bool = False  # whether it showed something until its transparency became white
+
+    def shown(self, **more: Any) -> dict[str, Any]:
+        """As it is listed."""
+        part = {} if self.part == TRAIN else {"part": self.part}
+        return {"file" if isinstance(self.name, str) else "index": self.name, "class": self.label, **part, **more}
+
+
+def spread(images: np.ndarray) -> np.ndarray:
+    """Grey levels between the darkest and the lightest pixel of (..., h, w) images, (...)."""
+    found: np.ndarray = images.max(axis=(-2, -1)).astype(int) - images.min(axis=(-2, -1))
+    return found
+
+
+def is_faint(images: np.ndarray) -> np.ndarray:
+    """Whether each of (..., h, w) images shows next to nothing, (...) bool."""
+    found: np.ndarray = spread(images) < FAINT
+    return found
+
+
+def survey(images: np.ndarray, seen: Sequence[Seen]) -> tuple[DatasetReport, list[Finding]]:
+    """Describe an upload, and say what is wrong with it.
 
     Args:
-        images: (n, 28, 28) uint8, prepared.
-        labels: the class of each.
-        names: of each, its file, or its index in an array.
-        sizes: of each, width and height in pixels as it was uploaded.
+        images: (n, 28, 28) uint8, prepared, of all parts.
+        seen: each of them.
     """
-
-    def shown(index: int, **more: Any) -> dict[str, Any]:
-        name = names[index]
-        return {"file" if isinstance(name, str) else "index": name, "class": labels[index], **more}
-
     same: dict[bytes, list[int]] = defaultdict(list)
     for index, image in enumerate(images):
         same[image.tobytes()].append(index)
     groups = [group for group in same.values() if len(group) > 1]
-    conflicts = [sum(labels[index] != labels[group[0]] for index in group) for group in groups]
+    conflicts = [sum(seen[index].label != seen[group[0]].label for index in group) for group in groups]
     first = sorted(range(len(groups)), key=lambda i: conflicts[i] == 0)[:MOST_LISTED]
-    flat = images.reshape(len(images), -1)
-    spread = flat.max(axis=1).astype(int) - flat.min(axis=1)
-    faint = np.flatnonzero(spread < FAINT)
-    counts: dict[str, int] = defaultdict(int)
-    for label in labels:
-        counts[label] += 1
-    by_pixels = sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
-    return DatasetReport(
-        classes=dict(counts),
-        images=len(images),
+    levels = spread(images)
+    faint = np.flatnonzero(is_faint(images)).tolist()
+    blank = [index for index in faint if seen[index].blank]
+    parts = Counter(one.part for one in seen)
+    by_pixels = sorted({one.size for one in seen}, key=lambda size: (size[0] * size[1], size))
+    report = DatasetReport(
+        classes=dict(Counter(one.label for one in seen if one.part == TRAIN)),
+        images=parts[TRAIN],
+        validation_images=parts[VALIDATION],
+        test_images=parts[TEST],
         smallest=by_pixels[0],
         largest=by_pixels[-1],
         sizes=len(by_pixels),
         duplicates=sum(len(group) - 1 for group in groups),
         conflicts=sum(conflicts),
-        duplicate_groups=[[shown(index) for index in groups[i][:MOST_IN_GROUP]] for i in first],
+        duplicate_groups=[[seen[index].shown() for index in groups[i][:MOST_IN_GROUP]] for i in first],
         near_constant=len(faint),
         near_constant_images=[
-            shown(int(index), reason=f"its pixels differ by {spread[index]} of 255") for index in faint[:MOST_LISTED]
+            seen[index].shown(reason=f"its pixels differ by {levels[index]} of 255") for index in faint[:MOST_LISTED]
         ],
+        blank_after_alpha=len(blank),
+        blank_after_alpha_images=[seen[index].shown() for index in blank[:MOST_LISTED]],
     )
+    unseen = set(faint)
+    told = [group for group in groups if group[0] not in unseen]  # equal images are faint together
+    return report, _findings(seen, told, blank, [index for index in faint if not seen[index].blank])
+
+
+def _findings(
+    seen: Sequence[Seen], groups: Iterable[Sequence[int]], blank: list[int], constant: list[int]
+) -> list[Finding]:
+    """What is wrong with images, the worst first.
+
+    Args:
+        groups: of equal images that show something.
+        blank, constant: images that show nothing, with and without transparency to blame.
+    """
+    found: dict[str, list[int]] = {kind: [] for kind in WORDS}
+    found |= {"blank_after_alpha": blank, "constant": constant}
+    for group in groups:
+        by_class = {seen[index].label: index for index in reversed(group)}
+        if len(by_class) > 1:
+            leading = set(by_class.values())  # which come first, so that what is listed shows the conflict
+            found["conflict"] += sorted(group, key=lambda index: index not in leading)
+            continue
+        trained_on = [index for index in group if seen[index].part == TRAIN]
+        apart = [index for index in group if seen[index].part != TRAIN]
+        found["leak" if trained_on else "duplicate"] += apart if trained_on else apart[1:]
+        found["duplicate"] += trained_on[1:]
+    return [_finding(kind, [seen[index] for index in images]) for kind, images in found.items() if images]
+
+
+def _finding(kind: str, images: Sequence[Seen]) -> Finding:
+    what, advice = WORDS[kind]
+    named = ", ".join(f"{one.name} ({one.label})" for one in images[:MOST_IN_WORDS])
+    more = f" and {len(images) - MOST_IN_WORDS} more" if len(images) > MOST_IN_WORDS else ""
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
+    return Finding(
+        kind=kind, message=f"{count} {what}: {named}{more}. {advice}", images=len(images),
+        listed=[one.shown() for one in images[:MOST_LISTED]],
+    )  # fmt: skip

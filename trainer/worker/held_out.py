@@ -178,7 +178,7 @@ def _right(network: Network, pixels: np.ndarray, truth: np.ndarray, *, invert: b
 
 def _upload(card: DatasetCard | None, settings: Settings) -> np.ndarray:
     """The images of a data set, (n, 28, 28) uint8; none if it is gone."""
-    file = settings.datasets / f"{card.id}.npz" if card else None
+    file = settings.datasets / card.file if card else None
     return Dataset.load(file).images if file and file.is_file() else np.empty((0, 28, 28), np.uint8)
 
 

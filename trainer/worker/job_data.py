@@ -30,13 +30,16 @@ class JobData:
     dataset: Dataset
     validation: Dataset | None  # where it was uploaded apart
     polarity: str
+    test: Dataset | None = None  # on which nothing is trained or chosen
 
     @classmethod
     def load(cls, card: DatasetCard, settings: Settings, spec: Spec) -> Self:
         """Load the images of an upload."""
-        dataset = Dataset.load(settings.datasets / f"{card.id}.npz")
-        validation = Dataset.load(settings.datasets / f"{card.validation.id}.npz") if card.validation else None
-        return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity)
+        dataset = Dataset.load(settings.datasets / card.file)
+        validation, test = (
+            Dataset.load(settings.datasets / part.file) if part else None for part in (card.validation, card.test)
+        )
+        return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity, test)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -65,6 +68,11 @@ class JobData:
     def all(self) -> Split:
         """All images but those that were uploaded to validate on."""
         return self._ready(self.dataset)
+
+    @property
+    def unseen(self) -> Split | None:
+        """The test images, if there are any."""
+        return self._ready(self.test) if self.test else None
 
     def part(self, some: np.ndarray) -> Split:
         """Some of these, (n,) bool."""

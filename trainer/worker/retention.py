@@ -47,7 +47,7 @@ def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry, library: 
     """Delete the files of data sets that no client keeps and that neither a job nor a live version needs."""
     needed = library.files()  # before the jobs: who deletes a data set has made sure that no job took it from there
     cards = [*jobs.needed_datasets(), *(version.manifest.dataset for version in registry.live())]
-    needed |= {f"{part.id}.npz" for card in cards if card for part in card.parts}
+    needed |= {part.file for card in cards if card for part in card.parts}
     for path in (*settings.datasets.glob("*.npz"), *settings.datasets.glob("*.upload")):
         with suppress(FileNotFoundError):
             if path.name not in needed and time.time() - path.stat().st_mtime > UNUSED_S:

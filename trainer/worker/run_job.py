@@ -378,6 +378,8 @@ class _Maker:
             fitted, train, held_out, self.data.classes, spec, base=None if start.new else start.params,
             attack_images=self.settings.attack_images, attack_well=attack_well,
         )  # fmt: skip
+        if (test := self.data.unseen) is not None:
+            card["test"] = report.on_test(fitted, test)
         return card | {"device": self.device.removeprefix("/")}
 
     def _exported(
