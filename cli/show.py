@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from temper.records import (
     Checkpoint,
+    ClassPrediction,
     Dataset,
     DatasetDeleted,
     Deleted,
@@ -441,6 +442,10 @@ def print_report(report: dict[str, Any]) -> None:
     weaker = attacked.get("accuracy_under_fgsm")
     beside = "" if weaker is None else f", {weaker:.1%} under FGSM"
     table.add_row(name, f"{attacked['accuracy']:.1%}", f"epsilon {attacked['epsilon']:g}{beside}")
+    if twin := report.get("twin"):
+        change, (low, high) = twin["differences"]["accuracy"]["value"], twin["differences"]["accuracy"]["interval"]
+        text = f"{100 * change:+.1f} points by regularization, 95% interval {100 * low:+.1f} to {100 * high:+.1f}"
+        table.add_row("its unregularized twin", f"{twin['accuracy']:.1%}", text)
     error = report["calibration"]["expected_calibration_error"]
     table.add_row("calibration error", f"{error:.1%}", "expected, over 10 bins")
     counts = report["parameters"]
@@ -463,16 +468,26 @@ def show_prediction(answer: Prediction) -> None:
     """The most probable classes of one image, or a line for each of many."""
     which = f"{answer.model}:{answer.version}"
     if len(answer.predictions) > 1:
-        table = _columns("image", "class", "probability")
+        table = _columns("image", "class", "probability", "plausible")
         for number, one in enumerate(answer.predictions):
-            table.add_row(escape(one.file or str(number)), escape(one.label), f"{max(one.probabilities):.1%}")
+            name, sure = escape(one.file or str(number)), f"{max(one.probabilities):.1%}"
+            table.add_row(name, escape(one.label), sure, escape(_plausible(one)))
         show(table)
         return say(f"predicted by {which}")
     (one,) = answer.predictions
     console.print(f"[bold]{escape(one.label)}[/] predicted by {which}")
     for probability, name in sorted(zip(one.probabilities, answer.classes, strict=True), reverse=True)[:BEST]:
         console.print(f"  {escape(f'{name:>8}')} {'█' * round(30 * probability)} {probability:.1%}")
+    if text := _plausible(one):
+        console.print(escape(f"plausible: {text}"))
     return None
+
+
+def _plausible(one: ClassPrediction) -> str:
+    """The prediction set in words; empty for a version that has none."""
+    if one.none_of_these:
+        return "none of these: unlike the images that were learned"
+    return "" if one.set is None else ", ".join(one.set) or "no class"
 
 
 def print_image(image: "Image", width: int = 28) -> None:

@@ -8,7 +8,7 @@ the oracle is chosen by them, to say how much there is to gain.
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from quality.data import digits, fashion, mislabel
 from store.errors import Diverged
 from trainer import evaluate
 from trainer.asked import Asked, parse_asked
+from trainer.duplicates import near_copies
 from trainer.fit import Split
 from trainer.folds import stratified, stratified_folds
 from trainer.network import Network
@@ -107,19 +108,20 @@ def measure(name: str, approach: str, seed: int) -> dict[str, Any]:
     if approach == "svm":
         found["test"] = svm(x, y, x_test, y_test, seed)
     else:
-        problem = Problem(Split(tf.constant(x), y), pretrained()[0], int(y.max()) + 1, domain.same_classes)
+        groups = near_copies((255 * x[..., 0]).astype(np.uint8))
+        problem = Problem(Split(tf.constant(x), y), pretrained()[0], int(y.max()) + 1, domain.same_classes, groups)
         test = Split(tf.constant(x_test), y_test)
         if approach == "oracle":
             found |= oracle(problem, test, seed)
         elif approach == "auto":
-            result = search(_everything(seed), problem)
+            result = search(everything(seed), problem)
             result = result.confirmed(_out_of_fold(result.spec, problem), y)
             found |= {**_accuracies(result.spec, problem, problem.data, test), "sentence": result.sentence}
         elif approach == "none":
-            found |= _accuracies(_everything(seed).resolve(NONE), problem, problem.data, test)
+            found |= _accuracies(everything(seed).resolve(NONE), problem, problem.data, test)
         else:
             learned = ~stratified(y, seed, lambda n: max(1, round(HELD_OUT * n)))
-            spec = _everything(seed).resolve(FIXED[approach])
+            spec = everything(seed).resolve(FIXED[approach])
             found |= _accuracies(spec, problem, problem.part(learned), test)
     return found | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -139,7 +141,7 @@ def oracle(problem: Problem, test: Split, seed: int) -> dict[str, Any]:
         except Diverged:
             return 0.0
 
-    found = side_by_side(work, [_everything(seed).resolve(recipe) for recipe in recipes])
+    found = side_by_side(work, [everything(seed).resolve(recipe) for recipe in recipes])
     spec, best = max(found, key=lambda one: one[1])
     others = [spec.model_copy(update={"seed": seed + 100 * number}) for number in range(1, 1 + RESEEDED)]
     again = [accuracy for _, accuracy in side_by_side(work, others)]
@@ -154,9 +156,14 @@ def _out_of_fold(spec: Spec, problem: Problem) -> np.ndarray:
         run = training(spec, problem, problem.part(~held_out))
         return Network(run.finish(check)).logits(problem.part(held_out).images)
 
-    for held_out, found in side_by_side(work, stratified_folds(problem.data.labels, spec.seed, spec.folds or 0)):
+    for held_out, found in side_by_side(work, folds_of(spec, problem)):
         logits[held_out] = found
     return logits
+
+
+def folds_of(spec: Spec, problem: Problem) -> Iterator[np.ndarray]:
+    """Which images each fold of a spec holds out, (n,) bool."""
+    return stratified_folds(problem.data.labels, spec.seed, spec.folds or 0, problem.groups)
 
 
 def svm(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, seed: int) -> float:
@@ -168,7 +175,8 @@ def svm(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, se
     return 100 * float(model.score(x_test.reshape(len(x_test), -1), y_test))
 
 
-def _everything(seed: int) -> Asked:
+def everything(seed: int) -> Asked:
+    """A fine-tune without a spec."""
     return parse_asked(json.dumps({"search": {}, "seed": seed}))
 
 

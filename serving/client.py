@@ -39,6 +39,7 @@ class Prediction:
     version: int
     logits: np.ndarray  # (n, classes) float32
     probabilities: np.ndarray  # (n, classes) float32
+    distances: np.ndarray | None = None  # (n,) float32, to the nearest image that was learned; None without a detector
 
 
 def predict_request(model: str, version: int, images: np.ndarray) -> pb.PredictRequest:
@@ -65,7 +66,8 @@ def prediction(response: pb.PredictResponse) -> Prediction:
         logits, probabilities = (_array(response.outputs[name]) for name in ("logits", "probabilities"))
     except ValueError as exc:
         raise errors.ModelServerError("the model server's response lacks logits or probabilities") from exc
-    return Prediction(response.model_spec.version.value, logits, probabilities)
+    distances = _array(response.outputs["distance"]) if "distance" in response.outputs else None
+    return Prediction(response.model_spec.version.value, logits, probabilities, distances)
 
 
 def _array(tensor: pb.TensorProto) -> np.ndarray:

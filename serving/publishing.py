@@ -55,16 +55,20 @@ class Probe:
 
     pixels: np.ndarray  # (n, 784) uint8
     logits: np.ndarray  # (n, classes) float32
+    distances: np.ndarray | None = None  # (n,) float32, with a detector
 
     def save(self, version: Path) -> None:
         """Write the probe into the directory of a version."""
-        np.savez(version / PROBE, allow_pickle=False, pixels=self.pixels, logits=self.logits)
+        arrays = {"pixels": self.pixels, "logits": self.logits}
+        if self.distances is not None:
+            arrays["distances"] = self.distances
+        np.savez(version / PROBE, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, version: Path) -> Self:
         """Read the probe from the directory of a version."""
         with np.load(version / PROBE, allow_pickle=False) as arrays:
-            return cls(arrays["pixels"], arrays["logits"])
+            return cls(arrays["pixels"], arrays["logits"], arrays.get("distances"))
 
     def forms(self) -> Iterator[np.ndarray]:
         """Yield the images as requests send them: (n, 784) uint8, then (n, 28, 28, 1) float32 in [0, 1]."""
@@ -385,6 +389,14 @@ def prove(server: ModelServer, model: str, version: int, probe: Probe) -> float:
                 f"{which} at {server.target} differs from the trained model by {difference:.2g} in a logit"
             )
         largest = max(largest, difference)
+        if probe.distances is not None:
+            if answer.distances is None or answer.distances.shape != probe.distances.shape:
+                raise PublishFailed(f"{which} is answered without distances")
+            difference = float(np.max(np.abs(answer.distances - probe.distances)))
+            if not difference <= PARITY:
+                raise PublishFailed(
+                    f"{which} at {server.target} differs from the trained model by {difference:.2g} in a distance"
+                )
     return largest
 
 

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from store.engine import metadata, now
 from store.errors import GateFailed, InvalidRequest, UnknownModel, WrongState
-from store.records import DEFAULT_TENANT, Manifest, Override, ReportCard, owner_of, public_name
+from store.records import DEFAULT_TENANT, Abstention, Manifest, Override, ReportCard, owner_of, public_name
 from store.validation import in_words
 from store.webhooks import enqueue
 
@@ -119,6 +119,7 @@ class Route:
 
     classes: dict[int, tuple[str, ...]] = field(default_factory=dict)
     labels: dict[str, Label] = field(default_factory=dict)
+    abstention: dict[int, Abstention] = field(default_factory=dict)  # of the versions that have a detector
 
 
 # Called in the transaction of a change; raises to roll it back, because the caller may no longer make it.
@@ -400,11 +401,15 @@ class Registry:
         with self._engine.connect() as connection:
             # Labels first: a version that gets a label between the two queries is live, so the second one finds it.
             names = connection.execute(sa.select(labels)).all()
-            columns = (versions.c.model, versions.c.version, versions.c.manifest["classes"])
+            about = (versions.c.manifest[name] for name in ("classes", "abstention"))
+            columns = (versions.c.model, versions.c.version, *about)
             rows = connection.execute(sa.select(*columns).where(versions.c.live)).all()
         routes: dict[str, Route] = {}
-        for model, version, classes in rows:
-            routes.setdefault(model, Route()).classes[version] = tuple(classes)
+        for model, version, classes, abstention in rows:
+            route = routes.setdefault(model, Route())
+            route.classes[version] = tuple(classes)
+            if abstention:
+                route.abstention[version] = Abstention.read(abstention)
         for model, label, version, weight in names:
             if model in routes and version in routes[model].classes:  # unless removed between the queries
                 routes[model].labels[label] = Label(version, weight)

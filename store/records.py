@@ -172,6 +172,21 @@ class DatasetReport(Record):
     blank_after_alpha_images: list[dict[str, Any]] = Field(default_factory=list, description="The first of these.")
 
 
+class Abstention(Record):
+    """When a version should rather not name one class; measured on images that were held out."""
+
+    coverage: float | None = None  # share of prediction sets that have the right class; None without sets
+    threshold: float = 0.0  # least probability of a class in a set
+    distance: float = 1.0  # beyond which an image is unlike those that were learned
+    false_alarms: float = 0.0  # share of images of the data that are beyond it
+    images: int = 0  # that were held out
+
+    @classmethod
+    def rule(cls, card: Mapping[str, Any]) -> Self:
+        """What a report card says of it, without what else was measured."""
+        return cls.read({name: value for name, value in card.items() if name in Abstention.model_fields})
+
+
 class Manifest(Record):
     """What a published version is; also `assets.extra/manifest.json` in its directory."""
 
@@ -187,6 +202,7 @@ class Manifest(Record):
     adapter_bottleneck: int = 0  # units; 0 without adapters
     preview: bool = False  # from a quick recipe, while its job was searching for a better one
     checkpoint: dict[str, Any] | None = None  # if it is one of another job's: that job and the epoch
+    abstention: Abstention | None = None  # None in those of earlier releases
     input: InputForm = GREY_28
 
     @property
@@ -258,6 +274,78 @@ class TestScore(Score):
     """The score on the images of a test part, which nothing was trained or chosen on."""
 
     expected_calibration_error: float = 0.0
+    covered: float | None = None  # share of images whose class is in their set
+    none_of_these: float | None = None  # share of images that are called unlike the data
+
+
+class AbstentionCard(Abstention):
+    """The rule, and what it comes to on the images that were held out.
+
+    `coverage_interval` is what coverage may turn out to be for other images (95%), because so few were held out.
+    """
+
+    coverage_interval: tuple[float, float] | None = None
+    mean_size: float | None = None  # classes of a set
+    single: float | None = None  # share of sets with one class
+    empty: float | None = None
+
+
+class Difference(Record):
+    """A figure of the version less that of its twin, with its 95% interval (paired bootstrap, Efron 1979)."""
+
+    value: float = 0.0
+    interval: tuple[float, float] = (0.0, 0.0)
+
+
+class TwinCard(Record):
+    """The same network on the same images for as long without any regularizer, and what regularization changed."""
+
+    accuracy: float = 0.0  # on held-out images, as all of this but in training
+    train_accuracy: float = 0.0
+    generalization_gap: float = 0.0
+    expected_calibration_error: float = 0.0
+    robust_accuracy: float = 0.0  # under the quick attack
+    differences: dict[str, Difference] = Field(default_factory=dict)  # of the same names, but for `train_accuracy`
+
+
+class LabelErrors(Record):
+    """Images whose label is probably wrong, by predictions of networks that were not trained on them."""
+
+    images: int = 0
+    checked: int = 0
+    estimated_share: float = 0.0
+    listed: list[dict[str, Any]] = Field(default_factory=list)  # with class, suggested class, and probability
+
+
+class Copies(Record):
+    """Near copies among the images; they are held out together."""
+
+    images: int = 0
+    groups: int = 0
+    of_several_classes: int = 0
+    listed: list[list[dict[str, Any]]] = Field(default_factory=list)
+
+
+class Strangers(Record):
+    """Images far from all others."""
+
+    images: int = 0
+    listed: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class InspectionCard(Record):
+    """What held-out predictions say about the data.
+
+    An image is {"position" in the prepared data set, "file" or "index"}, with "part" if it was uploaded apart.
+    """
+
+    label_errors: LabelErrors | None = None
+    copies: Copies | None = None
+    leaks: list[dict[str, Any]] = Field(default_factory=list)  # near copies of images that are trained on, `copy_of`
+    strangers: Strangers | None = None
+    overlaps: list[dict[str, Any]] = Field(default_factory=list)  # pairs of classes that are taken for each other
+    misclassified: list[dict[str, Any]] = Field(default_factory=list)  # the surest first
+    least_certain: list[dict[str, Any]] = Field(default_factory=list)  # right ones
 
 
 class CrossValidation(Score):
@@ -473,6 +561,9 @@ class ReportCard(Record):
     cross_validation: CrossValidation | None = None
     search: SearchCard | None = None
     forgetting: Forgetting | None = None
+    twin: TwinCard | None = None
+    abstention: AbstentionCard | None = None
+    inspection: InspectionCard | None = None
     gate: GateCard | None = None
     device: str | None = None
     cost: Cost | None = None

@@ -281,6 +281,8 @@ class ClassPrediction(Record):
     probabilities: list[float]  # in the order of `classes`
     file: str | None = None  # in a zip: the image's name
     top_k: list[dict[str, Any]] | None = None
+    set: list[str] | None = None  # the classes that are plausible; None where the version has no coverage
+    none_of_these: bool | None = None  # whether the image is unlike those that were learned; None without a detector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ bundle of variables.
 
 import functools
 import json
+import math
 import operator
 import tempfile
 from collections.abc import Mapping
@@ -18,11 +19,13 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from store.records import GREY_28
-from trainer.lenet import Arrays, Tensor, logits
+from trainer.abstention import FEATURES, RANK, REFERENCES
+from trainer.lenet import INPUTS, Arrays, Tensor, logits
 
 EXTRA = "assets.extra"  # which TensorFlow Serving ignores
 MANIFEST = f"{EXTRA}/manifest.json"
 PREFIX, SUFFIX = "layers/", "/.ATTRIBUTES/VARIABLE_VALUE"  # around a parameter's name in a checkpoint
+DETECTOR = "detector/"  # instead of `PREFIX`, before the arrays of a detector
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -30,7 +33,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 class _Served(tf.Module):  # type: ignore[misc]
     """LeNet-5 with its input processing, as it is served."""
 
-    def __init__(self, shapes: Shapes, invert: bool) -> None:
+    def __init__(self, shapes: Shapes, invert: bool, detects: bool) -> None:
         super().__init__()
         self._names = [name for name, _ in shapes]
         layers: dict[str, Any] = {}
@@ -39,6 +42,9 @@ class _Served(tf.Module):  # type: ignore[misc]
             folder = functools.reduce(lambda inner, part: inner.setdefault(part, {}), path, layers)
             folder[last] = tf.Variable(tf.zeros(shape))
         self.layers = layers
+        features = math.prod(INPUTS[FEATURES])
+        sizes = {"basis": (features, RANK), "references": (RANK, REFERENCES)} if detects else {}
+        self.detector = {name: tf.Variable(tf.zeros(size)) for name, size in sizes.items()}
         self._sign, self._offset = (-1.0, 1.0) if invert else (1.0, 0.0)
 
     # The placeholders have no shape: otherwise graph optimizers would consider the checks proven and remove them.
@@ -53,14 +59,22 @@ class _Served(tf.Module):  # type: ignore[misc]
 
     def _answer(self, image: Tensor) -> dict[str, Tensor]:
         params = {name: functools.reduce(operator.getitem, name.split("/"), self.layers) for name in self._names}
-        scores = logits(params, self._sign * image + self._offset)
-        return {"logits": scores, "probabilities": tf.nn.softmax(scores)}
+        features = logits(params, self._sign * image + self._offset, until=FEATURES)
+        scores = logits(params, features, entry=FEATURES)
+        outputs = {"logits": scores, "probabilities": tf.nn.softmax(scores)}
+        if self.detector:
+            flat = tf.reshape(features, (-1, self.detector["basis"].shape[0]))
+            flat /= tf.maximum(tf.norm(flat, axis=1, keepdims=True), 1e-6)
+            outputs["distance"] = 1.0 - tf.reduce_max(
+                flat @ self.detector["basis"] @ self.detector["references"], axis=1
+            )
+        return outputs
 
 
 @functools.cache
-def _template(shapes: Shapes, invert: bool) -> tuple[bytes, bytes]:
+def _template(shapes: Shapes, invert: bool, detects: bool) -> tuple[bytes, bytes]:
     """`saved_model.pb`, and the object graph of the checkpoint, for parameters of these shapes."""
-    module = _Served(shapes, invert)
+    module = _Served(shapes, invert, detects)
     with tempfile.TemporaryDirectory() as folder:
         signatures = {"serving_default": module.serve, "serving_bytes": module.serve_bytes}
         tf.saved_model.save(module, folder, signatures=signatures)
@@ -74,38 +88,44 @@ def _template(shapes: Shapes, invert: bool) -> tuple[bytes, bytes]:
     return saved.SerializeToString(deterministic=True), objects
 
 
-def prepare(params: Mapping[str, np.ndarray], *, invert: bool) -> None:
+def prepare(params: Mapping[str, np.ndarray], *, invert: bool, detects: bool = False) -> None:
     """Trace the graph that `export` needs, unless it is there. Takes a second and writes no file of a version."""
-    _template(_shapes(params), invert)
+    _template(_shapes(params), invert, detects)
 
 
 def _shapes(params: Mapping[str, np.ndarray]) -> Shapes:
     return tuple((name, params[name].shape) for name in sorted(params))
 
 
-def export(directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, manifest: Mapping[str, Any]) -> None:
+def export(
+    directory: Path, params: Mapping[str, np.ndarray], *, invert: bool, manifest: Mapping[str, Any],
+    detector: Mapping[str, np.ndarray] | None = None,
+) -> None:  # fmt: skip
     """Write a SavedModel.
 
     `serving_default(image float32 [n, 28, 28, 1] in [0, 1])` and `serving_bytes(image uint8 [n, 784])`, both with
-    `-> logits, probabilities`, float32 [n, classes]. The graph itself refuses other shapes before the first
-    convolution, because a tensor of the wrong rank that reaches one aborts the TensorFlow Serving process.
+    `-> logits, probabilities`, float32 [n, classes], and with a detector `distance`, float32 [n]. The graph itself
+    refuses other shapes before the first convolution, because a tensor of the wrong rank that reaches one aborts the
+    TensorFlow Serving process.
 
     Args:
         directory: created by this call; must not exist.
         params: effective parameters of the served network.
         invert: whether images are dark on light, so that the graph must invert them.
         manifest: description of the version, written beside it as JSON.
+        detector: arrays of a `Detector`.
     """
-    names = sorted(params)
-    graph, objects = _template(_shapes(params), invert)
+    graph, objects = _template(_shapes(params), invert, bool(detector))
+    stored = {f"{PREFIX}{name}{SUFFIX}": params[name] for name in sorted(params)}
+    stored |= {f"{DETECTOR}{name}{SUFFIX}": value for name, value in sorted((detector or {}).items())}
     (directory / "variables").mkdir(parents=True)
     (directory / EXTRA).mkdir()
     with tf.device("/CPU:0"):
         tf.raw_ops.SaveV2(
             prefix=str(directory / "variables" / "variables"),
-            tensor_names=[*(f"{PREFIX}{name}{SUFFIX}" for name in names), OBJECT_GRAPH],
-            shape_and_slices=[""] * (len(names) + 1),
-            tensors=[*(tf.constant(params[name]) for name in names), tf.constant(objects)],
+            tensor_names=[*stored, OBJECT_GRAPH],
+            shape_and_slices=[""] * (len(stored) + 1),
+            tensors=[*map(tf.constant, stored.values()), tf.constant(objects)],
         )
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (directory / "saved_model.pb").write_bytes(graph)

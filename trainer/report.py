@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from store.records import Abstention
 from store.settings import ATTACK_IMAGES
 from trainer import attacks, evaluate, fit
+from trainer.abstention import Detector, coverage_interval, described_sets, distance_limit, set_threshold
 from trainer.fit import Fitted, Split
 from trainer.lenet import HEAD, Arrays
 from trainer.methods import direct_kernels, trained_kernels
@@ -25,6 +27,7 @@ EPSILON = 0.1  # of the report's attacks where the spec trains against none
 PGD = "APGD-CE and APGD-DLR in turn"  # Croce & Hein (2020)
 PGD_STEPS, PGD_RESTARTS = 100, 2  # 100 steps twice find more than 40 steps five times
 QUICK_STEPS = 20  # before publishing
+BOOTSTRAPS = 1000
 GLANCE_IMAGES, GLANCE_STEPS = 64, 10  # the same without adversarial training, when nobody expects robustness
 MASKING_IMAGES, MASKING_SHARE = 2, 0.01  # a weaker attack must win by more than both to be a sign of masking
 BEHIND = 0.2  # how far PGD may fall short of FGSM before the report warns
@@ -42,6 +45,7 @@ class HeldOut:
     logits: np.ndarray  # (n, classes)
     attacked: Split  # images that attacks are run on
     params: Arrays  # of a network that was trained without these
+    distances: np.ndarray  # (n,) to the nearest image that the network which classifies it has learned
     out_of_fold: bool = False  # each image was classified by a network of its own fold
 
     def cooled(self, temperature: float) -> "HeldOut":
@@ -50,9 +54,16 @@ class HeldOut:
         return dataclasses.replace(self, logits=self.logits / np.float32(temperature), params=params)
 
     @classmethod
-    def apart(cls, fitted: Fitted, validation: Split) -> "HeldOut":
-        """Validation images, classified by the network that will be served."""
-        return cls(validation, fitted.network.logits(validation.images), validation, fitted.params)
+    def apart(cls, fitted: Fitted, train: Split, validation: Split) -> "HeldOut":
+        """Validation images, classified by the network that will be served, which has learned from `train`."""
+        logits, distances = seen_by(fitted.params, train, validation)
+        return cls(validation, logits, validation, fitted.params, distances)
+
+
+def seen_by(params: Arrays, train: Split, held_out: Split) -> tuple[np.ndarray, np.ndarray]:
+    """What a network makes of images that it was not trained on: logits (n, classes), and distances (n,)."""
+    detector = Detector.of(params, train.images)
+    return Network(params).logits(held_out.images), detector.distances(params, held_out.images)
 
 
 def quick(
@@ -148,11 +159,35 @@ def fgsm_flatters(spec: Spec, attacked: dict[str, Any]) -> list[str]:
     ]
 
 
-def on_test(fitted: Fitted, test: Split) -> dict[str, Any]:
+def on_test(fitted: Fitted, train: Split, test: Split, rule: Abstention) -> dict[str, Any]:
     """The score of the network that will be served on images which nothing was trained or chosen on."""
-    logits = fitted.network.logits(test.images)
+    logits, distances = seen_by(fitted.params, train, test)
     error = evaluate.calibration(logits, test.labels)["expected_calibration_error"]
-    return {**evaluate.score(logits, test.labels), "expected_calibration_error": error}
+    sets = {} if rule.coverage is None else described_sets(logits, test.labels, rule.threshold)
+    return {
+        **evaluate.score(logits, test.labels), "expected_calibration_error": error,
+        "covered": sets.get("covered"), "none_of_these": float((distances > rule.distance).mean()),
+    }  # fmt: skip
+
+
+def abstention(held_out: HeldOut, coverage: float | None, trusted: np.ndarray | slice) -> dict[str, Any]:
+    """When the version should rather not name one class.
+
+    Args:
+        trusted: (n,) bool, the images whose label is not doubted; sets are made for these.
+    """
+    logits, labels = held_out.logits[trusted], held_out.split.labels[trusted]
+    n = len(labels)
+    limit = distance_limit(held_out.distances)
+    found = {
+        "coverage": coverage, "distance": limit, "false_alarms": float((held_out.distances > limit).mean()), "images": n
+    }  # fmt: skip
+    if coverage is None:
+        return found
+    threshold = set_threshold(logits, labels, coverage)
+    sets = described_sets(logits, labels, threshold)
+    del sets["covered"]  # by construction; `coverage_interval` says what it is worth
+    return found | {"threshold": threshold, "coverage_interval": coverage_interval(n, coverage), **sets}
 
 
 def cross_validation(found: HeldOut, folds: Iterator[np.ndarray]) -> dict[str, Any]:
@@ -201,13 +236,66 @@ def _promise(spec: Spec, fitted: Fitted) -> dict[str, Any]:
 
 def _quick_robustness(network: Network, validation: Split, spec: Spec, images: int, well: bool) -> dict[str, Any]:
     """Accuracy under a short APGD, and under FGSM. Without adversarial training fewer images and steps will do."""
-    well = well or spec.adversarial is not None
-    split = _sample(validation, images if well else min(images, GLANCE_IMAGES))
-    epsilon, steps = epsilon_of(spec), QUICK_STEPS if well else GLANCE_STEPS
-    *_, standing = withstood_pgd(lambda: network, split, epsilon, steps=steps)
+    well, epsilon = well or spec.adversarial is not None, epsilon_of(spec)
+    split, standing = _quickly_attacked(network, validation, epsilon, images, well)
     weak = evaluate.accuracy(fgsm(network, split, epsilon), split.labels)
     accuracy = float(standing.mean())
     return {"attack": "pgd", "epsilon": epsilon, "accuracy": accuracy, "accuracy_under_fgsm": weak}
+
+
+def _quickly_attacked(
+    network: Network, validation: Split, epsilon: float, images: int, well: bool
+) -> tuple[Split, np.ndarray]:  # fmt: skip
+    """The images of a short APGD, and whether each withstands it, (n,) bool."""
+    split = _sample(validation, images if well else min(images, GLANCE_IMAGES))
+    steps = QUICK_STEPS if well else GLANCE_STEPS
+    *_, standing = withstood_pgd(lambda: network, split, epsilon, steps=steps)
+    return split, standing
+
+
+def beside_twin(
+    ours: tuple[Fitted, HeldOut], twin: tuple[Fitted, HeldOut], train: Split, spec: Spec, attack_images: int,
+    trusted: np.ndarray,
+) -> dict[str, Any]:  # fmt: skip
+    """What regularization changed: this version less its twin, which was trained without any, on the same images.
+
+    Args:
+        trusted: (n,) bool, the held-out images whose label is not doubted.
+    """
+    epsilon, labels = epsilon_of(spec), ours[1].split.labels[trusted]
+    measured: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    for fitted, held_out in (ours, twin):
+        logits = held_out.logits[trusted]
+        learned = evaluate.right(fitted.network.logits(train.images), train.labels)
+        right = evaluate.right(logits, labels)
+        withstood = _quickly_attacked(Network(held_out.params), held_out.attacked, epsilon, attack_images, well=True)[1]
+        measured.append((right, np.exp(evaluate.log_softmax(logits).max(axis=1)), learned, withstood))
+
+    def figures(right: np.ndarray, sure: np.ndarray, learned: np.ndarray, withstood: np.ndarray) -> dict[str, float]:
+        accuracy = float(right.mean())
+        return {
+            "accuracy": accuracy, "generalization_gap": float(learned.mean()) - accuracy,
+            "expected_calibration_error": evaluate.calibration_error(sure, right),
+            "robust_accuracy": float(withstood.mean()),
+        }  # fmt: skip
+
+    one, other = (figures(*these) for these in measured)
+    rng, drawn = np.random.default_rng(0), {name: list[float]() for name in one}
+    for _ in range(BOOTSTRAPS):
+        images, trained, attacked = (rng.integers(0, len(of), len(of)) for of in measured[0][1:])
+        mine, theirs = (
+            figures(right[images], sure[images], learned[trained], withstood[attacked])
+            for right, sure, learned, withstood in measured
+        )
+        for name, values in drawn.items():
+            values.append(mine[name] - theirs[name])
+    return {
+        **other, "train_accuracy": other["accuracy"] + other["generalization_gap"],
+        "differences": {
+            name: {"value": one[name] - other[name], "interval": np.quantile(values, [0.025, 0.975]).tolist()}
+            for name, values in drawn.items()
+        },
+    }  # fmt: skip
 
 
 def _sample(validation: Split, most: int) -> Split:

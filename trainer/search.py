@@ -51,6 +51,7 @@ class Problem:
     base: Arrays
     classes: int
     same_classes: bool  # as the base's
+    groups: np.ndarray | None = None  # (n,) int; images with the same number are held out together
 
     def part(self, some: np.ndarray) -> Split:
         """Some of the images, (n,) bool."""
@@ -74,6 +75,7 @@ class Found:
     warnings: Sequence[str] = ()
     front: Sequence[int] = ()  # numbers of the trials that no other beats in every objective
     short: tuple[int, np.ndarray] | None = None  # epochs in the last round, and the images (n,) then right out of fold
+    predictions: Sequence[np.ndarray] = ()  # out-of-fold logits (n, classes) of each trial of the last round
 
     def confirmed(self, logits: np.ndarray, labels: np.ndarray) -> "Found":
         """The same, or with the fewer epochs of the last round if all of them overfit: wrong labels are learned late.
@@ -177,8 +179,6 @@ def search(
     fields: dict[str, Any] = {"validation_split": 0.0, "head": choice.trial.spec.head}
     if not uploaded:
         fields["folds"] = folds
-    if asked.fixed.calibrate is None:
-        fields["calibrate"] = True
     warnings, wanted = list(choice.warnings), choice.trial.spec.epochs
     if late := sum(trial.dropped == NO_TIME for trial in trials):
         warnings.append(
@@ -201,6 +201,7 @@ def search(
     return Found(
         spec, trials, choice.trial.number, " ".join([sentence(spec, choice.trial, trials), *choice.why]),
         worth(choice.trial, trials), warnings, [trial.number for trial in choice.front], short,
+        [trial.predictions for trial in trials if trial.predictions is not None],
     )  # fmt: skip
 
 
@@ -213,7 +214,7 @@ class _Rounds:
     ) -> None:  # fmt: skip
         self._bounds, self._seed, self._memory = bounds, seed, memory
         self._problem, self._clock, self._on_trial, self._check = problem, clock, on_trial, check
-        self._folds = list(stratified_folds(problem.data.labels, seed, folds))
+        self._folds = list(stratified_folds(problem.data.labels, seed, folds, problem.groups))
         self._parts = [(problem.part(~fold), problem.part(fold)) for fold in self._folds]
         self._number = 0
         self._places: list[Callable[[Spec], bool]] = [lambda spec: spec.augmentation is not None]
@@ -272,6 +273,9 @@ class _Rounds:
                     continue
                 score = self._scored(trial.spec, rung, found[trial.number])
                 trial.scores.append(score)
+                if rung.folds == len(self._folds):
+                    parts = [found[trial.number][fold].logits for fold in range(rung.folds)]
+                    trial.predictions = self.in_order(np.concatenate(parts))
                 done.append(trial)
                 best = min(done, key=loss_of)
                 if not known.issuperset(key(trial, fold) for fold in range(rung.folds)):

@@ -373,10 +373,20 @@ class Spec(Strict):
     folds: int | None = Field(
         None, ge=2, le=10, description="Also cross-validate on this many folds, so that every image is scored."
     )
-    calibrate: bool | None = Field(
-        None,
+    calibrate: Annotated[bool, BeforeValidator(lambda value: value is None or value)] = Field(
+        True,
         description="Divide the classifier by the temperature that suits the held-out predictions best (Guo et al. "
-        "2017): the same classes, with honest probabilities. null does so where the recipe is searched.",
+        "2017): the same classes, with honest probabilities.",
+    )
+    coverage: float | None = Field(
+        0.95, gt=0, lt=1,
+        description="Predictions come with the set of plausible classes (conformal prediction), which has the right "
+        "one for this share of the images; null for no sets.",
+    )  # fmt: skip
+    twin: bool = Field(
+        False,
+        description="Also train the same network on the same images for as long without any regularizer, so that the "
+        "report can say what regularization bought. It is not published.",
     )
     early_stopping: EarlyStopping | None = Field(None, description="Stop early and keep the best weights, or null.")
     checkpoints: int = Field(
@@ -438,6 +448,14 @@ SEARCHED = (
     "method", "head", "learning_rate", "epochs", "schedule", "l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup",
     "augmentation", "ema", "min_steps",
 )  # fmt: skip
+
+
+def unregularized(spec: Spec) -> Spec:
+    """The same method, data, seed and epochs without anything that regularizes."""
+    off: dict[str, Any] = dict.fromkeys(("augmentation", "adversarial", "early_stopping"))
+    off |= dict.fromkeys(("l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup", "ema"), 0.0)
+    decay = None if spec.weight_decay is None else 0.0
+    return spec.model_copy(update={**off, "weight_decay": decay, "checkpoints": 0, "calibrate": False})
 
 
 def pinned(spec: Spec, base: str) -> dict[str, Any]:

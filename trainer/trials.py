@@ -61,6 +61,7 @@ class Trial:
     seconds: float = 0.0
     dropped: str = ""  # why it went no further
     of: "Trial | None" = None  # whose variant it is; that one was in the first round
+    predictions: np.ndarray | None = None  # out-of-fold logits (n, classes) of the last round on all folds
 
     @property
     def finished(self) -> bool:

@@ -164,6 +164,8 @@ class MicroBatcher:
                 servable.name, servable.version, images, timeout_s=max(deadlines), hurry_s=min(deadlines)
             )
             outputs = {"logits": found.logits, "probabilities": found.probabilities}
+            if found.distances is not None:
+                outputs["distance"] = found.distances
             position = 0
             for waiting in batch:
                 end = position + len(waiting.images)

@@ -10,7 +10,7 @@ from api.metrics import REQUEST_SERIES, show_versions
 from api.shared_read import SharedRead
 from serving.registry import STABLE, Registry, Route
 from store.errors import MalformedRequest, UnknownModel
-from store.records import GREY_28, InputForm, public_name
+from store.records import GREY_28, Abstention, InputForm, public_name
 
 MAX_VERSION = 2**63 - 1
 
@@ -31,6 +31,7 @@ class Target:
     servable: Servable
     classes: tuple[str, ...]  # in the order of the outputs
     input: InputForm
+    abstention: Abstention | None = None
 
 
 class Router:
@@ -108,7 +109,9 @@ class Router:
         if found is None:
             if version not in route.classes:
                 raise UnknownModel(f"model {public_name(model)!r} has no version {version}", param="version")
-            found = Target(public_name(model), version, servable, route.classes[version], GREY_28)
+            found = Target(
+                public_name(model), version, servable, route.classes[version], GREY_28, route.abstention.get(version)
+            )
             self._targets[servable] = found
         return found
 

@@ -8,7 +8,7 @@ import numpy as np
 from api.inference.batcher import MicroBatcher
 from api.inference.router import Router, Target
 from store.errors import InvalidRequest
-from store.records import DEFAULT_TENANT
+from store.records import DEFAULT_TENANT, Abstention
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class Prediction:
     model: str
     version: int
     classes: tuple[str, ...]
-    outputs: dict[str, np.ndarray]  # by name; `logits` and `probabilities` are (n, classes) float32
+    outputs: dict[str, np.ndarray]  # by name; `logits` and `probabilities` (n, classes), `distance` (n,) float32
+    abstention: Abstention | None = None  # when this version should rather not name one class
 
 
 class InferenceService:
@@ -66,4 +67,4 @@ class InferenceService:
             on_resolved(target)
         limit_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         outputs = await self._batcher.predict(target.servable, images, limit_s, tenant)
-        return Prediction(target.model, target.version, target.classes, outputs)
+        return Prediction(target.model, target.version, target.classes, outputs, target.abstention)

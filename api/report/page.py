@@ -3,14 +3,20 @@
 This module decides what the page says; `templates/report.html` how it looks, and escapes all of it.
 """
 
+import base64
+import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader
+from PIL import Image
 
 from api.report.charts import (
     COLOURS,
@@ -35,6 +41,7 @@ from trainer.spec import OPTIONS
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
+PICTURES = 24  # of each kind that a page shows
 NO_ZEROS = (
     "L1 promised no exact zeros in {}: the method trains these kernels only through other parameters, so L1 is a "
     "subgradient on the effective kernel there. It makes weights smaller but does not stop them at zero."
@@ -71,41 +78,92 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image with what is to be said of it. `source` is a data URL, empty if the image is gone."""
+
+    source: str
+    name: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images of one kind, the most telling ones first."""
+
+    title: str
+    note: str
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link to another version's page."""
+
+    text: str
+    target: str
+
+
+@dataclass(frozen=True)
 class Page:
     """What the template shows."""
 
     title: str
     subtitle: str = ""
+    links: Sequence[Link] = ()
     tiles: Sequence[Tile] = ()
     notices: Sequence[Notice] = ()
     figures: Sequence[Figure] = ()
+    galleries: Sequence[Gallery] = ()
     tables: Sequence[Table] = ()
     spec: str = ""
     colours: Sequence[str] = COLOURS
 
 
-def report_page(name: str, version: int, card: ReportCard, about: Manifest) -> str:
+def report_page(
+    name: str, version: int, card: ReportCard, about: Manifest, *, created_at: float | None = None,
+    versions: Sequence[int] = (), images: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> str:  # fmt: skip
     """A version's report card as an HTML page.
 
     Args:
         card: complete or not yet.
         about: what the version is.
+        created_at: Unix seconds.
+        versions: of the model, all that are live.
+        images: prepared images (n, 28, 28) uint8 of its data set, by part: "", `validation` and `test`.
     """
     report, manifest = card.dump(), about.dump()
     title = f"{name}:{version}"
+    links = list(_links(name, version, versions, report, manifest))
     if manifest.get("base") is None:
         page = Page(title, tables=[Table("Card", rows=list(_flat(report)))])
     else:
         spec = about.trained_with
         page = Page(
-            title, _subtitle(manifest, spec), list(_tiles(report)), [*_notices(report), *_about_data(about)],
-            list(_figures(report, manifest)), list(_tables(report, manifest)),
+            title, _subtitle(manifest, spec, created_at), links, list(_tiles(report)),
+            [*_notices(report), *_about_data(about)], list(_figures(report, manifest)),
+            list(_galleries(report.get("inspection") or {}, images)), list(_tables(report, manifest)),
             json.dumps(spec, indent=2, ensure_ascii=False),
         )  # fmt: skip
     return _TEMPLATES.get_template("report.html").render(page=page)
 
 
-def _subtitle(manifest: Json, spec: Json) -> str:
+def _links(name: str, version: int, versions: Sequence[int], report: Json, manifest: Json) -> Iterator[Link]:
+    """The versions before and after it, what it was compared with, and what it started from."""
+    base, _, number = str(manifest.get("base") or "").partition(":")
+    found = {
+        "before": max((other for other in versions if other < version), default=None),
+        "after": min((other for other in versions if other > version), default=None),
+        "compared with": (report.get("gate") or {}).get("compared_with"),
+    }
+    for text, other in found.items():
+        if other in versions:
+            yield Link(f"{text}: {name}:{other}", f"/models/{name}/versions/{other}/report")
+    if number:
+        yield Link(f"from: {base}:{number}", f"/models/{base}/versions/{number}/report")
+
+
+def _subtitle(manifest: Json, spec: Json, created_at: float | None) -> str:
     dataset = manifest.get("dataset") or {}
     method = spec.get("method", "fine-tuned")
     given = spec.get(method) if method in OPTIONS else None
@@ -117,12 +175,16 @@ def _subtitle(manifest: Json, spec: Json) -> str:
         images = f"{dataset['images']:,} images of {len(manifest['classes'])} classes"
         parts.append(f"{images} in {dataset.get('filename') or 'an upload'}")
     parts.append(str(manifest.get("polarity", "")).replace("_", " "))
+    if created_at is not None:
+        parts.append(f"made on {datetime.fromtimestamp(created_at, UTC):%d %B %Y at %H:%M} UTC")
     return " · ".join(filter(None, parts))
 
 
 def _tiles(report: Json) -> Iterator[Tile]:
     if found := report.get("validation"):
         note = f"95% interval {_interval(found)}, {found['images']:,} images"
+        if base := report.get("base"):
+            note += f"; the base: {percent(base['accuracy'])}"
         title = "Out-of-fold accuracy" if found.get("out_of_fold") else "Validation accuracy"
         yield Tile(title, percent(found["accuracy"]), note)
     if found := report.get("test"):
@@ -215,6 +277,68 @@ def _figures(report: Json, manifest: Json) -> Iterator[Figure]:
         yield confusion_plot(matrix, manifest["classes"])
 
 
+def _galleries(found: Json, images: Mapping[str, np.ndarray]) -> Iterator[Gallery]:
+    """Images that are worth a look."""
+
+    def gallery(title: str, listed: Sequence[Json], say: Callable[[Json], str], note: str = "") -> Iterator[Gallery]:
+        if listed:
+            more = f" {len(listed) - PICTURES:,} more are in the JSON." if len(listed) > PICTURES else ""
+            pictures = [Picture(_source(one, images), _name(one), say(one)) for one in listed[:PICTURES]]
+            yield Gallery(title, f"{note}{more}".strip(), pictures)
+
+    if errors := found.get("label_errors"):
+        note = (
+            f"By networks that were not trained on them; about {errors['estimated_share']:.0%} of the "
+            f"{errors['checked']:,} labels may be wrong. Correct them, or fine-tune again with `exclude`."
+        ).replace("`", "")
+        yield from gallery(
+            "Labels that are probably wrong", errors["listed"],
+            lambda one: f"labelled {one['class']}, rather {one['suggested']} ({one['probability']:.0%})", note,
+        )  # fmt: skip
+    yield from gallery(
+        "Copies of images that are trained on",
+        found.get("leaks") or (),
+        lambda one: f"{one['class']}, a copy of {_name(one['copy_of'])}",
+        "The accuracy on these says nothing about other images.",
+    )
+    if copies := found.get("copies"):
+        note = f"{copies['images']:,} images in {copies['groups']:,} groups; each group is held out as a whole."
+        if several := copies["of_several_classes"]:
+            note += f" {several:,} of the groups are of more than one class."
+        listed = [{**one, "group": number} for number, group in enumerate(copies["listed"], start=1) for one in group]
+        yield from gallery("Near copies", listed, lambda one: f"group {one['group']}: {one['class']}", note)
+    yield from gallery(
+        "Unlike all others",
+        (found.get("strangers") or {}).get("listed") or (),
+        lambda one: f"{one['class']}, distance {one['distance']:.2f}",
+        "Images that do not belong here, or the only ones of their kind.",
+    )
+    yield from gallery(
+        "Misclassified, the surest first",
+        found.get("misclassified") or (),
+        lambda one: f"{one['class']}, taken for {one['predicted']} ({one['probability']:.0%})",
+    )
+    yield from gallery(
+        "Right, but least certain",
+        found.get("least_certain") or (),
+        lambda one: f"{one['class']} ({one['probability']:.0%})",
+    )
+
+
+def _name(image: Json) -> str:
+    return str(image["file"]) if "file" in image else f"image {image['index']}"
+
+
+def _source(image: Json, images: Mapping[str, np.ndarray]) -> str:
+    """The image as a data URL."""
+    pixels = images.get(image.get("part", ""))
+    if pixels is None or image["position"] >= len(pixels):
+        return ""
+    file = io.BytesIO()
+    Image.fromarray(pixels[image["position"]]).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def _tables(report: Json, manifest: Json) -> Iterator[Table]:
     if found := (report.get("validation") or {}).get("classification_report"):
         every = [*found["classes"].items(), ("mean", found["macro avg"]), ("mean by support", found["weighted avg"])]
@@ -231,6 +355,14 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
             for one in found["conditions"]
         ]  # fmt: skip
         yield Table("Gate", ("", "limit", "measured", "passed", ""), rows)
+    if found := report.get("twin"):
+        yield _twin_table(found)
+    if found := report.get("abstention"):
+        yield _abstention_table(found)
+    if found := (report.get("inspection") or {}).get("overlaps"):
+        rows = [(" and ".join(one["classes"]), f"{one['images']:,}", f"{one['share']:.1%}") for one in found]
+        note = "Held-out images of either class that were taken for the other."
+        yield Table("Classes that overlap", ("", "images", "share"), rows, note)
     if found := report.get("search"):
         yield from _search_tables(found)
     if across := report.get("cross_validation"):
@@ -270,6 +402,40 @@ def _tables(report: Json, manifest: Json) -> Iterator[Table]:
         if found["images_per_second"]:  # nothing is trained to publish a checkpoint
             rows.append(("training images per second", f"{found['images_per_second']:,}"))
         yield Table("Cost", ("", ""), rows, f"On {report.get('device', 'an unknown device')}.")
+
+
+def _twin_table(twin: Json) -> Table:
+    rows = []
+    for name, difference in twin["differences"].items():
+        value, (low, high) = difference["value"], difference["interval"]
+        words = name.replace("_", " ").replace("expected ", "")
+        rows.append(
+            (
+                words,
+                f"{twin[name] + value:.1%}",
+                f"{twin[name]:.1%}",
+                f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+            )
+        )
+    note = (
+        "The twin is the same network on the same images for as long, without any regularizer and uncalibrated. "
+        "Percentage points, with 95% intervals from paired resamples."
+    )
+    return Table("What regularization changed", ("", "this version", "twin", "difference"), rows, note)
+
+
+def _abstention_table(found: Json) -> Table:
+    rows = [("images held out", f"{found['images']:,}")]
+    if found.get("coverage") is not None:
+        low, high = found["coverage_interval"]
+        rows += [
+            ("sets have the right class", f"{found['coverage']:.1%} of the time ({low:.1%} to {high:.1%})"),
+            ("classes in a set, on average", f"{found['mean_size']:.2f}"),
+            ("sets of one class", f"{found['single']:.1%}"), ("empty sets", f"{found['empty']:.1%}"),
+        ]  # fmt: skip
+    rows.append(("of these images called none of these", f"{found['false_alarms']:.1%}"))
+    note = "So few images were held out that coverage may turn out anywhere in the interval (95%)."
+    return Table("When it abstains", ("", ""), rows, note if found.get("coverage") is not None else "")
 
 
 def _search_tables(search: Json) -> Iterator[Table]:

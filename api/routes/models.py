@@ -1,10 +1,12 @@
 """Models, versions and labels: list, route, verify, delete."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,7 +18,8 @@ from api.inference.server_pool import PooledServer
 from serving.publishing import Probe, check_files, prove, zipped
 from serving.registry import BASE, LABEL, Label, Route, Version, is_visible
 from store.errors import Forbidden, NotFound, PublishFailed, TemperError, WrongState
-from store.records import DEFAULT_TENANT, public_name
+from store.records import DEFAULT_TENANT, DatasetCard, public_name
+from trainer.jobs.datasets import Dataset
 from trainer.jobs.kept import sweep_kept
 from trainer.spec import Gate
 
@@ -265,9 +268,24 @@ def get_report(request: Request, model: Name, version: Number) -> HTMLResponse:
     """The report card as a self-contained HTML page with plots."""
     from api.report.page import report_page  # takes a megabyte: load it on first use
 
-    found = gateway_of(request).registry.find(stored(request, model), version)
-    page = report_page(model, version, found.report, found.manifest)
+    gateway, name = gateway_of(request), stored(request, model)
+    found, live = gateway.registry.find(name, version), gateway.registry.routes()[name].classes
+    page = report_page(
+        model, version, found.report, found.manifest, created_at=found.created_at, versions=sorted(live),
+        images=_pictured(gateway, found.manifest.dataset),
+    )  # fmt: skip
     return HTMLResponse(page, headers={"Content-Security-Policy": SELF_CONTAINED})
+
+
+def _pictured(gateway: Gateway, dataset: DatasetCard | None) -> dict[str, np.ndarray]:
+    """The prepared images of a data set by part, as far as they are still there."""
+    found = {}
+    parts = {"": dataset, "validation": dataset and dataset.validation, "test": dataset and dataset.test}
+    for part, card in parts.items():
+        if card:
+            with contextlib.suppress(OSError):
+                found[part] = Dataset.images_in(gateway.settings.datasets / card.file)
+    return found
 
 
 @router.get(

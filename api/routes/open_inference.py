@@ -42,7 +42,7 @@ class InferOutput(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: Literal["logits", "probabilities"] = Field(description="Its name.")
+    name: Literal["logits", "probabilities", "distance"] = Field(description="Its name.")
     parameters: dict[str, Any] = Field({}, description="Ignored.")
 
 
@@ -86,7 +86,10 @@ class InferResponse(BaseModel):
     model_name: str = Field(description="The model.")
     model_version: str = Field(description="The version that answered.")
     id: str | None = Field(None, description="The request's id.")
-    outputs: list[dict[str, Any]] = Field(description="The tensors `logits` and `probabilities`, [n, classes] FP32.")
+    outputs: list[dict[str, Any]] = Field(
+        description="The tensors `logits` and `probabilities`, [n, classes] FP32, and `distance`, [n] FP32, to the "
+        "nearest image that was learned, where the version has it."
+    )
 
 
 async def infer(request: Request) -> Response:
@@ -95,6 +98,8 @@ async def infer(request: Request) -> Response:
     where = request.path_params
     found = await ask(request, images, where["name"], parse_version(where.get("version")), options.parameters.label)
     arrays = found.outputs
+    if missing := [output.name for output in options.outputs if output.name not in arrays]:
+        raise InvalidRequest(f"outputs: {found.model}:{found.version} has no {missing[0]!r}", param="outputs")
     outputs = [
         {"name": name, "datatype": "FP32", "shape": arrays[name].shape, "data": arrays[name].ravel()}
         for name in ([output.name for output in options.outputs] or arrays)
@@ -205,6 +210,8 @@ async def _metadata(request: Request, name: str, version: int | None) -> dict[st
         {"name": output, "datatype": "FP32", "shape": shape, "parameters": classes}
         for output in ("logits", "probabilities")
     ]
+    if target.abstention:
+        outputs.append({"name": "distance", "datatype": "FP32", "shape": [-1]})
     return {
         "name": name, "versions": [str(number) for number in reversed(router.versions(model))],
         "platform": "tensorflow_savedmodel",

@@ -19,6 +19,7 @@ from api.inference.options import ImageOptions, PredictOptions, options_of
 from api.inference.service import Prediction
 from api.routes.examples import IMAGE_EXAMPLE
 from store.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from store.records import Abstention
 
 TIMEOUT, STICKY = "X-Request-Timeout", "X-Sticky-Key"
 MAX_FIELDS = 16  # of a form, besides its files
@@ -43,6 +44,17 @@ class ClassPrediction(BaseModel):
     """The answer for one image."""
 
     label: str = Field(description="The most probable class.")
+    set: list[str] | None = Field(
+        None,
+        description="The prediction set: all classes that are plausible. It has the right one as often as the "
+        "`coverage` of the version's spec says; where it is empty, none is plausible. Absent where the version has no "
+        "coverage.",
+    )
+    none_of_these: bool | None = Field(
+        None,
+        description="Whether the image is unlike those that were learned, so that no class is to be trusted. The "
+        "version's report has the rate of false alarms. Absent for versions without a detector, such as the base.",
+    )
     probabilities: list[float] = Field(description="In the order of `classes`.")
     top_k: list[Ranked] | None = Field(None, description="If asked for: the most probable classes, best first.")
     file: str | None = Field(None, description="In a zip or a form: the image's name.")
@@ -143,6 +155,8 @@ def _body(found: Prediction, top_k: int | None, names: list[str] | None) -> dict
         {"label": classes[top], "probabilities": row}
         for top, row in zip(probabilities.argmax(axis=1).tolist(), probabilities, strict=True)
     ]
+    if found.abstention:
+        _abstain(found.abstention, found, predictions)
     if top_k is not None:
         for prediction, row in zip(predictions, probabilities, strict=True):
             best = np.argsort(-row, kind="stable")[:top_k].tolist()
@@ -150,6 +164,16 @@ def _body(found: Prediction, top_k: int | None, names: list[str] | None) -> dict
     if names is not None:
         predictions = [{"file": name, **prediction} for name, prediction in zip(names, predictions, strict=True)]
     return {"model": found.model, "version": found.version, "classes": classes, "predictions": predictions}
+
+
+def _abstain(rule: Abstention, found: Prediction, predictions: list[dict[str, Any]]) -> None:
+    """Add to each prediction its set of plausible classes, and whether the image is unlike those that were learned."""
+    if rule.coverage is not None:
+        for prediction, inside in zip(predictions, found.outputs["probabilities"] >= rule.threshold, strict=True):
+            prediction["set"] = [found.classes[index] for index in inside.nonzero()[0].tolist()]
+    if (distances := found.outputs.get("distance")) is not None:
+        for prediction, far in zip(predictions, (distances > rule.distance).tolist(), strict=True):
+            prediction["none_of_these"] = far
 
 
 _FILE = {"type": "string", "format": "binary"}

@@ -40,8 +40,8 @@ class TensorFlowPredict(BaseModel):
 class TensorFlowPredictions(BaseModel):
     """The answer, in the format of the request."""
 
-    predictions: list[dict[str, list[float]]] | None = Field(None, description="Both outputs for each image.")
-    outputs: dict[str, list[list[float]]] | None = Field(None, description="Both outputs for all images.")
+    predictions: list[dict[str, list[float] | float]] | None = Field(None, description="The outputs for each image.")
+    outputs: dict[str, list[list[float]] | list[float]] | None = Field(None, description="The outputs for all images.")
     model_spec: dict[str, str] = Field(description="Name, version and signature that answered.")
 
 
@@ -165,6 +165,8 @@ def _status(versions: list[int]) -> JSONResponse:
 async def _metadata(request: Request, name: str, version: int | None, label: str | None) -> JSONResponse:
     target = await gateway_of(request).router.resolve(stored(request, name), version, label)
     outputs = {output: _tensor("DT_FLOAT", -1, len(target.classes)) for output in ("logits", "probabilities")}
+    if target.abstention:
+        outputs["distance"] = _tensor("DT_FLOAT", -1)
     floats, whole_bytes = _tensor("DT_FLOAT", -1, *target.input.shape), _tensor("DT_UINT8", -1, target.input.pixels)
     signatures = {
         signature: {

@@ -68,7 +68,9 @@ def test_the_settings_table_is_that_of_the_code() -> None:
 
 def test_the_spec_table_has_the_fields_and_defaults_of_the_code() -> None:
     def shown(value: Any) -> str:
-        return value if isinstance(value, str) else "null" if value is None else f"{value:g}"
+        if isinstance(value, bool) or value is None:
+            return {True: "true", False: "false", None: "null"}[value]
+        return value if isinstance(value, str) else f"{value:g}"
 
     found = {name.strip("`"): default.strip("`") for name, default, _ in rows("The spec", "| field | default |")}
     assert found == {name: shown(field.default) for name, field in Spec.model_fields.items()}

@@ -46,7 +46,13 @@ def test_a_loss_that_explodes_without_end_is_divergence_too(place: Place) -> Non
 
 
 def test_early_stopping_ends_training_and_keeps_the_best_weights(place: Place) -> None:
-    spec = {"epochs": 200, "method": "full", "learning_rate": 0.01, "early_stopping": {"patience": 2}}
+    spec = {
+        "epochs": 200,
+        "method": "full",
+        "learning_rate": 0.01,
+        "early_stopping": {"patience": 2},
+        "calibrate": False,
+    }
     done = place.run(place.claimed(spec))
     assert done.progress.epoch < 200
     card = place.registry.find("m").report.dump()
@@ -127,7 +133,7 @@ def test_a_worker_does_not_grow_over_200_jobs(place: Place) -> None:
     for number in range(250):
         spec = specs[number % 2].model_copy(update={"seed": number, "learning_rate": 1e-3 + 1e-6 * number})
         fitted = fit(spec, begin(spec, base, classes=10, same_classes=True), split, split, classes=10)
-        report.quick(fitted, split, HeldOut.apart(fitted, split), tuple("0123456789"), spec)
+        report.quick(fitted, split, HeldOut.apart(fitted, split, split), tuple("0123456789"), spec)
         export(directory, fitted.params, invert=False, manifest={"number": number})
         shutil.rmtree(directory)
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)

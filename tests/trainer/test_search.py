@@ -446,7 +446,7 @@ def test_the_temperature_is_that_by_which_confidence_is_wrong() -> None:
 
 def test_a_calibrated_version_names_the_same_classes_with_honest_probabilities(place: Place) -> None:
     spec = {"method": "full", "epochs": 5, "label_smoothing": 0.3, "folds": 3, "validation_split": 0}
-    for flag in (None, True):
+    for flag in (False, True):
         place.run(place.claimed({**spec, "calibrate": flag}))
     plain, calibrated = (place.registry.find("m", number) for number in (1, 2))
     one, other = (version.report.dump()["calibration"] for version in (plain, calibrated))

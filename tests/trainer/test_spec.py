@@ -17,7 +17,7 @@ def test_an_empty_spec_is_the_regularized_recipe() -> None:
         "base": "lenet5", "head": "keep", "l2": 1e-4, "dropout": 0.2, "epochs": 20, "batch_size": 64,
         "learning_rate": 1e-3, "schedule": "cosine", "optimizer": "adam", "validation_split": 0.2,
         "polarity": "auto", "device": "auto",
-        "min_steps": 20,
+        "min_steps": 20, "calibrate": True, "coverage": 0.95,
     }  # fmt: skip
 
 

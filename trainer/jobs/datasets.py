@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import struct
 import sys
 import unicodedata
 import zipfile
@@ -76,6 +77,19 @@ class Dataset:
         with np.load(path, allow_pickle=False) as arrays:
             names = tuple(json.loads(arrays["names"].tobytes())) if "names" in arrays else ()
             return cls(arrays["images"], arrays["labels"], tuple(str(name) for name in arrays["classes"]), names)
+
+    @staticmethod
+    def images_in(path: Path) -> np.ndarray:
+        """The images that `save` wrote, (n, 28, 28) uint8, which stay on the disk until they are looked at."""
+        with zipfile.ZipFile(path) as archive, archive.open("images.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            entry, header = archive.getinfo("images.npy"), member.tell()
+        with path.open("rb") as file:
+            file.seek(entry.header_offset + 26)  # of the lengths of the entry's name and of what follows it
+            lengths = struct.unpack("<HH", file.read(4))
+        offset = entry.header_offset + 30 + sum(lengths) + header
+        return np.memmap(path, dtype, "r", offset, shape)
 
     def described(self) -> DatasetCard:
         """The data set as the API describes it.

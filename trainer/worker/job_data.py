@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tensorflow as tf
@@ -13,6 +13,7 @@ from serving.registry import Registry, Version
 from store.errors import DeviceUnavailable
 from store.records import GREY_28, DatasetCard, Manifest
 from store.settings import Settings
+from trainer.duplicates import near_copies
 from trainer.fit import Split
 from trainer.folds import stratified, stratified_folds
 from trainer.jobs.datasets import Dataset
@@ -21,6 +22,23 @@ from trainer.spec import Spec
 
 FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
 PARITY_IMAGES = 16  # whose logits prove that what is served is what was trained
+
+
+@dataclass(frozen=True)
+class Named:
+    """Some images of a data set, with what they are called."""
+
+    dataset: Dataset
+    positions: np.ndarray  # (n,) int, of these images in the data set
+    labels: np.ndarray  # (n,) int32
+    part: str = ""  # `validation` or `test`, if they were uploaded apart
+
+    def named(self, index: int) -> dict[str, Any]:
+        """An image in a report: its `position` in the prepared data set, and its `file`, or `index` in an array."""
+        position = int(self.positions[index])
+        name = self.dataset.names[position]
+        part = {"part": self.part} if self.part else {}
+        return {"position": position, "file" if isinstance(name, str) else "index": name, **part}
 
 
 @dataclass(frozen=True)
@@ -57,12 +75,21 @@ class JobData:
             return self.all, self._ready(self.validation)
         if not spec.validation_split:
             return self.all, None
-        chosen = stratified(self.dataset.labels, spec.seed, lambda n: max(1, round(spec.validation_split * n)))
+        chosen = self._split_off(spec)
         return self.part(~chosen), self.part(chosen)
+
+    def _split_off(self, spec: Spec) -> np.ndarray:
+        share = spec.validation_split
+        return stratified(self.dataset.labels, spec.seed, lambda n: max(1, round(share * n)), self.groups)
 
     def folds(self, spec: Spec) -> Iterator[np.ndarray]:
         """Which images each fold holds out, (n,) bool."""
-        return stratified_folds(self.dataset.labels, spec.seed, spec.folds or 0)
+        return stratified_folds(self.dataset.labels, spec.seed, spec.folds or 0, self.groups)
+
+    @functools.cached_property
+    def groups(self) -> np.ndarray:
+        """Which images are near copies of one another, (n,) int; they are held out together."""
+        return near_copies(self.dataset.images)
 
     @functools.cached_property
     def all(self) -> Split:
@@ -73,6 +100,44 @@ class JobData:
     def unseen(self) -> Split | None:
         """The test images, if there are any."""
         return self._ready(self.test) if self.test else None
+
+    @property
+    def everything(self) -> Named:
+        """All images but those that were uploaded to measure on."""
+        return Named(self.dataset, np.arange(len(self.dataset.labels)), self.all.labels)
+
+    def measured(self, spec: Spec) -> Named:
+        """The held-out images that a report rests on."""
+        if self.validation is not None:
+            return self._apart(self.validation, "validation")
+        if not spec.validation_split:
+            return self.everything
+        chosen = np.flatnonzero(self._split_off(spec))
+        return Named(self.dataset, chosen, self.all.labels[chosen])
+
+    def _apart(self, dataset: Dataset, part: str) -> Named:
+        return Named(dataset, np.arange(len(dataset.labels)), self._ready(dataset).labels, part)
+
+    def leaks(self) -> list[dict[str, Any]]:
+        """Images to validate or test on that are near copies of some that are trained on, which are named with them."""
+        found = []
+        for dataset, part in ((self.validation, "validation"), (self.test, "test")):
+            if dataset is None:
+                continue
+            groups = near_copies(np.concatenate([self.dataset.images, dataset.images]))
+            learned, others = np.split(groups, [len(self.dataset.images)])
+            first = {int(group): index for index, group in reversed(list(enumerate(learned)))}
+            there = self._apart(dataset, part)
+            found += [
+                {
+                    **there.named(index),
+                    "class": self.classes[there.labels[index]],
+                    "copy_of": self.everything.named(first[int(group)]),
+                }
+                for index, group in enumerate(others)
+                if int(group) in first
+            ]
+        return found
 
     def part(self, some: np.ndarray) -> Split:
         """Some of these, (n,) bool."""

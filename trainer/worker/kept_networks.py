@@ -8,7 +8,7 @@ from store.errors import JobFailed
 from trainer.checkpoints import Checkpoint
 from trainer.fit import Fitted, Start
 from trainer.jobs.kept import epochs, file_of
-from trainer.report import HeldOut
+from trainer.report import HeldOut, seen_by
 from trainer.spec import Spec
 from trainer.worker.job_data import JobData
 
@@ -54,9 +54,10 @@ def read_all(folder: Path, epoch: int, start: Start, spec: Spec, data: JobData) 
     served, folds = read(folder, 0, epoch, start), list(data.folds(spec)) if spec.folds else []
     if not folds:
         return served, None
-    logits, networks = np.zeros((len(data.all.labels), len(data.classes)), np.float32), []
+    n, networks = len(data.all.labels), list[Fitted]()
+    logits, distances = np.zeros((n, len(data.classes)), np.float32), np.zeros(n, np.float32)
     for number, held_out in enumerate(folds, start=1):
         nearest = min(epochs(folder, number), key=lambda kept: abs(kept - epoch), default=epoch)
         networks.append(read(folder, number, nearest, start))
-        logits[held_out] = networks[-1].network.logits(data.part(held_out).images)
-    return served, HeldOut(data.all, logits, data.part(folds[0]), networks[0].params, out_of_fold=True)
+        logits[held_out], distances[held_out] = seen_by(networks[-1].params, data.part(~held_out), data.part(held_out))
+    return served, HeldOut(data.all, logits, data.part(folds[0]), networks[0].params, distances, out_of_fold=True)

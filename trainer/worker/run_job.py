@@ -24,22 +24,24 @@ from serving.registry import STABLE, Fence, Registry
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.files import make_directory, remove_tree
-from store.records import GateCard, Manifest, ReportCard, public_name
+from store.records import Abstention, GateCard, Manifest, ReportCard, public_name
 from store.settings import Settings
-from trainer import delta, evaluate, report
+from trainer import delta, evaluate, inspection, report
+from trainer.abstention import Detector, isolation
 from trainer.asked import Asked
 from trainer.checkpoints import Checkpoint
 from trainer.export import digest, export, load_params, prepare
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit, sample
+from trainer.inspection import WRONG
 from trainer.jobs.kept import folder_of
 from trainer.jobs.records import Job, Jobs
 from trainer.lenet import Arrays
 from trainer.network import bottleneck_of
 from trainer.parallel import Check, Paused, side_by_side, watched
 from trainer.recipes import PREVIEWED, preview_recipe
-from trainer.report import HeldOut
+from trainer.report import HeldOut, seen_by
 from trainer.search import Found, Problem, search
-from trainer.spec import Spec, described, pinned
+from trainer.spec import Spec, described, pinned, unregularized
 from trainer.worker.complete_report import forgetting
 from trainer.worker.held_out import Candidate, Predictions, gate_of
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
@@ -153,8 +155,9 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             source = named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
             make_directory(settings.checkpoints / job.id)
+            groups = watched(lambda _: data.groups, run.go_on)
         with tf.device(device):
-            problem = Problem(data.all, base, len(data.classes), data.classes == source.manifest.classes)
+            problem = Problem(data.all, base, len(data.classes), data.classes == source.manifest.classes, groups)
             learned_from = [job.dataset.dump(), source.manifest.classes, digest(base)]
             checkpoints = _Checkpoints(settings.checkpoints / job.id, learned_from)
             maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged, checkpoints)
@@ -190,6 +193,20 @@ class _Checkpoints:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A network, and with folds what others, trained in the same way, make of images that they have not seen."""
+
+    fitted: Fitted
+    across: HeldOut | None
+
+    def held_out(self, train: Split, validation: Split | None) -> HeldOut:
+        """What its report rests on."""
+        if validation is None and self.across:
+            return self.across
+        return HeldOut.apart(self.fitted, train, validation or train)
+
+
+@dataclass(frozen=True)
 class _Maker:
     """Makes versions of a job's data: trains, evaluates, exports and publishes."""
 
@@ -218,7 +235,7 @@ class _Maker:
                 spec, start, train, validation, classes=classes, on_epoch=lambda _: go_on(), shares=False
             ), check,
         )  # fmt: skip
-        held_out = watched(lambda _: HeldOut.apart(fitted, validation or train), check)
+        held_out = watched(lambda _: HeldOut.apart(fitted, train, validation or train), check)
         card = watched(lambda _: self._evaluated(spec, start, fitted, train, held_out), check)
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         quick = gate_of(spec, self.run.job.model, self.registry).model_copy(update=dict.fromkeys(LATER))
@@ -238,51 +255,58 @@ class _Maker:
         start = self._start(spec)
         with run.stage("training"):
             train, validation = data.split(spec)
-            fitted, across = self._trained(spec, start, train, validation)
+            trained = self._trained(spec, start, train, validation)
+            across = trained[0].across
             if across and (confirmed := found.confirmed(across.logits, across.split.labels)) is not found:
                 remove_tree(self._keeping(spec))
                 found, spec = confirmed, confirmed.spec
                 run.resolved(spec)
-                fitted, across = self._trained(spec, start, train, validation)
-        self._finish(spec, start, fitted, across, train, validation, found if self.asked.auto else None)
+                trained = self._trained(spec, start, train, validation)
+        self._finish(spec, start, trained, train, validation, found if self.asked.auto else None)
 
     def make_of(self, job: str, epoch: int) -> None:
         """Publish what another job has kept of an epoch, which ends this one."""
         spec = Spec.model_validate_json(json.dumps(self.run.chosen))
         start, kept = self._start(spec), folder_of(self.settings, job, self.run.chosen)
         train, validation = self.data.split(spec)
-        fitted, across = watched(lambda _: read_all(kept, epoch, start, spec, self.data), self.run.go_on)
-        self._finish(spec, start, fitted, across, train, validation)
+        trained = watched(lambda _: Trained(*read_all(kept, epoch, start, spec, self.data)), self.run.go_on)
+        self._finish(spec, start, [trained], train, validation)
 
-    def _trained(
-        self, spec: Spec, start: Start, train: Split, validation: Split | None
-    ) -> tuple[Fitted, HeldOut | None]:  # fmt: skip
-        """The network to serve, and with folds out-of-fold predictions, all trained at the same time.
+    def _trained(self, spec: Spec, start: Start, train: Split, validation: Split | None) -> list[Trained]:
+        """The network to serve, and the twin if the spec asks for it, all trained at the same time.
 
-        Out of fold, every image is classified by a network that was trained without it. Where the served network is
-        trained on all images, those of the folds are trained in the same way, without a look at the images held out.
+        With folds each has out-of-fold predictions: every image is classified by a network that was trained without it.
+        Where the served network is trained on all images, those of the folds are trained in the same way, without a
+        look at the images held out.
         """
         data, run, keeping = self.data, self.run, self._keeping(spec)
         folds = list(data.folds(spec)) if spec.folds else []
-        going_on = set(range(1 + len(folds)))  # the served network is number 0
+        numbers = range(1 + len(folds))  # the network on all images is number 0
+        going_on = set(numbers)
+        tasks = [(twin, number) for twin in ((False, True) if spec.twin else (False,)) for number in numbers]
         records: SimpleQueue[tuple[int, dict[str, Any]]] = SimpleQueue()
         written = -math.inf
 
-        def work(number: int, check: Check) -> tuple[Fitted, np.ndarray | None]:
+        def work(task: tuple[bool, int], check: Check) -> tuple[Fitted, tuple[np.ndarray, np.ndarray] | None]:
+            twin, number = task
+
             def on_epoch(record: dict[str, Any]) -> None:
-                records.put((number, record))
+                if not twin:
+                    records.put((number, record))
                 check()
 
             seen, unseen = train, validation
             if number:
                 held_out = folds[number - 1]
                 seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
+            recipe = unregularized(spec) if twin else spec
             fitted = fit(
-                spec, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch, shares=not number,
-                checkpoint=self.checkpoints(f"network-{number}", described(spec)),
+                recipe, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch,
+                shares=not number and not twin,
+                checkpoint=self.checkpoints(f"{'twin' if twin else 'network'}-{number}", described(recipe)),
                 keep=functools.partial(keep, keeping, number),
             )  # fmt: skip
-            return fitted, fitted.network.logits(data.part(held_out).images) if number else None
+            return fitted, seen_by(fitted.params, seen, data.part(held_out)) if number else None
 
         def write_down() -> None:
             """Every epoch of the served network, and the progress of one fold at a time."""
@@ -298,21 +322,30 @@ class _Maker:
             write_down()
             run.check()
 
-        logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
-        found: dict[int, Fitted] = {}
+        found: dict[tuple[bool, int], tuple[Fitted, tuple[np.ndarray, np.ndarray] | None]] = {}
         try:
-            for number, (fitted, predicted) in side_by_side(work, sorted(going_on), check):
+            for task, result in side_by_side(work, tasks, check):
                 write_down()
-                going_on.discard(number)
-                found[number] = fitted
-                if predicted is not None:
-                    logits[folds[number - 1]] = predicted
+                found[task] = result
+                if not task[0]:
+                    going_on.discard(task[1])
         except Paused:
             write_down()
             raise
-        if not folds:
-            return found[0], None
-        return found[0], HeldOut(data.all, logits, data.part(folds[0]), found[1].params, out_of_fold=True)
+        trained = []
+        for twin in dict.fromkeys(twin for twin, _ in tasks):
+            across = None
+            if folds:
+                logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
+                distances = np.zeros(len(data.all.labels), np.float32)
+                for number, held_out in enumerate(folds, start=1):
+                    _, predicted = found[twin, number]
+                    assert predicted is not None
+                    logits[held_out], distances[held_out] = predicted
+                first, params = data.part(folds[0]), found[twin, 1][0].params
+                across = HeldOut(data.all, logits, first, params, distances, out_of_fold=True)
+            trained.append(Trained(found[twin, 0][0], across))
+        return trained
 
     def _keeping(self, spec: Spec) -> Path:
         """Where epochs of the training of what has been chosen are kept."""
@@ -322,16 +355,17 @@ class _Maker:
         return folder
 
     def _finish(
-        self, spec: Spec, start: Start, fitted: Fitted, across: HeldOut | None, train: Split, validation: Split | None,
+        self, spec: Spec, start: Start, trained: Sequence[Trained], train: Split, validation: Split | None,
         searched: Found | None = None,
     ) -> None:  # fmt: skip
-        """Evaluate, export and publish a network."""
+        """Evaluate, export and publish a network; its twin follows it in `trained`."""
         run = self.run
         with run.stage("evaluating"):
             gate = gate_of(spec, run.job.model, self.registry)
-            trained = spec, start, fitted, across, train, validation
             well = gate.robust_accuracy is not None
-            fitted, held_out, card = watched(lambda _: self._judged(*trained, attack_well=well), run.go_on)
+            fitted, held_out, card = watched(
+                lambda _: self._judged(spec, start, trained, train, validation, searched, attack_well=well), run.go_on
+            )
             if gate.forgetting is not None:
                 task = run.job.base, self.data.classes, self.settings, self.registry
                 card["forgetting"] = watched(lambda _: forgetting(fitted.params, *task), run.go_on)
@@ -355,31 +389,72 @@ class _Maker:
         return begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
 
     def _judged(
-        self, spec: Spec, start: Start, fitted: Fitted, across: HeldOut | None, train: Split, validation: Split | None,
-        *, attack_well: bool,
+        self, spec: Spec, start: Start, trained: Sequence[Trained], train: Split, validation: Split | None,
+        searched: Found | None, *, attack_well: bool,
     ) -> tuple[Fitted, HeldOut, dict[str, Any]]:  # fmt: skip
         """The network as it will be served, what its report rests on, and the report."""
-        held_out = across if validation is None and across else HeldOut.apart(fitted, validation or train)
-        temperature = 1.0
+        fitted, across = trained[0].fitted, trained[0].across
+        held_out = trained[0].held_out(train, validation)
+        # Not by the trials of a search: what it has chosen gives the same weights when it is sent back as a spec.
+        trusted = inspection.doubted([held_out.logits], held_out.split.labels).wrong <= WRONG
+        logits, labels = held_out.logits[trusted], held_out.split.labels[trusted]
+        temperature, unfitted = 1.0, logits
         if spec.calibrate:
-            temperature = evaluate.temperature(held_out.logits, held_out.split.labels)
+            temperature = evaluate.temperature(logits, labels)
+            unfitted = evaluate.cross_fitted(logits, labels)
             fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
             across = across and across.cooled(temperature)
-        card = self._evaluated(spec, start, fitted, train, held_out, attack_well=attack_well)
-        card["calibration"]["temperature"] = temperature
+        card = self._evaluated(spec, start, fitted, train, held_out, trusted=trusted, attack_well=attack_well)
+        card["calibration"] = {**evaluate.calibration(unfitted, labels), "temperature": temperature}
         if across:
             card["cross_validation"] = report.cross_validation(across, self.data.folds(spec))
+        for twin in trained[1:]:
+            card["twin"] = report.beside_twin(
+                (fitted, held_out), (twin.fitted, twin.held_out(train, validation)), train, spec,
+                self.settings.attack_images, trusted,
+            )  # fmt: skip
+        predictions = [*([across.logits] if across else ()), *(searched.predictions if searched else ())]
+        card["inspection"] = self._inspected(spec, fitted.params, held_out, predictions)
+        card["warnings"] += inspection.warnings(card["inspection"])
         return fitted, held_out, card
 
+    def _inspected(
+        self, spec: Spec, params: Arrays, held_out: HeldOut, predictions: Sequence[np.ndarray]
+    ) -> dict[str, Any]:  # fmt: skip
+        """What the network, and predictions on held-out images, say about the data.
+
+        Args:
+            predictions: out-of-fold logits of all images, if there are any.
+        """
+        data, classes, everything, measured = (
+            self.data,
+            self.data.classes,
+            self.data.everything,
+            self.data.measured(spec),
+        )
+        isolated = isolation(params, data.all.images)
+        looked_at = everything if predictions else measured
+        doubted = inspection.doubted(predictions or [held_out.logits], looked_at.labels)
+        return {
+            "label_errors": inspection.label_errors(doubted, looked_at.labels, classes, looked_at.named),
+            "copies": inspection.copies(data.groups, data.all.labels, classes, everything.named),
+            "leaks": data.leaks(),
+            "strangers": inspection.strangers(isolated, everything.labels, classes, everything.named),
+            "overlaps": inspection.overlaps(held_out.logits, measured.labels, classes),
+            **inspection.hard_images(held_out.logits, measured.labels, classes, measured.named),
+        }
+
     def _evaluated(
-        self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut, *, attack_well: bool = False
+        self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut, *,
+        trusted: np.ndarray | slice = slice(None), attack_well: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         card = report.quick(
             fitted, train, held_out, self.data.classes, spec, base=None if start.new else start.params,
             attack_images=self.settings.attack_images, attack_well=attack_well,
         )  # fmt: skip
+        card["abstention"] = report.abstention(held_out, spec.coverage, trusted)
         if (test := self.data.unseen) is not None:
-            card["test"] = report.on_test(fitted, test)
+            card["test"] = report.on_test(fitted, train, test, Abstention.rule(card["abstention"]))
         return card | {"device": self.device.removeprefix("/")}
 
     def _exported(
@@ -389,20 +464,22 @@ class _Maker:
         """Write everything that is published to the staging directory."""
         fitted, job, data, staged = candidate.fitted, self.run.job, self.data, self.staged
         base = public_name(job.base)
-        watched(lambda _: prepare(fitted.params, invert=data.invert), self.run.go_on)
+        watched(lambda _: prepare(fitted.params, invert=data.invert, detects=True), self.run.go_on)
         manifest = Manifest(
             classes=data.classes, polarity=data.polarity, base=base, base_sha256=digest(self.problem.base),
             sha256=digest(fitted.params), spec=self.asked.described(), resolved_spec=pinned(spec, base),
             dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params), preview=preview,
-            checkpoint=job.checkpoint,
+            checkpoint=job.checkpoint, abstention=Abstention.rule(card["abstention"]),
         )  # fmt: skip
-        export(staged, fitted.params, invert=data.invert, manifest=manifest.dump())
+        detector = Detector.of(fitted.params, train.images)
+        export(staged, fitted.params, invert=data.invert, manifest=manifest.dump(), detector=detector.arrays())
         if fold:
             np.savez(staged / FOLD, allow_pickle=False, **fold)
         delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
         card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
         probed = train.images[:PARITY_IMAGES]
-        Probe(data.as_sent(probed), fitted.network.logits(probed)).save(staged)
+        distances = detector.distances(fitted.params, probed)
+        Probe(data.as_sent(probed), fitted.network.logits(probed), distances).save(staged)
         candidate.held_out.save(staged)
         seal(staged)
         return manifest
