@@ -16,7 +16,14 @@ import tensorflow as tf
 from quality.data import mislabel
 from quality.domains import DOMAINS, Domain, everything, folds_of
 from trainer import evaluate, inspection
-from trainer.abstention import Detector, coverage_interval, described_sets, distance_limit, set_threshold
+from trainer.abstention import (
+    Detector,
+    beyond,
+    coverage_interval,
+    described_sets,
+    distance_limits,
+    set_threshold,
+)
 from trainer.duplicates import near_copies
 from trainer.fit import Split
 from trainer.folds import stratified
@@ -45,7 +52,7 @@ class Automatic:
 
     params: Arrays
     logits: np.ndarray  # out of fold, (n, classes)
-    distances: np.ndarray  # out of fold, (n,)
+    distances: np.ndarray  # out of fold, (n, 2)
     labels: inspection.Labels
 
 
@@ -63,7 +70,7 @@ def automatic(problem: Problem, seed: int) -> Automatic:
         return dict(side_by_side(work, range(1 + len(folds))))
 
     def out_of_fold(found: Mapping[int, Arrays]) -> tuple[np.ndarray, np.ndarray]:
-        logits, distances = np.zeros((n, problem.classes), np.float32), np.zeros(n, np.float32)
+        logits, distances = np.zeros((n, problem.classes), np.float32), np.zeros((n, 2), np.float32)
         for number, fold in enumerate(folds, start=1):
             logits[fold], distances[fold] = seen_by(found[number], problem.part(~fold), problem.part(fold))
         return logits, distances
@@ -95,15 +102,15 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     threshold = set_threshold(found.logits[trusted] / cooler, y[trusted], COVERAGE)
     sets = described_sets(logits / cooler, y_test, threshold)
     low, high = coverage_interval(int(trusted.sum()), COVERAGE, len(y_test))
-    limit = distance_limit(found.distances)
+    limits = distance_limits(found.distances)
     figures = {
         "test": 100 * evaluate.accuracy(logits, y_test), "covered": 100 * sets["covered"], "low": 100 * low,
         "high": 100 * high, "size": sets["mean_size"], "empty": 100 * sets["empty"],
-        "false_alarms": 100 * float((distances > limit).mean()),
+        "false_alarms": 100 * float(beyond(distances, limits).mean()),
     }  # fmt: skip
     detector = Detector.of(found.params, problem.data.images)
     figures |= {
-        f"turned_away_{other}": 100 * float((detector.distances(found.params, images) > limit).mean())
+        f"turned_away_{other}": 100 * float(beyond(detector.distances(found.params, images), limits).mean())
         for other, images in _strangers(name).items()
     }
     if domain.wrong:

@@ -39,7 +39,9 @@ class Prediction:
     version: int
     logits: np.ndarray  # (n, classes) float32
     probabilities: np.ndarray  # (n, classes) float32
-    distances: np.ndarray | None = None  # (n,) float32, to the nearest image that was learned; None without a detector
+    distances: np.ndarray | None = (
+        None  # (n,) float32, above 1 for images unlike those that were learned; None without a detector
+    )
 
 
 def predict_request(model: str, version: int, images: np.ndarray) -> pb.PredictRequest:

@@ -177,8 +177,8 @@ class Abstention(Record):
 
     coverage: float | None = None  # share of prediction sets that have the right class; None without sets
     threshold: float = 0.0  # least probability of a class in a set
-    distance: float = 1.0  # beyond which an image is unlike those that were learned
-    false_alarms: float = 0.0  # share of images of the data that are beyond it
+    limits: tuple[float, float] | None = None  # squared distances, by features and by pixels, that are 1 in the answers
+    false_alarms: float = 0.0  # share of images of the data that are beyond one of them
     images: int = 0  # that were held out
 
     @classmethod

@@ -3,6 +3,7 @@
 Both rest on images that the network which looks at them was not trained on: out of fold, or held out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,7 +16,10 @@ from trainer.lenet import Arrays
 from trainer.network import BATCH, Network, in_batches
 
 FEATURES = "dense1"  # the layer whose input is compared: what the convolutions see, before classes take over
-REFERENCES, RANK = 256, 64  # images that are compared with, and directions that are kept of their features
+SIZE = 784  # of these features, and of an image
+REFERENCES, RANK = 256, 64  # images that are compared with, and directions that are kept of their vectors
+PARTS = {"basis": (SIZE, RANK), "references": (RANK, REFERENCES), "squares": (REFERENCES,)}  # of a view
+OUT_OF_REACH = 1e9
 KIN, SAMPLE = 5, 2000  # neighbours that make an image one of a kind, and images among which they are looked for
 FALSE_ALARMS = 0.02  # share of images of the data that are called unlike it
 
@@ -77,40 +81,65 @@ def described_sets(logits: np.ndarray, labels: np.ndarray, threshold: float) -> 
 
 
 @dataclass(frozen=True)
-class Detector:
-    """The distance of an image's features to the nearest image that was learned (Sun et al. 2022).
+class View:
+    """Images as vectors, and those that were learned; of an inner product only the main directions are kept."""
 
-    One minus the cosine of the two, in the directions in which the learned images vary most.
+    basis: np.ndarray  # (SIZE, RANK) float32, orthonormal columns; zero where there are fewer
+    references: np.ndarray  # (RANK, REFERENCES) float32, likewise
+    squares: np.ndarray  # (REFERENCES,) float32, their squared lengths; out of reach where there are fewer
+
+    @classmethod
+    def of(cls, vectors: np.ndarray) -> Self:
+        """What is kept of learned images, (n, SIZE) float32 with n up to REFERENCES."""
+        directions = np.linalg.svd(vectors, full_matrices=False)[2][:RANK].T
+        basis = np.zeros((SIZE, RANK), np.float32)
+        basis[:, : directions.shape[1]] = directions
+        references = np.zeros((RANK, REFERENCES), np.float32)
+        references[:, : len(vectors)] = (vectors @ basis).T
+        squares = np.full(REFERENCES, OUT_OF_REACH, np.float32)
+        squares[: len(vectors)] = np.square(vectors).sum(axis=1)
+        return cls(basis, references, squares)
+
+    def distances(self, vectors: np.ndarray) -> np.ndarray:
+        """Squared distance of each of (n, SIZE) to the nearest learned one, (n,)."""
+        nearest: np.ndarray = (self.squares - 2 * (vectors @ self.basis @ self.references)).min(axis=1)
+        found: np.ndarray = np.maximum(np.square(vectors).sum(axis=1) + nearest, 0)
+        return found
+
+
+@dataclass(frozen=True)
+class Detector:
+    """How far an image is from the nearest one that was learned (Sun et al. 2022), by features and by pixels.
+
+    Features, what the convolutions see, are of length one and tell other things apart; pixels tell apart what the
+    convolutions have no eye for, such as noise.
     """
 
-    basis: np.ndarray  # (features, RANK) float32, orthonormal columns; zero where there are fewer
-    references: np.ndarray  # (RANK, REFERENCES) float32, likewise
+    features: View
+    pixels: View
 
     @classmethod
     def of(cls, params: Arrays, images: Any) -> Self:
         """What a network has learned from images, (n, 28, 28, 1) float32."""
-        some = np.unique(np.linspace(0, len(images) - 1, REFERENCES).astype(int))
-        features = _features(Network(params), tf.gather(images, some))
-        directions = np.linalg.svd(features, full_matrices=False)[2][:RANK].T
-        basis = np.zeros((features.shape[1], RANK), np.float32)
-        basis[:, : directions.shape[1]] = directions
-        references = np.zeros((RANK, REFERENCES), np.float32)
-        references[:, : len(some)] = (features @ basis).T
-        return cls(basis, references)
+        some = tf.gather(images, np.unique(np.linspace(0, len(images) - 1, REFERENCES).astype(int)))
+        return cls(View.of(_features(Network(params), some)), View.of(_pixels(some)))
 
     def distances(self, params: Arrays, images: Any) -> np.ndarray:
-        """Distance of each image, (n,) float32; 0 is alike, 1 has nothing in common."""
+        """Squared distance of each image by features and by pixels, (n, 2)."""
         network = Network(params)
 
-        def nearest(batch: Any) -> np.ndarray:
-            found: np.ndarray = (_features(network, batch) @ self.basis @ self.references).max(axis=1)
-            return found
+        def both(batch: Any) -> np.ndarray:
+            found = self.features.distances(_features(network, batch)), self.pixels.distances(_pixels(batch))
+            return np.stack(found, axis=1)
 
-        return 1 - in_batches(nearest, images)
+        return in_batches(both, images)
 
-    def arrays(self) -> Arrays:
-        """What an export holds of it."""
-        return {"basis": self.basis, "references": self.references}
+    def arrays(self, limits: Sequence[float]) -> Arrays:
+        """What an export holds of it, so that a `distance` above 1 is beyond one of the limits."""
+        found = {"scales": 1 / np.asarray(limits, np.float32)}
+        for name, view in (("features", self.features), ("pixels", self.pixels)):
+            found |= {f"{name}/{part}": getattr(view, part) for part in PARTS}
+        return found
 
 
 def isolation(params: Arrays, images: Any) -> np.ndarray:
@@ -131,12 +160,23 @@ def isolation(params: Arrays, images: Any) -> np.ndarray:
 
 
 def _features(network: Network, images: Any) -> np.ndarray:
-    """Features of length one, (n, features)."""
+    """Features of length one, (n, SIZE)."""
     found = network.part(images, until=FEATURES).reshape(len(images), -1)
     found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
     return found
 
 
-def distance_limit(distances: np.ndarray) -> float:
-    """The distance that all but `FALSE_ALARMS` of the held-out images, (n,), keep within."""
-    return float(np.quantile(distances, 1 - FALSE_ALARMS, method="higher"))
+def _pixels(images: Any) -> np.ndarray:
+    return np.asarray(images).reshape(len(images), -1)
+
+
+def distance_limits(distances: np.ndarray) -> tuple[float, ...]:
+    """The squared distances, one of each kind, that all but `FALSE_ALARMS` of held-out images, (n, 2), keep within."""
+    found = np.quantile(distances, 1 - FALSE_ALARMS / distances.shape[1], axis=0, method="higher")
+    return tuple(float(max(limit, 1e-6)) for limit in found)
+
+
+def beyond(distances: np.ndarray, limits: Sequence[float]) -> np.ndarray:
+    """Which images are unlike those that were learned, (n,) bool."""
+    found: np.ndarray = (distances / np.asarray(limits)).max(axis=1) > 1
+    return found

@@ -6,10 +6,9 @@ bundle of variables.
 
 import functools
 import json
-import math
 import operator
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from store.records import GREY_28
-from trainer.abstention import FEATURES, RANK, REFERENCES
-from trainer.lenet import INPUTS, Arrays, Tensor, logits
+from trainer.abstention import FEATURES, PARTS, SIZE
+from trainer.lenet import Arrays, Tensor, logits
 
 EXTRA = "assets.extra"  # which TensorFlow Serving ignores
 MANIFEST = f"{EXTRA}/manifest.json"
@@ -36,15 +35,9 @@ class _Served(tf.Module):  # type: ignore[misc]
     def __init__(self, shapes: Shapes, invert: bool, detects: bool) -> None:
         super().__init__()
         self._names = [name for name, _ in shapes]
-        layers: dict[str, Any] = {}
-        for name, shape in shapes:
-            *path, last = name.split("/")
-            folder = functools.reduce(lambda inner, part: inner.setdefault(part, {}), path, layers)
-            folder[last] = tf.Variable(tf.zeros(shape))
-        self.layers = layers
-        features = math.prod(INPUTS[FEATURES])
-        sizes = {"basis": (features, RANK), "references": (RANK, REFERENCES)} if detects else {}
-        self.detector = {name: tf.Variable(tf.zeros(size)) for name, size in sizes.items()}
+        self.layers = _variables(shapes)
+        views = {f"{view}/{part}": size for view in ("features", "pixels") for part, size in PARTS.items()}
+        self.detector = _variables({"scales": (2,), **views}.items()) if detects else {}
         self._sign, self._offset = (-1.0, 1.0) if invert else (1.0, 0.0)
 
     # The placeholders have no shape: otherwise graph optimizers would consider the checks proven and remove them.
@@ -59,16 +52,35 @@ class _Served(tf.Module):  # type: ignore[misc]
 
     def _answer(self, image: Tensor) -> dict[str, Tensor]:
         params = {name: functools.reduce(operator.getitem, name.split("/"), self.layers) for name in self._names}
-        features = logits(params, self._sign * image + self._offset, until=FEATURES)
+        pixels = self._sign * image + self._offset
+        features = logits(params, pixels, until=FEATURES)
         scores = logits(params, features, entry=FEATURES)
         outputs = {"logits": scores, "probabilities": tf.nn.softmax(scores)}
         if self.detector:
-            flat = tf.reshape(features, (-1, self.detector["basis"].shape[0]))
+            flat = tf.reshape(features, (-1, SIZE))
             flat /= tf.maximum(tf.norm(flat, axis=1, keepdims=True), 1e-6)
-            outputs["distance"] = 1.0 - tf.reduce_max(
-                flat @ self.detector["basis"] @ self.detector["references"], axis=1
+            both = (
+                _distance(self.detector["features"], flat),
+                _distance(self.detector["pixels"], tf.reshape(pixels, (-1, SIZE))),
             )
+            outputs["distance"] = tf.reduce_max(tf.stack(both, axis=1) * self.detector["scales"], axis=1)
         return outputs
+
+
+def _variables(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """Variables by the parts of their names."""
+    found: dict[str, Any] = {}
+    for name, shape in shapes:
+        *path, last = name.split("/")
+        folder = functools.reduce(lambda inner, part: inner.setdefault(part, {}), path, found)
+        folder[last] = tf.Variable(tf.zeros(shape))
+    return found
+
+
+def _distance(view: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
+    """Squared distance of each vector to the nearest learned one, as in `View.distances`."""
+    nearest = tf.reduce_min(view["squares"] - 2.0 * (vectors @ view["basis"] @ view["references"]), axis=1)
+    return tf.maximum(tf.reduce_sum(tf.square(vectors), axis=1) + nearest, 0.0)
 
 
 @functools.cache
@@ -104,9 +116,9 @@ def export(
     """Write a SavedModel.
 
     `serving_default(image float32 [n, 28, 28, 1] in [0, 1])` and `serving_bytes(image uint8 [n, 784])`, both with
-    `-> logits, probabilities`, float32 [n, classes], and with a detector `distance`, float32 [n]. The graph itself
-    refuses other shapes before the first convolution, because a tensor of the wrong rank that reaches one aborts the
-    TensorFlow Serving process.
+    `-> logits, probabilities`, float32 [n, classes], and with a detector `distance`, float32 [n], which is above 1 for
+    images unlike those that were learned. The graph itself refuses other shapes before the first convolution, because a
+    tensor of the wrong rank that reaches one aborts the TensorFlow Serving process.
 
     Args:
         directory: created by this call; must not exist.

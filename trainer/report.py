@@ -16,7 +16,7 @@ import tensorflow as tf
 from store.records import Abstention
 from store.settings import ATTACK_IMAGES
 from trainer import attacks, evaluate, fit
-from trainer.abstention import Detector, coverage_interval, described_sets, distance_limit, set_threshold
+from trainer.abstention import Detector, beyond, coverage_interval, described_sets, distance_limits, set_threshold
 from trainer.fit import Fitted, Split
 from trainer.lenet import HEAD, Arrays
 from trainer.methods import direct_kernels, trained_kernels
@@ -45,7 +45,7 @@ class HeldOut:
     logits: np.ndarray  # (n, classes)
     attacked: Split  # images that attacks are run on
     params: Arrays  # of a network that was trained without these
-    distances: np.ndarray  # (n,) to the nearest image that the network which classifies it has learned
+    distances: np.ndarray  # (n, 2) squared, to the nearest image that the network which classifies it has learned
     out_of_fold: bool = False  # each image was classified by a network of its own fold
 
     def cooled(self, temperature: float) -> "HeldOut":
@@ -61,7 +61,7 @@ class HeldOut:
 
 
 def seen_by(params: Arrays, train: Split, held_out: Split) -> tuple[np.ndarray, np.ndarray]:
-    """What a network makes of images that it was not trained on: logits (n, classes), and distances (n,)."""
+    """What a network makes of images that it was not trained on: logits (n, classes), and distances (n, 2)."""
     detector = Detector.of(params, train.images)
     return Network(params).logits(held_out.images), detector.distances(params, held_out.images)
 
@@ -166,7 +166,7 @@ def on_test(fitted: Fitted, train: Split, test: Split, rule: Abstention) -> dict
     sets = {} if rule.coverage is None else described_sets(logits, test.labels, rule.threshold)
     return {
         **evaluate.score(logits, test.labels), "expected_calibration_error": error,
-        "covered": sets.get("covered"), "none_of_these": float((distances > rule.distance).mean()),
+        "covered": sets.get("covered"), "none_of_these": float(beyond(distances, rule.limits or (np.inf,)).mean()),
     }  # fmt: skip
 
 
@@ -178,10 +178,9 @@ def abstention(held_out: HeldOut, coverage: float | None, trusted: np.ndarray | 
     """
     logits, labels = held_out.logits[trusted], held_out.split.labels[trusted]
     n = len(labels)
-    limit = distance_limit(held_out.distances)
-    found = {
-        "coverage": coverage, "distance": limit, "false_alarms": float((held_out.distances > limit).mean()), "images": n
-    }  # fmt: skip
+    limits = distance_limits(held_out.distances)
+    found = {"coverage": coverage, "limits": limits, "images": n}
+    found["false_alarms"] = float(beyond(held_out.distances, limits).mean())
     if coverage is None:
         return found
     threshold = set_threshold(logits, labels, coverage)

@@ -172,7 +172,7 @@ def _abstain(rule: Abstention, found: Prediction, predictions: list[dict[str, An
         for prediction, inside in zip(predictions, found.outputs["probabilities"] >= rule.threshold, strict=True):
             prediction["set"] = [found.classes[index] for index in inside.nonzero()[0].tolist()]
     if (distances := found.outputs.get("distance")) is not None:
-        for prediction, far in zip(predictions, (distances > rule.distance).tolist(), strict=True):
+        for prediction, far in zip(predictions, (distances > 1).tolist(), strict=True):
             prediction["none_of_these"] = far
 
 

@@ -15,7 +15,7 @@ from trainer.export import digest
 from trainer.network import Network
 
 Digits = tuple[np.ndarray, np.ndarray]
-SPEC = {"epochs": 5, "checkpoints": 2, "ema": 0.5, "polarity": "light_on_dark"}
+SPEC = {"epochs": 5, "checkpoints": 2, "ema": 0.5, "calibrate": False, "polarity": "light_on_dark"}
 
 
 @pytest.fixture(scope="module")

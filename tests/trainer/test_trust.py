@@ -14,7 +14,7 @@ from serving.publishing import Probe, prove
 from store.errors import PublishFailed
 from tests.conftest import Place
 from trainer import evaluate, inspection
-from trainer.abstention import Detector, coverage_interval, described_sets, distance_limit, set_threshold
+from trainer.abstention import Detector, beyond, coverage_interval, described_sets, distance_limits, set_threshold
 from trainer.asked import parse_asked
 from trainer.duplicates import near_copies
 from trainer.folds import stratified, stratified_folds
@@ -206,11 +206,14 @@ def test_images_of_another_kind_are_farther_than_the_limit(digits: Digits) -> No
     images = (digits[0][:400] / np.float32(255))[..., None]
     params, _ = pretrained()
     detector = Detector.of(params, tf.constant(images[:200]))
-    limit = distance_limit(detector.distances(params, tf.constant(images[200:])))
+    held_out = detector.distances(params, tf.constant(images[200:]))
+    limits = distance_limits(held_out)
+    assert beyond(held_out, limits).mean() <= 0.02
     noise = np.random.default_rng(0).random((50, 28, 28, 1)).astype(np.float32)
-    assert (detector.distances(params, tf.constant(noise)) > limit).all()
+    assert beyond(detector.distances(params, tf.constant(noise)), limits).all()
     blank = np.zeros((1, 28, 28, 1), np.float32)
-    assert detector.distances(params, tf.constant(blank))[0] > limit
+    assert beyond(detector.distances(params, tf.constant(blank)), limits)[0]
+    assert (detector.distances(params, tf.constant(images[:200])) < 0.3 * np.array(limits)).all()
 
 
 def test_no_temperature_is_judged_by_the_images_that_it_was_chosen_on() -> None:

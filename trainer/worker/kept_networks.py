@@ -55,7 +55,7 @@ def read_all(folder: Path, epoch: int, start: Start, spec: Spec, data: JobData) 
     if not folds:
         return served, None
     n, networks = len(data.all.labels), list[Fitted]()
-    logits, distances = np.zeros((n, len(data.classes)), np.float32), np.zeros(n, np.float32)
+    logits, distances = np.zeros((n, len(data.classes)), np.float32), np.zeros((n, 2), np.float32)
     for number, held_out in enumerate(folds, start=1):
         nearest = min(epochs(folder, number), key=lambda kept: abs(kept - epoch), default=epoch)
         networks.append(read(folder, number, nearest, start))

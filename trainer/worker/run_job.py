@@ -337,7 +337,7 @@ class _Maker:
             across = None
             if folds:
                 logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
-                distances = np.zeros(len(data.all.labels), np.float32)
+                distances = np.zeros((len(data.all.labels), 2), np.float32)
                 for number, held_out in enumerate(folds, start=1):
                     _, predicted = found[twin, number]
                     assert predicted is not None
@@ -471,14 +471,15 @@ class _Maker:
             dataset=job.dataset, job=job.id, adapter_bottleneck=bottleneck_of(fitted.params), preview=preview,
             checkpoint=job.checkpoint, abstention=Abstention.rule(card["abstention"]),
         )  # fmt: skip
-        detector = Detector.of(fitted.params, train.images)
-        export(staged, fitted.params, invert=data.invert, manifest=manifest.dump(), detector=detector.arrays())
+        detector, limits = Detector.of(fitted.params, train.images), card["abstention"]["limits"]
+        arrays = detector.arrays(limits)
+        export(staged, fitted.params, invert=data.invert, manifest=manifest.dump(), detector=arrays)
         if fold:
             np.savez(staged / FOLD, allow_pickle=False, **fold)
         delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
         card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
         probed = train.images[:PARITY_IMAGES]
-        distances = detector.distances(fitted.params, probed)
+        distances = (detector.distances(fitted.params, probed) / np.asarray(limits)).max(axis=1).astype(np.float32)
         Probe(data.as_sent(probed), fitted.network.logits(probed), distances).save(staged)
         candidate.held_out.save(staged)
         seal(staged)
