@@ -40,6 +40,19 @@ training labels replaced by others.
 The files of `semeion`, `olivetti` and `coil20` are not part of the project; `TEMPER_DOMAINS` names their folder."""
 
 
+TRUST_INTRODUCTION = """\
+The results of `python -m quality trust`, on drawings 5 to 9, whose test images nothing was trained or chosen on; rules
+and limits were chosen on drawings 0 to 4. Means, and the standard deviation over the drawings.
+
+`covered` is the percentage of test images whose class is in the prediction set, for the default coverage of 95. So few
+images are held out that it varies: `expected` is where 95% of the drawings should lie, given the numbers of held-out
+and of test images, and `inside` how many of them do. `size` is the mean number of classes in a set, `empty` the
+percentage of empty ones. `false alarms` is the percentage of test images that are called none of these (the limit is
+set for 2), and the last columns are the percentage of other images that are: of other kinds, on average, and noise."""
+LABELS_INTRODUCTION = """\
+Wrong labels: a tenth of the training labels were replaced by others, all equally likely. `named` images are called
+probably wrong; precision is the share of these that are, recall the share of wrong labels that are named, in percent.
+The last columns are the test accuracy of an automatic fine-tune on all images, and on those that were not named."""
 GAP_INTRODUCTION = """\
 The generalization gap: accuracy on the training images, with the labels that were trained on, less that on the test
 images. Below zero where wrong labels were not learned."""
@@ -144,7 +157,7 @@ def _write(cell: Path, result: dict[str, Any]) -> None:
 
 
 def _write_page() -> None:
-    TABLE.write_text(table() + domains_table(), encoding="utf-8")
+    TABLE.write_text(table() + domains_table() + trust_table(), encoding="utf-8")
     click.echo(f"{TABLE.name} written")
 
 
@@ -172,6 +185,51 @@ def domains_table() -> str:
         lines.append(f"| {name} | {domain.each} a class | {goal} | {cells} | {reseeded} |")
     lines += ["", GAP_INTRODUCTION, "", "| set | auto | no regularization |", "|---|---|---|"]
     lines += [f"| {name} | {cell(name, 'auto', 'gap')} | {cell(name, 'none', 'gap')} |" for name in DOMAINS]
+    return "\n".join(lines) + "\n"
+
+
+def trust_table() -> str:
+    """The results of `trust`, as Markdown."""
+    from quality.trust import SETS, WRONG
+
+    def found(name: str) -> list[dict[str, Any]]:
+        paths = (_trust_cell(name, seed) for seed in TRUST_SEEDS)
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+
+    def mean(values: list[float], digits: int = 1) -> str:
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "not measured"
+
+    lines = [
+        "", "## Trust", "", TRUST_INTRODUCTION, "",
+        "| set | covered | expected | inside | size | empty | false alarms | other kinds | noise |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in SETS:
+        cells = found(name)
+        if not cells:
+            lines.append(f"| {name} | not measured |" + " |" * 7)
+            continue
+        low, high = (statistics.mean(cell[side] for cell in cells) for side in ("low", "high"))
+        inside = sum(cell["low"] <= cell["covered"] <= cell["high"] for cell in cells)
+        kinds = [
+            statistics.mean(cell[key] for key in cell if key.startswith("turned_away") and "noise" not in key)
+            for cell in cells
+        ]  # fmt: skip
+        columns = [
+            mean([cell["covered"] for cell in cells]), f"{low:.1f} to {high:.1f}", f"{inside} of {len(cells)}",
+            mean([cell["size"] for cell in cells], 2),
+            *(mean([cell[key] for cell in cells]) for key in ("empty", "false_alarms")),
+            mean(kinds), mean([cell["turned_away_noise"] for cell in cells]),
+        ]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    lines += [
+        "", LABELS_INTRODUCTION, "",
+        "| set | named | precision | recall | test accuracy | without them |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in WRONG:
+        keys = ("named", "precision", "recall", "test", "test_without")
+        lines.append(f"| {name} | {' | '.join(mean([cell[key] for cell in found(name)]) for key in keys)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ import pytest
 from pydantic import BaseModel
 
 from cli.main import main as temper
-from tests.conftest import Service, png
+from tests.conftest import Service, png, zipped
 from tests.docs.tables import BEGIN, END, settings_table
 from trainer.asked import parse_asked
 from trainer.spec import ATTACK_NAMES, Adversarial, Spec
@@ -284,7 +284,7 @@ def test_the_examples_for_the_shell_work_when_pasted_in_order(service: Service, 
 
 
 def test_the_example_in_python_works(service: Service, tried: Path) -> None:
-    example, _ = blocks("python")
+    example, *_ = blocks("python")
     program = example.replace(f"http://{ADDRESS}", service.url)
     spec = {"search": {"trials": 2}, "epochs": 1}  # to save time
     program = program.replace('"digits-python", wait', f'"digits-python", {spec}, wait')
@@ -301,7 +301,7 @@ def test_the_example_in_python_works(service: Service, tried: Path) -> None:
 
 
 def test_the_example_with_the_openai_client_works(service: Service, tried: Path) -> None:
-    _, example = blocks("python")
+    _, example, _ = blocks("python")
     program = example.replace(f"http://{ADDRESS}", service.url)
     program += "client.fine_tuning.jobs.cancel(job.id)\nprint(job.object, job.training_file == file.id)"
     done = subprocess.run(
@@ -309,3 +309,23 @@ def test_the_example_with_the_openai_client_works(service: Service, tried: Path)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["fine_tuning.job", "True"]
+
+
+def test_the_example_that_leaves_out_wrong_labels_works(service: Service, tried: Path, digits: Any) -> None:
+    images, labels = digits
+    wrong = {number: (labels[number] + 1 + number % 9) % 10 for number in range(20)}
+    files = {f"{wrong.get(i, labels[i])}/{i}.png": png(images[i]) for i in range(200)}
+    (tried / "var" / "demo" / "digits.zip").write_bytes(zipped(files))
+    spec = '{"folds": 3, "validation_split": 0}'
+    service.finished(service.finetune(zipped(files), "doubted", spec).json()["id"])
+    *_, example = blocks("python")
+    program = example.replace(f"http://{ADDRESS}", service.url).replace('"digits"', '"doubted"')
+    program = program.replace("exclude=", 'spec={"epochs": 1, "gate": {"not_worse": False}}, exclude=')
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tried, env=environment, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    newest = service.api.get("/finetune?model=doubted&limit=1").json()["data"][0]
+    assert (newest["status"], 0 < newest["dataset"]["excluded"] <= 25) == ("succeeded", True)
