@@ -16,7 +16,7 @@ MOST_IN_GROUP = 10
 MOST_IN_WORDS = 3  # images that the message of a finding names
 WORDS = {  # kind: what the images are, and what to do
     "conflict": ("equal to one of another class", "Keep each picture in one class."),
-    "leak": ("to validate or test on that are trained on as well", "They flatter the report; remove them."),
+    "leak": ("to validate or test on, and to train on as well", "They flatter the report; remove them."),
     "blank_after_alpha": (
         "light on a transparent ground, which becomes white and leaves nothing to see",
         "Save them on a dark ground, without transparency.",
