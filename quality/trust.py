@@ -96,13 +96,12 @@ def measure(name: str, seed: int) -> dict[str, Any]:
         mislabel(y, domain.wrong, int(y.max()) + 1, np.random.default_rng([seed, 23]))
     problem, test = _problem(x, y, domain), Split(tf.constant(x_test), y_test)
     found = automatic(problem, seed)
-    trusted = inspection.doubted([found.logits], y).wrong <= inspection.WRONG
-    cooler = np.float32(evaluate.temperature(found.logits[trusted], y[trusted]))
+    cooler = np.float32(evaluate.serving_temperature(found.logits, y))
     logits, distances = seen_by(found.params, problem.data, test)
-    threshold = set_threshold(found.logits[trusted] / cooler, y[trusted], COVERAGE)
+    threshold = set_threshold(found.logits / cooler, y, COVERAGE)
     sets = described_sets(logits / cooler, y_test, threshold)
-    low, high = coverage_interval(int(trusted.sum()), COVERAGE, len(y_test))
-    limits = distance_limits(found.distances)
+    low, high = coverage_interval(len(y), COVERAGE, len(y_test))
+    limits, _ = distance_limits(found.distances)
     figures = {
         "test": 100 * evaluate.accuracy(logits, y_test), "covered": 100 * sets["covered"], "low": 100 * low,
         "high": 100 * high, "size": sets["mean_size"], "empty": 100 * sets["empty"],

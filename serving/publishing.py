@@ -40,6 +40,7 @@ from store.settings import Settings
 log = logging.getLogger("temper.publishing")
 
 PARITY = 1e-4  # largest accepted difference of a logit, relative to the largest logit where that is above 1
+DISTANCE_PARITY = 0.01  # likewise of a distance, in units of the limit: it is a small difference of large numbers
 PATIENCE_S = 300.0  # how long a publication waits for a model server when all are away
 ABSENT_S = 3.0  # how long it waits for one that is away when another is there
 ANSWER_S = 2.0  # within which a server that is alive says so
@@ -393,7 +394,7 @@ def prove(server: ModelServer, model: str, version: int, probe: Probe) -> float:
             if answer.distances is None or answer.distances.shape != probe.distances.shape:
                 raise PublishFailed(f"{which} is answered without distances")
             difference = float(np.max(np.abs(answer.distances - probe.distances)))
-            if not difference <= PARITY * max(1.0, float(np.max(probe.distances))):
+            if not difference <= DISTANCE_PARITY * max(1.0, float(np.max(probe.distances))):
                 raise PublishFailed(
                     f"{which} at {server.target} differs from the trained model by {difference:.2g} in a distance"
                 )

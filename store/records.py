@@ -270,7 +270,7 @@ class Validation(Score):
     confusion_matrix: list[list[int]] = Field(default_factory=list)  # rows are true classes
 
 
-class TestScore(Score):
+class ScoreApart(Score):
     """The score on the images of a test part, which nothing was trained or chosen on."""
 
     expected_calibration_error: float = 0.0
@@ -327,7 +327,7 @@ class Copies(Record):
 
 
 class Strangers(Record):
-    """Images far from all others."""
+    """Images that do not belong where they are, the first of them by name."""
 
     images: int = 0
     listed: list[dict[str, Any]] = Field(default_factory=list)
@@ -341,7 +341,7 @@ class InspectionCard(Record):
 
     label_errors: LabelErrors | None = None
     copies: Copies | None = None
-    leaks: list[dict[str, Any]] = Field(default_factory=list)  # near copies of images that are trained on, `copy_of`
+    leaks: Strangers | None = None  # to measure on, and near copies of images that are trained on, `copy_of`
     strangers: Strangers | None = None
     overlaps: list[dict[str, Any]] = Field(default_factory=list)  # pairs of classes that are taken for each other
     misclassified: list[dict[str, Any]] = Field(default_factory=list)  # the surest first
@@ -549,7 +549,7 @@ class ReportCard(Record):
     base: dict[str, float] | None = None  # accuracy of what training began with, where it knew the same classes
     train: Score | None = None
     validation: Validation | None = None
-    test: TestScore | None = None  # where the data set has a test part
+    test: ScoreApart | None = None  # where the data set has a test part
     generalization_gap: Gap | None = None
     calibration: Calibration | None = None
     robustness: Robustness | None = None

@@ -3,6 +3,7 @@
 Both rest on images that the network which looks at them was not trained on: out of fold, or held out.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,8 +19,10 @@ from trainer.network import BATCH, Network, in_batches
 FEATURES = "dense1"  # the layer whose input is compared: what the convolutions see, before classes take over
 SIZE = 784  # of these features, and of an image
 REFERENCES, RANK = 256, 64  # images that are compared with, and directions that are kept of their vectors
-PARTS = {"basis": (SIZE, RANK), "references": (RANK, REFERENCES), "squares": (REFERENCES,)}  # of a view
-OUT_OF_REACH = 1e9
+PARTS: dict[str, tuple[int, ...]] = {  # of a view
+    "basis": (SIZE, RANK), "references": (RANK, REFERENCES), "squares": (REFERENCES,), "blur": ()
+}  # fmt: skip
+OUT_OF_REACH, BLUR = 1e9, 1e-3
 KIN, SAMPLE = 5, 2000  # neighbours that make an image one of a kind, and images among which they are looked for
 FALSE_ALARMS = 0.02  # share of images of the data that are called unlike it
 
@@ -39,7 +42,7 @@ def set_threshold(logits: np.ndarray, labels: np.ndarray, coverage: float) -> fl
         0 where n is too small to leave out any class.
     """
     own = np.sort(np.exp(log_softmax(logits)[np.arange(len(labels)), labels]))
-    left_out = _left_out(len(labels), coverage)
+    left_out = set_threshold_rank(len(labels), coverage)
     return float(own[left_out - 1]) if left_out else 0.0
 
 
@@ -49,7 +52,7 @@ def coverage_interval(images: int, coverage: float, measured: int | None = None)
     Args:
         measured: images that it is measured on; without them, the interval of the coverage itself.
     """
-    left_out = _left_out(images, coverage)
+    left_out = set_threshold_rank(images, coverage)
     if not left_out:
         return 1.0, 1.0
     spread = images + 1 - left_out, left_out
@@ -60,7 +63,7 @@ def coverage_interval(images: int, coverage: float, measured: int | None = None)
     return float(low), float(high)
 
 
-def _left_out(images: int, coverage: float) -> int:
+def set_threshold_rank(images: int, coverage: float) -> int:
     """How many of so many held-out images may have a class that is less probable than those in the sets."""
     return int((images + 1) * (1 - coverage) + 1e-9)
 
@@ -87,6 +90,7 @@ class View:
     basis: np.ndarray  # (SIZE, RANK) float32, orthonormal columns; zero where there are fewer
     references: np.ndarray  # (RANK, REFERENCES) float32, likewise
     squares: np.ndarray  # (REFERENCES,) float32, their squared lengths; out of reach where there are fewer
+    blur: float  # squared distance below which rounding decides
 
     @classmethod
     def of(cls, vectors: np.ndarray) -> Self:
@@ -98,12 +102,12 @@ class View:
         references[:, : len(vectors)] = (vectors @ basis).T
         squares = np.full(REFERENCES, OUT_OF_REACH, np.float32)
         squares[: len(vectors)] = np.square(vectors).sum(axis=1)
-        return cls(basis, references, squares)
+        return cls(basis, references, squares, BLUR * max(1.0, float(squares[: len(vectors)].mean())))
 
     def distances(self, vectors: np.ndarray) -> np.ndarray:
         """Squared distance of each of (n, SIZE) to the nearest learned one, (n,)."""
         nearest: np.ndarray = (self.squares - 2 * (vectors @ self.basis @ self.references)).min(axis=1)
-        found: np.ndarray = np.maximum(np.square(vectors).sum(axis=1) + nearest, 0)
+        found: np.ndarray = np.maximum(np.square(vectors).sum(axis=1) + nearest, self.blur)
         return found
 
 
@@ -138,7 +142,7 @@ class Detector:
         """What an export holds of it, so that a `distance` above 1 is beyond one of the limits."""
         found = {"scales": 1 / np.asarray(limits, np.float32)}
         for name, view in (("features", self.features), ("pixels", self.pixels)):
-            found |= {f"{name}/{part}": getattr(view, part) for part in PARTS}
+            found |= {f"{name}/{part}": np.asarray(getattr(view, part), np.float32) for part in PARTS}
         return found
 
 
@@ -155,7 +159,8 @@ def isolation(params: Arrays, images: Any) -> np.ndarray:
     for at in range(0, n, BATCH):
         alike = _features(network, images[at : at + BATCH]) @ others.T
         alike[some[None, :] == np.arange(at, at + len(alike))[:, None]] = -1.0  # the image itself
-        found[at : at + BATCH] = 1 - np.sort(alike, axis=1)[:, -min(KIN, len(some))]
+        nth = alike.shape[1] - min(KIN, len(some))
+        found[at : at + BATCH] = 1 - np.partition(alike, nth, axis=1)[:, nth]
     return found
 
 
@@ -170,10 +175,22 @@ def _pixels(images: Any) -> np.ndarray:
     return np.asarray(images).reshape(len(images), -1)
 
 
-def distance_limits(distances: np.ndarray) -> tuple[float, ...]:
-    """The squared distances, one of each kind, that all but `FALSE_ALARMS` of held-out images, (n, 2), keep within."""
-    found = np.quantile(distances, 1 - FALSE_ALARMS / distances.shape[1], axis=0, method="higher")
-    return tuple(float(max(limit, 1e-6)) for limit in found)
+def distance_limits(distances: np.ndarray) -> tuple[tuple[float, ...], float]:
+    """The squared distances, one of each kind, that new images of the data keep within, and how many do not.
+
+    As with `set_threshold`: of n + 1 exchangeable images, the new one is beyond the k-th smallest of n distances with a
+    chance of (n + 1 - k) / (n + 1); k is the least for which that is below half of `FALSE_ALARMS`, or n.
+
+    Args:
+        distances: of held-out images, (n, 2).
+
+    Returns:
+        The limits, and the most that the rate of false alarms can be expected to be.
+    """
+    n, kinds = distances.shape
+    rank = min(n, math.ceil((n + 1) * (1 - FALSE_ALARMS / kinds)))
+    limits = tuple(float(limit) for limit in np.sort(distances, axis=0)[rank - 1])
+    return limits, min(1.0, kinds * (n + 1 - rank) / (n + 1))
 
 
 def beyond(distances: np.ndarray, limits: Sequence[float]) -> np.ndarray:

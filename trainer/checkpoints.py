@@ -18,7 +18,7 @@ import structlog
 
 from store.files import move
 
-FORMAT = 1  # of the values in a checkpoint; a release that changes their meaning increments it
+FORMAT = 2  # of the values in a checkpoint; a release that changes their meaning increments it
 SHARE = 0.02  # of the time that saving may take
 FIRST_S = 0.5  # less work than this is not worth a file
 MOST_BYTES = 256 << 20  # of a file; only a search on very many images and classes has more to keep

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from serving.publishing import PARITY, Probe, check_files
+from serving.publishing import DISTANCE_PARITY, PARITY, Probe, check_files
 from serving.quiet import import_tensorflow
 from store.errors import PublishFailed
 from store.files import move
@@ -122,7 +122,7 @@ def convert(archive: Path, format: str, out: Path) -> dict[str, float]:
         model = make(version, classes)
         probe = Probe.load(version)
         *_, images = probe.forms()
-        differences = _compare(run(model, images), probe.logits)
+        differences = _compare(run(model, images), probe)
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     try:
         part.write_bytes(model)
@@ -146,15 +146,19 @@ def _unpack(archive: Path, folder: Path) -> Path:
     return versions[0]
 
 
-def _compare(answers: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, float]:
+def _compare(answers: Mapping[str, np.ndarray], probe: Probe) -> dict[str, float]:
     """The largest differences, within the tolerance that model servers are held to."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    powers = np.exp(probe.logits.astype(np.float64) - probe.logits.max(axis=1, keepdims=True))
+    wanted = {"logits": probe.logits, "probabilities": powers / powers.sum(axis=1, keepdims=True)}
+    if probe.distances is not None:
+        wanted["distance"] = probe.distances
     differences = {}
-    for name, expected in (("logits", logits), ("probabilities", powers / powers.sum(axis=1, keepdims=True))):
+    for name, expected in wanted.items():
         found: Any = answers.get(name)
         if found is None or found.shape != expected.shape:
             raise ValueError(f"the converted model has no {name} of shape {expected.shape}, so it is not written")
-        difference, limit = float(np.abs(found - expected).max()), PARITY * max(1.0, float(np.abs(expected).max()))
+        parity = DISTANCE_PARITY if name == "distance" else PARITY
+        difference, limit = float(np.abs(found - expected).max()), parity * max(1.0, float(np.abs(expected).max()))
         if not difference <= limit:  # `not`: NaN compares false
             raise ValueError(
                 f"the converted model differs from the trained one by {difference:.2g} in {name}, "

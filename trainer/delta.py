@@ -78,6 +78,7 @@ def main(base: Path, delta: Path, out: Path) -> None:
         params, manifest = apply(params, delta)
     except ValueError as exc:
         raise click.ClickException(str(exc)) from exc
+    manifest = {**manifest, "abstention": None}  # the delta has no detector
     try:
         export(out, params, invert=manifest["polarity"] == "dark_on_light", manifest=manifest)
     except OSError as exc:

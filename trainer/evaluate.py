@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import classification_report, confusion_matrix
 
 BINS = 10
+SPREAD = 0.4  # of the logarithm of a temperature, before anything is seen
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -107,11 +108,26 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
 
 
+def serving_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature to serve with: the most probable one, given the labels and that 1 is likely.
+
+    Without a prior, log T ~ N(0, `SPREAD`^2), a few images that are all right would make it tend to zero. Smoothed
+    labels, as `temperature` has them, do the opposite: on 40 digits they tripled the calibration error.
+    """
+    each = np.arange(len(labels))
+
+    def loss(log: float) -> float:
+        surprise = -log_softmax(logits / math.exp(log))[each, labels].sum()
+        return float(surprise + log**2 / (2 * SPREAD**2))
+
+    return math.exp(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
+
+
 def cross_fitted(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Logits divided by the temperature that suits the other half of the images, so that none judges itself."""
     found, half = np.empty_like(logits), np.random.default_rng(0).permutation(len(labels)) % 2 == 0
     for part in (half, ~half):
-        found[part] = logits[part] / np.float32(temperature(logits[~part], labels[~part]) if (~part).any() else 1.0)
+        found[part] = logits[part] / np.float32(serving_temperature(logits[~part], labels[~part]))
     return found
 
 

@@ -80,7 +80,7 @@ def _variables(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
 def _distance(view: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
     """Squared distance of each vector to the nearest learned one, as in `View.distances`."""
     nearest = tf.reduce_min(view["squares"] - 2.0 * (vectors @ view["basis"] @ view["references"]), axis=1)
-    return tf.maximum(tf.reduce_sum(tf.square(vectors), axis=1) + nearest, 0.0)
+    return tf.maximum(tf.reduce_sum(tf.square(vectors), axis=1) + nearest, view["blur"])
 
 
 @functools.cache

@@ -36,6 +36,8 @@ def stratified_folds(
 ) -> Iterator[np.ndarray]:
     """Which images are held out in each fold, (n,) bool; each image once, every class spread evenly.
 
+    There are fewer folds than `count` where there are too few groups to fill them.
+
     Args:
         groups: as above.
     """
@@ -48,7 +50,8 @@ def stratified_folds(
             images[at] += size
     of_image = np.array([fold[group] for group in numbers])
     for index in range(count):
-        yield of_image == index
+        if (held_out := of_image == index).any():
+            yield held_out
 
 
 def _classes(labels: np.ndarray, seed: int, groups: np.ndarray | None) -> tuple[list[int], list[Counter[int]]]:

@@ -75,7 +75,8 @@ def not_worse(found: Comparison) -> Condition:
         return _not_worse_apart(found)
     won, lost = int((found.right & ~found.right_before).sum()), int((~found.right & found.right_before).sum())
     differ = won + lost
-    difference, interval, chance = (won - lost) / n, [0.0, 0.0], 1.0
+    interval: list[float] | None = None
+    difference, chance = (won - lost) / n, 1.0
     if differ:
         test = binomtest(won, differ)
         exact, chance = test.proportion_ci(1 - ALPHA), float(test.pvalue)

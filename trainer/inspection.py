@@ -13,7 +13,8 @@ WRONG = 0.4  # chance that a label is wrong from which on it is listed
 MOST = 0.5  # share of labels that can be wrong; if more seem to be, nothing is said of any
 FEWEST = 20  # images without which nothing is said about labels
 SAMPLE = 5000  # images that the share of wrong labels is estimated on
-LISTED, GROUPS, IN_GROUP, SHOWN = 1000, 20, 10, 24  # most that are listed
+LISTED, GROUPS, IN_GROUP, SHOWN = 500, 20, 10, 24  # most that are listed
+NEAR = 0.02  # distance that is nothing
 OVERLAP, OVERLAPPING = 0.1, 3  # share and number of images that two classes must confuse to be named
 FENCES = 3.0  # interquartile ranges above the upper quartile from which on a distance is far out (Tukey 1977)
 TEMPERATURES, SHARES = np.exp(np.linspace(-1.5, 1.0, 51)), np.linspace(0, 0.45, 91)
@@ -110,11 +111,11 @@ def strangers(distances: np.ndarray, labels: np.ndarray, classes: Sequence[str],
         distances: of each image to others, (n,).
     """
     low, high = np.quantile(distances, [0.25, 0.75])
-    far = [int(index) for index in np.argsort(-distances) if distances[index] > high + FENCES * (high - low)]
+    far = [int(index) for index in np.argsort(-distances) if distances[index] > high + max(FENCES * (high - low), NEAR)]
     return {
         "images": len(far),
         "listed": [
-            {**named(index), "class": classes[labels[index]], "distance": round(float(distances[index]), 4)}
+            {**named(index), "class": classes[labels[index]], "isolation": round(float(distances[index]), 4)}
             for index in far[:LISTED]
         ],
     }  # fmt: skip
@@ -136,11 +137,11 @@ def overlaps(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> 
 def warnings(found: Mapping[str, Any]) -> list[str]:
     """What of it to know before relying on the version."""
     texts = []
-    if leaks := found["leaks"]:
-        first = leaks[0]
+    if leaks := found["leaks"]["listed"]:
+        first = leaks[0].get("file", leaks[0].get("index"))
         texts.append(
-            f"{len(leaks)} images to measure on are near copies of images that were trained on, such as "
-            f"{first.get('file', first.get('index'))}: their accuracy says nothing about others"
+            f"{found['leaks']['images']} of the images to measure on are near copies of images that were trained on, "
+            f"such as {first}: their accuracy says nothing about others"
         )
     errors = found["label_errors"]
     if errors["images"]:

@@ -5,6 +5,7 @@ Every number can be recomputed from the exported parameters, the data set and th
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,15 @@ import tensorflow as tf
 from store.records import Abstention
 from store.settings import ATTACK_IMAGES
 from trainer import attacks, evaluate, fit
-from trainer.abstention import Detector, beyond, coverage_interval, described_sets, distance_limits, set_threshold
+from trainer.abstention import (
+    Detector,
+    beyond,
+    coverage_interval,
+    described_sets,
+    distance_limits,
+    set_threshold,
+    set_threshold_rank,
+)
 from trainer.fit import Fitted, Split
 from trainer.lenet import HEAD, Arrays
 from trainer.methods import direct_kernels, trained_kernels
@@ -27,7 +36,7 @@ EPSILON = 0.1  # of the report's attacks where the spec trains against none
 PGD = "APGD-CE and APGD-DLR in turn"  # Croce & Hein (2020)
 PGD_STEPS, PGD_RESTARTS = 100, 2  # 100 steps twice find more than 40 steps five times
 QUICK_STEPS = 20  # before publishing
-BOOTSTRAPS = 1000
+BOOTSTRAPS, FEW_BOOTSTRAPS, MANY = 1000, 200, 20_000  # resamples, and those of many images
 GLANCE_IMAGES, GLANCE_STEPS = 64, 10  # the same without adversarial training, when nobody expects robustness
 MASKING_IMAGES, MASKING_SHARE = 2, 0.01  # a weaker attack must win by more than both to be a sign of masking
 BEHIND = 0.2  # how far PGD may fall short of FGSM before the report warns
@@ -87,7 +96,7 @@ def quick(
     return {
         "warnings": [
             *_warnings(on_validation["accuracy"], before, validation, classes),
-            *_attack_warnings(spec, attacked, fitted),
+            *_attack_warnings(spec, attacked, fitted), *_set_warnings(spec.coverage, len(validation.labels)),
         ],
         "base": None if before is None else {"accuracy": before},
         "train": on_train,
@@ -135,6 +144,16 @@ def _warnings(accuracy: float, before: float | None, validation: Split, classes:
     return found
 
 
+def _set_warnings(coverage: float | None, images: int) -> list[str]:
+    """Too few images were held out to leave any class out of a prediction set."""
+    if coverage is None or set_threshold_rank(images, coverage):
+        return []
+    least = math.ceil(1 / (1 - coverage) - 1 - 1e-9)
+    return [
+        f"a coverage of {coverage:g} needs {least} held-out images; with {images} every prediction set has all classes"
+    ]
+
+
 def _attack_warnings(spec: Spec, attacked: dict[str, Any], fitted: Fitted) -> list[str]:
     """Where adversarial training missed its aim. Without any, nobody expects robustness."""
     if spec.adversarial is None:
@@ -170,17 +189,11 @@ def on_test(fitted: Fitted, train: Split, test: Split, rule: Abstention) -> dict
     }  # fmt: skip
 
 
-def abstention(held_out: HeldOut, coverage: float | None, trusted: np.ndarray | slice) -> dict[str, Any]:
-    """When the version should rather not name one class.
-
-    Args:
-        trusted: (n,) bool, the images whose label is not doubted; sets are made for these.
-    """
-    logits, labels = held_out.logits[trusted], held_out.split.labels[trusted]
-    n = len(labels)
-    limits = distance_limits(held_out.distances)
-    found = {"coverage": coverage, "limits": limits, "images": n}
-    found["false_alarms"] = float(beyond(held_out.distances, limits).mean())
+def abstention(held_out: HeldOut, coverage: float | None) -> dict[str, Any]:
+    """When the version should rather not name one class."""
+    logits, labels, n = held_out.logits, held_out.split.labels, len(held_out.split.labels)
+    limits, false_alarms = distance_limits(held_out.distances)
+    found = {"coverage": coverage, "limits": limits, "false_alarms": false_alarms, "images": n}
     if coverage is None:
         return found
     threshold = set_threshold(logits, labels, coverage)
@@ -253,18 +266,16 @@ def _quickly_attacked(
 
 
 def beside_twin(
-    ours: tuple[Fitted, HeldOut], twin: tuple[Fitted, HeldOut], train: Split, spec: Spec, attack_images: int,
-    trusted: np.ndarray,
+    ours: tuple[Fitted, HeldOut], twin: tuple[Fitted, HeldOut], train: Split, spec: Spec, attack_images: int
 ) -> dict[str, Any]:  # fmt: skip
     """What regularization changed: this version less its twin, which was trained without any, on the same images.
 
-    Args:
-        trusted: (n,) bool, the held-out images whose label is not doubted.
+    Both are calibrated for the comparison, by the other half of the images.
     """
-    epsilon, labels = epsilon_of(spec), ours[1].split.labels[trusted]
+    epsilon, labels = epsilon_of(spec), ours[1].split.labels
     measured: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     for fitted, held_out in (ours, twin):
-        logits = held_out.logits[trusted]
+        logits = evaluate.cross_fitted(held_out.logits, labels)
         learned = evaluate.right(fitted.network.logits(train.images), train.labels)
         right = evaluate.right(logits, labels)
         withstood = _quickly_attacked(Network(held_out.params), held_out.attacked, epsilon, attack_images, well=True)[1]
@@ -280,7 +291,7 @@ def beside_twin(
 
     one, other = (figures(*these) for these in measured)
     rng, drawn = np.random.default_rng(0), {name: list[float]() for name in one}
-    for _ in range(BOOTSTRAPS):
+    for _ in range(BOOTSTRAPS if len(labels) <= MANY else FEW_BOOTSTRAPS):
         images, trained, attacked = (rng.integers(0, len(of), len(of)) for of in measured[0][1:])
         mine, theirs = (
             figures(right[images], sure[images], learned[trained], withstood[attacked])

@@ -128,14 +128,15 @@ def search(
     assert bounds is not None
     if problem.fewest < FEWEST_OF_A_CLASS:
         return Found(asked.resolve(fallback(problem.same_classes)), warnings=[_TOO_FEW])
-    folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
-    after = [1.0] if uploaded else [1.0] + folds * [1 - 1 / folds]
+    wanted_folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
+    folds = len(list(stratified_folds(problem.data.labels, asked.fixed.seed, wanted_folds, problem.groups)))
+    after = (1 + asked.fixed.twin) * ([1.0] if uploaded else [1.0] + folds * [1 - 1 / folds])
     memory = _Memory.of(checkpoint or Checkpoint(), spent_s, earlier)
     clock = Clock(
         bounds.seconds, runs=makespan(after, at_once()), spent_s=memory.spent_s, used_s=memory.used_s,
         stopped=memory.ended,
     )  # fmt: skip
-    rounds = _Rounds(problem, bounds, asked.fixed.seed, folds, clock, memory, on_trial, check)
+    rounds = _Rounds(problem, bounds, asked.fixed.seed, wanted_folds, clock, memory, on_trial, check)
     trials: list[Trial] = []
     lost: set[Trial] = set()  # diverged
 
@@ -178,7 +179,7 @@ def search(
         trial.dropped = "" if trial is choice.trial else trial.dropped or choice.beside(trial)
     fields: dict[str, Any] = {"validation_split": 0.0, "head": choice.trial.spec.head}
     if not uploaded:
-        fields["folds"] = folds
+        fields["folds"] = wanted_folds  # of which near copies may leave fewer, then as now
     warnings, wanted = list(choice.warnings), choice.trial.spec.epochs
     if late := sum(trial.dropped == NO_TIME for trial in trials):
         warnings.append(
@@ -273,7 +274,7 @@ class _Rounds:
                     continue
                 score = self._scored(trial.spec, rung, found[trial.number])
                 trial.scores.append(score)
-                if rung.folds == len(self._folds):
+                if rung.folds == len(self._folds) and self._problem.classes * len(self._problem.data.labels) <= LARGEST:
                     parts = [found[trial.number][fold].logits for fold in range(rung.folds)]
                     trial.predictions = self.in_order(np.concatenate(parts))
                 done.append(trial)
@@ -424,6 +425,7 @@ def rungs(trials: int, folds: int, images: int) -> tuple[Rung, ...]:
     return Rung(FIRST_SHARE, first, left), Rung(LAST_SHARE, folds)
 
 
+LARGEST = 5_000_000  # images times classes of which predictions are kept beyond the search
 FINALISTS = 3  # unless there are more places
 HOPELESS = 2.0  # a kind of augmentation whose loss is more than so many times the lowest gets no place
 FIRST_IMAGES = 200  # held-out images that decide the first round, if there are as many

@@ -152,8 +152,8 @@ def _links(name: str, version: int, versions: Sequence[int], report: Json, manif
     """The versions before and after it, what it was compared with, and what it started from."""
     base, _, number = str(manifest.get("base") or "").partition(":")
     found = {
-        "before": max((other for other in versions if other < version), default=None),
-        "after": min((other for other in versions if other > version), default=None),
+        "previous": max((other for other in versions if other < version), default=None),
+        "next": min((other for other in versions if other > version), default=None),
         "compared with": (report.get("gate") or {}).get("compared_with"),
     }
     for text, other in found.items():
@@ -297,7 +297,7 @@ def _galleries(found: Json, images: Mapping[str, np.ndarray]) -> Iterator[Galler
         )  # fmt: skip
     yield from gallery(
         "Copies of images that are trained on",
-        found.get("leaks") or (),
+        (found.get("leaks") or {}).get("listed") or (),
         lambda one: f"{one['class']}, a copy of {_name(one['copy_of'])}",
         "The accuracy on these says nothing about other images.",
     )
@@ -310,7 +310,7 @@ def _galleries(found: Json, images: Mapping[str, np.ndarray]) -> Iterator[Galler
     yield from gallery(
         "Unlike all others",
         (found.get("strangers") or {}).get("listed") or (),
-        lambda one: f"{one['class']}, distance {one['distance']:.2f}",
+        lambda one: f"{one['class']}, isolated by {one['isolation']:.2f} of 1",
         "Images that do not belong here, or the only ones of their kind.",
     )
     yield from gallery(

@@ -17,7 +17,7 @@ from api.http.pages import SELF_CONTAINED
 from api.inference.server_pool import PooledServer
 from serving.publishing import Probe, check_files, prove, zipped
 from serving.registry import BASE, LABEL, Label, Route, Version, is_visible
-from store.errors import Forbidden, NotFound, PublishFailed, TemperError, WrongState
+from store.errors import Forbidden, NotFound, PublishFailed, TemperError, UnknownModel, WrongState
 from store.records import DEFAULT_TENANT, DatasetCard, public_name
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.kept import sweep_kept
@@ -38,15 +38,20 @@ class VersionView(BaseModel):
     base: str | None = Field(description="What it was fine-tuned from.")
     job: str | None = Field(description="The job that made it.")
     manifest: dict[str, Any] = Field(description="Spec, data set, polarity and hashes.")
-    report: dict[str, Any] = Field(description="The report card.")
+    report: dict[str, Any] = Field(
+        description="The report card; its `inspection`, which names images, only where a single version is asked for."
+    )
 
     @classmethod
-    def of(cls, version: Version) -> "VersionView":
-        """The public face of a version record."""
+    def of(cls, version: Version, *, whole: bool = True) -> "VersionView":
+        """The public face of a version record; `inspection`, which may be long, only of the whole one."""
+        report = version.report.dump()
+        if not whole:
+            report.pop("inspection", None)
         return cls(
             version=version.version, created_at=version.created_at, classes=list(version.manifest.classes),
             base=version.manifest.base, job=version.manifest.job, manifest=version.manifest.dump(),
-            report=version.report.dump(),
+            report=report,
         )  # fmt: skip
 
 
@@ -177,7 +182,7 @@ def list_models(request: Request, after: After = None, limit: Limit = 20) -> Mod
 def get_model(request: Request, model: Name) -> ModelView:
     """A model with all its live versions and their report cards."""
     registry, name = gateway_of(request).registry, stored(request, model)
-    versions = [VersionView.of(version) for version in registry.of_model(name)]
+    versions = [VersionView.of(version, whole=False) for version in registry.of_model(name)]
     return ModelView.of(model, registry.labels(name), versions, registry.gate(name))
 
 
@@ -239,16 +244,20 @@ async def delete_label(request: Request, model: Name, label: LabelName) -> Delet
 def get_gate(request: Request, model: Name) -> GateView:
     """The gate of a model."""
     registry, name = gateway_of(request).registry, stored(request, model)
-    registry.of_model(name)
-    return GateView.model_validate({"model": model, "gate": registry.gate(name)})
+    if not registry.has_live(name):
+        raise UnknownModel(f"there is no model {model!r}", param="model")
+    stored_gate = {field: value for field, value in (registry.gate(name) or {}).items() if field in Gate.model_fields}
+    return GateView.model_validate({"model": model, "gate": stored_gate or None})
 
 
-@router.put("/models/{model}/gate", responses=errors(400, 404, 422, 503, 507))
+@router.put("/models/{model}/gate", responses=errors(400, 404, 409, 422, 503, 507))
 def put_gate(request: Request, model: Name, gate: Gate) -> GateView:
     """Give a model a gate: what its versions must fulfil to get their label.
 
     It is for fine-tunes that are evaluated from now on and have no `gate` in their spec.
     """
+    if model == BASE:
+        raise WrongState(f"{BASE!r} is what fine-tunes start from and gets no versions", param="model")
     gateway_of(request).registry.set_gate(_own(request, model), gate.model_dump(mode="json"))
     return GateView(model=model, gate=gate)
 
@@ -269,9 +278,10 @@ def get_report(request: Request, model: Name, version: Number) -> HTMLResponse:
     from api.report.page import report_page  # takes a megabyte: load it on first use
 
     gateway, name = gateway_of(request), stored(request, model)
-    found, live = gateway.registry.find(name, version), gateway.registry.routes()[name].classes
+    found = gateway.registry.find(name, version)
     page = report_page(
-        model, version, found.report, found.manifest, created_at=found.created_at, versions=sorted(live),
+        model, version, found.report, found.manifest, created_at=found.created_at,
+        versions=gateway.router.versions(name),
         images=_pictured(gateway, found.manifest.dataset),
     )  # fmt: skip
     return HTMLResponse(page, headers={"Content-Security-Policy": SELF_CONTAINED})

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from api.report.charts import BOTTOM, LEFT, RIGHT, TOP
@@ -287,3 +288,41 @@ def test_the_base_model_has_its_card_and_nothing_else() -> None:
     assert "not measured" not in page.text.lower()
     for text in ("lenet5:1", card["model"], card["command"], "settings: learning rate 0.0015", "test accuracy 0.995"):
         assert text in page.text
+
+
+def test_images_that_are_worth_a_look_are_shown_with_their_names_escaped() -> None:
+    named = {"position": 1, "file": STRANGE, "class": STRANGE}
+    inspection = {
+        "label_errors": {
+            "images": 30, "checked": 100, "estimated_share": 0.1,
+            "listed": 30 * [{**named, "suggested": "b", "probability": 0.9}],
+        },
+        "copies": {"images": 2, "groups": 1, "of_several_classes": 1, "listed": [[named, named]]},
+        "leaks": {"images": 1, "listed": [{**named, "part": "test", "copy_of": {"position": 0, "index": 0}}]},
+        "strangers": {"images": 1, "listed": [{**named, "isolation": 0.5}]},
+        "overlaps": [{"classes": ["a", "b"], "images": 5, "share": 0.2}],
+        "misclassified": [{**named, "predicted": "b", "probability": 0.8}],
+        "least_certain": [{**named, "predicted": "a", "probability": 0.4, "position": 7}],
+    }  # fmt: skip
+    twin = {
+        "accuracy": 0.8, "generalization_gap": 0.2, "expected_calibration_error": 0.1, "robust_accuracy": 0.1,
+        "differences": {"accuracy": {"value": 0.05, "interval": [0.01, 0.09]}},
+    }  # fmt: skip
+    abstention = {
+        "coverage": 0.95, "coverage_interval": [0.9, 0.99], "images": 100, "mean_size": 1.2, "single": 0.8,
+        "empty": 0.0, "false_alarms": 0.02,
+    }  # fmt: skip
+    report = {"inspection": inspection, "twin": twin, "abstention": abstention, "warnings": []}
+    manifest = {"base": "lenet5:1", "classes": ["a", "b"], "resolved_spec": {"method": "lora"}}
+    images = {"": np.zeros((2, 28, 28), np.uint8), "test": np.zeros((2, 28, 28), np.uint8)}
+    html = report_page(
+        "m", 2, ReportCard.read(report), Manifest.read(manifest), created_at=0, versions=[1, 2, 3], images=images
+    )
+    page = Page(html)
+    assert page.tags.count("img") == 24 + 2 + 1 + 1 + 1  # the first labels; none of the image that is gone
+    assert "<script>" not in html
+    assert "6 more are in the JSON" in page.text
+    for text in ("85.0% 80.0% +5.0 (+1.0 to +9.0)", "95.0% of the time (90.0% to 99.0%)", "01 January 1970"):
+        assert text in page.text
+    links = [value for name, value in page.attributes if name == "href"]
+    assert links == [f"/models/{path}/report" for path in ("m/versions/1", "m/versions/3", "lenet5/versions/1")]

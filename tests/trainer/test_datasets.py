@@ -347,7 +347,7 @@ def test_train_and_test_alone_leave_validation_to_the_training_images(tmp_path: 
 
 
 def test_split_names_beside_other_folders_or_below_the_top_are_classes(tmp_path: Path) -> None:
-    assert reading(tmp_path, zipped(split("train", "test", "ship"))).classes == ("ship", "test", "train")
+    assert reading(tmp_path, zipped(split("train", "ship"))).classes == ("ship", "train")
     assert reading(tmp_path, zipped(split("car", "boat", classes=["train", "test"]))).classes == ("boat", "car")
 
 
@@ -363,13 +363,14 @@ def test_split_names_beside_other_folders_or_below_the_top_are_classes(tmp_path:
         (split("train", "test") | {"train/0.png": shade(9)}, "train/class/0.png", ["train/0.png"]),
         (split("train", "test") | {"notes.txt": b"?"}, "not in a class folder", ["notes.txt"]),
         (split("val", "test"), "train/ is missing", []),
+        (split("train", "test", "ship"), "nothing beside them", ["ship/"]),
         (split("train", "val", "valid"), "several folders for one part", []),
         (split("train") | split("test", classes="abx"), "classes that the training images lack: 'x'", ["x"]),
         ({**split("train"), **{f"val/{name[6:]}": body for name, body in split("train").items()}}, "are the same", []),
         (split("train", classes="a") | split("test"), "two classes", []),
         (split("all/train", "all/test"), "zip what is inside", []),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_split_folders_that_do_not_make_a_data_set_are_refused(
     tmp_path: Path, files: dict[str, bytes], says: str, named: list[str]

@@ -110,7 +110,7 @@ def test_validation_images_that_are_copies_of_training_images_are_named(place: P
     apart = np.stack([*digits[0][100:110], jpeg(images[7])])
     validation = Dataset(apart, np.append(digits[1][100:110], labels[7]).astype(np.int32), tuple("0123456789"))
     card = report(place, job_on(place, images, labels, QUICK, validation))
-    (leak,) = card["inspection"]["leaks"]
+    (leak,) = card["inspection"]["leaks"]["listed"]
     assert (leak["index"], leak["part"], leak["copy_of"]["file"]) == (10, "validation", "7.png")
     assert any("near copies of images that were trained on" in text for text in card["warnings"])
 
@@ -207,8 +207,8 @@ def test_images_of_another_kind_are_farther_than_the_limit(digits: Digits) -> No
     params, _ = pretrained()
     detector = Detector.of(params, tf.constant(images[:200]))
     held_out = detector.distances(params, tf.constant(images[200:]))
-    limits = distance_limits(held_out)
-    assert beyond(held_out, limits).mean() <= 0.02
+    limits, false_alarms = distance_limits(held_out)
+    assert beyond(held_out, limits).mean() <= false_alarms <= 0.02
     noise = np.random.default_rng(0).random((50, 28, 28, 1)).astype(np.float32)
     assert beyond(detector.distances(params, tf.constant(noise)), limits).all()
     blank = np.zeros((1, 28, 28, 1), np.float32)
@@ -259,3 +259,49 @@ def test_the_twin_of_a_spec_has_nothing_that_regularizes() -> None:
 def test_null_calibrates_as_the_default_does() -> None:
     assert Spec.model_validate_json('{"calibrate": null}').calibrate is True
     assert Spec().calibrate is True
+
+
+def test_no_fold_is_empty_and_data_of_few_originals_can_be_fine_tuned(place: Place, digits: Digits) -> None:
+    labels, groups = np.repeat(np.arange(2), 10), np.repeat(np.arange(4), 5)
+    folds = list(stratified_folds(labels, 0, 5, groups))
+    assert sorted(int(fold.sum()) for fold in folds) == [10, 10]
+    assert (np.sum(folds, axis=0) == 1).all()
+    originals = [int(index) for label in range(10) for index in np.flatnonzero(digits[1] == label)[:2]]
+    shades = [np.clip(digits[0][originals] * share, 0, 255).astype(np.uint8) for share in (1, 0.9, 0.8, 0.7)]
+    images, labels = np.concatenate(shades), np.tile(digits[1][originals], 4)
+    assert job_on(place, images, labels, {**QUICK, "folds": 5, "validation_split": 0}).status == "succeeded"
+
+
+def test_data_that_hardly_varies_is_published(place: Place, digits: Digits) -> None:
+    """Printed symbols: rounding must not decide whether the served distances are those of the trainer."""
+    noise = np.random.default_rng(0).integers(0, 2, (100, 28, 28))
+    images = np.clip(np.repeat(digits[0][:10], 10, axis=0) + noise, 0, 255).astype(np.uint8)
+    labels = np.repeat(np.arange(10), 10)
+    for data in (images, np.repeat(digits[0][:10], 10, axis=0)):
+        assert job_on(place, data, labels, {**QUICK, "folds": 2, "validation_split": 0}).status == "succeeded"
+
+
+def test_the_rate_of_false_alarms_is_what_new_images_can_be_expected_to_meet() -> None:
+    rng = np.random.default_rng(0)
+    for n, expected in ((1000, 0.02), (20, 2 / 21)):
+        rates = []
+        for _ in range(300):
+            limits, promised = distance_limits(rng.random((n, 2)))
+            rates.append(beyond(rng.random((500, 2)), limits).mean())
+        assert promised == pytest.approx(expected, abs=1e-3)
+        assert np.mean(rates) <= promised + 0.002
+
+
+def test_a_few_images_that_are_all_right_hardly_move_the_temperature_and_many_decide_it() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = synthetic(4000, 10, 0.5, rng)
+    sure = np.eye(10, dtype=np.float32)[labels[:40]] * 8
+    assert 0.5 < evaluate.serving_temperature(sure, labels[:40]) < 1.1
+    for scale in (0.5, 3.0):
+        assert evaluate.serving_temperature(scale * logits, labels) == pytest.approx(scale, rel=0.1)
+
+
+def test_a_coverage_that_too_few_images_can_promise_is_warned_of(place: Place) -> None:
+    card = report(place, place.run(place.claimed({**QUICK, "coverage": 0.99})))
+    assert card["abstention"]["mean_size"] == 10
+    assert any("a coverage of 0.99 needs 99 held-out images; with 20" in text for text in card["warnings"])

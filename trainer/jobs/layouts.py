@@ -31,6 +31,7 @@ COLUMNS = {
     "split": ("split", "set", "subset"),
 }
 SEPARATORS = ",;\t"
+MOST_DETAILS = 1000  # offending files or lines that an error names
 MAX_FILE_BYTES = 64 << 20  # one encoded image, or the CSV
 MAX_PATH = 1000  # characters; some names are kept in the records of jobs
 
@@ -48,7 +49,7 @@ Layout = Callable[[zipfile.ZipInfo], Place]  # raises InvalidImage
 
 def invalid(message: str, details: Sequence[dict[str, Any]] = ()) -> InvalidDataset:
     """The error about an upload."""
-    return InvalidDataset(listed(message, details), param="data", details=list(details))
+    return InvalidDataset(listed(message, details), param="data", details=list(details[:MOST_DETAILS]))
 
 
 def file_of(prepared: Path, part: str) -> Path:
@@ -147,7 +148,13 @@ def _roles(entries: Sequence[zipfile.ZipInfo]) -> dict[str, str]:
         if rest:
             depth[top] = max(depth[top], len(rest))
     roles = {top: SPELLINGS.get(top.lower(), "") for top in depth}
-    if not roles or not all(roles.values()):
+    strays = [f"{top}/" for top, role in sorted(roles.items()) if not role]
+    named = [top for top, role in sorted(roles.items()) if role]
+    if strays and TRAIN in roles.values() and len(named) > 1 and all(depth[top] > 1 for top in named):
+        found = ", ".join(f"{top}/" for top in named)
+        details = [{"file": stray, "reason": "is none of train/, val/ and test/"} for stray in strays]
+        raise invalid(f"{found} are parts of a data set; put classes into these, and nothing beside them", details)
+    if not roles or strays:
         return {}
     if len(roles) == 1 and (1 in depth.values() or TRAIN not in roles.values()):
         return {}
@@ -262,6 +269,8 @@ def _rows(name: str, text: str, most: int, exists: Callable[[str], bool]) -> lis
             if len(cells) <= max(columns.values()):
                 reason = f"line {reader.line_num} has {len(cells)} of the columns"
                 wrong.append({"file": name, "line": reader.line_num, "reason": reason})
+                if len(wrong) == MOST_DETAILS:
+                    break
                 continue
             if len(rows) == most:
                 raise invalid(f"{name} names more than the {most} images allowed")

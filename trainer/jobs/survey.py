@@ -119,9 +119,14 @@ def _findings(
     return [_finding(kind, [seen[index] for index in images]) for kind, images in found.items() if images]
 
 
+def _printable(name: str | int) -> str:
+    """A file's name without what could steer a terminal."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in str(name))
+
+
 def _finding(kind: str, images: Sequence[Seen]) -> Finding:
     what, advice = WORDS[kind]
-    named = ", ".join(f"{one.name} ({one.label})" for one in images[:MOST_IN_WORDS])
+    named = ", ".join(f"{_printable(one.name)} ({one.label})" for one in images[:MOST_IN_WORDS])
     more = f" and {len(images) - MOST_IN_WORDS} more" if len(images) > MOST_IN_WORDS else ""
     count = "1 image" if len(images) == 1 else f"{len(images)} images"
     return Finding(

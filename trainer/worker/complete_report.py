@@ -36,7 +36,8 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
         jobs.reported(job, "none")
         return
     spec = spec_of(version.manifest)
-    data = JobData.load(job.dataset, settings, spec)
+    grouped = version.manifest.abstention is not None  # earlier releases did not hold out near copies together
+    data = JobData.load(job.dataset, settings, spec, grouped=grouped)
     device = device_of("auto" if spec.device == "gpu" else spec.device)
     params = load_params(settings.version(job.model, job.version))
     with tf.device(device):

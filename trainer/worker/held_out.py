@@ -3,6 +3,7 @@
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,6 +28,7 @@ from trainer.worker.job_data import JobData, named
 
 HELD_OUT = "assets.extra/held_out.npz"
 DIGEST_BYTES = 16
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)  # of NumPy's files
 MOST, MOST_BEFORE = (
     1000,
     500,
@@ -41,12 +43,6 @@ class Predictions:
     truth: np.ndarray  # (n,) int32, positions of classes
     predicted: np.ndarray  # (n,) int32
 
-    @property
-    def right(self) -> np.ndarray:
-        """Whether each is right, (n,) bool."""
-        found: np.ndarray = self.predicted == self.truth
-        return found
-
     @classmethod
     def of(cls, held_out: HeldOut, data: JobData) -> Self:
         """Those that a report rests on."""
@@ -54,6 +50,10 @@ class Predictions:
         parts = (split.images[at : at + BATCH] for at in range(0, len(split.labels), BATCH))
         images = [one for part in parts for one in digests(data.as_sent(part))]
         return cls(images, split.labels.astype(np.int32), held_out.logits.argmax(axis=1).astype(np.int32))
+
+    def by_image(self) -> dict[bytes, tuple[int, int]]:
+        """The true and the predicted class of each image, by its digest; of equal ones the last."""
+        return dict(zip(self.images, zip(self.truth.tolist(), self.predicted.tolist(), strict=True), strict=True))
 
     def save(self, version: Path) -> None:
         """Write them into the directory of a version."""
@@ -77,9 +77,9 @@ def digests(images: np.ndarray) -> Iterator[bytes]:
 
 
 def gate_of(spec: Spec, model: str, registry: Registry) -> Gate:
-    """The gate of a job: its own, that of the model, or the default."""
-    stored = registry.gate(model)
-    return spec.gate or (Gate.model_validate_json(json.dumps(stored)) if stored else Gate())
+    """The gate of a job: its own, that of the model, or the default. Conditions of another release do not count."""
+    stored = {name: value for name, value in (registry.gate(model) or {}).items() if name in Gate.model_fields}
+    return spec.gate or Gate.model_validate_json(json.dumps(stored))
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Candidate:
     fitted: Fitted
     held_out: Predictions
     data: JobData
+    base: Version  # that it started from
 
     def judge(self, stable: Version | None, settings: Settings, registry: Registry) -> GateCard:
         """The outcome of the gate beside the version that `stable` stands for, if there is one."""
@@ -110,7 +111,7 @@ class Candidate:
             if gate.not_worse and known:
                 try:
                     conditions.append(not_worse(self._beside(stable, before, settings, registry)))
-                except (OSError, ValueError, zipfile.BadZipFile, tf.errors.OpError) as exc:
+                except (*DAMAGED, tf.errors.OpError) as exc:
                     why = f"it cannot be compared with {before}, whose files are missing or damaged"
                     conditions.append(not_compared(f"{why}: {type(exc).__name__}", passed=False))
             elif gate.not_worse and not gate.same_classes:
@@ -123,50 +124,50 @@ class Candidate:
         )  # fmt: skip
 
     def _beside(self, stable: Version, before: str, settings: Settings, registry: Registry) -> Comparison:
-        """What both make of the images that were held out for either of them.
+        """What both make of the images that were held out for either of them, each image once.
 
         Each answers with what it predicted when the image was held out for it, which is right if it is what the data
-        said then. An image that was not held out for it goes through its network, unless that was trained on it; it is
-        left out then. So is one that `stable` has from what it started from. To save time, networks are asked for some
-        of the images where there are many.
+        said then: wrong labels must not make both look alike. An image that was not held out for one goes through its
+        network, unless that was trained on it; it is left out then. So is one that either has from what it started
+        from. To save time, networks are asked for some of the images where there are many.
         """
         assert self.card.validation is not None
         place, data, mine = settings.version(stable.model, stable.version), self.data, self.held_out
         recorded = Predictions.load(place)
-        right_before = dict(zip(recorded.images, recorded.right.tolist(), strict=True))
+        now, then = mine.by_image(), recorded.by_image()
         card = stable.manifest.dataset
         trained_on, apart = _upload(card, settings), _upload(card.validation if card else None, settings)
-        learned = set(digests(trained_on)) - right_before.keys() | _inherited(stable, settings, registry)
+        inherited = _inherited(stable, settings, registry) | _learned_by(self.base, settings, registry)
+        learned = set(digests(trained_on)) - then.keys() | inherited
         pairs = [
-            (right, right_before[image])
-            for image, right in zip(mine.images, mine.right.tolist(), strict=True)
-            if image in right_before and image not in learned
+            (now[image][1] == now[image][0], then[image][1] == then[image][0])
+            for image in now
+            if image in then and image not in learned
         ]
 
         own = _by_digest(*(upload.images for upload in (data.dataset, data.validation) if upload))
-        new = [at for at, image in enumerate(mine.images) if image not in learned and image not in right_before]
+        new = [image for image in now if image not in learned and image not in then]
         if asked := _spread(new, MOST):
-            pixels = np.stack([own[mine.images[at]] for at in asked])
+            pixels, truth = np.stack([own[image] for image in asked]), np.array([now[image][0] for image in asked])
             network, invert = Network(load_params(place)), stable.manifest.polarity == "dark_on_light"
-            right = _right(network, pixels, mine.truth[asked], invert=invert)
-            pairs += zip(mine.right[asked].tolist(), right.tolist(), strict=True)
+            right = _right(network, pixels, truth, invert=invert)
+            pairs += [(now[image][1] == now[image][0], one) for image, one in zip(asked, right.tolist(), strict=True)]
 
-        old = {image: one for image, one in _by_digest(trained_on, apart).items() if image in right_before}
-        earlier = [at for at, image in enumerate(recorded.images)
-                   if image in old and image not in own and image not in learned]  # fmt: skip
+        old = {image: one for image, one in _by_digest(trained_on, apart).items() if image in then}
+        earlier = [image for image in then if image in old and image not in own and image not in inherited]
         if asked := _spread(earlier, MOST_BEFORE):
-            pixels = np.stack([old[recorded.images[at]] for at in asked])
-            right = _right(self.fitted.network, pixels, recorded.truth[asked], invert=data.invert)
-            pairs += zip(right.tolist(), recorded.right[asked].tolist(), strict=True)
+            pixels, truth = np.stack([old[image] for image in asked]), np.array([then[image][0] for image in asked])
+            right = _right(self.fitted.network, pixels, truth, invert=data.invert)
+            pairs += [(one, then[image][1] == then[image][0]) for image, one in zip(asked, right.tolist(), strict=True)]
         ours, theirs = np.array(pairs, bool).reshape(-1, 2).T
-        left_out = sum(image in learned for image in mine.images)
+        left_out = sum(image in learned for image in now)
         return Comparison(before, ours, theirs, left_out, self.card.validation, stable.report.validation)
 
 
-def _spread(positions: list[int], most: int) -> list[int]:
+def _spread(images: list[bytes], most: int) -> list[bytes]:
     """At most `most` of these, evenly spaced."""
-    chosen = np.linspace(0, len(positions) - 1, min(most, len(positions))).astype(int)
-    return [positions[at] for at in chosen]
+    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
+    return [images[at] for at in chosen]
 
 
 def _right(network: Network, pixels: np.ndarray, truth: np.ndarray, *, invert: bool) -> np.ndarray:
@@ -188,14 +189,19 @@ def _by_digest(*uploads: np.ndarray) -> dict[bytes, np.ndarray]:
 
 def _inherited(version: Version, settings: Settings, registry: Registry) -> set[bytes]:
     """The images that a version has learned from by what it started from, as far as that is still there."""
-    found = set[bytes]()
-    base = version.manifest.base
-    while base is not None and base.partition(":")[0] != BASE:
-        model, _, number = base.partition(":")
-        try:
-            earlier = named(f"{stored_name(owner_of(version.model), model)}:{number}", registry)
-        except UnknownModel:  # removed since
-            break
-        found |= set(digests(_upload(earlier.manifest.dataset, settings)))
-        base = earlier.manifest.base
-    return found
+    model, _, number = (version.manifest.base or BASE).partition(":")
+    if model == BASE:
+        return set()
+    try:
+        base = named(f"{stored_name(owner_of(version.model), model)}:{number}", registry)
+    except UnknownModel:  # removed since
+        return set()
+    return _learned_by(base, settings, registry)
+
+
+def _learned_by(version: Version, settings: Settings, registry: Registry) -> set[bytes]:
+    """The images that a version was trained on, and those that it has from what it started from."""
+    if version.model == BASE:
+        return set()
+    own = set(digests(_upload(version.manifest.dataset, settings)))
+    return own | _inherited(version, settings, registry)

@@ -21,6 +21,7 @@ from trainer.lenet import Tensor
 from trainer.spec import Spec
 
 FOLD = "assets.extra/fold.npz"  # the network of the first fold, which the complete report attacks if all are trained on
+LEAKS = 100  # most that are listed
 PARITY_IMAGES = 16  # whose logits prove that what is served is what was trained
 
 
@@ -49,15 +50,16 @@ class JobData:
     validation: Dataset | None  # where it was uploaded apart
     polarity: str
     test: Dataset | None = None  # on which nothing is trained or chosen
+    grouped: bool = True  # whether near copies are held out together
 
     @classmethod
-    def load(cls, card: DatasetCard, settings: Settings, spec: Spec) -> Self:
+    def load(cls, card: DatasetCard, settings: Settings, spec: Spec, *, grouped: bool = True) -> Self:
         """Load the images of an upload."""
         dataset = Dataset.load(settings.datasets / card.file)
         validation, test = (
             Dataset.load(settings.datasets / part.file) if part else None for part in (card.validation, card.test)
         )
-        return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity, test)
+        return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity, test, grouped)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -89,7 +91,7 @@ class JobData:
     @functools.cached_property
     def groups(self) -> np.ndarray:
         """Which images are near copies of one another, (n,) int; they are held out together."""
-        return near_copies(self.dataset.images)
+        return near_copies(self.dataset.images) if self.grouped else np.arange(len(self.dataset.images))
 
     @functools.cached_property
     def all(self) -> Split:
@@ -118,9 +120,9 @@ class JobData:
     def _apart(self, dataset: Dataset, part: str) -> Named:
         return Named(dataset, np.arange(len(dataset.labels)), self._ready(dataset).labels, part)
 
-    def leaks(self) -> list[dict[str, Any]]:
+    def leaks(self) -> dict[str, Any]:
         """Images to validate or test on that are near copies of some that are trained on, which are named with them."""
-        found = []
+        count, listed, everything = 0, list[dict[str, Any]](), self.everything
         for dataset, part in ((self.validation, "validation"), (self.test, "test")):
             if dataset is None:
                 continue
@@ -128,16 +130,14 @@ class JobData:
             learned, others = np.split(groups, [len(self.dataset.images)])
             first = {int(group): index for index, group in reversed(list(enumerate(learned)))}
             there = self._apart(dataset, part)
-            found += [
-                {
-                    **there.named(index),
-                    "class": self.classes[there.labels[index]],
-                    "copy_of": self.everything.named(first[int(group)]),
-                }
-                for index, group in enumerate(others)
-                if int(group) in first
-            ]
-        return found
+            found = [index for index, group in enumerate(others) if int(group) in first]
+            count += len(found)
+            listed += [
+                {**there.named(index), "class": self.classes[there.labels[index]],
+                 "copy_of": everything.named(first[int(others[index])])}
+                for index in found[: LEAKS - len(listed)]
+            ]  # fmt: skip
+        return {"images": count, "listed": listed}
 
     def part(self, some: np.ndarray) -> Split:
         """Some of these, (n,) bool."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import tensorflow as tf
 
 from serving.client import ModelServer
 from serving.publishing import Probe, publish, seal, withdraw
-from serving.registry import STABLE, Fence, Registry
+from serving.registry import STABLE, Fence, Registry, Version
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.files import make_directory, remove_tree
@@ -32,7 +33,6 @@ from trainer.asked import Asked
 from trainer.checkpoints import Checkpoint
 from trainer.export import digest, export, load_params, prepare
 from trainer.fit import PENALTIES, Fitted, Split, Start, begin, fit, sample
-from trainer.inspection import WRONG
 from trainer.jobs.kept import folder_of
 from trainer.jobs.records import Job, Jobs
 from trainer.lenet import Arrays
@@ -41,7 +41,7 @@ from trainer.parallel import Check, Paused, side_by_side, watched
 from trainer.recipes import PREVIEWED, preview_recipe
 from trainer.report import HeldOut, seen_by
 from trainer.search import Found, Problem, search
-from trainer.spec import Spec, described, pinned, unregularized
+from trainer.spec import Gate, Spec, described, pinned, unregularized
 from trainer.worker.complete_report import forgetting
 from trainer.worker.held_out import Candidate, Predictions, gate_of
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
@@ -151,16 +151,19 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
         with run.stage("validating"):
             asked = Asked.of(job.spec)
             device = device_of(asked.fixed.device)
-            data = JobData.load(job.dataset, settings, asked.fixed)
+            # What an earlier release has kept was trained before near copies were held out together.
+            grouped = not job.checkpoint or "coverage" in (job.resolved_spec or {})
+            data = JobData.load(job.dataset, settings, asked.fixed, grouped=grouped)
             source = named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
             make_directory(settings.checkpoints / job.id)
             groups = watched(lambda _: data.groups, run.go_on)
         with tf.device(device):
             problem = Problem(data.all, base, len(data.classes), data.classes == source.manifest.classes, groups)
-            learned_from = [job.dataset.dump(), source.manifest.classes, digest(base)]
+            folded = sha256(groups.astype("<i8").tobytes()).hexdigest()
+            learned_from = [job.dataset.dump(), source.manifest.classes, digest(base), folded]
             checkpoints = _Checkpoints(settings.checkpoints / job.id, learned_from)
-            maker = _Maker(run, settings, registry, servers, asked, data, problem, device, staged, checkpoints)
+            maker = _Maker(run, settings, registry, servers, asked, data, source, problem, device, staged, checkpoints)
             if job.checkpoint:
                 return maker.make_of(**job.checkpoint)
             bounds, found = asked.fixed.search, Found(asked.fixed)
@@ -216,6 +219,7 @@ class _Maker:
     servers: Sequence[ModelServer]
     asked: Asked
     data: "JobData"
+    source: Version  # that training starts from
     problem: Problem
     device: str
     staged: Path
@@ -240,7 +244,9 @@ class _Maker:
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         quick = gate_of(spec, self.run.job.model, self.registry).model_copy(update=dict.fromkeys(LATER))
         predicted = Predictions.of(held_out, self.data)
-        candidate = Candidate(self.run.job.id, quick, ReportCard.model_validate(card), fitted, predicted, self.data)
+        candidate = Candidate(
+            self.run.job.id, quick, ReportCard.model_validate(card), fitted, predicted, self.data, self.source
+        )
         if not candidate.judge(None, self.settings, self.registry).passed:
             return
         manifest = self._exported(candidate, spec, train, card, preview=True)
@@ -256,13 +262,14 @@ class _Maker:
         with run.stage("training"):
             train, validation = data.split(spec)
             trained = self._trained(spec, start, train, validation)
-            across = trained[0].across
+            across = trained.across
             if across and (confirmed := found.confirmed(across.logits, across.split.labels)) is not found:
                 remove_tree(self._keeping(spec))
                 found, spec = confirmed, confirmed.spec
                 run.resolved(spec)
                 trained = self._trained(spec, start, train, validation)
-        self._finish(spec, start, trained, train, validation, found if self.asked.auto else None)
+            twin = self._twin(spec, start, train, validation)
+        self._finish(spec, start, trained, train, validation, found if self.asked.auto else None, twin)
 
     def make_of(self, job: str, epoch: int) -> None:
         """Publish what another job has kept of an epoch, which ends this one."""
@@ -270,26 +277,24 @@ class _Maker:
         start, kept = self._start(spec), folder_of(self.settings, job, self.run.chosen)
         train, validation = self.data.split(spec)
         trained = watched(lambda _: Trained(*read_all(kept, epoch, start, spec, self.data)), self.run.go_on)
-        self._finish(spec, start, [trained], train, validation)
+        self._finish(spec, start, trained, train, validation)
 
-    def _trained(self, spec: Spec, start: Start, train: Split, validation: Split | None) -> list[Trained]:
-        """The network to serve, and the twin if the spec asks for it, all trained at the same time.
+    def _trained(
+        self, spec: Spec, start: Start, train: Split, validation: Split | None, *, twin: bool = False
+    ) -> Trained:  # fmt: skip
+        """The network to serve, or its twin, and with folds out-of-fold predictions, all trained at the same time.
 
-        With folds each has out-of-fold predictions: every image is classified by a network that was trained without it.
-        Where the served network is trained on all images, those of the folds are trained in the same way, without a
-        look at the images held out.
+        Out of fold, every image is classified by a network that was trained without it. Where the served network is
+        trained on all images, those of the folds are trained in the same way, without a look at the images held out.
         """
         data, run, keeping = self.data, self.run, self._keeping(spec)
+        kind, recipe = ("twin", unregularized(spec)) if twin else ("network", spec)
         folds = list(data.folds(spec)) if spec.folds else []
-        numbers = range(1 + len(folds))  # the network on all images is number 0
-        going_on = set(numbers)
-        tasks = [(twin, number) for twin in ((False, True) if spec.twin else (False,)) for number in numbers]
+        going_on = set(range(1 + len(folds)))  # the network on all images is number 0
         records: SimpleQueue[tuple[int, dict[str, Any]]] = SimpleQueue()
         written = -math.inf
 
-        def work(task: tuple[bool, int], check: Check) -> tuple[Fitted, tuple[np.ndarray, np.ndarray] | None]:
-            twin, number = task
-
+        def work(number: int, check: Check) -> tuple[Fitted, tuple[np.ndarray, np.ndarray] | None]:
             def on_epoch(record: dict[str, Any]) -> None:
                 if not twin:
                     records.put((number, record))
@@ -299,11 +304,10 @@ class _Maker:
             if number:
                 held_out = folds[number - 1]
                 seen, unseen = data.part(~held_out), data.part(held_out) if spec.validation_split else None
-            recipe = unregularized(spec) if twin else spec
             fitted = fit(
                 recipe, start, seen, unseen, classes=len(data.classes), on_epoch=on_epoch,
                 shares=not number and not twin,
-                checkpoint=self.checkpoints(f"{'twin' if twin else 'network'}-{number}", described(recipe)),
+                checkpoint=self.checkpoints(f"{kind}-{number}", described(recipe)),
                 keep=functools.partial(keep, keeping, number),
             )  # fmt: skip
             return fitted, seen_by(fitted.params, seen, data.part(held_out)) if number else None
@@ -322,30 +326,30 @@ class _Maker:
             write_down()
             run.check()
 
-        found: dict[tuple[bool, int], tuple[Fitted, tuple[np.ndarray, np.ndarray] | None]] = {}
+        n = len(data.all.labels)
+        logits, distances = np.zeros((n, len(data.classes)), np.float32), np.zeros((n, 2), np.float32)
+        found: dict[int, Fitted] = {}
         try:
-            for task, result in side_by_side(work, tasks, check):
+            for number, (fitted, predicted) in side_by_side(work, sorted(going_on), check):
                 write_down()
-                found[task] = result
-                if not task[0]:
-                    going_on.discard(task[1])
+                going_on.discard(number)
+                found[number] = fitted
+                if predicted is not None:
+                    logits[folds[number - 1]], distances[folds[number - 1]] = predicted
         except Paused:
             write_down()
             raise
-        trained = []
-        for twin in dict.fromkeys(twin for twin, _ in tasks):
-            across = None
-            if folds:
-                logits = np.zeros((len(data.all.labels), len(data.classes)), np.float32)
-                distances = np.zeros((len(data.all.labels), 2), np.float32)
-                for number, held_out in enumerate(folds, start=1):
-                    _, predicted = found[twin, number]
-                    assert predicted is not None
-                    logits[held_out], distances[held_out] = predicted
-                first, params = data.part(folds[0]), found[twin, 1][0].params
-                across = HeldOut(data.all, logits, first, params, distances, out_of_fold=True)
-            trained.append(Trained(found[twin, 0][0], across))
-        return trained
+        if not folds:
+            return Trained(found[0], None)
+        first, params = data.part(folds[0]), found[1].params
+        return Trained(found[0], HeldOut(data.all, logits, first, params, distances, out_of_fold=True))
+
+    def _twin(self, spec: Spec, start: Start, train: Split, validation: Split | None) -> Trained | None:
+        """The twin, if the spec asks for one and it can be trained."""
+        if spec.twin:
+            with contextlib.suppress(Diverged):
+                return self._trained(spec, start, train, validation, twin=True)
+        return None
 
     def _keeping(self, spec: Spec) -> Path:
         """Where epochs of the training of what has been chosen are kept."""
@@ -355,16 +359,17 @@ class _Maker:
         return folder
 
     def _finish(
-        self, spec: Spec, start: Start, trained: Sequence[Trained], train: Split, validation: Split | None,
-        searched: Found | None = None,
+        self, spec: Spec, start: Start, trained: Trained, train: Split, validation: Split | None,
+        searched: Found | None = None, twin: Trained | None = None,
     ) -> None:  # fmt: skip
-        """Evaluate, export and publish a network; its twin follows it in `trained`."""
+        """Evaluate, export and publish a network."""
         run = self.run
         with run.stage("evaluating"):
             gate = gate_of(spec, run.job.model, self.registry)
             well = gate.robust_accuracy is not None
             fitted, held_out, card = watched(
-                lambda _: self._judged(spec, start, trained, train, validation, searched, attack_well=well), run.go_on
+                lambda _: self._judged(spec, start, trained, train, validation, searched, twin, attack_well=well),
+                run.go_on,
             )
             if gate.forgetting is not None:
                 task = run.job.base, self.data.classes, self.settings, self.registry
@@ -374,7 +379,9 @@ class _Maker:
                 card["warnings"] += searched.warnings
         with run.stage("exporting"):
             predicted = watched(lambda _: Predictions.of(held_out, self.data), run.go_on)
-            candidate = Candidate(run.job.id, gate, ReportCard.model_validate(card), fitted, predicted, self.data)
+            candidate = Candidate(
+                run.job.id, gate, ReportCard.model_validate(card), fitted, predicted, self.data, self.source
+            )
             fold = held_out.params if held_out.out_of_fold else None
             manifest = self._exported(candidate, spec, train, card, fold=fold)
         with run.stage("publishing"):
@@ -389,30 +396,27 @@ class _Maker:
         return begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
 
     def _judged(
-        self, spec: Spec, start: Start, trained: Sequence[Trained], train: Split, validation: Split | None,
-        searched: Found | None, *, attack_well: bool,
+        self, spec: Spec, start: Start, trained: Trained, train: Split, validation: Split | None,
+        searched: Found | None, twin: Trained | None, *, attack_well: bool,
     ) -> tuple[Fitted, HeldOut, dict[str, Any]]:  # fmt: skip
         """The network as it will be served, what its report rests on, and the report."""
-        fitted, across = trained[0].fitted, trained[0].across
-        held_out = trained[0].held_out(train, validation)
-        # Not by the trials of a search: what it has chosen gives the same weights when it is sent back as a spec.
-        trusted = inspection.doubted([held_out.logits], held_out.split.labels).wrong <= WRONG
-        logits, labels = held_out.logits[trusted], held_out.split.labels[trusted]
+        fitted, across, held_out = trained.fitted, trained.across, trained.held_out(train, validation)
+        logits, labels = held_out.logits, held_out.split.labels
         temperature, unfitted = 1.0, logits
         if spec.calibrate:
-            temperature = evaluate.temperature(logits, labels)
+            temperature = evaluate.serving_temperature(logits, labels)
             unfitted = evaluate.cross_fitted(logits, labels)
             fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
             across = across and across.cooled(temperature)
-        card = self._evaluated(spec, start, fitted, train, held_out, trusted=trusted, attack_well=attack_well)
+        card = self._evaluated(spec, start, fitted, train, held_out, attack_well=attack_well)
         card["calibration"] = {**evaluate.calibration(unfitted, labels), "temperature": temperature}
         if across:
             card["cross_validation"] = report.cross_validation(across, self.data.folds(spec))
-        for twin in trained[1:]:
-            card["twin"] = report.beside_twin(
-                (fitted, held_out), (twin.fitted, twin.held_out(train, validation)), train, spec,
-                self.settings.attack_images, trusted,
-            )  # fmt: skip
+        if twin:
+            beside = twin.fitted, twin.held_out(train, validation)
+            card["twin"] = report.beside_twin((fitted, held_out), beside, train, spec, self.settings.attack_images)
+        elif spec.twin:
+            card["warnings"].append("its unregularized twin could not be trained: it diverged")
         predictions = [*([across.logits] if across else ()), *(searched.predictions if searched else ())]
         card["inspection"] = self._inspected(spec, fitted.params, held_out, predictions)
         card["warnings"] += inspection.warnings(card["inspection"])
@@ -445,17 +449,20 @@ class _Maker:
         }
 
     def _evaluated(
-        self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut, *,
-        trusted: np.ndarray | slice = slice(None), attack_well: bool = False,
+        self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut, *, attack_well: bool = False
     ) -> dict[str, Any]:  # fmt: skip
         card = report.quick(
             fitted, train, held_out, self.data.classes, spec, base=None if start.new else start.params,
             attack_images=self.settings.attack_images, attack_well=attack_well,
         )  # fmt: skip
-        card["abstention"] = report.abstention(held_out, spec.coverage, trusted)
+        card["abstention"] = report.abstention(held_out, spec.coverage)
         if (test := self.data.unseen) is not None:
             card["test"] = report.on_test(fitted, train, test, Abstention.rule(card["abstention"]))
         return card | {"device": self.device.removeprefix("/")}
+
+    def _candidate(self, gate: Gate, card: dict[str, Any], fitted: Fitted, held_out: HeldOut) -> Candidate:
+        report_card, predicted = ReportCard.model_validate(card), Predictions.of(held_out, self.data)
+        return Candidate(self.run.job.id, gate, report_card, fitted, predicted, self.data, self.source)
 
     def _exported(
         self, candidate: Candidate, spec: Spec, train: Split, card: dict[str, Any], *, fold: Arrays | None = None,
@@ -493,7 +500,9 @@ class _Maker:
         publish(
             self.settings, self.registry, self.servers,
             staged=self.staged, model=job.model, job_id=job.id, manifest=manifest, report=card, label=job.label,
-            judge=lambda stable: candidate.judge(stable, self.settings, self.registry),
+            judge=lambda stable: watched(
+                lambda _: candidate.judge(stable, self.settings, self.registry), self.run.go_on
+            ),
             step=step, fence=functools.partial(self.run.jobs.check_lease, job),
             finish=lambda connection, version, gate: finish(job, version, connection, gate),
         )  # fmt: skip
