@@ -86,7 +86,7 @@ def nominal(asked: Asked, dataset: DatasetCard) -> float:
     held_out = 0.0 if dataset.validation else spec.validation_split
     overhead_s = JOB_S + JOB_S_PER_IMAGE * images
     if not asked.auto or min(dataset.classes.values(), default=0) < FEWEST_OF_A_CLASS:
-        return overhead_s + _trained_s(spec, images * (1 - held_out), images, spec.folds or 0)
+        return overhead_s + (1 + spec.twin) * _trained_s(spec, images * (1 - held_out), images, spec.folds or 0)
     assert spec.search is not None
     folds = spec.search.folds or default_folds(images)
     recipes = known(False, images)
@@ -101,7 +101,7 @@ def nominal(asked: Asked, dataset: DatasetCard) -> float:
     runs = 0 if dataset.validation else folds
     final_s = sum(_trained_s(_resolved(asked, recipe), images, images, runs) for recipe in recipes) / len(recipes)
     preview_s = PREVIEW_S if spec.search.preview else 0.0
-    return overhead_s + preview_s + CHOSEN * (searched_s / cores + final_s)
+    return overhead_s + preview_s + CHOSEN * (searched_s / cores + (1 + spec.twin) * final_s)
 
 
 def _resolved(asked: Asked, recipe: Recipe, epochs_share: float = 1.0) -> Spec:
