@@ -393,8 +393,8 @@ def prove(server: ModelServer, model: str, version: int, probe: Probe) -> float:
         if probe.distances is not None:
             if answer.distances is None or answer.distances.shape != probe.distances.shape:
                 raise PublishFailed(f"{which} is answered without distances")
-            difference = float(np.max(np.abs(answer.distances - probe.distances)))
-            if not difference <= DISTANCE_PARITY * max(1.0, float(np.max(probe.distances))):
+            difference = float(np.max(np.abs(answer.distances - probe.distances) / np.maximum(1, probe.distances)))
+            if not difference <= DISTANCE_PARITY:
                 raise PublishFailed(
                     f"{which} at {server.target} differs from the trained model by {difference:.2g} in a distance"
                 )

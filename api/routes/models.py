@@ -256,9 +256,10 @@ def put_gate(request: Request, model: Name, gate: Gate) -> GateView:
 
     It is for fine-tunes that are evaluated from now on and have no `gate` in their spec.
     """
-    if model == BASE:
+    name = _own(request, model)
+    if name == BASE:
         raise WrongState(f"{BASE!r} is what fine-tunes start from and gets no versions", param="model")
-    gateway_of(request).registry.set_gate(_own(request, model), gate.model_dump(mode="json"))
+    gateway_of(request).registry.set_gate(name, gate.model_dump(mode="json"))
     return GateView(model=model, gate=gate)
 
 

@@ -378,7 +378,8 @@ def test_a_version_is_downloaded_as_tflite_with_its_classes(
     assert file.name == f"{LONG}-1.tflite"
     proof, written = done.stdout.splitlines()
     assert re.fullmatch(
-        r"largest difference from the trained model: \S+e-\d+ in logits, \S+e-\d+ in probabilities", proof
+        r"largest difference from the trained model: \S+e-\d+ in logits, \S+e-\d+ in probabilities, \S+ in distance",
+        proof,
     )
     assert written == f"{file}: {file.stat().st_size:,} bytes"
     classes = service.api.get(f"/models/{LONG}/versions/1").json()["classes"]

@@ -50,6 +50,7 @@ from trainer.worker.kept_networks import keep, read_all
 STORE_PATIENCE_S = 600.0  # how long a job waits for a store that is away
 FOLD_PAUSE_S = 0.25  # between two records of epochs of a fold
 LATER = ("robust_accuracy", "forgetting")  # conditions of a gate that a preview is not measured for
+NOISE = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1)).astype(np.float32) / 255
 EARLIER = 3  # versions whose recipes are tried again for the next
 
 T = TypeVar("T")
@@ -485,7 +486,7 @@ class _Maker:
             np.savez(staged / FOLD, allow_pickle=False, **fold)
         delta.write(staged / delta.DELTA, fitted.trained, lora_scale=fitted.lora_scale, manifest=manifest.dump())
         card["parameters"]["delta_bytes"] = (staged / delta.DELTA).stat().st_size
-        probed = train.images[:PARITY_IMAGES]
+        probed = tf.concat([train.images[:PARITY_IMAGES], NOISE], axis=0)  # whose distances are small, and large
         distances = (detector.distances(fitted.params, probed) / np.asarray(limits)).max(axis=1).astype(np.float32)
         Probe(data.as_sent(probed), fitted.network.logits(probed), distances).save(staged)
         candidate.held_out.save(staged)
