@@ -48,7 +48,10 @@ and limits were chosen on drawings 0 to 4. Means, and the standard deviation ove
 images are held out that it varies: `expected` is where 95% of the drawings should lie, given the numbers of held-out
 and of test images, and `inside` how many of them do. `size` is the mean number of classes in a set, `empty` the
 percentage of empty ones. `false alarms` is the percentage of test images that are called none of these (the limit is
-set for 2), and the last columns are the percentage of other images that are: of other kinds, on average, and noise."""
+set for 2), and the last columns are the percentage of other images that are: of other kinds, on average, and noise.
+
+Where a tenth of the labels is wrong, it is among the held-out images, too: sets are made large enough for these, and
+the right labels of the test images are in them nearly always."""
 LABELS_INTRODUCTION = """\
 Wrong labels: a tenth of the training labels were replaced by others, all equally likely. `named` images are called
 probably wrong; precision is the share of these that are, recall the share of wrong labels that are named, in percent.
