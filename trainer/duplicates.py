@@ -23,14 +23,10 @@ def near_copies(images: np.ndarray) -> np.ndarray:
     Args:
         images: (n, h, w) uint8.
     """
-    first: dict[bytes, int] = {}  # of equal images
-    for position, image in enumerate(images):
-        first.setdefault(image.tobytes(), position)
-    group = np.arange(len(first))
-    if len(first) <= MOST:
-        group = _alike(images[list(first.values())])
-    place = {image: number for number, image in enumerate(first)}
-    found = group[[place[image.tobytes()] for image in images]]
+    numbers: dict[bytes, int] = {}  # of different images
+    same = np.array([numbers.setdefault(image.tobytes(), len(numbers)) for image in images])
+    _, first = np.unique(same, return_index=True)
+    found = _alike(images[first])[same] if len(first) <= MOST else same
     _, appears, inverse = np.unique(found, return_index=True, return_inverse=True)
     number: np.ndarray = np.argsort(np.argsort(appears))[inverse]
     return number

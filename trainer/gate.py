@@ -111,9 +111,7 @@ def not_compared(why: str, *, passed: bool) -> Condition:
     return _difference(None, None, passed=passed, message=why)
 
 
-def _difference(
-    value: float | None, interval: list[float] | None, *, passed: bool, message: str
-) -> Condition:  # fmt: skip
+def _difference(value: float | None, interval: list[float] | None, *, passed: bool, message: str) -> Condition:
     return Condition.model_validate({
         "condition": "not_worse", "limit": None, "value": value, "interval": interval, "passed": passed,
         "message": message,

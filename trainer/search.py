@@ -129,14 +129,15 @@ def search(
     if problem.fewest < FEWEST_OF_A_CLASS:
         return Found(asked.resolve(fallback(problem.same_classes)), warnings=[_TOO_FEW])
     wanted_folds = min(bounds.folds or default_folds(len(problem.data.labels)), problem.fewest)
-    folds = len(list(stratified_folds(problem.data.labels, asked.fixed.seed, wanted_folds, problem.groups)))
+    held_out = list(stratified_folds(problem.data.labels, asked.fixed.seed, wanted_folds, problem.groups))
+    folds = len(held_out)
     after = (1 + asked.fixed.twin) * ([1.0] if uploaded else [1.0] + folds * [1 - 1 / folds])
     memory = _Memory.of(checkpoint or Checkpoint(), spent_s, earlier)
     clock = Clock(
         bounds.seconds, runs=makespan(after, at_once()), spent_s=memory.spent_s, used_s=memory.used_s,
         stopped=memory.ended,
     )  # fmt: skip
-    rounds = _Rounds(problem, bounds, asked.fixed.seed, wanted_folds, clock, memory, on_trial, check)
+    rounds = _Rounds(problem, bounds, asked.fixed.seed, held_out, clock, memory, on_trial, check)
     trials: list[Trial] = []
     lost: set[Trial] = set()  # diverged
 
@@ -210,12 +211,12 @@ class _Rounds:
     """Runs trials, round after round."""
 
     def __init__(
-        self, problem: Problem, bounds: Search, seed: int, folds: int, clock: "Clock", memory: "_Memory",
-        on_trial: Callable[[dict[str, Any]], None], check: Check,
+        self, problem: Problem, bounds: Search, seed: int, folds: Sequence[np.ndarray], clock: "Clock",
+        memory: "_Memory", on_trial: Callable[[dict[str, Any]], None], check: Check,
     ) -> None:  # fmt: skip
         self._bounds, self._seed, self._memory = bounds, seed, memory
         self._problem, self._clock, self._on_trial, self._check = problem, clock, on_trial, check
-        self._folds = list(stratified_folds(problem.data.labels, seed, folds, problem.groups))
+        self._folds = folds  # which images each holds out, (n,) bool
         self._parts = [(problem.part(~fold), problem.part(fold)) for fold in self._folds]
         self._number = 0
         self._places: list[Callable[[Spec], bool]] = [lambda spec: spec.augmentation is not None]

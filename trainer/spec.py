@@ -293,6 +293,12 @@ class Gate(Strict):
     )
     same_classes: bool = Field(True, description="The classes of the version that `stable` stands for.")
 
+    @classmethod
+    def stored(cls, values: Mapping[str, Any] | None) -> Self | None:
+        """The gate in stored JSON, without the conditions that this release does not know; None if there is none."""
+        known = {name: value for name, value in (values or {}).items() if name in cls.model_fields}
+        return cls.model_validate_json(json.dumps(known)) if known else None
+
 
 class Spec(Strict):
     """How to fine-tune. Every field has a default; zero or null switches an effect off."""

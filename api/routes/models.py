@@ -246,8 +246,7 @@ def get_gate(request: Request, model: Name) -> GateView:
     registry, name = gateway_of(request).registry, stored(request, model)
     if not registry.has_live(name):
         raise UnknownModel(f"there is no model {model!r}", param="model")
-    stored_gate = {field: value for field, value in (registry.gate(name) or {}).items() if field in Gate.model_fields}
-    return GateView.model_validate({"model": model, "gate": stored_gate or None})
+    return GateView(model=model, gate=Gate.stored(registry.gate(name)))
 
 
 @router.put("/models/{model}/gate", responses=errors(400, 404, 409, 422, 503, 507))

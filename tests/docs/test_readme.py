@@ -283,19 +283,24 @@ def test_the_examples_for_the_shell_work_when_pasted_in_order(service: Service, 
     assert service.api.get("/models/rollout").status_code == 404  # the last step removes it
 
 
+def output(program: str, folder: Path) -> str:
+    """What a Python program prints that is started in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_example_in_python_works(service: Service, tried: Path) -> None:
     example, *_ = blocks("python")
     program = example.replace(f"http://{ADDRESS}", service.url)
     spec = {"search": {"trials": 2}, "epochs": 1}  # to save time
     program = program.replace('"digits-python", wait', f'"digits-python", {spec}, wait')
     assert "trials" in program
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tried, env=environment, capture_output=True, text=True, check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.split()
+    said = output(program, tried).split()
     assert said[0] == "version"
     assert said[-1].isdecimal()
 
@@ -321,11 +326,6 @@ def test_the_example_that_leaves_out_wrong_labels_works(service: Service, tried:
     *_, example = blocks("python")
     program = example.replace(f"http://{ADDRESS}", service.url).replace('"digits"', '"doubted"')
     program = program.replace("exclude=", 'spec={"epochs": 1, "gate": {"not_worse": False}}, exclude=')
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tried, env=environment, capture_output=True, text=True, check=False,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    output(program, tried)
     newest = service.api.get("/finetune?model=doubted&limit=1").json()["data"][0]
     assert (newest["status"], 0 < newest["dataset"]["excluded"] <= 25) == ("succeeded", True)

@@ -425,9 +425,7 @@ class Jobs:
         """
         self._write_leased(job, [("preview", {"version": version})], connection, preview_version=version)
 
-    def succeeded(
-        self, job: Job, version: int, connection: sa.Connection, gate: GateCard | None = None
-    ) -> None:  # fmt: skip
+    def succeeded(self, job: Job, version: int, connection: sa.Connection, gate: GateCard | None = None) -> None:
         """End a running job with its version, which is live without its label if the gate has failed.
 
         Args:

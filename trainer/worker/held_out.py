@@ -1,6 +1,5 @@
 """What versions predict on images that were held out, and the comparison of a new one with `stable` on these."""
 
-import json
 import time
 import zipfile
 import zlib
@@ -29,10 +28,8 @@ from trainer.worker.job_data import JobData, named
 HELD_OUT = "assets.extra/held_out.npz"
 DIGEST_BYTES = 16
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)  # of NumPy's files
-MOST, MOST_BEFORE = (
-    1000,
-    500,
-)  # images that go through the network of `stable`, and of those held out for it, the new one
+MOST = 1000  # images that go through the network of `stable`
+MOST_BEFORE = 500  # of those that were held out for it, how many go through the new one
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,8 @@ def digests(images: np.ndarray) -> Iterator[bytes]:
 
 
 def gate_of(spec: Spec, model: str, registry: Registry) -> Gate:
-    """The gate of a job: its own, that of the model, or the default. Conditions of another release do not count."""
-    stored = {name: value for name, value in (registry.gate(model) or {}).items() if name in Gate.model_fields}
-    return spec.gate or Gate.model_validate_json(json.dumps(stored))
+    """The gate of a job: its own, that of the model, or the default."""
+    return spec.gate or Gate.stored(registry.gate(model)) or Gate()
 
 
 @dataclass(frozen=True)

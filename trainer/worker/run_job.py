@@ -244,10 +244,7 @@ class _Maker:
         card = watched(lambda _: self._evaluated(spec, start, fitted, train, held_out), check)
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         quick = gate_of(spec, self.run.job.model, self.registry).model_copy(update=dict.fromkeys(LATER))
-        predicted = Predictions.of(held_out, self.data)
-        candidate = Candidate(
-            self.run.job.id, quick, ReportCard.model_validate(card), fitted, predicted, self.data, self.source
-        )
+        candidate = self._candidate(quick, card, fitted, held_out)
         if not candidate.judge(None, self.settings, self.registry).passed:
             return
         manifest = self._exported(candidate, spec, train, card, preview=True)
@@ -379,10 +376,7 @@ class _Maker:
                 card["search"] = searched.dump()
                 card["warnings"] += searched.warnings
         with run.stage("exporting"):
-            predicted = watched(lambda _: Predictions.of(held_out, self.data), run.go_on)
-            candidate = Candidate(
-                run.job.id, gate, ReportCard.model_validate(card), fitted, predicted, self.data, self.source
-            )
+            candidate = watched(lambda _: self._candidate(gate, card, fitted, held_out), run.go_on)
             fold = held_out.params if held_out.out_of_fold else None
             manifest = self._exported(candidate, spec, train, card, fold=fold)
         with run.stage("publishing"):
@@ -431,12 +425,8 @@ class _Maker:
         Args:
             predictions: out-of-fold logits of all images, if there are any.
         """
-        data, classes, everything, measured = (
-            self.data,
-            self.data.classes,
-            self.data.everything,
-            self.data.measured(spec),
-        )
+        data, classes = self.data, self.data.classes
+        everything, measured = data.everything, data.measured(spec)
         isolated = isolation(params, data.all.images)
         looked_at = everything if predictions else measured
         doubted = inspection.doubted(predictions or [held_out.logits], looked_at.labels)
