@@ -39,6 +39,11 @@ def listed(summary: str, details: Sequence[dict[str, Any]]) -> str:
     return f"{summary}: {where}: {first['reason']}{more}" if summary else f"{where}: {first['reason']}{more}"
 
 
+def enumerated(names: Sequence[str]) -> str:
+    """The first of some names in words, and how many follow."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 class MalformedRequest(TemperError):
     """The request cannot be parsed."""
 

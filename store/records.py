@@ -89,11 +89,11 @@ GREY_28 = InputForm()  # the only form today
 
 
 class Finding(Record):
-    """Something that is wrong with images of a data set; each image is in one finding at most.
+    """Something that is wrong with a data set; each image is in one finding at most.
 
     `kind` is `conflict` (equal to an image of another class), `leak` (to validate or test on, and trained on as well),
-    `blank_after_alpha` (shows something until its transparency becomes white), `constant` (shows next to nothing) or
-    `duplicate` (equal to another image of its class).
+    `blank_after_alpha` (shows something until its transparency becomes white), `constant` (shows next to nothing),
+    `duplicate` (equal to another image of its class) or `unread` (of no images: arrays that mean nothing).
     """
 
     kind: str = ""
@@ -314,6 +314,7 @@ class LabelErrors(Record):
     images: int = 0
     checked: int = 0
     estimated_share: float = 0.0
+    unknown: str | None = None  # why none could be checked
     listed: list[dict[str, Any]] = Field(default_factory=list)  # with class, suggested class, and probability
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from store.errors import InvalidSpec, listed
+from store.errors import InvalidSpec, enumerated, listed
 from store.validation import reason
 from trainer.spec import ATTACK_NAMES, OPTIONS, SEARCHED, Spec, described
 
@@ -183,7 +183,7 @@ def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -
     elif not spec.validation_split and not (held_out or spec.folds):
         wrong["validation_split"] = "is 0, so nothing is measured; add `folds` or upload `validation` images"
     elif empty and given and not (held_out or spec.folds):
-        wrong["validation_split"] = f"leaves no image of class {_some(empty)} to validate on; raise it or add images"
+        wrong["validation_split"] = f"leaves none of {enumerated(empty)} to validate on; raise it or add images"
     folds = ("search.folds", spec.search.folds) if spec.search else ("folds", spec.folds)
     few = [name for name, count in classes.items() if count < (folds[1] or 0)]
     least_s = LEAST_S + LEAST_S_PER_IMAGE * sum(classes.values())
@@ -194,13 +194,13 @@ def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -
     if spec.gate and isinstance(spec.gate.class_recall, dict):
         unknown = [name for name in spec.gate.class_recall if name not in classes]
         if unknown:
-            wrong["gate.class_recall"] = f"names {_some(unknown)}, of which the data has no images"
+            wrong["gate.class_recall"] = f"names {enumerated(unknown)}, of which the data has no images"
     if spec.early_stopping and not (held_out or spec.validation_split):
         wrong["early_stopping"] = "leave it out: all images are trained on, so there are none to stop by"
     if spec.folds and held_out:
         wrong["folds"] = "leave it out: with a `validation` upload there is nothing to cross-validate"
     elif few:
-        wrong[folds[0]] = f"needs {folds[1]} images of every class; too few are of {_some(few)}"
+        wrong[folds[0]] = f"needs {folds[1]} images of every class; too few are of {enumerated(few)}"
     if wrong:
         raise _refused("the spec does not fit the data", {f"spec.{field}": why for field, why in wrong.items()})
 
@@ -218,7 +218,3 @@ def refused(field: str, why: str) -> InvalidSpec:
 def _refused(summary: str, reasons: Mapping[str, str]) -> InvalidSpec:
     details = [{"field": field, "reason": reason} for field, reason in reasons.items()]
     return InvalidSpec(listed(summary, details), param=details[0]["field"], details=details)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest, fisher_exact
 
+from store.errors import enumerated
 from store.records import Condition, ReportCard, Score
 from trainer.spec import Gate
 
@@ -55,7 +56,7 @@ def same_classes(classes: tuple[str, ...], before: str, classes_before: tuple[st
     """The condition that a version has the classes of the one before."""
     added = [name for name in classes if name not in classes_before]
     missing = [name for name in classes_before if name not in classes]
-    parts = [f"it adds {_some(added)}"] * bool(added) + [f"it lacks {_some(missing)}"] * bool(missing)
+    parts = [f"it adds {enumerated(added)}"] * bool(added) + [f"it lacks {enumerated(missing)}"] * bool(missing)
     text = (
         f"the classes are not those of {before}: {' and '.join(parts)}" if parts else f"the classes are as in {before}"
     )
@@ -130,7 +131,9 @@ def _recall(wanted: float | dict[str, float], card: ReportCard) -> Condition:
     parts = [f"the recall of {name!r} is {_percent(low[name])}, less than {_percent(limits[name])}" for name in low]
     parts = [*parts[:5], f"{len(parts) - 5} more classes are below their limit"] if len(parts) > 5 else parts
     if unknown or not limits:
-        parts.append(f"the recall of {_some(unknown) or 'any class'} cannot be measured: no image of it is held out")
+        parts.append(
+            f"the recall of {enumerated(unknown) or 'any class'} cannot be measured: no image of it is held out"
+        )
     good = f"the recall of every class is high enough, the lowest beside its limit that of {worst!r}"
     return Condition(
         condition="class_recall", limit=limit, value=value, interval=None, passed=not parts,
@@ -165,7 +168,3 @@ def _limited(
 
 def _percent(share: float) -> str:
     return f"{100 * share:.4g}%"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

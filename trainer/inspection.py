@@ -12,6 +12,7 @@ from trainer.evaluate import log_softmax
 WRONG = 0.4  # chance that a label is wrong from which on it is listed
 MOST = 0.5  # share of labels that can be wrong; if more seem to be, nothing is said of any
 FEWEST = 20  # images without which nothing is said about labels
+TOO_FEW, NOT_LEARNED = f"fewer than {FEWEST} images", "the networks have learned too little to tell"
 SAMPLE = 5000  # images that the share of wrong labels is estimated on
 LISTED, GROUPS, IN_GROUP, SHOWN = 500, 20, 10, 24  # most that are listed
 NEAR = 0.02  # distance that is nothing
@@ -27,6 +28,7 @@ class Labels:
     share: float  # of wrong labels, estimated
     wrong: np.ndarray  # chance of each that it is wrong, (n,)
     likelier: np.ndarray  # the most probable other class of each image, (n,) int
+    unknown: str = ""  # why nothing can be said of them
 
 
 def doubted(predictions: Sequence[np.ndarray], labels: np.ndarray) -> Labels:
@@ -51,7 +53,7 @@ def doubted(predictions: Sequence[np.ndarray], labels: np.ndarray) -> Labels:
     scores = np.log(np.maximum(mean, 1e-12))
     others = np.where(labels[:, None] == np.arange(classes), -np.inf, scores).argmax(axis=1)
     if n < FEWEST or classes < 2:
-        return Labels(0.0, np.zeros(n), others)
+        return Labels(0.0, np.zeros(n), others, TOO_FEW)
 
     def chances(share: Any, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each label, to be what it is: because it is right, and because it is wrong."""
@@ -66,8 +68,9 @@ def doubted(predictions: Sequence[np.ndarray], labels: np.ndarray) -> Labels:
     _, temperature, share = best
     right, wrong = chances(share, np.exp(log_softmax(scores / temperature)[each, labels]))
     found = wrong / (right + wrong + 1e-12)
-    if (found > WRONG).mean() > MOST:  # the networks have learned nothing to judge by
-        found = np.zeros(n)
+    guessed = evaluate.accuracy(scores, labels) <= np.bincount(labels).max() / n
+    if guessed or (found > WRONG).mean() > MOST:
+        return Labels(0.0, np.zeros(n), others, NOT_LEARNED)
     return Labels(float(share), found, others)
 
 
@@ -75,7 +78,8 @@ def label_errors(found: Labels, labels: np.ndarray, classes: Sequence[str], name
     """The images whose label is probably wrong, the surest first."""
     suspects = [int(index) for index in np.argsort(-found.wrong, kind="stable") if found.wrong[index] > WRONG]
     return {
-        "images": len(suspects), "checked": len(labels), "estimated_share": found.share,
+        "images": len(suspects), "checked": 0 if found.unknown else len(labels), "estimated_share": found.share,
+        "unknown": found.unknown or None,
         "listed": [
             {**named(index), "class": classes[labels[index]], "suggested": classes[found.likelier[index]],
              "probability": round(float(found.wrong[index]), 3)}
@@ -143,7 +147,11 @@ def warnings(found: Mapping[str, Any]) -> list[str]:
             f"{found['leaks']['images']} of the images to measure on are near copies of images that were trained on, "
             f"such as {first}: their accuracy says nothing about others"
         )
+    if several := found["copies"]["of_several_classes"]:
+        texts.append(f"near copies of one picture are in several classes, {several} times: keep each in one class")
     errors = found["label_errors"]
+    if errors["unknown"] == NOT_LEARNED:
+        texts.append(f"labels could not be checked: {NOT_LEARNED}")
     if errors["images"]:
         texts.append(
             f"about {errors['estimated_share']:.0%} of the labels may be wrong; {errors['images']} images are listed, "

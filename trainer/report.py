@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from store.errors import enumerated
 from store.records import Abstention
 from store.settings import ATTACK_IMAGES
 from trainer import attacks, evaluate, fit
@@ -139,8 +140,7 @@ def _warnings(accuracy: float, before: float | None, validation: Split, classes:
         )
     missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        found.append(f"no validation images of {', '.join(map(repr, missing[:5]))}{more}: their accuracy is unknown")
+        found.append(f"no validation images of {enumerated(missing)}: their accuracy is unknown")
     return found
 
 

@@ -456,12 +456,20 @@ SEARCHED = (
 )  # fmt: skip
 
 
+_AROUND = {"checkpoints": 0, "calibrate": False}  # of what happens beside training
+
+
 def unregularized(spec: Spec) -> Spec:
     """The same method, data, seed and epochs without anything that regularizes."""
     off: dict[str, Any] = dict.fromkeys(("augmentation", "adversarial", "early_stopping"))
     off |= dict.fromkeys(("l1", "l2", "l2_sp", "dropout", "label_smoothing", "mixup", "ema"), 0.0)
     decay = None if spec.weight_decay is None else 0.0
-    return spec.model_copy(update={**off, "weight_decay": decay, "checkpoints": 0, "calibrate": False})
+    return spec.model_copy(update={**off, "weight_decay": decay, **_AROUND})
+
+
+def regularizes(spec: Spec) -> bool:
+    """Tell whether anything in the spec regularizes."""
+    return unregularized(spec) != spec.model_copy(update=_AROUND)
 
 
 def pinned(spec: Spec, base: str) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def bad_uploads() -> dict[str, tuple[bytes, str, list[str]]]:
         "lone image": (zipped({**GOOD, "c/0.png": png(DOT)}), "only one image", ["c"]),
         "other length": (npz(images=good_npz["images"], labels=np.arange(3)), "differ in length", []),
         "no labels": (npz(images=good_npz["images"]), "'labels' or 'y'", []),
-        "both names": (npz(**good_npz, x=good_npz["images"]), "both", []),
+        "both names": (npz(**good_npz, x=good_npz["images"]), "several", []),
         "NaN": (npz(images=nan, labels=good_npz["labels"]), "NaN", ["1", "3"]),
         "bytes as floats": (npz(images=large, labels=good_npz["labels"]), "must be integers", ["2"]),
         "out of range": (npz(images=np.full((4, 28, 28), 300), labels=good_npz["labels"]), "0 to 255", list("0123")),
@@ -346,9 +346,19 @@ def test_train_and_test_alone_leave_validation_to_the_training_images(tmp_path: 
     assert lone.parts["test"].classes == ("b",)
 
 
-def test_split_names_beside_other_folders_or_below_the_top_are_classes(tmp_path: Path) -> None:
+def test_split_names_beside_other_folders_are_classes(tmp_path: Path) -> None:
     assert reading(tmp_path, zipped(split("train", "ship"))).classes == ("ship", "train")
-    assert reading(tmp_path, zipped(split("car", "boat", classes=["train", "test"]))).classes == ("boat", "car")
+
+
+def test_parts_may_be_folders_in_the_class_folders(tmp_path: Path) -> None:
+    found = read_zip(tmp_path, split("car", "boat", classes=["Train", "test"]))
+    assert {part: dataset.classes for part, dataset in found.parts.items()} == dict.fromkeys(
+        ("train", "test"), ("boat", "car")
+    )
+    assert found.parts["test"].names == tuple(f"{name}/test/{i}.png" for name in ("car", "boat") for i in range(2))
+    plain = read_zip(tmp_path, split("car", "boat", classes=["train", "test"]) | {"car/0.png": shade(9)})
+    assert list(plain.parts) == ["train"]
+    assert list(read_zip(tmp_path, split("car", "boat", classes=["train"])).parts) == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -390,8 +400,9 @@ def test_the_arrays_of_keras_are_parts_too(tmp_path: Path) -> None:
     assert list(found.parts) == ["train", "test"]
     assert found.parts["train"].names == (0, 1, 2, 3)
     assert (found.parts["test"].names, found.parts["test"].labels.tolist()) == (("x_test[0]", "x_test[1]"), [1, 0])
-    (tmp_path / "upload").write_bytes(npz(**names, x_val=images[4:5], y_val=[1]))
-    assert list(prepared(tmp_path / "upload").parts) == ["train", "validation", "test"]
+    for end in ("val", "valid", "validation"):
+        (tmp_path / "upload").write_bytes(npz(**names, **{f"x_{end}": images[4:5], f"y_{end}": [1]}))
+        assert list(prepared(tmp_path / "upload").parts) == ["train", "validation", "test"]
     for bad, says in (
         ({**names, "y_test": [1, 2]}, "classes that the training images lack: '2'"),
         ({**names, "y_test": [1]}, "differ in length"),
@@ -404,6 +415,15 @@ def test_the_arrays_of_keras_are_parts_too(tmp_path: Path) -> None:
     (tmp_path / "upload").write_bytes(npz(**names))
     with pytest.raises(InvalidDataset, match="6 images, more than the 5 allowed"):
         prepared(tmp_path / "upload", max_images=5)
+
+
+@pytest.mark.parametrize("names", [("images", "labels"), ("x_train", "y_train")])
+def test_arrays_that_are_not_read_are_named(tmp_path: Path, names: tuple[str, str]) -> None:
+    arrays = {names[0]: np.stack([DOT // k for k in range(1, 5)]), names[1]: [0, 0, 1, 1]}
+    (tmp_path / "upload").write_bytes(npz(**arrays, x_tset=[0], groups=[1]))
+    (finding,) = prepared(tmp_path / "upload").findings
+    assert (finding.kind, finding.images, finding.listed) == ("unread", 0, [{"array": "groups"}, {"array": "x_tset"}])
+    assert finding.message.endswith("so: 'groups', 'x_tset'.")
 
 
 FLAT = {f"{i}.png": shade(i) for i in range(4)}
@@ -580,7 +600,7 @@ def test_what_exclusion_leaves_must_be_a_data_set_and_every_name_must_be_there(t
     assert refused(tmp_path, GOOD, "has only one image", exclude=["a/0.png"])[0]["class"] == "a"
     refused(tmp_path, GOOD, "found only 'b'", exclude=["a/0.png", "a/1.png"])
     refused(tmp_path, split("train", "test"), "no image to train on is left", exclude=list(split("train")))
-    refused(tmp_path, GOOD, "the zip has no images", exclude=list(GOOD))
+    refused(tmp_path, GOOD, "no image is left", exclude=list(GOOD))
     with pytest.raises(InvalidDataset, match=r"a/9\.png: is not in the data set") as caught:
         read_zip(tmp_path, GOOD, exclude=["a/9.png", "a/0.png", 3])
     assert caught.value.param == "exclude"

@@ -20,7 +20,7 @@ from trainer.duplicates import near_copies
 from trainer.folds import stratified, stratified_folds
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job
-from trainer.spec import Spec, unregularized
+from trainer.spec import Spec, regularizes, unregularized
 
 Digits = tuple[np.ndarray, np.ndarray]
 QUICK: dict[str, Any] = {"method": "full", "epochs": 3, "learning_rate": 0.01}
@@ -164,7 +164,20 @@ def test_wrong_labels_are_found_and_right_ones_left_alone() -> None:
 
 def test_nothing_is_said_of_the_labels_of_a_handful_of_images() -> None:
     logits, labels = synthetic(10, 3, 0.9, np.random.default_rng(0))
-    assert not inspection.doubted([logits], (labels + 1) % 3).wrong.any()
+    found = inspection.doubted([logits], (labels + 1) % 3)
+    assert not found.wrong.any()
+    assert found.unknown == "fewer than 20 images"
+
+
+def test_networks_that_have_learned_nothing_do_not_call_labels_right() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 500).astype(np.int32)
+    found = inspection.doubted([rng.normal(size=(500, 10)).astype(np.float32)], labels)
+    card = inspection.label_errors(found, labels, tuple("abcdefghij"), lambda index: {"index": index})
+    assert (card["checked"], card["images"]) == (0, 0)
+    assert inspection.warnings(
+        {"label_errors": card, "leaks": {"listed": []}, "copies": {"of_several_classes": 0}}
+    ) == ["labels could not be checked: the networks have learned too little to tell"]
 
 
 def test_a_report_names_wrong_labels_and_other_kinds_of_images_with_their_files(place: Place, digits: Digits) -> None:
@@ -237,6 +250,7 @@ def test_a_twin_is_trained_without_any_regularizer_and_compared_image_by_image(p
         assert difference["interval"][0] <= difference["value"] <= difference["interval"][1]
     assert twin["train_accuracy"] - twin["accuracy"] == pytest.approx(twin["generalization_gap"])
     assert "robust_accuracy" in twin["differences"]
+    assert not any("no regularizer" in text for text in card["warnings"])
     plain = place.run(place.claimed({**spec, "twin": False}))
     assert "twin" not in report(place, plain)
     manifests = [place.registry.find("m", job.version).manifest.sha256 for job in (done, plain)]
@@ -254,6 +268,8 @@ def test_the_twin_of_a_spec_has_nothing_that_regularizes() -> None:
     assert all(getattr(twin, name) == getattr(spec, name) for name in kept)
     off = {name: getattr(twin, name) for name in (*given, "weight_decay") if name != "optimizer"}
     assert not any(off.values())
+    assert regularizes(spec)
+    assert not regularizes(twin.model_copy(update={"calibrate": True}))
 
 
 def test_null_calibrates_as_the_default_does() -> None:

@@ -17,7 +17,7 @@ import sys
 import unicodedata
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ import numpy as np
 from PIL import Image
 
 from store.disk import is_full
-from store.errors import InvalidDataset, InvalidImage, listed
+from store.errors import InvalidDataset, InvalidImage, enumerated, listed
 from store.processes import end_with_parent
 from store.records import DatasetCard, DatasetReport, Finding
 from store.settings import Settings
 from trainer.jobs.images import FORMATS, SIDE, decode, is_dark_on_light, prepare
 from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of, invalid, layout_of
-from trainer.jobs.survey import Seen, is_faint, survey
+from trainer.jobs.survey import MOST_LISTED, Seen, is_faint, survey
 
 IGNORED = re.compile(r"(^|/)(\.[^./][^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
 MAX_CLASSES = 1000
@@ -41,8 +41,12 @@ MAX_UNPACKED_BYTES = 1 << 30
 
 
 # Arrays of an `.npz`: what images and labels may be called for each part. The short names are those of Keras.
-ARRAYS = {TRAIN: (("images", "x"), ("labels", "y"))}
-KERAS = {part: ((f"x_{end}",), (f"y_{end}",)) for part, end in ((TRAIN, "train"), (VALIDATION, "val"), (TEST, "test"))}
+Arrays = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+ARRAYS: Arrays = {TRAIN: (("images", "x"), ("labels", "y"))}
+ENDS = {TRAIN: ("train",), VALIDATION: ("val", "valid", "validation"), TEST: ("test",)}
+KERAS: Arrays = {
+    part: (tuple(f"x_{end}" for end in ends), tuple(f"y_{end}" for end in ends)) for part, ends in ENDS.items()
+}
 
 Names = tuple[str | int, ...]
 
@@ -187,7 +191,9 @@ def read(
             unpacked = sum(entry.file_size for entry in entries)
             if unpacked > MAX_UNPACKED_BYTES:
                 raise invalid(f"the file unpacks to {unpacked} bytes; at most {MAX_UNPACKED_BYTES} are allowed")
+            unread: list[Finding] = []
             if entries and all(entry.filename.endswith(".npy") for entry in entries):
+                unread = _unread(entries)
                 uploads = _read_npz(archive, entries, max_pixels, max_images, excluded)
             else:
                 uploads = _read_zip(archive, entries, max_pixels, max_images, excluded)
@@ -203,7 +209,8 @@ def read(
     for part, dataset in parts.items():
         if part != TRAIN:
             check_apart(whole, dataset.described(), f"the {part} images", "data")
-    return Prepared(parts, *_surveyed(uploads, parts), excluded.images)
+    report, findings = _surveyed(uploads, parts)
+    return Prepared(parts, report, [*findings, *unread], excluded.images)
 
 
 def _surveyed(uploads: Mapping[str, _Upload], parts: Mapping[str, Dataset]) -> tuple[DatasetReport, list[Finding]]:
@@ -267,7 +274,7 @@ def _read_zip(
     entries = [entry for entry in entries if not excluded.has(entry.filename)]
     excluded.check()
     if not entries:
-        raise invalid("the zip has no images")
+        raise invalid("no image is left" if excluded.images else "the zip has no images")
     if len(entries) > max_images:
         raise invalid(f"{len(entries)} files, more than the {max_images} allowed")
     found: dict[str, list[tuple[np.ndarray, str, str, tuple[int, int], bool]]] = {TRAIN: []}
@@ -311,7 +318,7 @@ def _read_npz(
 ) -> dict[str, _Upload]:
     """Images and labels of `images` (or `x`) and `labels` (or `y`), or of `x_train`, `y_train`, `x_test`, …."""
     arrays = {entry.filename.removesuffix(".npy"): entry for entry in entries}
-    parts = KERAS if {"x_train", "y_train"} & set(arrays) else ARRAYS
+    parts = _arrays_of(arrays)
     uploads, count = {}, 0
     for part, wanted in parts.items():
         if part != TRAIN and not any(name in arrays for names in wanted for name in names):
@@ -320,9 +327,9 @@ def _read_npz(
         for names in wanted:
             present = [name for name in names if name in arrays]
             if len(present) != 1:
-                both = "both" if present else "neither" if len(names) > 1 else "no such array"
+                found_of_them = "several" if present else "none of them" if len(names) > 1 else "no such array"
                 expected = " or ".join(map(repr, names))
-                raise invalid(f"one array must be named {expected}; the file has {both}: {sorted(arrays)}")
+                raise invalid(f"one array must be named {expected}; the file has {found_of_them}: {sorted(arrays)}")
             found.append((present[0], _read_array(archive, arrays[present[0]], present[0], max_pixels)))
         (name, images), (_, labels) = found
         if images.ndim == 0 or labels.ndim == 0 or len(images) != len(labels):
@@ -347,6 +354,22 @@ def _read_npz(
         )  # fmt: skip
     excluded.check()
     return uploads
+
+
+def _arrays_of(names: Container[str]) -> Arrays:
+    """What images and labels of each part may be called in an `.npz` with arrays of these names."""
+    return KERAS if "x_train" in names or "y_train" in names else ARRAYS
+
+
+def _unread(entries: Sequence[zipfile.ZipInfo]) -> list[Finding]:
+    """Tell of arrays that mean nothing."""
+    names = {entry.filename.removesuffix(".npy") for entry in entries}
+    read = {name for images, labels in _arrays_of(names).values() for name in images + labels}
+    unread = [{"array": name} for name in sorted(names - read)]
+    if not unread:
+        return []
+    message = f"Not read, because no part of a data set is called so: {enumerated([one['array'] for one in unread])}."
+    return [Finding(kind="unread", message=message, images=0, listed=unread[:MOST_LISTED])]
 
 
 def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, max_pixels: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How the files of a zip are laid out: which of them are images of which class, and in which part of the data set.
 
-Three layouts are known: a CSV that names files and labels, `train/`, `val/` and `test/` with class folders inside, and
-class folders alone.
+Known layouts: a CSV that names files and labels; `train/`, `val/` and `test/` with class folders inside; class folders
+with these inside; and class folders alone.
 """
 
 import csv
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from store.errors import InvalidDataset, InvalidImage, listed
+from store.errors import InvalidDataset, InvalidImage, enumerated, listed
 from store.records import DatasetCard
 
 PARTS = TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -66,8 +66,7 @@ def check_apart(dataset: DatasetCard, apart: DatasetCard, what: str, param: str)
     unknown = sorted(set(apart.classes) - set(dataset.classes))
     if unknown:
         details = [{"class": name, "reason": "is not a class of the training images"} for name in unknown]
-        message = f"{what} have classes that the training images lack: {', '.join(map(repr, unknown[:5]))}"
-        message += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        message = f"{what} have classes that the training images lack: {enumerated(unknown)}"
         raise InvalidDataset(message, param=param, details=details)
     if apart.id == dataset.id:
         raise InvalidDataset(f"{what} are the same as those to train on", param=param)
@@ -101,6 +100,8 @@ def layout_of(
             f"all images are inside one folder, {tops.pop()!r}; the folders at the top of the zip are the classes, so "
             "zip what is inside it"
         )
+    if _parts_in_classes(images):
+        return images, _in_part_of_class
     return images, _in_class
 
 
@@ -125,6 +126,19 @@ def _in_class(entry: zipfile.ZipInfo) -> Place:
     if not rest:
         raise InvalidImage("is not in a class folder")
     return Place(TRAIN, top)
+
+
+def _parts_in_classes(entries: Sequence[zipfile.ZipInfo]) -> bool:
+    """Tell whether all class folders consist of `train/` and other parts."""
+    folders = [entry.filename.removeprefix("./").split("/")[1:-1] for entry in entries]
+    parts = {SPELLINGS.get(inside[0].lower()) if inside else None for inside in folders}
+    return TRAIN in parts and len(parts) > 1 and None not in parts
+
+
+def _in_part_of_class(entry: zipfile.ZipInfo) -> Place:
+    """`class/train/.../image.ext`."""
+    top, part, *_ = steps(entry)
+    return Place(SPELLINGS[part.lower()], top)
 
 
 def _in_split(entry: zipfile.ZipInfo, roles: dict[str, str]) -> Place:

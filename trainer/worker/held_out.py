@@ -16,6 +16,7 @@ from serving.registry import BASE, Registry, Version, stored_name
 from store.errors import UnknownModel
 from store.records import GREY_28, DatasetCard, GateCard, ReportCard, owner_of, public_name
 from store.settings import Settings
+from trainer.duplicates import near_copies
 from trainer.export import load_params
 from trainer.fit import Fitted
 from trainer.gate import Comparison, fixed_conditions, not_compared, not_worse, same_classes
@@ -29,6 +30,7 @@ HELD_OUT = "assets.extra/held_out.npz"
 DIGEST_BYTES = 16
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)  # of NumPy's files
 MOST = 1000  # images that go through the network of `stable`
+MOST_GROUPED = 5000  # images among which near copies are looked for, for the sake of time
 MOST_BEFORE = 500  # of those that were held out for it, how many go through the new one
 
 
@@ -120,7 +122,7 @@ class Candidate:
         )  # fmt: skip
 
     def _beside(self, stable: Version, before: str, settings: Settings, registry: Registry) -> Comparison:
-        """What both make of the images that were held out for either of them, each image once.
+        """What both make of the images that were held out for either of them, each image and its near copies once.
 
         Each answers with what it predicted when the image was held out for it, which is right if it is what the data
         said then: wrong labels must not make both look alike. An image that was not held out for one goes through its
@@ -135,11 +137,11 @@ class Candidate:
         trained_on, apart = _upload(card, settings), _upload(card.validation if card else None, settings)
         inherited = _inherited(stable, settings, registry) | _learned_by(self.base, settings, registry)
         learned = set(digests(trained_on)) - then.keys() | inherited
-        pairs = [
-            (now[image][1] == now[image][0], then[image][1] == then[image][0])
+        pairs = {
+            image: (now[image][1] == now[image][0], then[image][1] == then[image][0])
             for image in now
             if image in then and image not in learned
-        ]
+        }
 
         own = _by_digest(*(upload.images for upload in (data.dataset, data.validation) if upload))
         new = [image for image in now if image not in learned and image not in then]
@@ -147,17 +149,27 @@ class Candidate:
             pixels, truth = np.stack([own[image] for image in asked]), np.array([now[image][0] for image in asked])
             network, invert = Network(load_params(place)), stable.manifest.polarity == "dark_on_light"
             right = _right(network, pixels, truth, invert=invert)
-            pairs += [(now[image][1] == now[image][0], one) for image, one in zip(asked, right.tolist(), strict=True)]
+            pairs |= {image: (now[image][1] == now[image][0], one) for image, one in zip(asked, right, strict=True)}
 
         old = {image: one for image, one in _by_digest(trained_on, apart).items() if image in then}
         earlier = [image for image in then if image in old and image not in own and image not in inherited]
         if asked := _spread(earlier, MOST_BEFORE):
             pixels, truth = np.stack([old[image] for image in asked]), np.array([then[image][0] for image in asked])
             right = _right(self.fitted.network, pixels, truth, invert=data.invert)
-            pairs += [(one, then[image][1] == then[image][0]) for image, one in zip(asked, right.tolist(), strict=True)]
-        ours, theirs = np.array(pairs, bool).reshape(-1, 2).T
+            pairs |= {image: (one, then[image][1] == then[image][0]) for image, one in zip(asked, right, strict=True)}
+        ours, theirs = np.array(_one_of_each([*pairs], [*pairs.values()], own | old), bool).reshape(-1, 2).T
         left_out = sum(image in learned for image in now)
         return Comparison(before, ours, theirs, left_out, self.card.validation, stable.report.validation)
+
+
+def _one_of_each(
+    images: list[bytes], pairs: list[tuple[bool, bool]], pixels: dict[bytes, np.ndarray]
+) -> list[tuple[bool, bool]]:  # fmt: skip
+    """The pairs without those of near copies of earlier images, which are no further evidence."""
+    if not 1 < len(images) <= MOST_GROUPED:
+        return pairs
+    _, first = np.unique(near_copies(np.stack([pixels[image] for image in images])), return_index=True)
+    return [pairs[at] for at in first]
 
 
 def _spread(images: list[bytes], most: int) -> list[bytes]:

@@ -41,7 +41,7 @@ from trainer.parallel import Check, Paused, side_by_side, watched
 from trainer.recipes import PREVIEWED, preview_recipe
 from trainer.report import HeldOut, seen_by
 from trainer.search import Found, Problem, search
-from trainer.spec import Gate, Spec, described, pinned, unregularized
+from trainer.spec import Gate, Spec, described, pinned, regularizes, unregularized
 from trainer.worker.complete_report import forgetting
 from trainer.worker.held_out import Candidate, Predictions, gate_of
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
@@ -410,6 +410,8 @@ class _Maker:
         if twin:
             beside = twin.fitted, twin.held_out(train, validation)
             card["twin"] = report.beside_twin((fitted, held_out), beside, train, spec, self.settings.attack_images)
+            if not regularizes(spec):
+                card["warnings"].append("the spec has no regularizer, so its twin is the same network")
         elif spec.twin:
             card["warnings"].append("its unregularized twin could not be trained: it diverged")
         predictions = [*([across.logits] if across else ()), *(searched.predictions if searched else ())]
