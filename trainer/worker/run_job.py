@@ -27,8 +27,8 @@ from store.errors import Diverged
 from store.files import make_directory, remove_tree
 from store.records import Abstention, GateCard, Manifest, ReportCard, public_name
 from store.settings import Settings
-from trainer import delta, evaluate, inspection, report
-from trainer.abstention import Detector, isolation
+from trainer import delta, report
+from trainer.abstention import Detector
 from trainer.asked import Asked
 from trainer.checkpoints import Checkpoint
 from trainer.export import digest, export, load_params, prepare
@@ -41,8 +41,9 @@ from trainer.parallel import Check, Paused, side_by_side, watched
 from trainer.recipes import PREVIEWED, preview_recipe
 from trainer.report import HeldOut, seen_by
 from trainer.search import Found, Problem, search
-from trainer.spec import Gate, Spec, described, pinned, regularizes, unregularized
+from trainer.spec import Gate, Spec, described, pinned, unregularized
 from trainer.worker.complete_report import forgetting
+from trainer.worker.evaluation import Evaluation, Trained
 from trainer.worker.held_out import Candidate, Predictions, gate_of
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
 from trainer.worker.kept_networks import keep, read_all
@@ -164,7 +165,10 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             folded = sha256(groups.astype("<i8").tobytes()).hexdigest()
             learned_from = [job.dataset.dump(), source.manifest.classes, digest(base), folded]
             checkpoints = _Checkpoints(settings.checkpoints / job.id, learned_from)
-            maker = _Maker(run, settings, registry, servers, asked, data, source, problem, device, staged, checkpoints)
+            maker = _Maker(
+                run, settings, registry, servers, asked, data, source, problem, Evaluation(data, settings, device),
+                staged, checkpoints,
+            )  # fmt: skip
             if job.checkpoint:
                 return maker.make_of(**job.checkpoint)
             bounds, found = asked.fixed.search, Found(asked.fixed)
@@ -197,20 +201,6 @@ class _Checkpoints:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A network, and with folds what others, trained in the same way, make of images that they have not seen."""
-
-    fitted: Fitted
-    across: HeldOut | None
-
-    def held_out(self, train: Split, validation: Split | None) -> HeldOut:
-        """What its report rests on."""
-        if validation is None and self.across:
-            return self.across
-        return HeldOut.apart(self.fitted, train, validation or train)
-
-
-@dataclass(frozen=True)
 class _Maker:
     """Makes versions of a job's data: trains, evaluates, exports and publishes."""
 
@@ -222,7 +212,7 @@ class _Maker:
     data: "JobData"
     source: Version  # that training starts from
     problem: Problem
-    device: str
+    evaluation: Evaluation
     staged: Path
     checkpoints: _Checkpoints
 
@@ -241,7 +231,7 @@ class _Maker:
             ), check,
         )  # fmt: skip
         held_out = watched(lambda _: HeldOut.apart(fitted, train, validation or train), check)
-        card = watched(lambda _: self._evaluated(spec, start, fitted, train, held_out), check)
+        card = watched(lambda _: self.evaluation.quick(spec, start, fitted, train, held_out), check)
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         quick = gate_of(spec, self.run.job.model, self.registry).model_copy(update=dict.fromkeys(LATER))
         candidate = self._candidate(quick, card, fitted, held_out)
@@ -366,9 +356,10 @@ class _Maker:
             gate = gate_of(spec, run.job.model, self.registry)
             well = gate.robust_accuracy is not None
             fitted, held_out, card = watched(
-                lambda _: self._judged(spec, start, trained, train, validation, searched, twin, attack_well=well),
-                run.go_on,
-            )
+                lambda _: self.evaluation.full(
+                    spec, start, trained, train, validation, searched, twin, attack_well=well
+                ), run.go_on,
+            )  # fmt: skip
             if gate.forgetting is not None:
                 task = run.job.base, self.data.classes, self.settings, self.registry
                 card["forgetting"] = watched(lambda _: forgetting(fitted.params, *task), run.go_on)
@@ -389,69 +380,6 @@ class _Maker:
     def _start(self, spec: Spec) -> Start:
         problem = self.problem
         return begin(spec, problem.base, classes=problem.classes, same_classes=problem.same_classes)
-
-    def _judged(
-        self, spec: Spec, start: Start, trained: Trained, train: Split, validation: Split | None,
-        searched: Found | None, twin: Trained | None, *, attack_well: bool,
-    ) -> tuple[Fitted, HeldOut, dict[str, Any]]:  # fmt: skip
-        """The network as it will be served, what its report rests on, and the report."""
-        fitted, across, held_out = trained.fitted, trained.across, trained.held_out(train, validation)
-        logits, labels = held_out.logits, held_out.split.labels
-        temperature, unfitted = 1.0, logits
-        if spec.calibrate:
-            temperature = evaluate.serving_temperature(logits, labels)
-            unfitted = evaluate.cross_fitted(logits, labels)
-            fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
-            across = across and across.cooled(temperature)
-        card = self._evaluated(spec, start, fitted, train, held_out, attack_well=attack_well)
-        card["calibration"] = {**evaluate.calibration(unfitted, labels), "temperature": temperature}
-        if across:
-            card["cross_validation"] = report.cross_validation(across, self.data.folds(spec))
-        if twin:
-            beside = twin.fitted, twin.held_out(train, validation)
-            card["twin"] = report.beside_twin((fitted, held_out), beside, train, spec, self.settings.attack_images)
-            if not regularizes(spec):
-                card["warnings"].append("the spec has no regularizer, so its twin is the same network")
-        elif spec.twin:
-            card["warnings"].append("its unregularized twin could not be trained: it diverged")
-        predictions = [*([across.logits] if across else ()), *(searched.predictions if searched else ())]
-        card["inspection"] = self._inspected(spec, fitted.params, held_out, predictions)
-        card["warnings"] += inspection.warnings(card["inspection"])
-        return fitted, held_out, card
-
-    def _inspected(
-        self, spec: Spec, params: Arrays, held_out: HeldOut, predictions: Sequence[np.ndarray]
-    ) -> dict[str, Any]:  # fmt: skip
-        """What the network, and predictions on held-out images, say about the data.
-
-        Args:
-            predictions: out-of-fold logits of all images, if there are any.
-        """
-        data, classes = self.data, self.data.classes
-        everything, measured = data.everything, data.measured(spec)
-        isolated = isolation(params, data.all.images)
-        looked_at = everything if predictions else measured
-        doubted = inspection.doubted(predictions or [held_out.logits], looked_at.labels)
-        return {
-            "label_errors": inspection.label_errors(doubted, looked_at.labels, classes, looked_at.named),
-            "copies": inspection.copies(data.groups, data.all.labels, classes, everything.named),
-            "leaks": data.leaks(),
-            "strangers": inspection.strangers(isolated, everything.labels, classes, everything.named),
-            "overlaps": inspection.overlaps(held_out.logits, measured.labels, classes),
-            **inspection.hard_images(held_out.logits, measured.labels, classes, measured.named),
-        }
-
-    def _evaluated(
-        self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut, *, attack_well: bool = False
-    ) -> dict[str, Any]:  # fmt: skip
-        card = report.quick(
-            fitted, train, held_out, self.data.classes, spec, base=None if start.new else start.params,
-            attack_images=self.settings.attack_images, attack_well=attack_well,
-        )  # fmt: skip
-        card["abstention"] = report.abstention(held_out, spec.coverage)
-        if (test := self.data.unseen) is not None:
-            card["test"] = report.on_test(fitted, train, test, Abstention.rule(card["abstention"]))
-        return card | {"device": self.device.removeprefix("/")}
 
     def _candidate(self, gate: Gate, card: dict[str, Any], fitted: Fitted, held_out: HeldOut) -> Candidate:
         report_card, predicted = ReportCard.model_validate(card), Predictions.of(held_out, self.data)
