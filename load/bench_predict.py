@@ -2,7 +2,7 @@
 
 `wrk`, on the same cores, sends one 28x28 image per request. The alternatives are a plain FastAPI app, LitServe (if
 installed) and, with TEMPER_TFS_BINARY, a real TensorFlow Serving's REST API and Temper in front of another one. All
-serve the SavedModel that Temper published. `--many` and `--publish` measure the embedded server instead.
+serve the SavedModel that Temper published. `--sets`, `--many` and `--publish` measure the embedded server instead.
 """
 
 import contextlib
@@ -92,9 +92,10 @@ Figures = dict[str, float]  # requests, failed, req/s, p50 and p99 in ms
 @click.option("--rounds", default=5, help="Rounds, in each of which every side has a turn.", show_default=True)
 @click.option("--seconds", default=4, help="Duration of one measurement.", show_default=True)
 @click.option("--only", type=click.Choice(list(SIDES)), multiple=True, help="Measure these sides.  [default: all]")
+@click.option("--sets", is_flag=True, help="Compare a version that answers sets and distances with the base instead.")
 @click.option("--many", type=click.IntRange(1), help="Compare this many further models with a single one instead.")
 @click.option("--publish", type=click.IntRange(1), help="Predict while this many fine-tunes are published instead.")
-def main(rounds: int, seconds: int, only: tuple[str, ...], many: int | None, publish: int | None) -> None:
+def main(rounds: int, seconds: int, only: tuple[str, ...], sets: bool, many: int | None, publish: int | None) -> None:
     """Measure predictions over HTTP, and print each figure beside its goal."""
     if not shutil.which("wrk"):
         raise click.ClickException("wrk is missing: apt-get install wrk")
@@ -104,6 +105,8 @@ def main(rounds: int, seconds: int, only: tuple[str, ...], many: int | None, pub
         (folder / "wrk.lua").write_text(LUA)
         if publish:
             failed = while_publishing(stack, folder, publish, seconds)
+        elif sets:
+            failed = with_sets(stack, folder, rounds, seconds)
         elif many:
             failed = with_many(stack, folder, many, rounds, seconds)
         else:
@@ -281,6 +284,34 @@ def figures(printed: bytes) -> Figures:
     """Parse the last line that wrk printed."""
     found: Figures = json.loads(printed.splitlines()[-1])
     return found
+
+
+def with_sets(stack: contextlib.ExitStack, folder: Path, rounds: int, seconds: int) -> int:
+    """Compare a fine-tuned version with the base, which has neither sets nor distances. Return the failed requests."""
+    contents = bodies(digits(IMAGES, seed=0)[0])["json"]
+    write(folder / "base", contents)
+    write(folder / "fine-tuned", [body.replace(BASE.encode(), b"busy") for body in contents])
+    server = stack.enter_context(temper("temper", folder / "home"))
+    with httpx.Client(base_url=server.url, timeout=60) as api:
+        fine_tune(api, 0)
+        server.wait(lambda: answer(api.get("/finetune"))["data"][0]["report_status"] == "complete")
+    sides = {name: Side(server, "/predict", folder / name) for name in ("base", "fine-tuned")}
+    if "set" not in (said := sides["fine-tuned"].ask((folder / "fine-tuned" / "0").read_bytes()).text):
+        raise click.ClickException(f"the version answers no set: {said}")
+    found, _ = measured(sides, [server], rounds, seconds)
+    rows = []
+    for c in CONNECTIONS:
+        (speed, p50, p99), with_them = (
+            [middle(found[name, c], figure) for figure in ("req/s", "p50", "p99")] for name in sides
+        )
+        ratios = [f"{b / a:.2f}x" for a, b in zip((speed, p50, p99), with_them, strict=True)]
+        rows.append([f"{c}", f"{speed:,.0f}", f"{with_them[0]:,.0f}", *ratios])
+    show(
+        f"with sets and distances, beside the base; medians of {rounds} x {seconds} s",
+        ["connections", "base, req/s", "fine-tuned, req/s", "ratio", "of p50", "of p99"],
+        rows,
+    )
+    return total(chain(*found.values()), "failed")
 
 
 def with_many(stack: contextlib.ExitStack, folder: Path, count: int, rounds: int, seconds: int) -> int:
