@@ -93,7 +93,7 @@ class Finding(Record):
 
     `kind` is `conflict` (equal to an image of another class), `leak` (to validate or test on, and trained on as well),
     `blank_after_alpha` (shows something until its transparency becomes white), `constant` (shows next to nothing),
-    `duplicate` (equal to another image of its class) or `unread` (of no images: arrays that mean nothing).
+    `duplicate` (equal to another image of its class) or `unread` (arrays that are not read; no images).
     """
 
     kind: str = ""

@@ -35,6 +35,9 @@ from trainer.asked import parse_asked
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job, Jobs
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; processes would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 T = TypeVar("T")
 # A service that starts soon and reports soon, and tells webhooks to servers in the test's process.
 SMALL = {

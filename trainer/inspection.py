@@ -52,7 +52,7 @@ def doubted(predictions: Sequence[np.ndarray], labels: np.ndarray) -> Labels:
         mean += np.exp(log_softmax(logits / np.float32(evaluate.temperature(logits, labels)))) / len(predictions)
     scores = np.log(np.maximum(mean, 1e-12))
     others = np.where(labels[:, None] == np.arange(classes), -np.inf, scores).argmax(axis=1)
-    if n < FEWEST or classes < 2:
+    if n < FEWEST:
         return Labels(0.0, np.zeros(n), others, TOO_FEW)
 
     def chances(share: Any, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,10 +68,18 @@ def doubted(predictions: Sequence[np.ndarray], labels: np.ndarray) -> Labels:
     _, temperature, share = best
     right, wrong = chances(share, np.exp(log_softmax(scores / temperature)[each, labels]))
     found = wrong / (right + wrong + 1e-12)
-    guessed = evaluate.accuracy(scores, labels) <= np.bincount(labels).max() / n
-    if guessed or (found > WRONG).mean() > MOST:
+    if _guessed(scores.argmax(axis=1), labels) or (found > WRONG).mean() > MOST:
         return Labels(0.0, np.zeros(n), others, NOT_LEARNED)
     return Labels(float(share), found, others)
+
+
+def _guessed(predicted: np.ndarray, labels: np.ndarray) -> bool:
+    """Tell whether as many predictions as these agree with labels by chance (Cohen 1960)."""
+    n, classes = len(labels), int(max(predicted.max(), labels.max())) + 1
+    shares = [np.bincount(found, minlength=classes) / n for found in (labels, predicted)]
+    chance = float(shares[0] @ shares[1])
+    several = np.count_nonzero(shares[0]) > 1  # of one class alone, right and by chance are the same
+    return bool(several and (predicted == labels).mean() <= chance + 2 * np.sqrt(chance * (1 - chance) / n))
 
 
 def label_errors(found: Labels, labels: np.ndarray, classes: Sequence[str], named: Callable[[int], Any]) -> Any:
@@ -148,7 +156,8 @@ def warnings(found: Mapping[str, Any]) -> list[str]:
             f"such as {first}: their accuracy says nothing about others"
         )
     if several := found["copies"]["of_several_classes"]:
-        texts.append(f"near copies of one picture are in several classes, {several} times: keep each in one class")
+        groups = "1 group of near copies spans" if several == 1 else f"{several} groups of near copies span"
+        texts.append(f"{groups} several classes: keep each picture in one class")
     errors = found["label_errors"]
     if errors["unknown"] == NOT_LEARNED:
         texts.append(f"labels could not be checked: {NOT_LEARNED}")

@@ -102,8 +102,8 @@ class Router:
         if version is None:
             label = label or _draw(model, route, sticky_key)
             if label not in route.labels:
-                instead = f"name a version, such as {max(route.classes)}, or give it that label"
-                raise UnknownModel(f"model {public_name(model)!r} has no label {label!r}; {instead}", param="label")
+                instead = "name a version, or set the label on one"
+                raise UnknownModel(f"model {public_name(model)!r} has no label {label!r}: {instead}", param="label")
             version = route.labels[label].version
         servable = Servable(model, version)
         found = self._targets.get(servable)

@@ -105,6 +105,13 @@ def test_a_bad_prediction_is_refused_with_field_and_indices(
         assert [detail["index"] for detail in error["details"]] == details
 
 
+def test_who_asks_for_a_label_that_no_version_has_learns_what_to_do(service: Service) -> None:
+    answer = service.api.post("/predict", json={"model": "lenet5", "label": "canary", "instances": [IMAGE]})
+    assert answer.json()["error"]["message"] == (
+        "model 'lenet5' has no label 'canary': name a version, or set the label on one"
+    )
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "code"),
     [

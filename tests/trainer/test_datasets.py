@@ -171,7 +171,7 @@ def bad_uploads() -> dict[str, tuple[bytes, str, list[str]]]:
         "lone image": (zipped({**GOOD, "c/0.png": png(DOT)}), "only one image", ["c"]),
         "other length": (npz(images=good_npz["images"], labels=np.arange(3)), "differ in length", []),
         "no labels": (npz(images=good_npz["images"]), "'labels' or 'y'", []),
-        "both names": (npz(**good_npz, x=good_npz["images"]), "several", []),
+        "both names": (npz(**good_npz, x=good_npz["images"]), "the file has 'images' and 'x'", []),
         "NaN": (npz(images=nan, labels=good_npz["labels"]), "NaN", ["1", "3"]),
         "bytes as floats": (npz(images=large, labels=good_npz["labels"]), "must be integers", ["2"]),
         "out of range": (npz(images=np.full((4, 28, 28), 300), labels=good_npz["labels"]), "0 to 255", list("0123")),
@@ -356,8 +356,10 @@ def test_parts_may_be_folders_in_the_class_folders(tmp_path: Path) -> None:
         ("train", "test"), ("boat", "car")
     )
     assert found.parts["test"].names == tuple(f"{name}/test/{i}.png" for name in ("car", "boat") for i in range(2))
-    plain = read_zip(tmp_path, split("car", "boat", classes=["train", "test"]) | {"car/0.png": shade(9)})
-    assert list(plain.parts) == ["train"]
+    strays = {"car/0.png": shade(9), "ship/notes/0.png": shade(8)}
+    named = refused(tmp_path, split("car", "boat", classes=["train", "test"]) | strays, "every image has to be in one")
+    assert [detail["file"] for detail in named] == list(strays)
+    refused(tmp_path, split("car", "boat", classes=["val", "test"]), "boat/train/ is missing")
     assert list(read_zip(tmp_path, split("car", "boat", classes=["train"])).parts) == ["train"]
 
 
@@ -422,8 +424,15 @@ def test_arrays_that_are_not_read_are_named(tmp_path: Path, names: tuple[str, st
     arrays = {names[0]: np.stack([DOT // k for k in range(1, 5)]), names[1]: [0, 0, 1, 1]}
     (tmp_path / "upload").write_bytes(npz(**arrays, x_tset=[0], groups=[1]))
     (finding,) = prepared(tmp_path / "upload").findings
-    assert (finding.kind, finding.images, finding.listed) == ("unread", 0, [{"array": "groups"}, {"array": "x_tset"}])
-    assert finding.message.endswith("so: 'groups', 'x_tset'.")
+    assert (finding.kind, finding.images, finding.listed) == ("unread", 0, [])
+    assert finding.message == "Arrays that are not read: 'groups', 'x_tset'."
+    (tmp_path / "upload").write_bytes(npz(**arrays, **{"__MACOSX/._images": [1], "\x1b[2J": [2], "a" * 900: [3]}))
+    (finding,) = prepared(tmp_path / "upload").findings
+    assert "\x1b" not in finding.message
+    assert "MACOSX" not in finding.message
+    (tmp_path / "upload").write_bytes(npz(**arrays, **{"a" * 2000: [1]}))
+    with pytest.raises(InvalidDataset, match="the name of an array has more than 1000 characters"):
+        prepared(tmp_path / "upload")
 
 
 FLAT = {f"{i}.png": shade(i) for i in range(4)}
@@ -623,6 +632,8 @@ def test_excluded_images_of_arrays_leave_the_indices_of_the_others_as_they_were(
         prepared(tmp_path / "upload", exclude=[0])
     assert caught.value.details[0]["index"] == 3
     assert list(prepared(tmp_path / "upload", exclude=[3, "x_test[0]", "x_test[1]"]).parts) == ["train"]
+    with pytest.raises(InvalidDataset, match="no image is left"):
+        prepared(tmp_path / "upload", exclude=list(range(6)))
 
 
 def test_a_csv_may_name_what_is_excluded(tmp_path: Path) -> None:

@@ -228,6 +228,17 @@ def test_an_image_and_its_near_copies_count_once(place: Place, digits: tuple[np.
     assert "of 60 held-out images" in condition(ran(place), "not_worse")["message"]
 
 
+def test_near_copies_of_what_stable_was_trained_on_are_left_out(
+    place: Place, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    ran(place, {"folds": None, "validation_split": 0.2})
+    old = Predictions.load(place.settings.version("m", 1))
+    images = digits[0][:100]
+    uploaded(place, images - (images > 200), digits[1][:100])
+    job = ran(place)
+    assert f"of {len(old.images)} held-out images" in condition(job, "not_worse")["message"]
+
+
 def test_dark_and_light_uploads_of_other_images_are_compared(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:

@@ -31,8 +31,8 @@ from store.processes import end_with_parent
 from store.records import DatasetCard, DatasetReport, Finding
 from store.settings import Settings
 from trainer.jobs.images import FORMATS, SIDE, decode, is_dark_on_light, prepare
-from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of, invalid, layout_of
-from trainer.jobs.survey import MOST_LISTED, Seen, is_faint, survey
+from trainer.jobs.layouts import MAX_PATH, PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of, invalid, layout_of
+from trainer.jobs.survey import Seen, is_faint, survey
 
 IGNORED = re.compile(r"(^|/)(\.[^./][^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
 MAX_CLASSES = 1000
@@ -193,8 +193,8 @@ def read(
                 raise invalid(f"the file unpacks to {unpacked} bytes; at most {MAX_UNPACKED_BYTES} are allowed")
             unread: list[Finding] = []
             if entries and all(entry.filename.endswith(".npy") for entry in entries):
-                unread = _unread(entries)
                 uploads = _read_npz(archive, entries, max_pixels, max_images, excluded)
+                unread = _unread(entries)
             else:
                 uploads = _read_zip(archive, entries, max_pixels, max_images, excluded)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as exc:
@@ -317,6 +317,8 @@ def _read_npz(
     archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int, excluded: _Exclusion
 ) -> dict[str, _Upload]:
     """Images and labels of `images` (or `x`) and `labels` (or `y`), or of `x_train`, `y_train`, `x_test`, …."""
+    if any(len(entry.filename) > MAX_PATH for entry in entries):
+        raise invalid(f"the name of an array has more than {MAX_PATH} characters")
     arrays = {entry.filename.removesuffix(".npy"): entry for entry in entries}
     parts = _arrays_of(arrays)
     uploads, count = {}, 0
@@ -327,9 +329,8 @@ def _read_npz(
         for names in wanted:
             present = [name for name in names if name in arrays]
             if len(present) != 1:
-                found_of_them = "several" if present else "none of them" if len(names) > 1 else "no such array"
-                expected = " or ".join(map(repr, names))
-                raise invalid(f"one array must be named {expected}; the file has {found_of_them}: {sorted(arrays)}")
+                has = " and ".join(map(repr, present)) or enumerated(sorted(arrays))
+                raise invalid(f"one array must be named {' or '.join(map(repr, names))}; the file has {has}")
             found.append((present[0], _read_array(archive, arrays[present[0]], present[0], max_pixels)))
         (name, images), (_, labels) = found
         if images.ndim == 0 or labels.ndim == 0 or len(images) != len(labels):
@@ -346,7 +347,9 @@ def _read_npz(
         kept = [i for i, index in enumerate(indices) if not excluded.has(index)]
         if len(kept) < len(indices):
             images, labels, indices = images[kept], labels[kept], tuple(indices[i] for i in kept)
-        if part != TRAIN and not kept:
+        if not kept and part == TRAIN:
+            raise invalid("no image is left")
+        if not kept:
             continue
         uploads[part] = _Upload(
             _prepared(images, indices), _labels(labels, indices), indices,
@@ -362,14 +365,12 @@ def _arrays_of(names: Container[str]) -> Arrays:
 
 
 def _unread(entries: Sequence[zipfile.ZipInfo]) -> list[Finding]:
-    """Tell of arrays that mean nothing."""
-    names = {entry.filename.removesuffix(".npy") for entry in entries}
-    read = {name for images, labels in _arrays_of(names).values() for name in images + labels}
-    unread = [{"array": name} for name in sorted(names - read)]
-    if not unread:
+    """The finding that names arrays which mean nothing, if there are any."""
+    names = {entry.filename.removesuffix(".npy") for entry in entries if not IGNORED.search(entry.filename)}
+    known = {name for images, labels in _arrays_of(names).values() for name in images + labels}
+    if not (unread := sorted(names - known)):
         return []
-    message = f"Not read, because no part of a data set is called so: {enumerated([one['array'] for one in unread])}."
-    return [Finding(kind="unread", message=message, images=0, listed=unread[:MOST_LISTED])]
+    return [Finding(kind="unread", message=f"Arrays that are not read: {enumerated(unread)}.")]
 
 
 def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, max_pixels: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def layout_of(
             f"all images are inside one folder, {tops.pop()!r}; the folders at the top of the zip are the classes, so "
             "zip what is inside it"
         )
-    if _parts_in_classes(images):
+    if _are_parts_in_classes(images):
         return images, _in_part_of_class
     return images, _in_class
 
@@ -128,11 +128,29 @@ def _in_class(entry: zipfile.ZipInfo) -> Place:
     return Place(TRAIN, top)
 
 
-def _parts_in_classes(entries: Sequence[zipfile.ZipInfo]) -> bool:
-    """Tell whether all class folders consist of `train/` and other parts."""
-    folders = [entry.filename.removeprefix("./").split("/")[1:-1] for entry in entries]
-    parts = {SPELLINGS.get(inside[0].lower()) if inside else None for inside in folders}
-    return TRAIN in parts and len(parts) > 1 and None not in parts
+def _are_parts_in_classes(entries: Sequence[zipfile.ZipInfo]) -> bool:
+    """Tell whether the class folders consist of parts, because one of them has several.
+
+    Raises:
+        InvalidDataset: only some images are in a part, or none are to train on.
+    """
+    parts, strays = defaultdict[str, set[str]](set), list[str]()
+    for entry in entries:
+        top, *folders = entry.filename.removeprefix("./").split("/")[:-1] or [""]
+        if folders and (part := SPELLINGS.get(folders[0].lower())):
+            parts[top].add(part)
+        else:
+            strays.append(entry.filename)
+    split = next((top for top, found in sorted(parts.items()) if len(found) > 1), None)
+    if split is None:
+        return False
+    found = " and ".join(f"{split}/{part}/" for part in PARTS if part in parts[split])
+    if strays:
+        details = [{"file": name, "reason": "is in no part"} for name in strays]
+        raise invalid(f"{found} are parts of a data set, so every image has to be in one", details)
+    if TRAIN not in set[str]().union(*parts.values()):
+        raise invalid(f"{found} are parts of a data set, and {split}/train/ is missing")
+    return True
 
 
 def _in_part_of_class(entry: zipfile.ZipInfo) -> Place:

@@ -40,10 +40,10 @@ class Evaluation:
     settings: Settings
     device: str
 
-    def quick(
+    def figures(
         self, spec: Spec, start: Start, fitted: Fitted, train: Split, held_out: HeldOut, *, attack_well: bool = False
     ) -> dict[str, Any]:  # fmt: skip
-        """The report of a network that is served as it was trained."""
+        """The part of a report that one network and the images held out for it give."""
         card = report.quick(
             fitted, train, held_out, self.data.classes, spec, base=None if start.new else start.params,
             attack_images=self.settings.attack_images, attack_well=attack_well,
@@ -53,11 +53,11 @@ class Evaluation:
             card["test"] = report.on_test(fitted, train, test, Abstention.rule(card["abstention"]))
         return card | {"device": self.device.removeprefix("/")}
 
-    def full(
+    def report(
         self, spec: Spec, start: Start, trained: Trained, train: Split, validation: Split | None,
         searched: Found | None, twin: Trained | None, *, attack_well: bool,
     ) -> tuple[Fitted, HeldOut, dict[str, Any]]:  # fmt: skip
-        """The network as it will be served, what its report rests on, and the report."""
+        """The network as it will be served, calibrated, what its report rests on, and the report."""
         fitted, across, held_out = trained.fitted, trained.across, trained.held_out(train, validation)
         logits, labels = held_out.logits, held_out.split.labels
         temperature, unfitted = 1.0, logits
@@ -66,17 +66,16 @@ class Evaluation:
             unfitted = evaluate.cross_fitted(logits, labels)
             fitted, held_out = fitted.cooled(temperature), held_out.cooled(temperature)
             across = across and across.cooled(temperature)
-        card = self.quick(spec, start, fitted, train, held_out, attack_well=attack_well)
+        card = self.figures(spec, start, fitted, train, held_out, attack_well=attack_well)
         card["calibration"] = {**evaluate.calibration(unfitted, labels), "temperature": temperature}
         if across:
             card["cross_validation"] = report.cross_validation(across, self.data.folds(spec))
         if twin:
             beside = twin.fitted, twin.held_out(train, validation)
             card["twin"] = report.beside_twin((fitted, held_out), beside, train, spec, self.settings.attack_images)
-            if not regularizes(spec):
-                card["warnings"].append("the spec has no regularizer, so its twin is the same network")
         elif spec.twin:
-            card["warnings"].append("its unregularized twin could not be trained: it diverged")
+            why = "could not be trained: it diverged" if regularizes(spec) else "is the same network"
+            card["warnings"].append(f"its unregularized twin {why}")
         predictions = [*([across.logits] if across else ()), *(searched.predictions if searched else ())]
         card["inspection"] = self._inspected(spec, fitted.params, held_out, predictions)
         card["warnings"] += inspection.warnings(card["inspection"])

@@ -3,7 +3,7 @@
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +30,7 @@ HELD_OUT = "assets.extra/held_out.npz"
 DIGEST_BYTES = 16
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)  # of NumPy's files
 MOST = 1000  # images that go through the network of `stable`
-MOST_GROUPED = 5000  # images among which near copies are looked for, for the sake of time
+MOST_COMPARED = 5000  # images that versions are compared on
 MOST_BEFORE = 500  # of those that were held out for it, how many go through the new one
 
 
@@ -126,8 +126,8 @@ class Candidate:
 
         Each answers with what it predicted when the image was held out for it, which is right if it is what the data
         said then: wrong labels must not make both look alike. An image that was not held out for one goes through its
-        network, unless that was trained on it; it is left out then. So is one that either has from what it started
-        from. To save time, networks are asked for some of the images where there are many.
+        network, unless that was trained on it or a near copy; it is left out then. So is one that either has from what
+        it started from. To save time, networks are asked for some of the images where there are many.
         """
         assert self.card.validation is not None
         place, data, mine = settings.version(stable.model, stable.version), self.data, self.held_out
@@ -157,19 +157,31 @@ class Candidate:
             pixels, truth = np.stack([old[image] for image in asked]), np.array([then[image][0] for image in asked])
             right = _right(self.fitted.network, pixels, truth, invert=data.invert)
             pairs |= {image: (one, then[image][1] == then[image][0]) for image, one in zip(asked, right, strict=True)}
-        ours, theirs = np.array(_one_of_each([*pairs], [*pairs.values()], own | old), bool).reshape(-1, 2).T
+        seen = [one for image, one in _by_digest(trained_on).items() if image in learned]
+        seen += [one for image, one in own.items() if image not in now]
+        compared = _spread([*pairs], MOST_COMPARED)
+        evidence = [pairs[image] for image in _without_copies(compared, own | old, seen)]
+        ours, theirs = np.array(evidence, bool).reshape(-1, 2).T
         left_out = sum(image in learned for image in now)
         return Comparison(before, ours, theirs, left_out, self.card.validation, stable.report.validation)
 
 
-def _one_of_each(
-    images: list[bytes], pairs: list[tuple[bool, bool]], pixels: dict[bytes, np.ndarray]
-) -> list[tuple[bool, bool]]:  # fmt: skip
-    """The pairs without those of near copies of earlier images, which are no further evidence."""
-    if not 1 < len(images) <= MOST_GROUPED:
-        return pairs
-    _, first = np.unique(near_copies(np.stack([pixels[image] for image in images])), return_index=True)
-    return [pairs[at] for at in first]
+def _without_copies(
+    images: list[bytes], pixels: Mapping[bytes, np.ndarray], learned: list[np.ndarray]
+) -> list[bytes]:  # fmt: skip
+    """The images without near copies of earlier ones, which are no further evidence, and of learned ones.
+
+    Args:
+        images: digests.
+        pixels: (28, 28) uint8 of each.
+        learned: pixels of images that one of the two was trained on.
+    """
+    if not images:
+        return []
+    groups = near_copies(np.stack([*(pixels[image] for image in images), *learned]))
+    known = set(groups[len(images) :].tolist())
+    _, first = np.unique(groups[: len(images)], return_index=True)
+    return [images[at] for at in first if int(groups[at]) not in known]
 
 
 def _spread(images: list[bytes], most: int) -> list[bytes]:

@@ -41,7 +41,7 @@ from trainer.parallel import Check, Paused, side_by_side, watched
 from trainer.recipes import PREVIEWED, preview_recipe
 from trainer.report import HeldOut, seen_by
 from trainer.search import Found, Problem, search
-from trainer.spec import Gate, Spec, described, pinned, unregularized
+from trainer.spec import Gate, Spec, described, pinned, regularizes, unregularized
 from trainer.worker.complete_report import forgetting
 from trainer.worker.evaluation import Evaluation, Trained
 from trainer.worker.held_out import Candidate, Predictions, gate_of
@@ -231,7 +231,7 @@ class _Maker:
             ), check,
         )  # fmt: skip
         held_out = watched(lambda _: HeldOut.apart(fitted, train, validation or train), check)
-        card = watched(lambda _: self.evaluation.quick(spec, start, fitted, train, held_out), check)
+        card = watched(lambda _: self.evaluation.figures(spec, start, fitted, train, held_out), check)
         card["warnings"].append("this is a preview, trained for a moment while its job searches for a better recipe")
         quick = gate_of(spec, self.run.job.model, self.registry).model_copy(update=dict.fromkeys(LATER))
         candidate = self._candidate(quick, card, fitted, held_out)
@@ -333,8 +333,8 @@ class _Maker:
         return Trained(found[0], HeldOut(data.all, logits, first, params, distances, out_of_fold=True))
 
     def _twin(self, spec: Spec, start: Start, train: Split, validation: Split | None) -> Trained | None:
-        """The twin, if the spec asks for one and it can be trained."""
-        if spec.twin:
+        """The twin, if the spec asks for one that is another network, and it can be trained."""
+        if spec.twin and regularizes(spec):
             with contextlib.suppress(Diverged):
                 return self._trained(spec, start, train, validation, twin=True)
         return None
@@ -356,7 +356,7 @@ class _Maker:
             gate = gate_of(spec, run.job.model, self.registry)
             well = gate.robust_accuracy is not None
             fitted, held_out, card = watched(
-                lambda _: self.evaluation.full(
+                lambda _: self.evaluation.report(
                     spec, start, trained, train, validation, searched, twin, attack_well=well
                 ), run.go_on,
             )  # fmt: skip
