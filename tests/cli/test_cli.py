@@ -146,17 +146,13 @@ def test_interrupted_waiting_says_how_to_go_on(service: Service, digits: Digits,
     waiting = subprocess.Popen(
         [*COMMAND, "--url", service.url, "finetune", str(folder), "--model", "interrupted", "--epochs", "1000",
          "--method", "full", "--wait"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**WIDE, "PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=WIDE,
     )  # fmt: skip
     assert waiting.stdout
     job = waiting.stdout.readline().split()[0]
     eventually(lambda: service.api.get(f"/finetune/{job}").json()["status"] == "running", "the job runs")
     waiting.send_signal(signal.SIGINT)
-    try:
-        _, said = waiting.communicate(timeout=30)
-    except subprocess.TimeoutExpired:
-        waiting.send_signal(signal.SIGABRT)  # it writes where it hangs
-        pytest.fail(waiting.communicate()[1])
+    _, said = waiting.communicate(timeout=30)
     assert service.api.post(f"/finetune/{job}/cancel").is_success  # it was still running
     service.finished(job)
     assert waiting.returncode == 130

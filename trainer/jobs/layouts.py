@@ -94,8 +94,9 @@ def layout_of(
         return images, _by_table(tables[0], images, unpacked, most)
     if roles := _roles(images):
         return images, lambda entry: _in_split(entry, roles)
-    tops = {entry.filename.removeprefix("./").split("/")[0] for entry in images}
-    if len(tops) == 1 and all(entry.filename.removeprefix("./").count("/") > 1 for entry in images):
+    paths = [_path(entry) for entry in images]
+    tops = {path[0] for path in paths}
+    if len(tops) == 1 and all(len(path) > 2 for path in paths):
         raise invalid(
             f"all images are inside one folder, {tops.pop()!r}; the folders at the top of the zip are the classes, so "
             "zip what is inside it"
@@ -105,10 +106,15 @@ def layout_of(
     return images, _in_class
 
 
+def _path(entry: zipfile.ZipInfo) -> list[str]:
+    """The folders and the name of an entry, unchecked."""
+    return entry.filename.removeprefix("./").split("/")
+
+
 def steps(entry: zipfile.ZipInfo) -> list[str]:
     """The folders and the name of an entry; refuses what could escape the archive."""
-    name = entry.filename.removeprefix("./")
-    found = name.split("/")
+    found = _path(entry)
+    name = "/".join(found)
     if name.startswith("/") or "\\" in name or ".." in found or re.match(r"[A-Za-z]:", name):
         raise InvalidImage("the path leaves the archive or uses backslashes")
     if len(name) > MAX_PATH:
@@ -136,7 +142,7 @@ def _are_parts_in_classes(entries: Sequence[zipfile.ZipInfo]) -> bool:
     """
     parts, strays = defaultdict[str, set[str]](set), list[str]()
     for entry in entries:
-        top, *folders = entry.filename.removeprefix("./").split("/")[:-1] or [""]
+        top, *folders = _path(entry)[:-1] or [""]
         if folders and (part := SPELLINGS.get(folders[0].lower())):
             parts[top].add(part)
         else:
@@ -176,7 +182,7 @@ def _roles(entries: Sequence[zipfile.ZipInfo]) -> dict[str, str]:
     """
     depth: dict[str, int] = defaultdict(int)  # of the deepest file
     for entry in entries:
-        top, *rest = entry.filename.removeprefix("./").split("/")
+        top, *rest = _path(entry)
         if rest:
             depth[top] = max(depth[top], len(rest))
     roles = {top: SPELLINGS.get(top.lower(), "") for top in depth}

@@ -134,9 +134,10 @@ class Candidate:
         recorded = Predictions.load(place)
         now, then = mine.by_image(), recorded.by_image()
         card = stable.manifest.dataset
-        trained_on, apart = _upload(card, settings), _upload(card.validation if card else None, settings)
+        trained_on = _by_digest(_upload(card, settings))
+        apart = _by_digest(_upload(card.validation if card else None, settings))
         inherited = _inherited(stable, settings, registry) | _learned_by(self.base, settings, registry)
-        learned = set(digests(trained_on)) - then.keys() | inherited
+        learned = trained_on.keys() - then.keys() | inherited
         pairs = {
             image: (now[image][1] == now[image][0], then[image][1] == then[image][0])
             for image in now
@@ -151,13 +152,13 @@ class Candidate:
             right = _right(network, pixels, truth, invert=invert)
             pairs |= {image: (now[image][1] == now[image][0], one) for image, one in zip(asked, right, strict=True)}
 
-        old = {image: one for image, one in _by_digest(trained_on, apart).items() if image in then}
+        old = {image: one for image, one in (trained_on | apart).items() if image in then}
         earlier = [image for image in then if image in old and image not in own and image not in inherited]
         if asked := _spread(earlier, MOST_BEFORE):
             pixels, truth = np.stack([old[image] for image in asked]), np.array([then[image][0] for image in asked])
             right = _right(self.fitted.network, pixels, truth, invert=data.invert)
             pairs |= {image: (one, then[image][1] == then[image][0]) for image, one in zip(asked, right, strict=True)}
-        seen = [one for image, one in _by_digest(trained_on).items() if image in learned]
+        seen = [one for image, one in trained_on.items() if image in learned]
         seen += [one for image, one in own.items() if image not in now]
         compared = _spread([*pairs], MOST_COMPARED)
         evidence = [pairs[image] for image in _without_copies(compared, own | old, seen)]
