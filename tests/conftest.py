@@ -258,8 +258,8 @@ class Service:
         return found
 
     def kill(self, module: str) -> None:
-        """SIGKILL the sibling and wait until it is gone."""
-        (pid,) = self.children(module)
+        """SIGKILL the sibling, once it runs, and wait until it is gone."""
+        (pid,) = eventually(lambda: self.children(module), f"{module} runs")
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: pid not in self.children(module), f"{module} is gone")
 
