@@ -347,7 +347,23 @@ def test_train_and_test_alone_leave_validation_to_the_training_images(tmp_path: 
 
 
 def test_split_names_beside_other_folders_are_classes(tmp_path: Path) -> None:
-    assert reading(tmp_path, zipped(split("train", "ship"))).classes == ("ship", "train")
+    flat = {f"{top}/{i}.png": shade(10 * at + i) for at, top in enumerate(("train", "ship")) for i in range(2)}
+    assert reading(tmp_path, zipped(flat)).classes == ("ship", "train")
+    assert reading(tmp_path, zipped(split("train", classes=["steam"]) | split("ship"))).classes == ("ship", "train")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        split("train", "eval"),
+        split("test") | {f"{name}/{i}.png": shade(90 + i) for name in "ab" for i in range(2)},
+        split("train") | {f"{name}/{i}.png": shade(90 + i) for name in "ab" for i in range(2)},
+    ],
+    ids=["an unknown part", "test beside the classes", "train beside the classes"],
+)
+def test_a_part_beside_folders_with_the_same_classes_is_refused(tmp_path: Path, files: dict[str, bytes]) -> None:
+    named = refused(tmp_path, files, "looks like a part of a data set; put classes into train/, val/ and test/")
+    assert [detail["file"] for detail in named] in (["eval/"], ["a/", "b/"])
 
 
 def test_parts_may_be_folders_in_the_class_folders(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import stat
 import unicodedata
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,16 +92,20 @@ def layout_of(
     images = [entry for entry in entries if entry not in tables]
     if tables:
         return images, _by_table(tables[0], images, unpacked, most)
-    if roles := _roles(images):
-        return images, lambda entry: _in_split(entry, roles)
     paths = [_path(entry) for entry in images]
+    inside = defaultdict[str, set[str]](set)  # folders in those at the top; "" where images lie in it directly
+    for path in paths:
+        if len(path) > 1:
+            inside[path[0]].add(path[1] if len(path) > 2 else "")
+    if roles := _roles(inside):
+        return images, lambda entry: _in_split(entry, roles)
     tops = {path[0] for path in paths}
     if len(tops) == 1 and all(len(path) > 2 for path in paths):
         raise invalid(
             f"all images are inside one folder, {tops.pop()!r}; the folders at the top of the zip are the classes, so "
             "zip what is inside it"
         )
-    if _are_parts_in_classes(images):
+    if _are_parts_in_classes(inside, paths):
         return images, _in_part_of_class
     return images, _in_class
 
@@ -134,24 +138,18 @@ def _in_class(entry: zipfile.ZipInfo) -> Place:
     return Place(TRAIN, top)
 
 
-def _are_parts_in_classes(entries: Sequence[zipfile.ZipInfo]) -> bool:
+def _are_parts_in_classes(inside: Mapping[str, set[str]], paths: Sequence[Sequence[str]]) -> bool:
     """Tell whether the class folders consist of parts, because one of them has several.
 
     Raises:
         InvalidDataset: only some images are in a part, or none are to train on.
     """
-    parts, strays = defaultdict[str, set[str]](set), list[str]()
-    for entry in entries:
-        top, *folders = _path(entry)[:-1] or [""]
-        if folders and (part := SPELLINGS.get(folders[0].lower())):
-            parts[top].add(part)
-        else:
-            strays.append(entry.filename)
+    parts = {top: {part for name in names if (part := _part(name))} for top, names in inside.items()}
     split = next((top for top, found in sorted(parts.items()) if len(found) > 1), None)
     if split is None:
         return False
     found = " and ".join(f"{split}/{part}/" for part in PARTS if part in parts[split])
-    if strays:
+    if strays := ["/".join(path) for path in paths if len(path) < 3 or not _part(path[1])]:
         details = [{"file": name, "reason": "is in no part"} for name in strays]
         raise invalid(f"{found} are parts of a data set, so every image has to be in one", details)
     if TRAIN not in set[str]().union(*parts.values()):
@@ -174,32 +172,40 @@ def _in_split(entry: zipfile.ZipInfo, roles: dict[str, str]) -> Place:
     return Place(roles[top], rest[0])
 
 
-def _roles(entries: Sequence[zipfile.ZipInfo]) -> dict[str, str]:
+def _part(folder: str) -> str:
+    """The part that a folder is called after, or ""."""
+    return SPELLINGS.get(folder.lower(), "")
+
+
+def _roles(inside: Mapping[str, set[str]]) -> dict[str, str]:
     """What the folders at the top stand for if they are the parts of a data set; empty if they are classes.
+
+    Args:
+        inside: the folders in each of them, and "" if it has images itself.
 
     Raises:
         InvalidDataset: they are parts, but not as parts should be.
     """
-    depth: dict[str, int] = defaultdict(int)  # of the deepest file
-    for entry in entries:
-        top, *rest = _path(entry)
-        if rest:
-            depth[top] = max(depth[top], len(rest))
-    roles = {top: SPELLINGS.get(top.lower(), "") for top in depth}
-    strays = [f"{top}/" for top, role in sorted(roles.items()) if not role]
-    named = [top for top, role in sorted(roles.items()) if role]
-    if strays and TRAIN in roles.values() and len(named) > 1 and all(depth[top] > 1 for top in named):
-        found = ", ".join(f"{top}/" for top in named)
-        details = [{"file": stray, "reason": "is none of train/, val/ and test/"} for stray in strays]
-        raise invalid(f"{found} are parts of a data set; put classes into these, and nothing beside them", details)
-    if not roles or strays:
+    roles = {top: _part(top) for top in sorted(inside)}
+    named, others = [top for top in roles if roles[top]], [top for top in roles if not roles[top]]
+    classes = {top: inside[top] - {""} for top in roles}  # if it is a part
+    found = ", ".join(f"{top}/" for top in named)
+    if others:
+        several = len(named) > 1 and TRAIN in roles.values() and all(classes[top] for top in named)
+        same = {*others, *(name for top in others for name in classes[top])}
+        if several or any(classes[top] & same for top in named):
+            details = [{"file": f"{top}/", "reason": "is none of train/, val/ and test/"} for top in others]
+            are = "are parts" if len(named) > 1 else "looks like a part"
+            raise invalid(
+                f"{found} {are} of a data set; put classes into train/, val/ and test/, and nothing beside them",
+                details,
+            )
         return {}
-    if len(roles) == 1 and (1 in depth.values() or TRAIN not in roles.values()):
+    if not roles or (len(roles) == 1 and (not classes[named[0]] or TRAIN not in roles.values())):
         return {}
-    found = ", ".join(f"{top}/" for top in sorted(roles))
     if len(set(roles.values())) < len(roles):
         raise invalid(f"several folders for one part of the data set: {found}; rename or merge them")
-    if flat := [top for top in sorted(depth) if depth[top] == 1]:
+    if flat := [top for top in named if not classes[top]]:
         details = [{"file": f"{top}/", "reason": "has images but no class folders"} for top in flat]
         raise invalid(
             f"{found} are parts of a data set, so each needs class folders, as in {flat[0]}/cat/1.png", details
