@@ -254,9 +254,9 @@ def publish(
         move(staged, place)
         step("renamed")
 
-        def load(server: ModelServer) -> None:
+        def load(server: ModelServer, wait: Callable[[], None] = lambda: step(done)) -> None:
             reconcile(settings, registry, [server])
-            server.wait_until_available(model, version, wait=lambda: step(done))
+            server.wait_until_available(model, version, wait=wait)
 
         steps: dict[str, Callable[[ModelServer], object]] = {
             "available": load,
@@ -278,6 +278,7 @@ def publish(
             withdraw(settings, registry, servers, model, version)
         raise
     if one and len(here) > 1:
+        steps["available"] = functools.partial(load, wait=lambda: None)  # who is told of steps has finished
         threading.Thread(target=_follow, args=(here[1:], steps.values(), f"{model}:{version}")).start()
     return version
 

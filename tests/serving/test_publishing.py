@@ -162,7 +162,9 @@ def test_every_server_has_to_prove_a_version(press: Press) -> None:
     del press.servers[0]
 
 
-def test_a_standby_follows_a_live_version_and_publishes_alone_when_it_has_to(press: Press) -> None:
+def test_a_standby_follows_a_live_version_and_publishes_alone_when_it_has_to(
+    press: Press, caplog: pytest.LogCaptureFixture
+) -> None:
     press.settings = press.settings.model_copy(update={"model_server": "unix:/one,unix:/standby"})
     port = free_port()
     with ModelServer(f"127.0.0.1:{port}") as standby:
@@ -175,9 +177,16 @@ def test_a_standby_follows_a_live_version_and_publishes_alone_when_it_has_to(pre
         with running_model_server(port):
             eventually(lambda: is_reachable(standby), "the channel is back")
             press.servers.reverse()
-            assert press.publish(3) == 3
+            lease: list[str] = []
+
+            def step(done: str) -> None:
+                if lease:
+                    raise LeaseLost
+
+            assert press.publish(3, step=step, finish=lambda *_: lease.append("is over")) == 3
             eventually(lambda: standby.available("m") == {1, 2, 3}, "the standby has followed")
             assert prove(standby, "m", 3, Probe.load(press.settings.version("m", 3))) < 1e-4
+            assert "not proven" not in caplog.text
         press.servers.remove(standby)
 
 
