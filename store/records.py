@@ -210,6 +210,11 @@ class Manifest(Record):
         """The spec of the training; a version of an earlier release has only what was asked for."""
         return self.resolved_spec or self.spec
 
+    @property
+    def grouped(self) -> bool:
+        """Tell whether near copies were held out together; those of earlier releases were not."""
+        return self.abstention is not None
+
 
 class Epoch(Record):
     """One epoch of a run. Losses are means over its steps, in nats; a term that does not take part is absent."""
@@ -291,7 +296,7 @@ class AbstentionCard(Abstention):
 
 
 class Difference(Record):
-    """A figure of the version less that of its twin, with its 95% interval (paired bootstrap, Efron 1979)."""
+    """A figure of the version less that of its twin on the same images, with its 95% interval."""
 
     value: float = 0.0
     interval: tuple[float, float] = (0.0, 0.0)
@@ -518,6 +523,7 @@ class Condition(Record):
     value: float | None = None  # None if it could not be measured, or is no number
     interval: tuple[float, float] | None = None
     passed: bool = False
+    doubt: bool = False  # it passed, and yet there is reason to look
     message: str = ""  # the same in words
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from store.errors import InvalidSpec, enumerated, listed
 from store.validation import reason
-from trainer.spec import ATTACK_NAMES, OPTIONS, SEARCHED, Spec, described
+from trainer.spec import ATTACK_NAMES, OPTIONS, SEARCHED, Gate, Spec, described
 
 LEAST_S, LEAST_S_PER_IMAGE = 1.0, 4e-3  # of a search, on a fast machine
 
@@ -165,10 +165,13 @@ def invalid_spec(exc: ValidationError) -> InvalidSpec:
     return _refused("the spec is invalid", reasons)
 
 
-def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -> None:
+def check_dataset(
+    asked: Asked, classes: Mapping[str, int], *, held_out: bool, models_gate: Gate | None = None
+) -> None:  # fmt: skip
     """Refuse a spec that the data set does not allow.
 
     Args:
+        models_gate: what holds where the spec has no gate.
         classes: images of each class.
         held_out: validation images were uploaded separately, so none are split off.
 
@@ -191,10 +194,12 @@ def check_dataset(asked: Asked, classes: Mapping[str, int], *, held_out: bool) -
         wrong["search.seconds"] = (
             f"{spec.search.seconds:g} s are too few for even one trial; give at least {least_s:.1f}"
         )
-    if spec.gate and isinstance(spec.gate.class_recall, dict):
-        unknown = [name for name in spec.gate.class_recall if name not in classes]
+    gate = spec.gate or models_gate
+    if gate and isinstance(gate.class_recall, dict):
+        unknown = [name for name in gate.class_recall if name not in classes]
         if unknown:
-            wrong["gate.class_recall"] = f"names {enumerated(unknown)}, of which the data has no images"
+            whose = "names" if spec.gate else "of the model's gate names"
+            wrong["gate.class_recall"] = f"{whose} {enumerated(unknown)}, of which the data has no images"
     if spec.early_stopping and not (held_out or spec.validation_split):
         wrong["early_stopping"] = "leave it out: all images are trained on, so there are none to stop by"
     if spec.folds and held_out:

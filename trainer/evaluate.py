@@ -2,13 +2,15 @@
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest
+from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import binomtest, norm
 from sklearn.metrics import classification_report, confusion_matrix
 
+ALPHA = 0.05  # two-sided: how unlikely a difference must be by chance to count as clear
 BINS = 10
 SPREAD = 0.4  # of the logarithm of a temperature, before anything is seen
 
@@ -48,6 +50,55 @@ def proportion(hits: np.ndarray) -> dict[str, Any]:
         "images": len(hits), "accuracy": float(hits.mean()),
         "accuracy_interval": [float(interval.low), float(interval.high)],
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The accuracy of one network less that of another on the same images."""
+
+    value: float
+    interval: tuple[float, float]  # 95%
+    p: float  # chance of one as large if both are equally good
+
+    @property
+    def clear(self) -> bool:
+        """Tell whether it is no chance, which is where the interval leaves out zero."""
+        return self.p < ALPHA
+
+
+def difference(right: np.ndarray, right_of_other: np.ndarray) -> Difference:
+    """Compare two networks on the same images, at least one, from whether each is right, (n,) bool each.
+
+    McNemar's test (1947) asks whether the images that only one of the two classifies correctly are divided between them
+    by chance. The interval is that of Tango (1998): the differences that the same score test does not reject. It has a
+    width where the two never differ, because on other images they may.
+    """
+    n = len(right)
+    won, lost = int((right & ~right_of_other).sum()), int((~right & right_of_other).sum())
+    value, z = (won - lost) / n, float(norm.ppf(1 - ALPHA / 2))
+
+    def rejected(delta: float) -> float:
+        """Above zero where the score test rejects a difference of `delta`."""
+        linear = (2 * n - won + lost) * delta - won - lost
+        root = math.sqrt(max(0.0, linear**2 + 8 * n * lost * delta * (1 - delta)))
+        losses = (root - linear) / (4 * n)  # their most likely share, given `delta`
+        return (won - lost - n * delta) ** 2 - z**2 * n * (2 * losses + delta * (1 - delta))
+
+    inside = 1e-9  # at the value itself both sides are zero if the two never differ
+    low = brentq(rejected, -1.0, value - inside) if value - inside > -1 else -1.0
+    high = brentq(rejected, value + inside, 1.0) if value + inside < 1 else 1.0
+    p = 2 * float(norm.sf(abs(won - lost) / math.sqrt(won + lost))) if won + lost else 1.0
+    return Difference(value, (float(low), float(high)), p)
+
+
+Figure = tuple[float, tuple[float, float]]  # with its 95% interval
+
+
+def apart(one: Figure, other: Figure) -> tuple[float, float]:
+    """The 95% interval of a figure less one of other images (Newcombe 1998; Zou & Donner 2008)."""
+    (mine, (my_low, my_high)), (its, (its_low, its_high)) = one, other
+    value = mine - its
+    return value - math.hypot(mine - my_low, its_high - its), value + math.hypot(my_high - mine, its - its_low)
 
 
 def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -7,24 +7,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, fisher_exact
+from scipy.stats import fisher_exact
 
 from store.errors import enumerated
 from store.records import Condition, ReportCard, Score
+from trainer.evaluate import Difference, apart, difference
 from trainer.spec import Gate
 
-ALPHA = 0.05  # two-sided: how unlikely a difference must be to count as clear
 FEWEST = 10  # images that versions are compared on
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a version and the one before made of the same images, none of which the one before was trained on."""
+    """What a version and the one before made of the same images, none of which either was trained on."""
 
     before: str  # that version, as name:version
     right: np.ndarray  # (n,) bool
     right_before: np.ndarray  # (n,) bool
+    earlier: np.ndarray  # (n,) bool, the images that were held out for the one before
     left_out: int  # images that the one before was trained on
+    shared: int  # images that are in the data of both
+    relabelled: int  # of these, how many are of another class now
     own: Score  # on the images that were held out for the version
     own_before: Score | None  # likewise for the one before, if its report has that
 
@@ -66,57 +69,73 @@ def same_classes(classes: tuple[str, ...], before: str, classes_before: tuple[st
 def not_worse(found: Comparison) -> Condition:
     """The condition that a version is not clearly worse than the one before.
 
-    McNemar's exact test (McNemar 1947): of the images that only one of the two classified correctly, is the share that
-    the version did too small to be chance? Its exact interval (Clopper & Pearson 1934), scaled by how many these are of
-    all images, is that of the difference in accuracy. Where too few images can be compared in pairs, Fisher's exact
-    test (1922) compares the accuracy of each on the images that were held out for it.
+    It is, if it gets clearly fewer of the images right that can be compared, or of those among them that were held out
+    for the one before: a version of other data, whose labels mean something else, is good on its own images. Where too
+    few images can be compared in pairs, Fisher's exact test (1922) compares the accuracy of each on the images that
+    were held out for it.
     """
     n, before = len(found.right), found.before
+    relabelled = (
+        f"{found.relabelled} of the {found.shared} images that both were given are of another class than before"
+    )
+    if found.shared >= FEWEST and found.relabelled > found.shared / 2:
+        return not_compared(f"it cannot be compared with {before}: {relabelled}", passed=False)
     if n < FEWEST:
         return _not_worse_apart(found)
-    won, lost = int((found.right & ~found.right_before).sum()), int((~found.right & found.right_before).sum())
-    differ = won + lost
-    interval: list[float] | None = None
-    difference, chance = (won - lost) / n, 1.0
-    if differ:
-        test = binomtest(won, differ)
-        exact, chance = test.proportion_ci(1 - ALPHA), float(test.pvalue)
-        interval = [(2 * float(share) - 1) * differ / n for share in (exact.low, exact.high)]
-    clear = chance < ALPHA and lost > won
-    out = f"; {found.left_out} that {before} was trained on are left out" if found.left_out else ""
+    some = found.earlier
+    tested = [("held-out images", difference(found.right, found.right_before), np.ones(n, bool))]
+    if FEWEST <= some.sum() < n:
+        on_some = difference(found.right[some], found.right_before[some])
+        tested.append((f"images that were held out for {before}", on_some, some))
+    what, result, among = next((one for one in tested if _is_worse(one[1])), tested[0])
+    left_out = f"{found.left_out} that {before} was trained on are left out"
+    reasons = [
+        f"p = {result.p:.2g}, the difference is {_percent(result.interval[0])} to {_percent(result.interval[1])}",
+        *[left_out] * bool(found.left_out), *[relabelled] * bool(found.relabelled),
+    ]  # fmt: skip
     text = (
-        f"{_percent(found.right.mean())} of {n} held-out images are right, and {_percent(found.right_before.mean())} "
-        f"with {before}: {'clearly worse' if clear else 'not clearly worse'} (p = {chance:.2g}{out})"
+        f"{_percent(found.right[among].mean())} of {among.sum()} {what} are right, and "
+        f"{_percent(found.right_before[among].mean())} with {before}: {_verdict(result)} ({'; '.join(reasons)})"
     )
-    return _difference(difference, interval, passed=not clear, message=text)
+    return _difference(
+        result, passed=not _is_worse(result), doubt=result.value < 0 or bool(found.relabelled), message=text
+    )
+
+
+def _is_worse(found: Difference) -> bool:
+    return found.clear and found.value < 0
+
+
+def _verdict(found: Difference) -> str:
+    return "not worse" if found.value >= 0 else "clearly worse" if found.clear else "worse, which may be chance"
 
 
 def _not_worse_apart(found: Comparison) -> Condition:
     own, other, before = found.own, found.own_before, found.before
     few = f"there are only {len(found.right)} held-out images that {before} was not trained on"
     if other is None or not (own.images and other.images):
-        return _difference(None, None, passed=True, message=f"{few}, so nothing was compared")
+        return not_compared(f"{few}, so nothing was compared", passed=True, doubt=True)
     table = [[round(one.accuracy * one.images), one.images - round(one.accuracy * one.images)] for one in (own, other)]
-    chance = float(fisher_exact(table).pvalue)
-    clear = chance < ALPHA and own.accuracy < other.accuracy
+    figures = ((one.accuracy, one.accuracy_interval) for one in (own, other))
+    result = Difference(own.accuracy - other.accuracy, apart(*figures), float(fisher_exact(table).pvalue))
     text = (
         f"{_percent(own.accuracy)} of {own.images} held-out images are right, and {_percent(other.accuracy)} of the "
-        f"{other.images} that were held out for {before}: {'clearly worse' if clear else 'not clearly worse'} "
-        f"(p = {chance:.2g}; {few})"
+        f"{other.images} that were held out for {before}: {_verdict(result)} (p = {result.p:.2g}; {few})"
     )
-    return _difference(own.accuracy - other.accuracy, None, passed=not clear, message=text)
+    return _difference(result, passed=not _is_worse(result), doubt=True, message=text)
 
 
-def not_compared(why: str, *, passed: bool) -> Condition:
+def not_compared(why: str, *, passed: bool, doubt: bool = False) -> Condition:
     """The condition that a version is not worse where there is nothing to compare, or no way to."""
-    return _difference(None, None, passed=passed, message=why)
+    return _difference(None, passed=passed, doubt=doubt, message=why)
 
 
-def _difference(value: float | None, interval: list[float] | None, *, passed: bool, message: str) -> Condition:
-    return Condition.model_validate({
-        "condition": "not_worse", "limit": None, "value": value, "interval": interval, "passed": passed,
-        "message": message,
-    })  # fmt: skip
+def _difference(found: Difference | None, *, passed: bool, message: str, doubt: bool = False) -> Condition:
+    value, interval = (found.value, found.interval) if found else (None, None)
+    return Condition(
+        condition="not_worse", limit=None, value=value, interval=interval, passed=passed, doubt=passed and doubt,
+        message=message,
+    )  # fmt: skip
 
 
 def _recall(wanted: float | dict[str, float], card: ReportCard) -> Condition:

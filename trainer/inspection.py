@@ -153,7 +153,7 @@ def warnings(found: Mapping[str, Any]) -> list[str]:
         first = leaks[0].get("file", leaks[0].get("index"))
         texts.append(
             f"{found['leaks']['images']} of the images to measure on are near copies of images that were trained on, "
-            f"such as {first}: their accuracy says nothing about others"
+            f"such as {first}; they are left out of all figures"
         )
     if several := found["copies"]["of_several_classes"]:
         groups = "1 group of near copies spans" if several == 1 else f"{several} groups of near copies span"

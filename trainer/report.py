@@ -6,7 +6,7 @@ Every number can be recomputed from the exported parameters, the data set and th
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,40 +270,39 @@ def beside_twin(
 ) -> dict[str, Any]:  # fmt: skip
     """What regularization changed: this version less its twin, which was trained without any, on the same images.
 
-    Both are calibrated for the comparison, by the other half of the images.
+    Both are calibrated for the comparison, by the other half of the images. The interval of the calibration error,
+    which is no share of the images, is a paired bootstrap (Efron 1979).
     """
     epsilon, labels = epsilon_of(spec), ours[1].split.labels
-    measured: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    right, sure, learned, withstood = [], [], [], []
     for fitted, held_out in (ours, twin):
         logits = evaluate.cross_fitted(held_out.logits, labels)
-        learned = evaluate.right(fitted.network.logits(train.images), train.labels)
-        right = evaluate.right(logits, labels)
-        withstood = _quickly_attacked(Network(held_out.params), held_out.attacked, epsilon, attack_images, well=True)[1]
-        measured.append((right, np.exp(evaluate.log_softmax(logits).max(axis=1)), learned, withstood))
+        right.append(evaluate.right(logits, labels))
+        sure.append(np.exp(evaluate.log_softmax(logits).max(axis=1)))
+        learned.append(evaluate.right(fitted.network.logits(train.images), train.labels))
+        network = Network(held_out.params)
+        withstood.append(_quickly_attacked(network, held_out.attacked, epsilon, attack_images, well=True)[1])
 
-    def figures(right: np.ndarray, sure: np.ndarray, learned: np.ndarray, withstood: np.ndarray) -> dict[str, float]:
-        accuracy = float(right.mean())
-        return {
-            "accuracy": accuracy, "generalization_gap": float(learned.mean()) - accuracy,
-            "expected_calibration_error": evaluate.calibration_error(sure, right),
-            "robust_accuracy": float(withstood.mean()),
-        }  # fmt: skip
-
-    one, other = (figures(*these) for these in measured)
-    rng, drawn = np.random.default_rng(0), {name: list[float]() for name in one}
+    errors = [evaluate.calibration_error(*these) for these in zip(sure, right, strict=True)]
+    rng, drawn = np.random.default_rng(0), list[float]()
     for _ in range(BOOTSTRAPS if len(labels) <= MANY else FEW_BOOTSTRAPS):
-        images, trained, attacked = (rng.integers(0, len(of), len(of)) for of in measured[0][1:])
-        mine, theirs = (
-            figures(right[images], sure[images], learned[trained], withstood[attacked])
-            for right, sure, learned, withstood in measured
-        )
-        for name, values in drawn.items():
-            values.append(mine[name] - theirs[name])
+        some = rng.integers(0, len(labels), len(labels))
+        mine, its = (evaluate.calibration_error(*(of[some] for of in these)) for these in zip(sure, right, strict=True))
+        drawn.append(mine - its)
+    accuracy, in_training, robust = (evaluate.difference(*both) for both in (right, learned, withstood))
+    gap = evaluate.apart((in_training.value, in_training.interval), (accuracy.value, accuracy.interval))
+    hits, train_hits, robust_hits = (float(both[1].mean()) for both in (right, learned, withstood))
+    differences: dict[str, tuple[float, Sequence[float]]] = {
+        "accuracy": (accuracy.value, accuracy.interval),
+        "generalization_gap": (in_training.value - accuracy.value, gap),
+        "expected_calibration_error": (errors[0] - errors[1], np.quantile(drawn, [0.025, 0.975]).tolist()),
+        "robust_accuracy": (robust.value, robust.interval),
+    }
     return {
-        **other, "train_accuracy": other["accuracy"] + other["generalization_gap"],
+        "accuracy": hits, "train_accuracy": train_hits, "generalization_gap": train_hits - hits,
+        "expected_calibration_error": errors[1], "robust_accuracy": robust_hits,
         "differences": {
-            name: {"value": one[name] - other[name], "interval": np.quantile(values, [0.025, 0.975]).tolist()}
-            for name, values in drawn.items()
+            name: {"value": value, "interval": interval} for name, (value, interval) in differences.items()
         },
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from store.errors import GateFailed, InvalidSpec
+from store.errors import GateFailed, InvalidDataset, InvalidSpec
 from store.records import Condition, DatasetCard, ReportCard, Score
 from tests.conftest import Place
 from trainer import report
@@ -97,34 +97,62 @@ def test_without_conditions_there_are_none() -> None:
 def pairs(both: int, won: int, lost: int, neither: int, **more: Any) -> Condition:
     right = np.array([True] * (both + won) + [False] * (lost + neither))
     before = np.array([True] * both + [False] * won + [True] * lost + [False] * neither)
-    own = {"own": Score(images=10, accuracy=0.1), "own_before": Score(images=20, accuracy=0.95)}
-    return not_worse(Comparison("m:1", right, before, 0, **(own | more)))
+    given: dict[str, Any] = {
+        "earlier": np.zeros(len(right), bool), "left_out": 0, "shared": 0, "relabelled": 0,
+        "own": Score(images=10, accuracy=0.1, accuracy_interval=(0.02, 0.4)),
+        "own_before": Score(images=20, accuracy=0.95, accuracy_interval=(0.76, 0.99)),
+    }  # fmt: skip
+    return not_worse(Comparison("m:1", right, before, **(given | more)))
 
 
 def test_a_difference_counts_only_if_it_is_no_chance() -> None:
-    """McNemar's exact test: 5 of 5 discordant pairs have p = 0.0625, 6 of 6 have 0.03125."""
-    five, six, better = pairs(90, 0, 5, 5), pairs(90, 0, 6, 4), pairs(90, 6, 0, 4)
-    assert (five.passed, six.passed, better.passed) == (True, False, True)
-    assert five.value == pytest.approx(-0.05)
-    assert six.interval is not None
+    """McNemar's test: 3 of 3 discordant pairs have p = 0.083, 4 of 4 have 0.046."""
+    three, four, better = pairs(90, 0, 3, 7), pairs(90, 0, 4, 6), pairs(90, 4, 0, 6)
+    assert (three.passed, four.passed, better.passed) == (True, False, True)
+    assert three.value == pytest.approx(-0.03)
+    assert four.interval is not None
     assert better.interval is not None
-    assert six.interval == pytest.approx((-0.06, 0.06 * (2 * (1 - 0.025 ** (1 / 6)) - 1)))  # Clopper and Pearson
-    assert six.interval[1] < 0 < better.interval[0]
-    assert "p = 0.031" in six.message
+    assert four.interval == pytest.approx((-0.09837, -0.00153), abs=1e-5)  # Tango
+    assert four.interval[1] < 0 < better.interval[0]
+    assert "clearly worse (p = 0.046, the difference is -9.837% to -0.1527%)" in four.message
+    assert (three.doubt, four.doubt, better.doubt) == (True, False, False)
+    assert "worse, which may be chance" in three.message
 
 
-def test_versions_that_never_differ_differ_by_nothing() -> None:
+def test_versions_that_never_differ_may_differ_on_other_images() -> None:
     found = pairs(40, 0, 0, 3)
-    assert (found.passed, found.value, found.interval) == (True, 0.0, None)
+    assert (found.passed, found.doubt, found.value) == (True, False, 0.0)
+    assert found.interval == pytest.approx((-0.082, 0.082), abs=1e-3)
+
+
+def test_the_images_of_the_version_before_are_also_compared_apart() -> None:
+    """Of other data with other labels: each version is right on its own images alone."""
+    earlier = np.array([False] * 30 + [True] * 31)
+    found = pairs(0, 30, 31, 0, earlier=earlier)
+    assert (found.passed, found.value) == (False, -1.0)
+    assert "0% of 31 images that were held out for m:1 are right, and 100% with m:1: clearly worse" in found.message
+    assert pairs(0, 30, 31, 0).passed
+
+
+def test_a_version_of_the_same_images_under_other_classes_cannot_be_compared() -> None:
+    found = pairs(60, 0, 0, 0, shared=60, relabelled=31)
+    assert not found.passed
+    assert "31 of the 60 images that both were given are of another class than before" in found.message
+    few = pairs(60, 0, 0, 0, shared=60, relabelled=6)
+    assert (few.passed, few.doubt) == (True, True)
+    assert "6 of the 60 images" in few.message
 
 
 def test_with_too_few_common_images_each_is_compared_on_its_own() -> None:
     found = pairs(5, 0, 4, 0)
-    assert (found.passed, found.interval) == (False, None)
+    assert not found.passed
+    assert found.interval is not None
+    assert found.interval[0] < -0.85 < found.interval[1] < 0
     assert "10% of 10 held-out images are right, and 95% of the 20 that were held out for m:1" in found.message
-    assert pairs(5, 0, 4, 0, own=Score(images=10, accuracy=0.9)).passed
+    alike = pairs(5, 0, 4, 0, own=Score(images=10, accuracy=0.9, accuracy_interval=(0.6, 0.98)))
+    assert (alike.passed, alike.doubt) == (True, True)
     unknown = pairs(5, 0, 4, 0, own_before=None)
-    assert unknown.passed
+    assert (unknown.passed, unknown.doubt) == (True, True)
     assert "only 9 held-out images" in unknown.message
 
 
@@ -140,6 +168,11 @@ def test_a_floor_for_a_class_that_the_data_lacks_is_refused() -> None:
     with pytest.raises(InvalidSpec, match="names 'x'") as refused:
         check_dataset(asked, {"a": 9, "b": 9}, held_out=False)
     assert refused.value.param == "spec.gate.class_recall"
+    models = Gate(class_recall={"x": 0.5})
+    with pytest.raises(InvalidSpec, match="of the model's gate names 'x'"):
+        check_dataset(parse_asked("{}"), {"a": 9, "b": 9}, held_out=False, models_gate=models)
+    own = parse_asked('{"gate": {}}')
+    check_dataset(own, {"a": 9, "b": 9}, held_out=False, models_gate=models)
 
 
 def test_the_same_data_again_takes_the_label(place: Place) -> None:
@@ -170,7 +203,8 @@ def test_wrongly_labelled_data_does_not_take_stable(
     assert (job.status, job.version) == ("succeeded", 2)
     assert gate_of(job)["passed"] is False
     assert gate_of(job)["compared_with"] == 1
-    assert condition(job, "not_worse")["value"] < -0.15
+    worse = condition(job, "not_worse")
+    assert worse["value"] < -0.15 if fresh else "are of another class than before" in worse["message"]
     assert place.registry.labels("m")["stable"].version == 1
     assert place.registry.find("m", 2).live
     assert "labelled" not in job.progress.publishing
@@ -239,16 +273,59 @@ def test_near_copies_of_what_stable_was_trained_on_are_left_out(
     assert f"of {len(old.images)} held-out images" in condition(job, "not_worse")["message"]
 
 
-def test_dark_and_light_uploads_of_other_images_are_compared(
+def test_other_images_with_shifted_labels_do_not_take_stable(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
+    split = {"epochs": 15, "folds": None, "validation_split": 0.2}
+    ran(place, split)
+    uploaded(place, digits[0][200:350], (digits[1][200:350] + 3) % 10)
+    job = ran(place, split)
+    assert "of 20 images that were held out for m:1" in condition(job, "not_worse")["message"]
+    assert not gate_of(job)["passed"]
+    uploaded(place, digits[0][:100], (digits[1][:100] + 3) % 10)
+    job = ran(place, split)
+    assert "100 of the 100 images that both were given are of another class" in condition(job, "not_worse")["message"]
+    assert not gate_of(job)["passed"]
+
+
+def test_copies_of_training_images_do_not_pass_a_gate(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    """What is learned by heart is recognized again, whatever its label."""
+    images, labels = digits[0][:100], np.random.default_rng(3).permutation(digits[1][:100])
+    copies = images - (images > 200)
+    spec = {"epochs": 40, "folds": None, "validation_split": 0.2, "gate": {"accuracy": 0.6}}
+
+    def with_validation(images_: np.ndarray, labels_: np.ndarray) -> Job:
+        uploaded(place, images, labels)
+        apart = Dataset(images_, labels_.astype(np.int32), tuple("0123456789"))
+        card = apart.described()
+        apart.save(place.settings.datasets / f"{card.id}.npz")
+        place.dataset = place.dataset.model_copy(update={"validation": card})
+        return ran(place, spec)
+
+    mixed = with_validation(np.concatenate([copies, digits[0][200:220]]), np.append(labels, digits[1][200:220]))
+    assert not gate_of(mixed)["passed"]
+    card = place.registry.find("m", 1).report
+    assert card.validation is not None
+    assert card.validation.images == 20
+    assert any("100 of the images to measure on are near copies" in text for text in card.warnings)
+    with pytest.raises(InvalidDataset, match="all 100 validation images are near copies"):
+        with_validation(copies, labels)
+
+
+def test_a_version_of_dark_images_does_not_take_stable_from_one_of_light_ones(
+    place: Place, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """It is good on its own images, and not on those that apps send."""
     ran(place)
     uploaded(place, 255 - digits[0][200:300], digits[1][200:300])
     place.dataset = place.dataset.model_copy(update={"polarity": "dark_on_light"})
     job = ran(place)
     worse = condition(job, "not_worse")
-    assert "of 200 held-out images" in worse["message"]  # 100 of either
-    assert abs(worse["value"]) < 0.1
+    assert "of 100 images that were held out for m:1 are right" in worse["message"]
+    assert worse["value"] < -0.5
+    card = place.registry.find("m", 2).report
+    assert card.validation is not None
+    assert card.validation.accuracy > 0.7
 
 
 def test_other_classes_do_not_take_the_label_by_themselves(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
@@ -324,7 +401,7 @@ def test_it_is_judged_again_if_stable_moves_meanwhile(
     good, bad = place.dataset, uploaded(place, digits[0][:100], np.random.default_rng(3).permutation(digits[1][:100]))
     ran(place)
     place.dataset = good
-    ran(place)
+    ran(place, {"gate": {"not_worse": False}})
     place.registry.put_label("m", "stable", 1)
     go_live, judged = place.registry.go_live, []
 

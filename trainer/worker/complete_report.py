@@ -36,8 +36,7 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
         jobs.reported(job, "none")
         return
     spec = spec_of(version.manifest)
-    grouped = version.manifest.abstention is not None  # earlier releases did not hold out near copies together
-    data = JobData.load(job.dataset, settings, spec, grouped=grouped)
+    data = JobData.load(job.dataset, settings, spec, grouped=version.manifest.grouped)
     device = device_of("auto" if spec.device == "gpu" else spec.device)
     params = load_params(settings.version(job.model, job.version))
     with tf.device(device):
@@ -82,7 +81,7 @@ def forgetting(
         if version.manifest.dataset is None:
             return None
         try:
-            data = JobData.load(version.manifest.dataset, settings, spec)
+            data = JobData.load(version.manifest.dataset, settings, spec, grouped=version.manifest.grouped)
         except FileNotFoundError:
             return None
         train, validation = data.split(spec)

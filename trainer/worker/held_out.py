@@ -75,6 +75,16 @@ def digests(images: np.ndarray) -> Iterator[bytes]:
     return (blake2b(one.data, digest_size=DIGEST_BYTES).digest() for one in pixels)
 
 
+def learned_before(held_out: Predictions, base: Version, settings: Settings, registry: Registry) -> list[str]:
+    """The warning that what training began with had learned some of the held-out images, if so and still known."""
+    learned = _learned_by(base, settings, registry)
+    count = sum(image in learned for image in held_out.images)
+    return [
+        f"{count} of the {len(held_out.images)} held-out images were already learned by "
+        f"{public_name(base.model)}:{base.version}, which training began with: accuracy on other images may be lower"
+    ] if count else []  # fmt: skip
+
+
 def gate_of(spec: Spec, model: str, registry: Registry) -> Gate:
     """The gate of a job: its own, that of the model, or the default."""
     return spec.gate or Gate.stored(registry.gate(model)) or Gate()
@@ -130,59 +140,64 @@ class Candidate:
         it started from. To save time, networks are asked for some of the images where there are many.
         """
         assert self.card.validation is not None
-        place, data, mine = settings.version(stable.model, stable.version), self.data, self.held_out
-        recorded = Predictions.load(place)
-        now, then = mine.by_image(), recorded.by_image()
+        place, data = settings.version(stable.model, stable.version), self.data
+        now, then = self.held_out.by_image(), Predictions.load(place).by_image()
         card = stable.manifest.dataset
         trained_on = _by_digest(_upload(card, settings))
-        apart = _by_digest(_upload(card.validation if card else None, settings))
+        old = trained_on | _by_digest(_upload(card.validation if card else None, settings))
+        own = _by_digest(data.dataset, data.validation)
         inherited = _inherited(stable, settings, registry) | _learned_by(self.base, settings, registry)
         learned = trained_on.keys() - then.keys() | inherited
-        pairs = {
-            image: (now[image][1] == now[image][0], then[image][1] == then[image][0])
-            for image in now
-            if image in then and image not in learned
-        }
 
-        own = _by_digest(*(upload.images for upload in (data.dataset, data.validation) if upload))
-        new = [image for image in now if image not in learned and image not in then]
-        if asked := _spread(new, MOST):
-            pixels, truth = np.stack([own[image] for image in asked]), np.array([now[image][0] for image in asked])
-            network, invert = Network(load_params(place)), stable.manifest.polarity == "dark_on_light"
-            right = _right(network, pixels, truth, invert=invert)
-            pairs |= {image: (now[image][1] == now[image][0], one) for image, one in zip(asked, right, strict=True)}
+        both = [image for image in now if image in then and image not in learned]
+        new = _spread([image for image in now if image not in then and image not in learned], MOST)
+        others = [image for image in then if image in old and image not in own and image not in inherited]
+        earlier = _spread(others, MOST_BEFORE)
+        network, dark = Network(load_params(place)), stable.manifest.polarity == "dark_on_light"
+        ours = {image: now[image][1] == now[image][0] for image in both + new}
+        ours |= _asked(self.fitted.network, earlier, old, then, invert=data.invert)
+        theirs = {image: then[image][1] == then[image][0] for image in both + earlier}
+        theirs |= _asked(network, new, own, now, invert=dark)
 
-        old = {image: one for image, one in (trained_on | apart).items() if image in then}
-        earlier = [image for image in then if image in old and image not in own and image not in inherited]
-        if asked := _spread(earlier, MOST_BEFORE):
-            pixels, truth = np.stack([old[image] for image in asked]), np.array([then[image][0] for image in asked])
-            right = _right(self.fitted.network, pixels, truth, invert=data.invert)
-            pairs |= {image: (one, then[image][1] == then[image][0]) for image, one in zip(asked, right, strict=True)}
-        seen = [one for image, one in trained_on.items() if image in learned]
-        seen += [one for image, one in own.items() if image not in now]
-        compared = _spread([*pairs], MOST_COMPARED)
-        evidence = [pairs[image] for image in _without_copies(compared, own | old, seen)]
-        ours, theirs = np.array(evidence, bool).reshape(-1, 2).T
-        left_out = sum(image in learned for image in now)
-        return Comparison(before, ours, theirs, left_out, self.card.validation, stable.report.validation)
+        seen = [one.pixels for image, one in trained_on.items() if image in learned]
+        seen += [one.pixels for image, one in own.items() if image not in now]
+        images = _without_copies(_spread(both + new + earlier, MOST_COMPARED), own | old, seen)
+        right, right_before, was_held_out = (
+            np.array([known[image] for image in images], bool)
+            for known in (ours, theirs, {image: image in then for image in images})
+        )
+        shared = own.keys() & old.keys()
+        return Comparison(
+            before, right, right_before, was_held_out, left_out=sum(image in learned for image in now),
+            shared=len(shared), relabelled=sum(own[image].label != old[image].label for image in shared),
+            own=self.card.validation, own_before=stable.report.validation,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of an upload."""
+
+    pixels: np.ndarray  # (28, 28) uint8
+    label: str  # name of its class
 
 
 def _without_copies(
-    images: list[bytes], pixels: Mapping[bytes, np.ndarray], learned: list[np.ndarray]
+    images: list[bytes], known: Mapping[bytes, _Image], learned: list[np.ndarray]
 ) -> list[bytes]:  # fmt: skip
     """The images without near copies of earlier ones, which are no further evidence, and of learned ones.
 
     Args:
         images: digests.
-        pixels: (28, 28) uint8 of each.
+        known: each of them, and others.
         learned: pixels of images that one of the two was trained on.
     """
     if not images:
         return []
-    groups = near_copies(np.stack([*(pixels[image] for image in images), *learned]))
-    known = set(groups[len(images) :].tolist())
+    groups = near_copies(np.stack([*(known[image].pixels for image in images), *learned]))
+    taken = set(groups[len(images) :].tolist())
     _, first = np.unique(groups[: len(images)], return_index=True)
-    return [images[at] for at in first if int(groups[at]) not in known]
+    return [images[at] for at in first if int(groups[at]) not in taken]
 
 
 def _spread(images: list[bytes], most: int) -> list[bytes]:
@@ -191,21 +206,32 @@ def _spread(images: list[bytes], most: int) -> list[bytes]:
     return [images[at] for at in chosen]
 
 
-def _right(network: Network, pixels: np.ndarray, truth: np.ndarray, *, invert: bool) -> np.ndarray:
-    """Whether a network classifies images, (n, 28, 28) uint8 as they were sent, correctly, (n,) bool."""
-    images = (pixels / np.float32(255)).reshape(-1, *GREY_28.shape)
-    found: np.ndarray = network.logits(1 - images if invert else images).argmax(axis=1) == truth
-    return found
+def _asked(
+    network: Network, images: list[bytes], known: Mapping[bytes, _Image], truth: Mapping[bytes, tuple[int, int]], *,
+    invert: bool,
+) -> dict[bytes, bool]:  # fmt: skip
+    """Whether a network classifies each of these images, given as digests, as the truth says."""
+    if not images:
+        return {}
+    pixels = np.stack([known[image].pixels for image in images]) / np.float32(255)
+    values = pixels.reshape(-1, *GREY_28.shape)
+    predicted = network.logits(1 - values if invert else values).argmax(axis=1)
+    return {image: bool(one == truth[image][0]) for image, one in zip(images, predicted, strict=True)}
 
 
-def _upload(card: DatasetCard | None, settings: Settings) -> np.ndarray:
-    """The images of a data set, (n, 28, 28) uint8; none if it is gone."""
+def _upload(card: DatasetCard | None, settings: Settings) -> Dataset | None:
+    """The images of a data set, if they are still there."""
     file = settings.datasets / card.file if card else None
-    return Dataset.load(file).images if file and file.is_file() else np.empty((0, 28, 28), np.uint8)
+    return Dataset.load(file) if file and file.is_file() else None
 
 
-def _by_digest(*uploads: np.ndarray) -> dict[bytes, np.ndarray]:
-    return {one: image for images in uploads for one, image in zip(digests(images), images, strict=True)}
+def _by_digest(*uploads: Dataset | None) -> dict[bytes, _Image]:
+    """Each image by its digest; of equal ones the last."""
+    return {
+        one: _Image(pixels, upload.classes[label])
+        for upload in uploads if upload
+        for one, pixels, label in zip(digests(upload.images), upload.images, upload.labels, strict=True)
+    }  # fmt: skip
 
 
 def _inherited(version: Version, settings: Settings, registry: Registry) -> set[bytes]:
@@ -224,5 +250,5 @@ def _learned_by(version: Version, settings: Settings, registry: Registry) -> set
     """The images that a version was trained on, and those that it has from what it started from."""
     if version.model == BASE:
         return set()
-    own = set(digests(_upload(version.manifest.dataset, settings)))
-    return own | _inherited(version, settings, registry)
+    upload = _upload(version.manifest.dataset, settings)
+    return set(digests(upload.images) if upload else ()) | _inherited(version, settings, registry)

@@ -10,13 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 from serving.registry import Registry, Version
-from store.errors import DeviceUnavailable
+from store.errors import DeviceUnavailable, InvalidDataset
 from store.records import GREY_28, DatasetCard, Manifest
 from store.settings import Settings
 from trainer.duplicates import near_copies
 from trainer.fit import Split
 from trainer.folds import stratified, stratified_folds
 from trainer.jobs.datasets import Dataset
+from trainer.jobs.layouts import TEST, VALIDATION
 from trainer.lenet import Tensor
 from trainer.spec import Spec
 
@@ -74,7 +75,7 @@ class JobData:
     def split(self, spec: Spec) -> tuple[Split, Split | None]:
         """Training and validation images: uploaded apart, or the same share of every class, or none of them."""
         if self.validation is not None:
-            return self.all, self._ready(self.validation)
+            return self.all, self._apart(self.validation, VALIDATION)[1]
         if not spec.validation_split:
             return self.all, None
         chosen = self._split_off(spec)
@@ -98,10 +99,39 @@ class JobData:
         """All images but those that were uploaded to validate on."""
         return self._ready(self.dataset)
 
+    @functools.cached_property
+    def copied(self) -> dict[str, np.ndarray]:
+        """Of each image that was uploaded to measure on, a training image that it is a near copy of, or -1.
+
+        It says nothing about other images, so it is left out of all figures. (n,) int by part, if that is there.
+        """
+        parts = {part: one for part, one in ((VALIDATION, self.validation), (TEST, self.test)) if one}
+        n = len(self.dataset.images)
+        if not parts or not self.grouped:
+            return {part: np.full(len(one.images), -1) for part, one in parts.items()}
+        groups = near_copies(np.concatenate([self.dataset.images, *(one.images for one in parts.values())]))
+        _, first = np.unique(groups, return_index=True)  # of each group; the training images come first
+        found = np.where(first[groups] < n, first[groups], -1)[n:]
+        ends = np.cumsum([len(one.images) for one in parts.values()])
+        return dict(zip(parts, np.split(found, ends[:-1]), strict=True))
+
+    def check(self) -> None:
+        """Refuse images to measure on that are all copies of what is trained on.
+
+        Raises:
+            InvalidDataset: names the part.
+        """
+        for part, copied in self.copied.items():
+            if (copied >= 0).all():
+                raise InvalidDataset(
+                    f"all {len(copied)} {part} images are near copies of images that are trained on, so nothing can "
+                    "be measured with them; leave them out, or give others", param=part,
+                )  # fmt: skip
+
     @property
     def unseen(self) -> Split | None:
         """The test images, if there are any."""
-        return self._ready(self.test) if self.test else None
+        return self._apart(self.test, TEST)[1] if self.test else None
 
     @property
     def everything(self) -> Named:
@@ -111,30 +141,30 @@ class JobData:
     def measured(self, spec: Spec) -> Named:
         """The held-out images that a report rests on."""
         if self.validation is not None:
-            return self._apart(self.validation, "validation")
+            return self._apart(self.validation, VALIDATION)[0]
         if not spec.validation_split:
             return self.everything
         chosen = np.flatnonzero(self._split_off(spec))
         return Named(self.dataset, chosen, self.all.labels[chosen])
 
-    def _apart(self, dataset: Dataset, part: str) -> Named:
-        return Named(dataset, np.arange(len(dataset.labels)), self._ready(dataset).labels, part)
+    def _apart(self, dataset: Dataset, part: str) -> tuple[Named, Split]:
+        """The images of a part that are measured on."""
+        some = self.copied[part] < 0
+        split = self._ready(dataset, some)
+        return Named(dataset, np.flatnonzero(some), split.labels, part), split
 
     def leaks(self) -> dict[str, Any]:
         """Images to validate or test on that are near copies of some that are trained on, which are named with them."""
         count, listed, everything = 0, list[dict[str, Any]](), self.everything
-        for dataset, part in ((self.validation, "validation"), (self.test, "test")):
+        for dataset, part in ((self.validation, VALIDATION), (self.test, TEST)):
             if dataset is None:
                 continue
-            groups = near_copies(np.concatenate([self.dataset.images, dataset.images]))
-            learned, others = np.split(groups, [len(self.dataset.images)])
-            first = {int(group): index for index, group in reversed(list(enumerate(learned)))}
-            there = self._apart(dataset, part)
-            found = [index for index, group in enumerate(others) if int(group) in first]
+            found = np.flatnonzero(self.copied[part] >= 0)
+            there = Named(dataset, np.arange(len(dataset.labels)), dataset.labels, part)
             count += len(found)
             listed += [
-                {**there.named(index), "class": self.classes[there.labels[index]],
-                 "copy_of": everything.named(first[int(others[index])])}
+                {**there.named(index), "class": dataset.classes[dataset.labels[index]],
+                 "copy_of": everything.named(int(self.copied[part][index]))}
                 for index in found[: LEAKS - len(listed)]
             ]  # fmt: skip
         return {"images": count, "listed": listed}

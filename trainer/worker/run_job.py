@@ -44,7 +44,7 @@ from trainer.search import Found, Problem, search
 from trainer.spec import Gate, Spec, described, pinned, regularizes, unregularized
 from trainer.worker.complete_report import forgetting
 from trainer.worker.evaluation import Evaluation, Trained
-from trainer.worker.held_out import Candidate, Predictions, gate_of
+from trainer.worker.held_out import DAMAGED, Candidate, Predictions, gate_of, learned_before
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
 from trainer.worker.kept_networks import keep, read_all
 
@@ -156,6 +156,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             # What an earlier release has kept was trained before near copies were held out together.
             grouped = not job.checkpoint or "coverage" in (job.resolved_spec or {})
             data = JobData.load(job.dataset, settings, asked.fixed, grouped=grouped)
+            watched(lambda _: data.check(), run.go_on)
             source = named(job.base, registry)
             base = load_params(settings.version(source.model, source.version))
             make_directory(settings.checkpoints / job.id)
@@ -366,6 +367,9 @@ class _Maker:
             if searched:
                 card["search"] = searched.dump()
                 card["warnings"] += searched.warnings
+            predicted = Predictions.of(held_out, self.data)
+            with contextlib.suppress(*DAMAGED):
+                card["warnings"] += learned_before(predicted, self.source, self.settings, self.registry)
         with run.stage("exporting"):
             candidate = watched(lambda _: self._candidate(gate, card, fitted, held_out), run.go_on)
             fold = held_out.params if held_out.out_of_fold else None
