@@ -123,11 +123,10 @@ def _wait(client: Client, job_id: str) -> Job:
         )
         raise click.exceptions.Exit(INTERRUPTED) from None
     print_report(client.report(job.model, job.version))
-    if job.gate_failures:
-        _tell_gate(job)
-    else:
+    if not job.gate_failures:
         where = "live" if job.label == "stable" else f"live as {job.label}"
         console.print(f"[bold green]{job.model}:{job.version}[/] is {where}")
+    _tell_gate(job)
     return job
 
 

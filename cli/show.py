@@ -32,6 +32,7 @@ from temper.records import (
     Version,
     Webhook,
     WebhookDeleted,
+    doubts,
     failures,
 )
 
@@ -171,6 +172,8 @@ def show_job(job: Job) -> None:
 def print_gate(which: str, gate: Mapping[str, Any] | None, command: str) -> None:
     """That a version is live without its label, why, and the command that gives it one all the same."""
     reasons, overrides = failures(gate), (gate or {}).get("overrides")
+    for doubt in doubts(gate):
+        say(f"[yellow]{which} has passed its gate, but {escape(doubt)}[/]")
     if not reasons:
         return
     if overrides:

@@ -91,6 +91,13 @@ def failures(gate: Mapping[str, Any] | None) -> list[str]:
     return [one["message"] for one in gate["conditions"] if not one["passed"]]
 
 
+def doubts(gate: Mapping[str, Any] | None) -> list[str]:
+    """What is worth a look although the gate passed, in a sentence for each condition."""
+    if not gate or not gate["passed"]:
+        return []
+    return [one["message"] for one in gate["conditions"] if one.get("doubt")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Record):
     """What a fine-tune would take."""
@@ -220,7 +227,7 @@ class ModelSummary(Record):
     versions: list[int]  # live ones, newest first
     labels: dict[str, int]
     weights: dict[str, float]  # share of the requests of each label besides `stable`
-    classes: list[str]  # of the newest version
+    classes: list[str]  # of `stable`, or the newest version
 
 
 @dataclass(frozen=True, kw_only=True)

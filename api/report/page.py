@@ -225,7 +225,8 @@ def _notices(report: Json) -> Iterator[Notice]:
         given = " and ".join(dict.fromkeys(one["label"] for one in gate.get("overrides", ())))
         outcome = f"got the label {given} by an override" if given else "went live without its label"
         yield Notice("bad", f"It failed its gate and {outcome}", failed)
-    if doubts := report.get("warnings"):
+    unsure = [one["message"] for one in gate.get("conditions", ()) if one.get("doubt")]
+    if doubts := [*report.get("warnings", ()), *unsure]:
         yield Notice("bad", "Before you rely on it", doubts)
     if warnings := (report.get("regularization") or {}).get("warnings"):
         yield Notice("poor", "Regularization", [warning["message"] for warning in warnings])
@@ -418,8 +419,8 @@ def _twin_table(twin: Json) -> Table:
             )
         )
     note = (
-        "The twin is the same network on the same images for as long, without any regularizer and uncalibrated. "
-        "Percentage points, with 95% intervals from paired resamples."
+        "The twin is the same network on the same images for as long, without any regularizer. Both are calibrated by "
+        "the other half of the images. Percentage points, with 95% intervals for the same images."
     )
     return Table("What regularization changed", ("", "this version", "twin", "difference"), rows, note)
 

@@ -1,7 +1,6 @@
 """Fine-tuning jobs: upload, list, inspect, pause, cancel."""
 
 import asyncio
-import functools
 import json
 import logging
 import re
@@ -29,7 +28,7 @@ from trainer.jobs.estimates import Standing
 from trainer.jobs.layouts import MAX_PATH
 from trainer.jobs.library import KeptDataset
 from trainer.jobs.records import AGING_S, MAX_PRIORITY, Job, Status
-from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Spec, pinned
+from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Gate, Spec, pinned
 
 log = logging.getLogger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])
@@ -209,7 +208,8 @@ class JobView(BaseModel):
     )
     gate: dict[str, Any] | None = Field(
         description="Whether its version has `passed` the gate and so got its label: every condition with its limit, "
-        "what was measured and a sentence, and the version that it was `compared_with`. null until the version is live."
+        "what was measured and a sentence (`doubt` if it passed and there is reason to look), and the version that it "
+        "was `compared_with`. null until the version is live."
     )
 
     @classmethod
@@ -300,9 +300,8 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
         async def prepare(*, keep: bool = True) -> tuple[str, DatasetCard]:
             base = await asyncio.to_thread(resolve_base, gateway, tenant, asked.fixed)
             kept = await asyncio.to_thread(_kept, gateway, tenant, ids)
-            return base, await gateway.uploads.store(
-                form, functools.partial(check, asked), kept, exclude=fields.exclude or (), keep=keep
-            )
+            check = await asyncio.to_thread(checker, gateway, tenant, fields.model, asked)
+            return base, await gateway.uploads.store(form, check, kept, exclude=fields.exclude or (), keep=keep)
 
         async def create(note: Note) -> Answer:
             await asyncio.to_thread(check_quota, gateway, tenant)  # before all the work
@@ -330,9 +329,12 @@ def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, Ke
     return {INSTEAD[field]: gateway.library.get(tenant, name, field) for field, name in ids.items()}
 
 
-def check(asked: Asked, dataset: DatasetCard) -> None:
-    """Refuse a spec that the data set does not allow."""
-    check_dataset(asked, dataset.classes, held_out=dataset.validation is not None)
+def checker(gateway: Gateway, tenant: str, model: str, asked: Asked) -> Callable[[DatasetCard], None]:
+    """What refuses a spec, or the gate of the model that it is for, that a data set does not allow."""
+    gate = Gate.stored(gateway.registry.gate(stored_name(tenant, model)))
+    return lambda dataset: check_dataset(
+        asked, dataset.classes, held_out=dataset.validation is not None, models_gate=gate
+    )
 
 
 def queue(

@@ -16,7 +16,7 @@ from api.http.openapi import After, Limit, Name, Number, errors
 from api.http.pages import SELF_CONTAINED
 from api.inference.server_pool import PooledServer
 from serving.publishing import Probe, check_files, prove, zipped
-from serving.registry import BASE, LABEL, Label, Route, Version, is_visible
+from serving.registry import BASE, LABEL, STABLE, Label, Route, Version, is_visible
 from store.errors import Forbidden, NotFound, PublishFailed, TemperError, UnknownModel, WrongState
 from store.records import DEFAULT_TENANT, DatasetCard, public_name
 from trainer.jobs.datasets import Dataset
@@ -124,15 +124,14 @@ class ModelSummary(BaseModel):
     versions: list[int] = Field(description="Live versions, newest first.")
     labels: dict[str, int] = Field(description="The version of each label.")
     weights: dict[str, float] = Field(description="Share of the traffic of each label besides `stable`.")
-    classes: list[str] = Field(description="Class names of the newest version.")
+    classes: list[str] = Field(description="Class names of `stable`, or of the newest version.")
 
     @classmethod
     def of(cls, name: str, route: Route) -> "ModelSummary":
         """The public face of a route."""
-        return cls(
-            name=name, versions=sorted(route.classes, reverse=True), classes=list(route.classes[max(route.classes)]),
-            **_labels(route.labels),
-        )  # fmt: skip
+        versions = sorted(route.classes, reverse=True)
+        shown = route.labels[STABLE].version if STABLE in route.labels else versions[0]
+        return cls(name=name, versions=versions, classes=list(route.classes[shown]), **_labels(route.labels))
 
 
 def _labels(labels: dict[str, Label]) -> dict[str, Any]:

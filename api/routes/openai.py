@@ -22,7 +22,7 @@ from api.http.errors import invalid_request
 from api.http.openapi import JobId, Limit, openai_errors
 from api.http.repeats import IdempotencyKey, Note, once
 from api.routes import models
-from api.routes.jobs import METADATA_FILTER, check, metadata_filter, queue, resolve_base
+from api.routes.jobs import METADATA_FILTER, checker, metadata_filter, queue, resolve_base
 from api.routes.openai_schemas import (
     FILE_FORM,
     STANDARD_RATE,
@@ -167,9 +167,9 @@ def _create_job(gateway: Gateway, tenant: str, note: Note, wanted: JobRequest, a
             dataset = with_validation(dataset, apart)
         except InvalidDataset as exc:
             raise InvalidDataset(exc.message, param="validation_file", details=exc.details) from exc
-    check(asked, dataset)
     started_from = wanted.model.partition(":")[0]
     name = wanted.suffix or (f"{BASE}-{secrets.token_hex(4)}" if started_from == BASE else started_from)
+    checker(gateway, tenant, name, asked)(dataset)
     answer = functools.partial(_job_answer, tenant)
     return queue(
         gateway, tenant, note, answer,
