@@ -3,7 +3,7 @@
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -153,11 +153,11 @@ class Candidate:
         new = _spread([image for image in now if image not in then and image not in learned], MOST)
         others = [image for image in then if image in old and image not in own and image not in inherited]
         earlier = _spread(others, MOST_BEFORE)
-        network, dark = Network(load_params(place)), stable.manifest.polarity == "dark_on_light"
+        dark = stable.manifest.polarity == "dark_on_light"
         ours = {image: now[image][1] == now[image][0] for image in both + new}
-        ours |= _asked(self.fitted.network, earlier, old, then, invert=data.invert)
+        ours |= _asked(lambda: self.fitted.network, earlier, old, then, invert=data.invert)
         theirs = {image: then[image][1] == then[image][0] for image in both + earlier}
-        theirs |= _asked(network, new, own, now, invert=dark)
+        theirs |= _asked(lambda: Network(load_params(place)), new, own, now, invert=dark)
 
         seen = [one.pixels for image, one in trained_on.items() if image in learned]
         seen += [one.pixels for image, one in own.items() if image not in now]
@@ -207,15 +207,15 @@ def _spread(images: list[bytes], most: int) -> list[bytes]:
 
 
 def _asked(
-    network: Network, images: list[bytes], known: Mapping[bytes, _Image], truth: Mapping[bytes, tuple[int, int]], *,
-    invert: bool,
+    network: Callable[[], Network], images: list[bytes], known: Mapping[bytes, _Image],
+    truth: Mapping[bytes, tuple[int, int]], *, invert: bool,
 ) -> dict[bytes, bool]:  # fmt: skip
     """Whether a network classifies each of these images, given as digests, as the truth says."""
     if not images:
         return {}
     pixels = np.stack([known[image].pixels for image in images]) / np.float32(255)
     values = pixels.reshape(-1, *GREY_28.shape)
-    predicted = network.logits(1 - values if invert else values).argmax(axis=1)
+    predicted = network().logits(1 - values if invert else values).argmax(axis=1)
     return {image: bool(one == truth[image][0]) for image, one in zip(images, predicted, strict=True)}
 
 
