@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements/dev.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Temper needs Python 3.11, 3.12 or 3.13 (set PYTHON=...)" >&2; exit 1; }
@@ -35,6 +35,9 @@ test: $(READY) ## Run the tests
 
 test-slow: $(READY) ## Run the tests that kill and freeze processes, or train for long
 	$(BIN)/pytest -m slow $(TWO)
+
+test-exhaustive: $(READY) ## Run the tests that take minutes each: thousands of histories, every failing write
+	$(BIN)/pytest -m exhaustive $(TWO)
 
 test-contract: $(READY) ## Run the contract suite against the embedded server or TEMPER_TFS_BINARY
 	$(BIN)/pytest tests/contract
@@ -99,4 +102,4 @@ lock: ## Update the lock files (needs uv)
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-slow test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint load quality lock pb
+.PHONY: help setup demo serve test test-slow test-exhaustive test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint load quality lock pb

@@ -485,7 +485,7 @@ def test_no_history_loses_a_job_or_does_one_twice() -> None:
     run(FEW, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("steps", "first"), PARTS)
 def test_no_history_of_ten_thousand_loses_a_job_or_does_one_twice(steps: int, first: int) -> None:
     run(EACH, first, steps)

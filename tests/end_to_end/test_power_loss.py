@@ -288,7 +288,7 @@ class Failing:
             yield
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
 def test_when_any_one_write_fails_the_error_is_clear_and_nothing_is_half_done(
     place: Place, upload: bytes, number: int

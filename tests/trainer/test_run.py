@@ -121,7 +121,7 @@ def test_what_a_dead_worker_left_half_published_is_taken_back(place: Place) -> N
     eventually(lambda: place.servers[0].available("m") == {2}, "only the new version is served")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_does_not_grow_over_200_jobs(place: Place) -> None:
     """From the data to the export, which is what a worker does in its own process."""
     directory = place.settings.home / "out"
