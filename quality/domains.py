@@ -24,9 +24,9 @@ from quality.data import digits, fashion, mislabel
 from store.errors import Diverged
 from trainer import evaluate
 from trainer.asked import Asked, parse_asked
-from trainer.duplicates import near_copies
 from trainer.fit import Split
 from trainer.folds import stratified, stratified_folds
+from trainer.jobs.duplicates import near_copies
 from trainer.network import Network
 from trainer.parallel import Check, side_by_side
 from trainer.recipes import FULL, LARGE, LORA, Recipe, known, phrase, sampled

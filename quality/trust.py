@@ -24,9 +24,9 @@ from trainer.abstention import (
     distance_limits,
     set_threshold,
 )
-from trainer.duplicates import near_copies
 from trainer.fit import Split
 from trainer.folds import stratified
+from trainer.jobs.duplicates import near_copies
 from trainer.lenet import Arrays
 from trainer.network import Network
 from trainer.parallel import Check, side_by_side

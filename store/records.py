@@ -91,9 +91,10 @@ GREY_28 = InputForm()  # the only form today
 class Finding(Record):
     """Something that is wrong with a data set; each image is in one finding at most.
 
-    `kind` is `conflict` (equal to an image of another class), `leak` (to validate or test on, and trained on as well),
-    `blank_after_alpha` (shows something until its transparency becomes white), `constant` (shows next to nothing),
-    `duplicate` (equal to another image of its class) or `unread` (arrays that are not read; no images).
+    `kind` is `conflict` (equal to an image of another class), `leak` (to validate or test on, and a near copy of one to
+    train on), `blank_after_alpha` (shows something until its transparency becomes white), `constant` (shows next to
+    nothing), `duplicate` (equal to another image of its class), `unread` (arrays that are not read; no images) or
+    `layout` (folders that may be meant otherwise).
     """
 
     kind: str = ""

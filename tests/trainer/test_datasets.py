@@ -323,7 +323,7 @@ def refused(tmp_path: Path, files: dict[str, bytes], says: str, **limits: Any) -
     return caught.value.details
 
 
-@pytest.mark.parametrize("validation", ["val", "valid", "Validation"])
+@pytest.mark.parametrize("validation", ["val", "valid", "Validation", "dev_set", "eval", "valdata", "val "])
 def test_train_val_and_test_folders_are_the_parts_of_a_data_set(tmp_path: Path, validation: str) -> None:
     found = read_zip(tmp_path, split("TRAIN", validation, "test") | {"test/b/.DS_Store": b"?"})
     assert list(found.parts) == ["train", "validation", "test"]
@@ -352,18 +352,51 @@ def test_split_names_beside_other_folders_are_classes(tmp_path: Path) -> None:
     assert reading(tmp_path, zipped(split("train", classes=["steam"]) | split("ship"))).classes == ("ship", "train")
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        split("train", "eval"),
-        split("test") | {f"{name}/{i}.png": shade(90 + i) for name in "ab" for i in range(2)},
-        split("train") | {f"{name}/{i}.png": shade(90 + i) for name in "ab" for i in range(2)},
-    ],
-    ids=["an unknown part", "test beside the classes", "train beside the classes"],
-)
-def test_a_part_beside_folders_with_the_same_classes_is_refused(tmp_path: Path, files: dict[str, bytes]) -> None:
-    named = refused(tmp_path, files, "looks like a part of a data set; put classes into train/, val/ and test/")
-    assert [detail["file"] for detail in named] in (["eval/"], ["a/", "b/"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_part_beside_folders_of_its_classes_is_refused(tmp_path: Path, part: str) -> None:
+    files = split(part) | {f"{name}/{i}.png": shade(90 + i) for name in "ab" for i in range(2)}
+    named = refused(
+        tmp_path, files, f"{part}/ looks like a part of a data set; put classes into train/, val/ and test/"
+    )
+    assert [detail["file"] for detail in named] == ["a/", "b/"]
+
+
+def test_near_copies_of_training_images_are_named_and_validation_needs_others(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 200, (8, 28, 28)).astype(np.uint8)
+    other = rng.integers(0, 200, (2, 28, 28)).astype(np.uint8)
+    arrays = {"x_train": images, "y_train": np.arange(8) % 2, "x_val": np.concatenate([images[:2] + 9, other]),
+              "y_val": [0, 1, 0, 1], "x_test": images[4:6] + 9, "y_test": [0, 1]}  # fmt: skip
+    (tmp_path / "upload").write_bytes(npz(**arrays))
+    (leak,) = prepared(tmp_path / "upload", least=2).findings
+    assert (leak.kind, leak.images) == ("leak", 4)
+    assert [one["file"] for one in leak.listed] == ["x_val[0]", "x_val[1]", "x_test[0]", "x_test[1]"]
+    (tmp_path / "upload").write_bytes(npz(**arrays | {"x_val": images[:2] + 9, "y_val": [0, 1]}))
+    with pytest.raises(InvalidDataset, match="all 2 validation images are near copies"):
+        prepared(tmp_path / "upload")
+
+
+def findings(tmp_path: Path, files: dict[str, bytes]) -> list[str]:
+    return [one.message for one in read_zip(tmp_path, files).findings if one.kind == "layout"]
+
+
+def test_folders_that_may_be_meant_otherwise_are_named(tmp_path: Path) -> None:
+    (alike,) = findings(tmp_path, split("batch1", "batch2"))
+    assert "are the folders at the top, 'batch1', 'batch2'; each has the same folders inside: 'a', 'b'" in alike
+    assert len(findings(tmp_path, split("train", "later"))) == 1
+    assert findings(tmp_path, split("cat", classes="ab") | split("dog", classes="bc")) == []
+    (trained_on,) = findings(tmp_path, split("a", "b", classes=["test"]) | {"a/9.png": shade(99)})
+    assert "4 images in folders to validate or test on are trained on, such as a/test/0.png: not every" in trained_on
+    table = "file,label\n" + "".join(f"{name},{name.split('/')[1]}\n" for name in split("train", "test"))
+    (by_csv,) = findings(tmp_path, split("train", "test") | {"labels.csv": table.encode()})
+    assert "4 images" in by_csv
+    assert "labels.csv has no column `split`" in by_csv
+    assert findings(tmp_path, split("train", "test")) == []
+
+
+def test_paths_may_be_written_with_dots_and_double_slashes(tmp_path: Path) -> None:
+    found = read_zip(tmp_path, {f"./train//{name}/./{i}.png": shade(10 + i) for name in "ab" for i in range(2)})
+    assert found.parts["train"].classes == ("a", "b")
 
 
 def test_parts_may_be_folders_in_the_class_folders(tmp_path: Path) -> None:
@@ -397,8 +430,11 @@ def test_parts_may_be_folders_in_the_class_folders(tmp_path: Path) -> None:
         ({**split("train"), **{f"val/{name[6:]}": body for name, body in split("train").items()}}, "are the same", []),
         (split("train", classes="a") | split("test"), "two classes", []),
         (split("all/train", "all/test"), "zip what is inside", []),
+        (split("test"), "all images are in test/, so there are none to train on", []),
+        (split("train") | {"labels.csv": b""}, "labels.csv names no files", []),
+        (split("train") | {"labels.csv": b"file,label"}, "labels.csv names no files", []),
     ],
-    ids=range(11),
+    ids=range(14),
 )
 def test_split_folders_that_do_not_make_a_data_set_are_refused(
     tmp_path: Path, files: dict[str, bytes], says: str, named: list[str]
@@ -411,7 +447,7 @@ def test_images_to_validate_on_have_no_parts(tmp_path: Path) -> None:
 
 
 def test_the_arrays_of_keras_are_parts_too(tmp_path: Path) -> None:
-    images = np.stack([DOT, DOT // 2, DOT // 3, DOT // 4, DOT // 5, DOT // 6])
+    images = np.random.default_rng(0).integers(0, 255, (6, 28, 28)).astype(np.uint8)
     names = {"x_train": images[:4], "y_train": np.array([[0], [0], [1], [1]]), "x_test": images[4:], "y_test": [1, 0]}
     (tmp_path / "upload").write_bytes(npz(**names))
     found = prepared(tmp_path / "upload")
@@ -498,10 +534,10 @@ ROWS = [f"{i}.png,{'ab'[i // 2]}" for i in range(4)]
         ("\n".join(["file,label,class", *(f"{row},x" for row in ROWS)]), "one for the label", [("l.csv", 1)]),
         ("\n".join(f"{row},train" for row in ROWS), "no header that names them", [("l.csv", 1)]),
         ("0.png 1.png", "one column for the file", [("l.csv", 1)]),
-        ("\n".join(["file,label,set", "0.png,a,dev", *(f"{row},test" for row in ROWS[1:])]), "'dev'", [("0.png", 2)]),
+        ("\n".join(["file,label,set", "0.png,a,old", *(f"{row},test" for row in ROWS[1:])]), "'old'", [("0.png", 2)]),
         ("file,label,split\n" + "\n".join(f"{row},test" for row in ROWS), "no images to train on", []),
         ('"' + "x" * 200_000, "field larger than", [("l.csv", 1)]),
-        ("", "the CSV does not name it", [(name, None) for name in FLAT]),
+        ("", "l.csv names no files", []),
     ],
     ids=range(13),
 )  # fmt: skip
@@ -544,12 +580,13 @@ def drawn(mode: str, ground: tuple[int, ...], ink: tuple[int, ...]) -> bytes:
 
 
 def test_each_image_that_something_is_wrong_with_is_named_once_for_its_worst_fault(tmp_path: Path) -> None:
+    other = png(np.random.default_rng(0).integers(0, 255, (28, 28)).astype(np.uint8))
     flat, strokes = png(np.full((28, 28), 9, np.uint8)), drawn("RGBA", (0, 0, 0, 0), (255, 255, 255, 255))
     found = read_zip(tmp_path, {
         "train/a/1.png": shade(1), "train/a/2.png": shade(1), "train/b/3.png": shade(1),
         "train/a/4.png": shade(4), "train/b/5.png": shade(5), "train/b/6.png": shade(5),
         "train/a/7.png": flat, "train/b/8.png": flat, "train/a/9.png": strokes,
-        "test/a/1.png": shade(4), "test/b/2.png": shade(60), "test/b/3.png": shade(60),
+        "test/a/1.png": shade(4), "test/b/2.png": other, "test/b/3.png": other,
     })  # fmt: skip
     assert {finding.kind: [image["file"] for image in finding.listed] for finding in found.findings} == {
         "conflict": ["train/a/1.png", "train/b/3.png", "train/a/2.png"],  # one of each class first

@@ -16,9 +16,9 @@ from tests.conftest import Place
 from trainer import evaluate, inspection
 from trainer.abstention import Detector, beyond, coverage_interval, described_sets, distance_limits, set_threshold
 from trainer.asked import parse_asked
-from trainer.duplicates import near_copies
 from trainer.folds import stratified, stratified_folds
 from trainer.jobs.datasets import Dataset
+from trainer.jobs.duplicates import near_copies
 from trainer.jobs.records import Job
 from trainer.spec import Spec, regularizes, unregularized
 
@@ -68,7 +68,7 @@ def test_reencoded_brightened_and_noisy_images_are_near_copies_and_different_one
 
 
 def test_more_images_than_can_be_compared_are_grouped_if_they_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.duplicates.MOST", 3)
+    monkeypatch.setattr("trainer.jobs.duplicates.MOST", 3)
     images = np.random.default_rng(0).integers(0, 255, (5, 28, 28)).astype(np.uint8)
     assert near_copies(images[[4, 0, 4, 1, 2, 0]]).tolist() == [0, 1, 0, 2, 3, 1]
 

@@ -30,6 +30,7 @@ from store.errors import InvalidDataset, InvalidImage, enumerated, listed
 from store.processes import end_with_parent
 from store.records import DatasetCard, DatasetReport, Finding
 from store.settings import Settings
+from trainer.jobs.duplicates import copies_of
 from trainer.jobs.images import FORMATS, SIDE, decode, is_dark_on_light, prepare
 from trainer.jobs.layouts import MAX_PATH, PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of, invalid, layout_of
 from trainer.jobs.survey import Seen, is_faint, survey
@@ -42,6 +43,11 @@ MAX_UNPACKED_BYTES = 1 << 30
 
 # Arrays of an `.npz`: what images and labels may be called for each part. The short names are those of Keras.
 Arrays = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+MOST_PAIRS = 50_000_000  # of images to measure on and to train on that an upload waits for, a second
+ALL_COPIES = (
+    "all {} validation images are near copies of images to train on, so nothing can be measured with them; leave them "
+    "out, or give others"
+)
 ARRAYS: Arrays = {TRAIN: (("images", "x"), ("labels", "y"))}
 ENDS = {TRAIN: ("train",), VALIDATION: ("val", "valid", "validation"), TEST: ("test",)}
 KERAS: Arrays = {
@@ -191,12 +197,10 @@ def read(
             unpacked = sum(entry.file_size for entry in entries)
             if unpacked > MAX_UNPACKED_BYTES:
                 raise invalid(f"the file unpacks to {unpacked} bytes; at most {MAX_UNPACKED_BYTES} are allowed")
-            unread: list[Finding] = []
             if entries and all(entry.filename.endswith(".npy") for entry in entries):
-                uploads = _read_npz(archive, entries, max_pixels, max_images, excluded)
-                unread = _unread(entries)
+                uploads, doubts = _read_npz(archive, entries, max_pixels, max_images, excluded), _unread(entries)
             else:
-                uploads = _read_zip(archive, entries, max_pixels, max_images, excluded)
+                uploads, doubts = _read_zip(archive, entries, max_pixels, max_images, excluded)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as exc:
         if isinstance(exc, OSError) and exc.errno not in (None, errno.EINVAL):  # of a seek to where a zip points
             raise  # the disk's fault, not the upload's
@@ -209,11 +213,25 @@ def read(
     for part, dataset in parts.items():
         if part != TRAIN:
             check_apart(whole, dataset.described(), f"the {part} images", "data")
-    report, findings = _surveyed(uploads, parts)
-    return Prepared(parts, report, [*findings, *unread], excluded.images)
+    copied = _copied(parts)
+    if VALIDATION in copied and copied[VALIDATION].all():
+        raise invalid(ALL_COPIES.format(len(copied[VALIDATION])))
+    report, findings = _surveyed(uploads, parts, copied)
+    return Prepared(parts, report, [*findings, *doubts], excluded.images)
 
 
-def _surveyed(uploads: Mapping[str, _Upload], parts: Mapping[str, Dataset]) -> tuple[DatasetReport, list[Finding]]:
+def _copied(parts: Mapping[str, Dataset]) -> dict[str, np.ndarray]:
+    """Whether images to measure on are near copies of some to train on, (n,) bool by part; none if that takes long."""
+    images = parts[TRAIN].images
+    return {
+        part: copies_of(one.images, images) >= 0
+        for part, one in parts.items() if part != TRAIN and len(one.images) * len(images) <= MOST_PAIRS
+    }  # fmt: skip
+
+
+def _surveyed(
+    uploads: Mapping[str, _Upload], parts: Mapping[str, Dataset], copied: Mapping[str, np.ndarray]
+) -> tuple[DatasetReport, list[Finding]]:
     """What is worth knowing of all parts together."""
     seen = [
         Seen(name, dataset.classes[label], part, size, blank)
@@ -223,7 +241,8 @@ def _surveyed(uploads: Mapping[str, _Upload], parts: Mapping[str, Dataset]) -> t
         )
     ]
     images = [dataset.images for dataset in parts.values()]
-    return survey(np.concatenate(images) if len(images) > 1 else images[0], seen)
+    copies = np.concatenate([copied.get(part, np.zeros(len(one.labels), bool)) for part, one in parts.items()])
+    return survey(np.concatenate(images) if len(images) > 1 else images[0], seen, np.flatnonzero(copies).tolist())
 
 
 def _indexed(upload: _Upload, least: int) -> Dataset:
@@ -267,10 +286,10 @@ def _normalized(labels: list[str]) -> list[str]:
 
 def _read_zip(
     archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], max_pixels: int, max_images: int, excluded: _Exclusion
-) -> dict[str, _Upload]:
-    """Images and labels as the CSV or the folders of a zip say."""
+) -> tuple[dict[str, _Upload], list[Finding]]:
+    """Images and labels as the CSV or the folders of a zip say, and what of these may be meant otherwise."""
     entries = [entry for entry in entries if not IGNORED.search(entry.filename)]
-    entries, place = layout_of(entries, lambda entry: _unpacked(archive, entry), max_images)
+    entries, place, doubts = layout_of(entries, lambda entry: _unpacked(archive, entry), max_images)
     entries = [entry for entry in entries if not excluded.has(entry.filename)]
     excluded.check()
     if not entries:
@@ -299,7 +318,7 @@ def _read_zip(
     for part, images in sorted(found.items(), key=lambda item: PARTS.index(item[0])):
         pixels, labels, names, sizes, blank = zip(*images, strict=True)
         uploads[part] = _Upload(np.stack(pixels), list(labels), names, list(sizes), list(blank))
-    return uploads
+    return uploads, doubts
 
 
 def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from store.errors import InvalidDataset, InvalidImage, enumerated, listed
-from store.records import DatasetCard
+from store.records import DatasetCard, Finding
 
 PARTS = TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPELLINGS = {
     "train": TRAIN, "training": TRAIN,
-    "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION,
-    "test": TEST, "testing": TEST,
+    "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION, "dev": VALIDATION, "eval": VALIDATION,
+    "test": TEST, "testing": TEST, "holdout": TEST,
 }  # fmt: skip
+WHAT = re.compile(r"[ _-]?(set|data|images)$")  # may follow them, as in test_set
 COLUMNS = {
     "file": ("file", "filename", "path", "image"),
     "label": ("label", "class", "target", "category"),
@@ -74,8 +75,8 @@ def check_apart(dataset: DatasetCard, apart: DatasetCard, what: str, param: str)
 
 def layout_of(
     entries: Sequence[zipfile.ZipInfo], unpacked: Callable[[zipfile.ZipInfo], bytes], most: int
-) -> tuple[list[zipfile.ZipInfo], Layout]:
-    """Recognize a layout: the images of a zip, and where each belongs.
+) -> tuple[list[zipfile.ZipInfo], Layout, list[Finding]]:
+    """Recognize a layout: the images of a zip, where each belongs, and what may be meant otherwise.
 
     Args:
         entries: the files of the zip.
@@ -90,29 +91,56 @@ def layout_of(
         details = [{"file": entry.filename, "reason": "is one of several"} for entry in tables]
         raise invalid(f"{len(tables)} CSV files; one may name the labels of all images", details)
     images = [entry for entry in entries if entry not in tables]
-    if tables:
-        return images, _by_table(tables[0], images, unpacked, most)
     paths = [_path(entry) for entry in images]
+    if tables:
+        layout, has_parts = _by_table(tables[0], images, unpacked, most)
+        return images, layout, [] if has_parts else _trained_on(paths, f"{tables[0].filename} has no column `split`")
     inside = defaultdict[str, set[str]](set)  # folders in those at the top; "" where images lie in it directly
     for path in paths:
         if len(path) > 1:
             inside[path[0]].add(path[1] if len(path) > 2 else "")
     if roles := _roles(inside):
-        return images, lambda entry: _in_split(entry, roles)
+        return images, lambda entry: _in_split(entry, roles), []
     tops = {path[0] for path in paths}
     if len(tops) == 1 and all(len(path) > 2 for path in paths):
+        (top,) = tops
+        if _part(top):
+            raise invalid(f"all images are in {top}/, so there are none to train on")
         raise invalid(
-            f"all images are inside one folder, {tops.pop()!r}; the folders at the top of the zip are the classes, so "
-            "zip what is inside it"
+            f"all images are inside one folder, {top!r}; the folders at the top of the zip are the classes, so zip "
+            "what is inside it"
         )
     if _are_parts_in_classes(inside, paths):
-        return images, _in_part_of_class
-    return images, _in_class
+        return images, _in_part_of_class, []
+    doubts = _trained_on(paths, "not every image is in a part")
+    alike = next(iter(inside.values()), set())
+    if len(alike) > 1 and "" not in alike and len(inside) > 1 and all(names == alike for names in inside.values()):
+        message = (
+            f"The classes are the folders at the top, {enumerated(sorted(inside))}; each has the same folders inside: "
+            f"{enumerated(sorted(alike))}. If these are the classes, put them at the top, or into train/, val/, test/."
+        )
+        doubts.append(Finding(kind="layout", message=message))
+    return images, _in_class, doubts
+
+
+def _trained_on(paths: Sequence[Sequence[str]], why: str) -> list[Finding]:
+    """The finding that images in folders called after a part are trained on, if there are any."""
+    found = [path for path in paths if any(_part(folder) not in ("", TRAIN) for folder in path[:-1])]
+    if not found:
+        return []
+    example = "/".join(found[0])
+    return [
+        Finding(
+            kind="layout", images=len(found),
+            message=f"{len(found)} images in folders to validate or test on are trained on, such as {example}: {why}.",
+        )
+    ]  # fmt: skip
 
 
 def _path(entry: zipfile.ZipInfo) -> list[str]:
     """The folders and the name of an entry, unchecked."""
-    return entry.filename.removeprefix("./").split("/")
+    root, *path = entry.filename.split("/")
+    return [*([root] if root != "." or not path else ()), *(name for name in path if name not in ("", "."))]
 
 
 def steps(entry: zipfile.ZipInfo) -> list[str]:
@@ -160,7 +188,7 @@ def _are_parts_in_classes(inside: Mapping[str, set[str]], paths: Sequence[Sequen
 def _in_part_of_class(entry: zipfile.ZipInfo) -> Place:
     """`class/train/.../image.ext`."""
     top, part, *_ = steps(entry)
-    return Place(SPELLINGS[part.lower()], top)
+    return Place(_part(part), top)
 
 
 def _in_split(entry: zipfile.ZipInfo, roles: dict[str, str]) -> Place:
@@ -174,7 +202,7 @@ def _in_split(entry: zipfile.ZipInfo, roles: dict[str, str]) -> Place:
 
 def _part(folder: str) -> str:
     """The part that a folder is called after, or ""."""
-    return SPELLINGS.get(folder.lower(), "")
+    return SPELLINGS.get(WHAT.sub("", folder.strip().lower()), "")
 
 
 def _roles(inside: Mapping[str, set[str]]) -> dict[str, str]:
@@ -192,14 +220,13 @@ def _roles(inside: Mapping[str, set[str]]) -> dict[str, str]:
     found = ", ".join(f"{top}/" for top in named)
     if others:
         several = len(named) > 1 and TRAIN in roles.values() and all(classes[top] for top in named)
-        same = {*others, *(name for top in others for name in classes[top])}
-        if several or any(classes[top] & same for top in named):
+        if several or any(classes[top] & {*others} for top in named):
             details = [{"file": f"{top}/", "reason": "is none of train/, val/ and test/"} for top in others]
             are = "are parts" if len(named) > 1 else "looks like a part"
             raise invalid(
-                f"{found} {are} of a data set; put classes into train/, val/ and test/, and nothing beside them",
-                details,
-            )
+                f"{found} {are} of a data set; put classes into train/, val/ and test/, and nothing beside them. If a "
+                "class has such a name, put its images directly into its folder", details,
+            )  # fmt: skip
         return {}
     if not roles or (len(roles) == 1 and (not classes[named[0]] or TRAIN not in roles.values())):
         return {}
@@ -227,8 +254,12 @@ class _Row:
 
 def _by_table(
     table: zipfile.ZipInfo, images: Sequence[zipfile.ZipInfo], unpacked: Callable[[zipfile.ZipInfo], bytes], most: int
-) -> Layout:
-    """Each image has the label, and perhaps the part, that the CSV says; folders mean nothing."""
+) -> tuple[Layout, bool]:
+    """Each image has the label, and perhaps the part, that the CSV says; folders mean nothing.
+
+    Returns:
+        Where each image belongs, and whether the CSV has a column for that.
+    """
     try:
         folder = "/".join(steps(table)[:-1])
         text = unpacked(table).decode("utf-8-sig")
@@ -247,16 +278,17 @@ def _by_table(
         return next((name for name in names if name in known), None)
 
     places, lines, wrong = dict[str, Place](), dict[str, int](), list[dict[str, Any]]()
-    for row in _rows(table.filename, text, most, lambda file: find(file) is not None):
+    rows, has_parts = _rows(table.filename, text, most, lambda file: find(file) is not None)
+    for row in rows:
         name, reason = find(row.file), ""
-        part = SPELLINGS.get(row.split.lower())
+        part = _part(row.split)
         if name is None:
             reason = "is not in the zip"
         elif name in lines:
             reason = f"is named in line {lines[name]} already"
         elif not row.label:
             reason = "has no label"
-        elif part is None:
+        elif not part:
             reason = f"its split is {row.split!r}; it can be train, val or test"
         else:
             places[name] = Place(part, row.label)
@@ -274,7 +306,7 @@ def _by_table(
         for entries in known.values() if len(entries) > 1
     ]  # fmt: skip
     if wrong:
-        raise invalid(f"{table.filename} does not fit the images", wrong)
+        raise invalid(f"{table.filename} is taken for the labels, and does not fit the images", wrong)
     if not any(place.part == TRAIN for place in places.values()):
         raise invalid(f"{table.filename} names no images to train on")
 
@@ -282,7 +314,7 @@ def _by_table(
         steps(entry)
         return places[_plain(entry.filename)]
 
-    return place
+    return place, has_parts
 
 
 def _plain(path: str) -> str:
@@ -291,7 +323,7 @@ def _plain(path: str) -> str:
     return unicodedata.normalize("NFC", path)
 
 
-def _rows(name: str, text: str, most: int, exists: Callable[[str], bool]) -> list[_Row]:
+def _rows(name: str, text: str, most: int, exists: Callable[[str], bool]) -> tuple[list[_Row], bool]:
     """The lines of a CSV whose header names its columns; without a header, the file and the label.
 
     Args:
@@ -324,7 +356,9 @@ def _rows(name: str, text: str, most: int, exists: Callable[[str], bool]) -> lis
         wrong.append({"file": name, "line": reader.line_num, "reason": f"line {reader.line_num}: {exc}"})
     if wrong:
         raise invalid("the CSV cannot be read", wrong)
-    return rows
+    if columns is None or not rows:
+        raise invalid(f"{name} names no files")
+    return rows, "split" in columns
 
 
 def _columns(name: str, first: Sequence[str], exists: Callable[[str], bool]) -> tuple[dict[str, int], bool]:

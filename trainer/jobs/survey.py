@@ -16,7 +16,7 @@ MOST_IN_GROUP = 10
 MOST_IN_WORDS = 3  # images that the message of a finding names
 WORDS = {  # kind: what the images are, and what to do
     "conflict": ("equal to one of another class", "Keep each picture in one class."),
-    "leak": ("to validate or test on, and to train on as well", "They flatter the report; remove them."),
+    "leak": ("to validate or test on, and near copies of images to train on", "They are left out of every figure."),
     "blank_after_alpha": (
         "light on a transparent ground, which becomes white and leaves nothing to see",
         "Save them on a dark ground, without transparency.",
@@ -54,12 +54,15 @@ def is_faint(images: np.ndarray) -> np.ndarray:
     return found
 
 
-def survey(images: np.ndarray, seen: Sequence[Seen]) -> tuple[DatasetReport, list[Finding]]:
+def survey(
+    images: np.ndarray, seen: Sequence[Seen], copied: Sequence[int] = ()
+) -> tuple[DatasetReport, list[Finding]]:  # fmt: skip
     """Describe an upload, and say what is wrong with it.
 
     Args:
         images: (n, 28, 28) uint8, prepared, of all parts.
         seen: each of them.
+        copied: those to measure on that are near copies of training images, or equal to one.
     """
     same: dict[bytes, list[int]] = defaultdict(list)
     for index, image in enumerate(images):
@@ -92,11 +95,11 @@ def survey(images: np.ndarray, seen: Sequence[Seen]) -> tuple[DatasetReport, lis
     )
     unseen = set(faint)
     told = [group for group in groups if group[0] not in unseen]  # equal images are faint together
-    return report, _findings(seen, told, blank, [index for index in faint if not seen[index].blank])
+    return report, _findings(seen, told, blank, [index for index in faint if not seen[index].blank], copied)
 
 
 def _findings(
-    seen: Sequence[Seen], groups: Iterable[Sequence[int]], blank: list[int], constant: list[int]
+    seen: Sequence[Seen], groups: Iterable[Sequence[int]], blank: list[int], constant: list[int], copied: Sequence[int]
 ) -> list[Finding]:
     """What is wrong with images, the worst first.
 
@@ -116,6 +119,8 @@ def _findings(
         apart = [index for index in group if seen[index].part != TRAIN]
         found["leak" if trained_on else "duplicate"] += apart if trained_on else apart[1:]
         found["duplicate"] += trained_on[1:]
+    named = {index for images in found.values() for index in images}
+    found["leak"] += [index for index in copied if index not in named]
     return [_finding(kind, [seen[index] for index in images]) for kind, images in found.items() if images]
 
 

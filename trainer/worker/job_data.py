@@ -13,10 +13,10 @@ from serving.registry import Registry, Version
 from store.errors import DeviceUnavailable, InvalidDataset
 from store.records import GREY_28, DatasetCard, Manifest
 from store.settings import Settings
-from trainer.duplicates import near_copies
 from trainer.fit import Split
 from trainer.folds import stratified, stratified_folds
-from trainer.jobs.datasets import Dataset
+from trainer.jobs.datasets import ALL_COPIES, Dataset
+from trainer.jobs.duplicates import copies_of, near_copies
 from trainer.jobs.layouts import TEST, VALIDATION
 from trainer.lenet import Tensor
 from trainer.spec import Spec
@@ -105,33 +105,25 @@ class JobData:
 
         It says nothing about other images, so it is left out of all figures. (n,) int by part, if that is there.
         """
-        parts = {part: one for part, one in ((VALIDATION, self.validation), (TEST, self.test)) if one}
-        n = len(self.dataset.images)
-        if not parts or not self.grouped:
-            return {part: np.full(len(one.images), -1) for part, one in parts.items()}
-        groups = near_copies(np.concatenate([self.dataset.images, *(one.images for one in parts.values())]))
-        _, first = np.unique(groups, return_index=True)  # of each group; the training images come first
-        found = np.where(first[groups] < n, first[groups], -1)[n:]
-        ends = np.cumsum([len(one.images) for one in parts.values()])
-        return dict(zip(parts, np.split(found, ends[:-1]), strict=True))
+        parts = {part: one.images for part, one in ((VALIDATION, self.validation), (TEST, self.test)) if one}
+        if not self.grouped:
+            return {part: np.full(len(images), -1) for part, images in parts.items()}
+        return {part: copies_of(images, self.dataset.images) for part, images in parts.items()}
 
     def check(self) -> None:
-        """Refuse images to measure on that are all copies of what is trained on.
+        """Refuse validation images that are all copies of what is trained on.
 
         Raises:
-            InvalidDataset: names the part.
+            InvalidDataset: so that nothing can be measured.
         """
-        for part, copied in self.copied.items():
-            if (copied >= 0).all():
-                raise InvalidDataset(
-                    f"all {len(copied)} {part} images are near copies of images that are trained on, so nothing can "
-                    "be measured with them; leave them out, or give others", param=part,
-                )  # fmt: skip
+        copied = self.copied.get(VALIDATION)
+        if copied is not None and (copied >= 0).all():
+            raise InvalidDataset(ALL_COPIES.format(len(copied)), param=VALIDATION)
 
     @property
     def unseen(self) -> Split | None:
-        """The test images, if there are any."""
-        return self._apart(self.test, TEST)[1] if self.test else None
+        """The test images, if there are any besides copies of what is trained on."""
+        return self._apart(self.test, TEST)[1] if self.test and (self.copied[TEST] < 0).any() else None
 
     @property
     def everything(self) -> Named:
