@@ -173,7 +173,7 @@ def print_gate(which: str, gate: Mapping[str, Any] | None, command: str) -> None
     """That a version is live without its label, why, and the command that gives it one all the same."""
     reasons, overrides = failures(gate), (gate or {}).get("overrides")
     for doubt in doubts(gate):
-        say(f"[yellow]{which} has passed its gate, but {escape(doubt)}[/]")
+        say(f"[yellow]{which} has passed its gate, with a doubt: {escape(doubt)}[/]")
     if not reasons:
         return
     if overrides:

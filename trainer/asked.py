@@ -198,8 +198,13 @@ def check_dataset(
     if gate and isinstance(gate.class_recall, dict):
         unknown = [name for name in gate.class_recall if name not in classes]
         if unknown:
-            whose = "names" if spec.gate else "of the model's gate names"
-            wrong["gate.class_recall"] = f"{whose} {enumerated(unknown)}, of which the data has no images"
+            if spec.gate:
+                wrong["gate.class_recall"] = f"names {enumerated(unknown)}, of which the data has no images"
+            else:
+                wrong["gate"] = (
+                    f"the model's gate has a limit for {enumerated(unknown)}, of which the data has no images; change "
+                    "it, or give a gate here"
+                )
     if spec.early_stopping and not (held_out or spec.validation_split):
         wrong["early_stopping"] = "leave it out: all images are trained on, so there are none to stop by"
     if spec.folds and held_out:

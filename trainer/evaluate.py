@@ -53,25 +53,27 @@ def proportion(hits: np.ndarray) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The accuracy of one network less that of another on the same images."""
+class Compared:
+    """A figure of one network less that of another, with its 95% interval."""
 
     value: float
-    interval: tuple[float, float]  # 95%
-    p: float  # chance of one as large if both are equally good
+    interval: tuple[float, float]
 
     @property
     def clear(self) -> bool:
-        """Tell whether it is no chance, which is where the interval leaves out zero."""
-        return self.p < ALPHA
+        """Tell whether it is no chance: the interval leaves out zero."""
+        return not self.interval[0] <= 0 <= self.interval[1]
 
 
-def difference(right: np.ndarray, right_of_other: np.ndarray) -> Difference:
-    """Compare two networks on the same images, at least one, from whether each is right, (n,) bool each.
+def compared(right: np.ndarray, right_of_other: np.ndarray) -> Compared:
+    """The accuracy of one network less that of another on the same images, at least one.
 
-    McNemar's test (1947) asks whether the images that only one of the two classifies correctly are divided between them
-    by chance. The interval is that of Tango (1998): the differences that the same score test does not reject. It has a
-    width where the two never differ, because on other images they may.
+    The interval is that of Tango (1998): the differences that a score test does not reject. At zero that test is
+    McNemar's (1947), whether the images that only one of the two gets right are divided between them by chance. It has
+    a width where the two never differ, because on other images they may.
+
+    Args:
+        right, right_of_other: whether each is right, (n,) bool.
     """
     n = len(right)
     won, lost = int((right & ~right_of_other).sum()), int((~right & right_of_other).sum())
@@ -87,18 +89,15 @@ def difference(right: np.ndarray, right_of_other: np.ndarray) -> Difference:
     inside = 1e-9  # at the value itself both sides are zero if the two never differ
     low = brentq(rejected, -1.0, value - inside) if value - inside > -1 else -1.0
     high = brentq(rejected, value + inside, 1.0) if value + inside < 1 else 1.0
-    p = 2 * float(norm.sf(abs(won - lost) / math.sqrt(won + lost))) if won + lost else 1.0
-    return Difference(value, (float(low), float(high)), p)
+    return Compared(value, (float(low), float(high)))
 
 
-Figure = tuple[float, tuple[float, float]]  # with its 95% interval
-
-
-def apart(one: Figure, other: Figure) -> tuple[float, float]:
-    """The 95% interval of a figure less one of other images (Newcombe 1998; Zou & Donner 2008)."""
-    (mine, (my_low, my_high)), (its, (its_low, its_high)) = one, other
-    value = mine - its
-    return value - math.hypot(mine - my_low, its_high - its), value + math.hypot(my_high - mine, its - its_low)
+def compared_apart(one: Compared, other: Compared) -> Compared:
+    """A figure less one of other images, each with its interval (Newcombe 1998; Zou & Donner 2008)."""
+    value = one.value - other.value
+    low = math.hypot(one.value - one.interval[0], other.interval[1] - other.value)
+    high = math.hypot(one.interval[1] - one.value, other.value - other.interval[0])
+    return Compared(value, (value - low, value + high))
 
 
 def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -7,14 +7,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import fisher_exact
 
 from store.errors import enumerated
 from store.records import Condition, ReportCard, Score
-from trainer.evaluate import Difference, apart, difference
+from trainer.evaluate import Compared, compared, compared_apart
 from trainer.spec import Gate
 
 FEWEST = 10  # images that versions are compared on
+FEW = 30  # images that were held out for the version before, below which a comparison is doubtful
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """The images that the data of two versions share, or that are near copies, and whether they mean the same."""
+
+    shared: int = 0
+    count: int = 0  # of these, how many are of another class now
+    mostly: tuple[str, ...] = ()  # classes most of whose images are of another one now
+
+    def __str__(self) -> str:
+        """What there is to say of it; empty if nothing has changed."""
+        which = f", most of those of {enumerated(self.mostly)}" if self.mostly else ""
+        text = f"{self.count} of the {self.shared} images that both were given are of another class than before{which}"
+        return text if self.count else ""
 
 
 @dataclass(frozen=True)
@@ -25,9 +40,8 @@ class Comparison:
     right: np.ndarray  # (n,) bool
     right_before: np.ndarray  # (n,) bool
     earlier: np.ndarray  # (n,) bool, the images that were held out for the one before
-    left_out: int  # images that the one before was trained on
-    shared: int  # images that are in the data of both
-    relabelled: int  # of these, how many are of another class now
+    left_out: int  # held-out images that either, or what it began with, was trained on
+    relabelled: Relabelled
     own: Score  # on the images that were held out for the version
     own_before: Score | None  # likewise for the one before, if its report has that
 
@@ -71,71 +85,69 @@ def not_worse(found: Comparison) -> Condition:
 
     It is, if it gets clearly fewer of the images right that can be compared, or of those among them that were held out
     for the one before: a version of other data, whose labels mean something else, is good on its own images. Where too
-    few images can be compared in pairs, Fisher's exact test (1922) compares the accuracy of each on the images that
-    were held out for it.
+    few images can be compared in pairs, the accuracies of both are, each on the images that were held out for it. There
+    is no comparison if most images of a class are of another one now.
     """
-    n, before = len(found.right), found.before
-    relabelled = (
-        f"{found.relabelled} of the {found.shared} images that both were given are of another class than before"
-    )
-    if found.shared >= FEWEST and found.relabelled > found.shared / 2:
+    n, before, relabelled, earlier = len(found.right), found.before, found.relabelled, found.earlier
+    if relabelled.mostly:
         return not_compared(f"it cannot be compared with {before}: {relabelled}", passed=False)
     if n < FEWEST:
         return _not_worse_apart(found)
-    some = found.earlier
-    tested = [("held-out images", difference(found.right, found.right_before), np.ones(n, bool))]
-    if FEWEST <= some.sum() < n:
-        on_some = difference(found.right[some], found.right_before[some])
-        tested.append((f"images that were held out for {before}", on_some, some))
-    what, result, among = next((one for one in tested if _is_worse(one[1])), tested[0])
-    left_out = f"{found.left_out} that {before} was trained on are left out"
-    reasons = [
-        f"p = {result.p:.2g}, the difference is {_percent(result.interval[0])} to {_percent(result.interval[1])}",
-        *[left_out] * bool(found.left_out), *[relabelled] * bool(found.relabelled),
-    ]  # fmt: skip
+    tested = [("held-out images", compared(found.right, found.right_before), np.ones(n, bool))]
+    if FEWEST <= earlier.sum() < n:
+        on_earlier = compared(found.right[earlier], found.right_before[earlier])
+        tested.append((f"images that were held out for {before}", on_earlier, earlier))
+    what, result, among = min(tested, key=lambda one: (not _is_worse(one[1]), one[1].value))
+    notes = []
+    if found.left_out:
+        notes.append(f"{found.left_out} are left out that one of the two, or what it began with, was trained on")
+    if few := earlier.sum() < FEW:
+        notes.append(f"only {earlier.sum()} images that were held out for {before} could be compared")
+    if relabelled.count:
+        notes.append(str(relabelled))
     text = (
         f"{_percent(found.right[among].mean())} of {among.sum()} {what} are right, and "
-        f"{_percent(found.right_before[among].mean())} with {before}: {_verdict(result)} ({'; '.join(reasons)})"
+        f"{_percent(found.right_before[among].mean())} with {before}: {_verdict(result, notes)}"
     )
-    return _difference(
-        result, passed=not _is_worse(result), doubt=result.value < 0 or bool(found.relabelled), message=text
-    )
+    return _on_difference(result, bool(result.value < 0 or few or relabelled.count), text)
 
 
-def _is_worse(found: Difference) -> bool:
+def _is_worse(found: Compared) -> bool:
     return found.clear and found.value < 0
 
 
-def _verdict(found: Difference) -> str:
-    return "not worse" if found.value >= 0 else "clearly worse" if found.clear else "worse, which may be chance"
+def _verdict(found: Compared, notes: list[str]) -> str:
+    words = "not worse" if found.value >= 0 else "clearly worse" if found.clear else "worse, which may be chance"
+    low, high = (100 * end for end in found.interval)
+    return f"{words} ({'; '.join([f'by {low:+.1f} to {high:+.1f} points', *notes])})"
+
+
+def _on_difference(found: Compared, doubt: bool, message: str) -> Condition:
+    passed = not _is_worse(found)
+    return Condition(
+        condition="not_worse", limit=None, value=found.value, interval=found.interval, passed=passed,
+        doubt=passed and doubt, message=message,
+    )  # fmt: skip
 
 
 def _not_worse_apart(found: Comparison) -> Condition:
     own, other, before = found.own, found.own_before, found.before
-    few = f"there are only {len(found.right)} held-out images that {before} was not trained on"
+    few = f"only {len(found.right)} held-out images can be compared"
     if other is None or not (own.images and other.images):
-        return not_compared(f"{few}, so nothing was compared", passed=True, doubt=True)
-    table = [[round(one.accuracy * one.images), one.images - round(one.accuracy * one.images)] for one in (own, other)]
-    figures = ((one.accuracy, one.accuracy_interval) for one in (own, other))
-    result = Difference(own.accuracy - other.accuracy, apart(*figures), float(fisher_exact(table).pvalue))
+        return not_compared(f"{few}, so nothing was", passed=True, doubt=True)
+    result = compared_apart(*(Compared(one.accuracy, one.accuracy_interval) for one in (own, other)))
     text = (
         f"{_percent(own.accuracy)} of {own.images} held-out images are right, and {_percent(other.accuracy)} of the "
-        f"{other.images} that were held out for {before}: {_verdict(result)} (p = {result.p:.2g}; {few})"
+        f"{other.images} that were held out for {before}: {_verdict(result, [few])}"
     )
-    return _difference(result, passed=not _is_worse(result), doubt=True, message=text)
+    return _on_difference(result, doubt=True, message=text)
 
 
 def not_compared(why: str, *, passed: bool, doubt: bool = False) -> Condition:
     """The condition that a version is not worse where there is nothing to compare, or no way to."""
-    return _difference(None, passed=passed, doubt=doubt, message=why)
-
-
-def _difference(found: Difference | None, *, passed: bool, message: str, doubt: bool = False) -> Condition:
-    value, interval = (found.value, found.interval) if found else (None, None)
     return Condition(
-        condition="not_worse", limit=None, value=value, interval=interval, passed=passed, doubt=passed and doubt,
-        message=message,
-    )  # fmt: skip
+        condition="not_worse", limit=None, value=None, interval=None, passed=passed, doubt=doubt, message=why
+    )
 
 
 def _recall(wanted: float | dict[str, float], card: ReportCard) -> Condition:

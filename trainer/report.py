@@ -6,7 +6,7 @@ Every number can be recomputed from the exported parameters, the data set and th
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,21 +289,17 @@ def beside_twin(
         some = rng.integers(0, len(labels), len(labels))
         mine, its = (evaluate.calibration_error(*(of[some] for of in these)) for these in zip(sure, right, strict=True))
         drawn.append(mine - its)
-    accuracy, in_training, robust = (evaluate.difference(*both) for both in (right, learned, withstood))
-    gap = evaluate.apart((in_training.value, in_training.interval), (accuracy.value, accuracy.interval))
+    accuracy, in_training, robust = (evaluate.compared(*both) for both in (right, learned, withstood))
+    differences = {
+        "accuracy": accuracy, "generalization_gap": evaluate.compared_apart(in_training, accuracy),
+        "expected_calibration_error": evaluate.Compared(errors[0] - errors[1], (*np.quantile(drawn, [0.025, 0.975]),)),
+        "robust_accuracy": robust,
+    }  # fmt: skip
     hits, train_hits, robust_hits = (float(both[1].mean()) for both in (right, learned, withstood))
-    differences: dict[str, tuple[float, Sequence[float]]] = {
-        "accuracy": (accuracy.value, accuracy.interval),
-        "generalization_gap": (in_training.value - accuracy.value, gap),
-        "expected_calibration_error": (errors[0] - errors[1], np.quantile(drawn, [0.025, 0.975]).tolist()),
-        "robust_accuracy": (robust.value, robust.interval),
-    }
     return {
         "accuracy": hits, "train_accuracy": train_hits, "generalization_gap": train_hits - hits,
         "expected_calibration_error": errors[1], "robust_accuracy": robust_hits,
-        "differences": {
-            name: {"value": value, "interval": interval} for name, (value, interval) in differences.items()
-        },
+        "differences": {name: dataclasses.asdict(one) for name, one in differences.items()},
     }  # fmt: skip
 
 

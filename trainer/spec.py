@@ -289,7 +289,7 @@ class Gate(Strict):
     not_worse: bool = Field(
         True,
         description="Not clearly worse than the version that `stable` stands for, on the same held-out images "
-        "(McNemar's exact test, 5%).",
+        "and on those that were held out for that version (McNemar's test, 5%).",
     )
     same_classes: bool = Field(True, description="The classes of the version that `stable` stands for.")
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +163,7 @@ def test_every_server_has_to_prove_a_version(press: Press) -> None:
 
 
 def test_a_standby_follows_a_live_version_and_publishes_alone_when_it_has_to(
-    press: Press, caplog: pytest.LogCaptureFixture
+    press: Press, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     press.settings = press.settings.model_copy(update={"model_server": "unix:/one,unix:/standby"})
     port = free_port()
@@ -183,6 +183,13 @@ def test_a_standby_follows_a_live_version_and_publishes_alone_when_it_has_to(
                 if lease:
                     raise LeaseLost
 
+            until = ModelServer.wait_until_available
+
+            def waits(server: ModelServer, model: str, version: int, wait: Callable[[], None]) -> None:
+                wait()  # as it does where a version is slow to load
+                until(server, model, version, wait=wait)
+
+            monkeypatch.setattr(ModelServer, "wait_until_available", waits)
             assert press.publish(3, step=step, finish=lambda *_: lease.append("is over")) == 3
             eventually(lambda: standby.available("m") == {1, 2, 3}, "the standby has followed")
             assert prove(standby, "m", 3, Probe.load(press.settings.version("m", 3))) < 1e-4

@@ -13,11 +13,11 @@ from tests.conftest import Place
 from trainer import report
 from trainer.asked import check_dataset, parse_asked
 from trainer.fit import Split
-from trainer.gate import Comparison, fixed_conditions, not_worse, same_classes
+from trainer.gate import Comparison, Relabelled, fixed_conditions, not_worse, same_classes
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.records import Job
 from trainer.spec import Gate
-from trainer.worker import held_out
+from trainer.worker import candidate
 from trainer.worker.held_out import Predictions, digests
 
 GOOD = {"epochs": 8, "method": "full", "learning_rate": 0.01, "folds": 3, "validation_split": 0}
@@ -98,7 +98,7 @@ def pairs(both: int, won: int, lost: int, neither: int, **more: Any) -> Conditio
     right = np.array([True] * (both + won) + [False] * (lost + neither))
     before = np.array([True] * both + [False] * won + [True] * lost + [False] * neither)
     given: dict[str, Any] = {
-        "earlier": np.zeros(len(right), bool), "left_out": 0, "shared": 0, "relabelled": 0,
+        "earlier": np.ones(len(right), bool), "left_out": 0, "relabelled": Relabelled(),
         "own": Score(images=10, accuracy=0.1, accuracy_interval=(0.02, 0.4)),
         "own_before": Score(images=20, accuracy=0.95, accuracy_interval=(0.76, 0.99)),
     }  # fmt: skip
@@ -106,7 +106,7 @@ def pairs(both: int, won: int, lost: int, neither: int, **more: Any) -> Conditio
 
 
 def test_a_difference_counts_only_if_it_is_no_chance() -> None:
-    """McNemar's test: 3 of 3 discordant pairs have p = 0.083, 4 of 4 have 0.046."""
+    """McNemar's test: 3 of 3 pairs that differ have p = 0.083, 4 of 4 have 0.046."""
     three, four, better = pairs(90, 0, 3, 7), pairs(90, 0, 4, 6), pairs(90, 4, 0, 6)
     assert (three.passed, four.passed, better.passed) == (True, False, True)
     assert three.value == pytest.approx(-0.03)
@@ -114,7 +114,9 @@ def test_a_difference_counts_only_if_it_is_no_chance() -> None:
     assert better.interval is not None
     assert four.interval == pytest.approx((-0.09837, -0.00153), abs=1e-5)  # Tango
     assert four.interval[1] < 0 < better.interval[0]
-    assert "clearly worse (p = 0.046, the difference is -9.837% to -0.1527%)" in four.message
+    assert (
+        "90% of 100 held-out images are right, and 94% with m:1: clearly worse (by -9.8 to -0.2 points)" in four.message
+    )
     assert (three.doubt, four.doubt, better.doubt) == (True, False, False)
     assert "worse, which may be chance" in three.message
 
@@ -132,13 +134,18 @@ def test_the_images_of_the_version_before_are_also_compared_apart() -> None:
     assert (found.passed, found.value) == (False, -1.0)
     assert "0% of 31 images that were held out for m:1 are right, and 100% with m:1: clearly worse" in found.message
     assert pairs(0, 30, 31, 0).passed
+    few = pairs(40, 8, 1, 0, earlier=np.arange(49) > 37)
+    assert (few.passed, few.doubt) == (True, True)
+    assert "only 11 images that were held out for m:1 could be compared" in few.message
 
 
 def test_a_version_of_the_same_images_under_other_classes_cannot_be_compared() -> None:
-    found = pairs(60, 0, 0, 0, shared=60, relabelled=31)
+    found = pairs(60, 0, 0, 0, relabelled=Relabelled(60, 12, ("4", "9")))
     assert not found.passed
-    assert "31 of the 60 images that both were given are of another class than before" in found.message
-    few = pairs(60, 0, 0, 0, shared=60, relabelled=6)
+    assert "12 of the 60 images that both were given are of another class than before, most of those of '4', '9'" in (
+        found.message
+    )
+    few = pairs(60, 0, 0, 0, relabelled=Relabelled(60, 6))
     assert (few.passed, few.doubt) == (True, True)
     assert "6 of the 60 images" in few.message
 
@@ -153,7 +160,7 @@ def test_with_too_few_common_images_each_is_compared_on_its_own() -> None:
     assert (alike.passed, alike.doubt) == (True, True)
     unknown = pairs(5, 0, 4, 0, own_before=None)
     assert (unknown.passed, unknown.doubt) == (True, True)
-    assert "only 9 held-out images" in unknown.message
+    assert unknown.message == "only 9 held-out images can be compared, so nothing was"
 
 
 def test_other_classes_are_named() -> None:
@@ -169,7 +176,7 @@ def test_a_floor_for_a_class_that_the_data_lacks_is_refused() -> None:
         check_dataset(asked, {"a": 9, "b": 9}, held_out=False)
     assert refused.value.param == "spec.gate.class_recall"
     models = Gate(class_recall={"x": 0.5})
-    with pytest.raises(InvalidSpec, match="of the model's gate names 'x'"):
+    with pytest.raises(InvalidSpec, match="the model's gate has a limit for 'x'"):
         check_dataset(parse_asked("{}"), {"a": 9, "b": 9}, held_out=False, models_gate=models)
     own = parse_asked('{"gate": {}}')
     check_dataset(own, {"a": 9, "b": 9}, held_out=False, models_gate=models)
@@ -223,15 +230,15 @@ def test_more_data_is_compared_without_the_images_that_stable_was_trained_on(
     new = Predictions.load(place.settings.version("m", 2))
     left_out = sum(image in trained for image in new.images)
     assert left_out > 0
-    assert f"{left_out} that m:1 was trained on are left out" in condition(job, "not_worse")["message"]
+    assert f"{left_out} are left out that one of the two" in condition(job, "not_worse")["message"]
     assert f"of {len(new.images) - left_out} held-out images" in condition(job, "not_worse")["message"]
 
 
 def test_networks_are_asked_for_some_of_many_images(
     place: Place, digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out, "MOST", 30)
-    monkeypatch.setattr(held_out, "MOST_BEFORE", 20)
+    monkeypatch.setattr(candidate, "MOST", 30)
+    monkeypatch.setattr(candidate, "MOST_BEFORE", 20)
     ran(place)
     uploaded(place, digits[0][200:300], digits[1][200:300])
     assert "of 50 held-out images" in condition(ran(place), "not_worse")["message"]
@@ -245,7 +252,7 @@ def test_what_stables_base_was_trained_on_is_left_out(place: Place, digits: tupl
     job = ran(place)
     assert gate_of(job)["compared_with"] == 2
     assert "of 100 held-out images" in condition(job, "not_worse")["message"]
-    assert "100 that m:2 was trained on are left out" in condition(job, "not_worse")["message"]
+    assert "100 are left out that one of the two" in condition(job, "not_worse")["message"]
 
 
 def test_what_its_own_base_was_trained_on_is_left_out_too(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
@@ -255,11 +262,38 @@ def test_what_its_own_base_was_trained_on_is_left_out_too(place: Place, digits: 
     assert "of 100 held-out images" in condition(job, "not_worse")["message"]  # of the new ones alone
 
 
+def test_what_the_base_has_held_out_is_not_what_it_has_learned(
+    place: Place, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    split = {"folds": None, "validation_split": 0.2}
+    ran(place, split)
+    job = ran(place, {**split, "base": "m:1"}, base="m:1")
+    assert "of 20 held-out images" in condition(job, "not_worse")["message"]
+    assert not any("already learned" in text for text in place.registry.find("m", 2).report.warnings)
+    uploaded(place, digits[0][:100] - (digits[0][:100] > 200), digits[1][:100])
+    job = ran(place, {"base": "m:1"}, base="m:1")
+    (warning,) = (text for text in place.registry.find("m", 3).report.warnings if "already learned" in text)
+    assert warning.startswith("80 of the 100 held-out images, or near copies, were already learned by m:1")
+    assert "80 are left out that one of the two" in condition(job, "not_worse")["message"]
+
+
 def test_an_image_and_its_near_copies_count_once(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     images = digits[0][:60]
     uploaded(place, np.concatenate([images, images, images - (images > 200)]), np.tile(digits[1][:60], 3))
     ran(place)
     assert "of 60 held-out images" in condition(ran(place), "not_worse")["message"]
+
+
+def test_near_copies_are_the_same_picture_to_versions_with_folds(
+    place: Place, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Asked about copies, the network that is served would recognize what it has learned."""
+    ran(place)
+    images = digits[0][:100]
+    uploaded(place, images - (images > 200), digits[1][:100])
+    job = ran(place)
+    assert abs(condition(job, "not_worse")["value"]) < 0.05
+    assert " of 100 held-out images" in condition(job, "not_worse")["message"]
 
 
 def test_near_copies_of_what_stable_was_trained_on_are_left_out(
@@ -286,6 +320,33 @@ def test_other_images_with_shifted_labels_do_not_take_stable(
     job = ran(place, split)
     assert "100 of the 100 images that both were given are of another class" in condition(job, "not_worse")["message"]
     assert not gate_of(job)["passed"]
+
+
+@pytest.mark.parametrize("noise", [0, 8], ids=["the same images", "noisy ones"])
+def test_two_classes_that_are_swapped_do_not_take_stable(
+    place: Place, digits: tuple[np.ndarray, np.ndarray], noise: int
+) -> None:
+    images, labels = digits[0][:200], digits[1][:200]
+    uploaded(place, images, labels)
+    ran(place)
+    added = np.random.default_rng(0).integers(0, noise + 1, images.shape)
+    swapped = np.where(labels == 4, 9, np.where(labels == 9, 4, labels))
+    uploaded(place, np.clip(images.astype(int) + added, 0, 255).astype(np.uint8), swapped)
+    job = ran(place)
+    moved = int(np.isin(labels, (4, 9)).sum())
+    assert (
+        f"{moved} of the 200 images that both were given are of another class than before, most of those of '4', '9'"
+        in (condition(job, "not_worse")["message"])
+    )
+    assert place.registry.labels("m")["stable"].version == 1
+    corrected = labels.copy()
+    corrected[:10] = (corrected[:10] + 1) % 10
+    uploaded(place, images, corrected)
+    job = ran(place)
+    assert gate_of(job)["passed"]
+    assert condition(job, "not_worse")["doubt"]
+    assert "of 190 held-out images" in condition(job, "not_worse")["message"]
+    assert "10 of the 200 images" in condition(job, "not_worse")["message"]
 
 
 def test_copies_of_training_images_do_not_pass_a_gate(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:

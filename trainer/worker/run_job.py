@@ -42,9 +42,10 @@ from trainer.recipes import PREVIEWED, preview_recipe
 from trainer.report import HeldOut, seen_by
 from trainer.search import Found, Problem, search
 from trainer.spec import Gate, Spec, described, pinned, regularizes, unregularized
+from trainer.worker.candidate import DAMAGED, Candidate, gate_of, learned_by
 from trainer.worker.complete_report import forgetting
 from trainer.worker.evaluation import Evaluation, Trained
-from trainer.worker.held_out import DAMAGED, Candidate, Predictions, gate_of, learned_before
+from trainer.worker.held_out import Predictions
 from trainer.worker.job_data import FOLD, PARITY_IMAGES, JobData, device_of, named
 from trainer.worker.kept_networks import keep, read_all
 
@@ -367,11 +368,9 @@ class _Maker:
             if searched:
                 card["search"] = searched.dump()
                 card["warnings"] += searched.warnings
-            predicted = Predictions.of(held_out, self.data)
-            with contextlib.suppress(*DAMAGED):
-                card["warnings"] += learned_before(predicted, self.source, self.settings, self.registry)
         with run.stage("exporting"):
             candidate = watched(lambda _: self._candidate(gate, card, fitted, held_out), run.go_on)
+            card["warnings"] += watched(lambda _: candidate.warnings(), run.go_on)
             fold = held_out.params if held_out.out_of_fold else None
             manifest = self._exported(candidate, spec, train, card, fold=fold)
         with run.stage("publishing"):
@@ -387,7 +386,14 @@ class _Maker:
 
     def _candidate(self, gate: Gate, card: dict[str, Any], fitted: Fitted, held_out: HeldOut) -> Candidate:
         report_card, predicted = ReportCard.model_validate(card), Predictions.of(held_out, self.data)
-        return Candidate(self.run.job.id, gate, report_card, fitted, predicted, self.data, self.source)
+        try:
+            inherited = learned_by(self.source, self.settings, self.registry)
+        except DAMAGED as exc:
+            log.warning(
+                "what the base has learned is not known", base=public_name(self.run.job.base), reason=reason(exc)
+            )
+            inherited = {}
+        return Candidate(self.run.job.id, gate, report_card, fitted, predicted, self.data, self.source, inherited)
 
     def _exported(
         self, candidate: Candidate, spec: Spec, train: Split, card: dict[str, Any], *, fold: Arrays | None = None,
