@@ -1,11 +1,13 @@
 """Gates over HTTP: those of models, versions that failed theirs, and overrides."""
 
+import io
 import json
+import zipfile
 from typing import Any
 
 import pytest
 
-from tests.conftest import Service
+from tests.conftest import Service, zipped
 
 QUICK = {"epochs": 1, "method": "head"}
 IMPOSSIBLE = {"calibration_error": 0.0}
@@ -95,3 +97,21 @@ def test_a_models_gate_is_set_shown_and_taken_away(service: Service, digits_zip:
 def test_a_gate_for_a_class_that_the_data_lacks_is_refused(service: Service, digits_zip: bytes) -> None:
     answer = service.finetune(digits_zip, "classy", json.dumps({"gate": {"class_recall": {"ten": 0.5}}}))
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "spec.gate.class_recall")
+    finetuned(service, digits_zip, "classy")
+    service.api.put("/models/classy/gate", json={"class_recall": {"ten": 0.5}}).raise_for_status()
+    for fields in ({}, {"dry_run": "true"}):
+        form = {"model": "classy", "spec": json.dumps(QUICK), **fields}
+        answer = service.api.post("/finetune", files={"data": ("data", digits_zip)}, data=form)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "spec.gate")
+        assert "the model's gate has a limit for 'ten'" in answer.json()["error"]["message"]
+    assert finetuned(service, digits_zip, "classy", gate={})["status"] == "succeeded"
+
+
+def test_a_list_of_models_has_the_classes_of_stable(service: Service, digits_zip: bytes) -> None:
+    finetuned(service, digits_zip, "listed")
+    with zipfile.ZipFile(io.BytesIO(digits_zip)) as archive:
+        few = zipped({name: archive.read(name) for name in archive.namelist() if name[0] in "012"})
+    job = finetuned(service, few, "listed")
+    assert (job["version"], job["gate"]["passed"]) == (2, False)
+    (model,) = (one for one in service.api.get("/models").json()["data"] if one["name"] == "listed")
+    assert (model["versions"], model["labels"], model["classes"]) == ([2, 1], {"stable": 1}, list("0123456789"))

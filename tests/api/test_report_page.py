@@ -290,6 +290,16 @@ def test_the_base_model_has_its_card_and_nothing_else() -> None:
         assert text in page.text
 
 
+def test_a_doubt_of_the_gate_is_among_what_to_know_before_relying_on_it() -> None:
+    condition = {"condition": "not_worse", "limit": None, "value": 0.0, "interval": None, "passed": True}
+    conditions = [{**condition, "doubt": doubt, "message": f"a doubt: {doubt}"} for doubt in (True, False)]
+    report = full_report(DIGITS) | {"warnings": [], "gate": {"passed": True, "conditions": conditions, "overrides": []}}
+    text = shown(report, DIGITS).text
+    assert text.index("Before you rely on it") < text.index("a doubt: True") < text.index("a doubt: False")
+    report["gate"]["conditions"] = conditions[1:]
+    assert "Before you rely on it" not in shown(report, DIGITS).text
+
+
 def test_images_that_are_worth_a_look_are_shown_with_their_names_escaped() -> None:
     named = {"position": 1, "file": STRANGE, "class": STRANGE}
     inspection = {

@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from cli.main import main
-from cli.show import progress
+from cli.show import print_gate, progress
 from store.processes import free_port
 from temper import Job
 from tests.conftest import Service, eventually, npz, png
@@ -510,6 +510,15 @@ def test_a_version_that_failed_its_gate_is_said_to_be_live_without_its_label(ser
     assert "gate-cli:1" in called(service, "rollback", "gate-cli").stdout  # not to the one that failed
     called(service, "promote", "gate-cli:3")
     assert "gate-cli:2" in called(service, "rollback", "gate-cli", "--override").stdout
+
+
+def test_a_doubt_about_a_version_that_passed_its_gate_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    condition = {"condition": "not_worse", "passed": True, "message": "only 3 [images]"}
+    print_gate("m:2", {"passed": True, "conditions": [condition], "overrides": []}, "")
+    assert capsys.readouterr().out == ""
+    print_gate("m:2", {"passed": True, "conditions": [{**condition, "doubt": True}], "overrides": []}, "")
+    told = " ".join(capsys.readouterr().out.split())
+    assert told == "m:2 has passed its gate, with a doubt: only 3 [images]"
 
 
 def test_deleting_asks_first(service: Service, job: str, upload: Path) -> None:
