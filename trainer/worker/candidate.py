@@ -116,8 +116,9 @@ class Candidate:
 
         learned = {picture[image] for image in [*(own.keys() - now.keys()), *(old.keys() - then.keys()), *inherited]}
         relabelled, moved = _relabelled(own, old, picture)
-        here = {picture[image]: image for image in now if picture[image] not in learned | moved}
-        there = {picture[image]: image for image in then if image in old and picture[image] not in learned | moved}
+        out = learned | moved
+        here = {picture[image]: image for image in now if picture[image] not in out}
+        there = {picture[image]: image for image in then if image in old and picture[image] not in out}
         theirs, ours = ({picture[image] for image in images} for images in (old, own))
         both = [one for one in here if one in there]
         new = _spread([one for one in here if one not in theirs], MOST)
