@@ -54,7 +54,7 @@ def proportion(hits: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Compared:
-    """A figure of one network less that of another, with its 95% interval."""
+    """A figure of one network less that of another, with its interval."""
 
     value: float
     interval: tuple[float, float]
@@ -65,7 +65,7 @@ class Compared:
         return not self.interval[0] <= 0 <= self.interval[1]
 
 
-def compared(right: np.ndarray, right_of_other: np.ndarray) -> Compared:
+def compared(right: np.ndarray, right_of_other: np.ndarray, *, confidence: float = 1 - ALPHA) -> Compared:
     """The accuracy of one network less that of another on the same images, at least one.
 
     The interval is that of Tango (1998): the differences that a score test does not reject. At zero that test is
@@ -74,10 +74,11 @@ def compared(right: np.ndarray, right_of_other: np.ndarray) -> Compared:
 
     Args:
         right, right_of_other: whether each is right, (n,) bool.
+        confidence: of the interval, as a share.
     """
     n = len(right)
     won, lost = int((right & ~right_of_other).sum()), int((~right & right_of_other).sum())
-    value, z = (won - lost) / n, float(norm.ppf(1 - ALPHA / 2))
+    value, z = (won - lost) / n, float(norm.ppf((1 + confidence) / 2))
 
     def rejected(delta: float) -> float:
         """Above zero where the score test rejects a difference of `delta`."""

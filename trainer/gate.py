@@ -3,18 +3,18 @@
 A condition whose figure cannot be measured fails, and says why.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from store.errors import enumerated
 from store.records import Condition, ReportCard, Score
-from trainer.evaluate import Compared, compared, compared_apart
+from trainer.evaluate import Compared, compared, compared_apart, proportion
 from trainer.spec import Gate
 
 FEWEST = 10  # images that versions are compared on
-FEW = 30  # images that were held out for the version before, below which a comparison is doubtful
+DOUBT = 0.8  # confidence, as a share, with which a version that passes must be worse to be doubted
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class Relabelled:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a version and the one before made of the same images, none of which either was trained on."""
+    """What a version and the one before made of the same images, none of which the one before was trained on."""
 
     before: str  # that version, as name:version
     right: np.ndarray  # (n,) bool
     right_before: np.ndarray  # (n,) bool
     earlier: np.ndarray  # (n,) bool, the images that were held out for the one before
-    left_out: int  # held-out images that either, or what it began with, was trained on
+    taught: np.ndarray  # (n,) bool, of these, the ones that the version, or what it began with, was trained on
+    left_out: int  # images held out for the version that the one before, or what either began with, was trained on
     relabelled: Relabelled
     own: Score  # on the images that were held out for the version
     own_before: Score | None  # likewise for the one before, if its report has that
@@ -83,40 +84,62 @@ def same_classes(classes: tuple[str, ...], before: str, classes_before: tuple[st
 def not_worse(found: Comparison) -> Condition:
     """The condition that a version is not clearly worse than the one before.
 
-    It is, if it gets clearly fewer of the images right that can be compared, or of those among them that were held out
-    for the one before: a version of other data, whose labels mean something else, is good on its own images. Where too
-    few images can be compared in pairs, the accuracies of both are, each on the images that were held out for it. There
-    is no comparison if most images of a class are of another one now.
+    Of these sets of images it must not get clearly fewer right than the one before:
+
+    - those that were held out for either of them, and that neither was trained on;
+    - of these, those that were held out for the one before: a version of other data, whose labels mean something else,
+      is good on its own images;
+    - all that were held out for the one before. What the version has learned of them does not count for it, and yet
+      counts against it.
+
+    Where too few can be compared in pairs, the accuracies of both are, each on the images that were held out for it.
+    There is no comparison if most images of a class are of another one now.
     """
-    n, before, relabelled, earlier = len(found.right), found.before, found.relabelled, found.earlier
+    before, relabelled, clean, earlier = found.before, found.relabelled, ~found.taught, found.earlier
     if relabelled.mostly:
         return not_compared(f"it cannot be compared with {before}: {relabelled}", passed=False)
-    if n < FEWEST:
+    sets = {
+        "held-out images": clean,
+        f"images that were held out for {before}": clean & earlier,
+        f"images that were held out for {before}, some of which it has learned,": earlier,
+    }
+    large = {what: some for what, some in sets.items() if some.sum() >= FEWEST}
+    tested = {what: compared(found.right[some], found.right_before[some]) for what, some in large.items()}
+    what = next((what for what, result in tested.items() if _is_worse(result)), "held-out images")
+    if what not in tested:
         return _not_worse_apart(found)
-    tested = [("held-out images", compared(found.right, found.right_before), np.ones(n, bool))]
-    if FEWEST <= earlier.sum() < n:
-        on_earlier = compared(found.right[earlier], found.right_before[earlier])
-        tested.append((f"images that were held out for {before}", on_earlier, earlier))
-    what, result, among = min(tested, key=lambda one: (not _is_worse(one[1]), one[1].value))
-    notes = []
-    if found.left_out:
-        notes.append(f"{found.left_out} are left out that one of the two, or what it began with, was trained on")
-    if few := earlier.sum() < FEW:
-        notes.append(f"only {earlier.sum()} images that were held out for {before} could be compared")
-    if relabelled.count:
-        notes.append(str(relabelled))
+    result, some = tested[what], sets[what]
+    doubts = [*_doubts(found), *([str(relabelled)] if relabelled.count else [])]
+    notes = [f"{found.left_out} are left out because one of them has learned them"] if found.left_out else []
     text = (
-        f"{_percent(found.right[among].mean())} of {among.sum()} {what} are right, and "
-        f"{_percent(found.right_before[among].mean())} with {before}: {_verdict(result, notes)}"
+        f"{_percent(found.right[some].mean())} of {some.sum()} {what} are right, and "
+        f"{_percent(found.right_before[some].mean())} with {before}: {_verdict(result, [*notes, *doubts])}"
     )
-    return _on_difference(result, bool(result.value < 0 or few or relabelled.count), text)
+    likely = compared(found.right[some], found.right_before[some], confidence=DOUBT)
+    return _on_difference(result, doubt=bool(doubts) or _is_worse(likely), message=text)
+
+
+def _doubts(found: Comparison) -> Iterator[str]:
+    """Why a comparison says little of what is asked of the version before."""
+    before, new = found.before, ~found.earlier
+    if (n := int(found.earlier.sum())) < FEWEST:
+        yield f"of those that were held out for {before} there are only {n}"
+    if found.own_before is None or new.sum() < FEWEST:
+        return
+    there = found.own_before.accuracy, found.own_before.accuracy_interval
+    share = proportion(found.right_before[new])
+    if _is_worse(compared_apart(Compared(share["accuracy"], share["accuracy_interval"]), Compared(*there))):
+        yield (
+            f"{before} gets {_percent(share['accuracy'])} of the {new.sum()} that are new to it right, and "
+            f"{_percent(there[0])} of its own: they are of another kind, or labelled otherwise"
+        )
 
 
 def _is_worse(found: Compared) -> bool:
     return found.clear and found.value < 0
 
 
-def _verdict(found: Compared, notes: list[str]) -> str:
+def _verdict(found: Compared, notes: Iterable[str]) -> str:
     words = "not worse" if found.value >= 0 else "clearly worse" if found.clear else "worse, which may be chance"
     low, high = (100 * end for end in found.interval)
     return f"{words} ({'; '.join([f'by {low:+.1f} to {high:+.1f} points', *notes])})"
@@ -132,9 +155,9 @@ def _on_difference(found: Compared, doubt: bool, message: str) -> Condition:
 
 def _not_worse_apart(found: Comparison) -> Condition:
     own, other, before = found.own, found.own_before, found.before
-    few = f"only {len(found.right)} held-out images can be compared"
+    few = f"too few can be compared one by one: {(~found.taught).sum()}"
     if other is None or not (own.images and other.images):
-        return not_compared(f"{few}, so nothing was", passed=True, doubt=True)
+        return not_compared(f"nothing was compared with {before}: {few}", passed=True, doubt=True)
     result = compared_apart(*(Compared(one.accuracy, one.accuracy_interval) for one in (own, other)))
     text = (
         f"{_percent(own.accuracy)} of {own.images} held-out images are right, and {_percent(other.accuracy)} of the "

@@ -100,11 +100,14 @@ def test_predictions_go_on_while_a_new_version_goes_live(service: Service, job: 
     with ThreadPoolExecutor(4) as pool:
         for _ in range(4):
             pool.submit(ask)
-        images, labels = digits
-        upload = npz(images=images[:120], labels=labels[:120])
-        done = service.finished(service.finetune(upload, "numerals", QUICK).json()["id"])
-        eventually(lambda: seen[-1]["version"] == done["version"], "the new version answers")
-        stop.set()
+        try:
+            images, labels = digits
+            upload = npz(images=images[:120], labels=labels[:120])
+            spec = json.dumps({"epochs": 2, "gate": {"not_worse": False}})
+            done = service.finished(service.finetune(upload, "numerals", spec).json()["id"])
+            eventually(lambda: seen[-1]["version"] == done["version"], "the new version answers")
+        finally:
+            stop.set()
     assert done["status"] == "succeeded"
     assert bad == []
     versions = [answer["version"] for answer in seen]

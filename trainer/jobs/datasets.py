@@ -49,7 +49,7 @@ ALL_COPIES = (
     "out, or give others"
 )
 ARRAYS: Arrays = {TRAIN: (("images", "x"), ("labels", "y"))}
-ENDS = {TRAIN: ("train",), VALIDATION: ("val", "valid", "validation"), TEST: ("test",)}
+ENDS = {TRAIN: ("train",), VALIDATION: ("val", "valid", "validation", "dev"), TEST: ("test",)}
 KERAS: Arrays = {
     part: (tuple(f"x_{end}" for end in ends), tuple(f"y_{end}" for end in ends)) for part, ends in ENDS.items()
 }

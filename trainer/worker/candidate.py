@@ -101,28 +101,27 @@ class Candidate:
 
         Each answers with what it predicted when the picture was held out for it, which is right if it is what the data
         said then: wrong labels must not make both look alike. A picture that is not in the data of one goes through its
-        network. Left out is what either was trained on, without predictions of networks that were not, or has from what
-        it started from, and what is of another class now. To save time, networks are asked for some of the pictures
-        where there are many.
+        network; where there are many, some do. Left out is what `stable`, or what it began with, has learned, and what
+        this version began with has, but for pictures that were held out for `stable`: those are told apart.
         """
         assert self.card.validation is not None
         place, data, card = settings.version(stable.model, stable.version), self.data, stable.manifest.dataset
         now, then = self.held_out.by_image(), Predictions.load(place).by_image()
         own = _images(data.dataset, data.validation)
         old = _images(_upload(card, settings), _upload(card.validation if card else None, settings))
-        inherited = inherited_by(stable, settings, registry) | self.inherited
-        known = own | old | inherited
+        inherited = inherited_by(stable, settings, registry)
+        known = own | old | inherited | self.inherited
         picture = dict(zip(known, near_copies(_pixels(known.values())).tolist(), strict=True))
 
-        learned = {picture[image] for image in [*(own.keys() - now.keys()), *(old.keys() - then.keys()), *inherited]}
+        learned_there = {picture[image] for image in [*(old.keys() - then.keys()), *inherited]}
+        learned_here = {picture[image] for image in [*(own.keys() - now.keys()), *self.inherited]}
+        out, theirs = learned_here | learned_there, {picture[image] for image in old}
         relabelled, moved = _relabelled(own, old, picture)
-        out = learned | moved
         here = {picture[image]: image for image in now if picture[image] not in out}
-        there = {picture[image]: image for image in then if image in old and picture[image] not in out}
-        theirs, ours = ({picture[image] for image in images} for images in (old, own))
+        there = {picture[image]: image for image in then if image in old and picture[image] not in learned_there}
         both = [one for one in here if one in there]
         new = _spread([one for one in here if one not in theirs], MOST)
-        earlier = _spread([one for one in there if one not in ours], MOST_BEFORE)
+        earlier = _spread([one for one in there if one not in here and one not in moved], MOST_BEFORE)
 
         right = {one: _is_right(now[here[one]]) for one in both + new}
         right |= _asked(lambda: self.fitted.network, earlier, there, old, then, invert=data.invert)
@@ -130,12 +129,14 @@ class Candidate:
         dark = stable.manifest.polarity == "dark_on_light"
         right_before |= _asked(lambda: Network(load_params(place)), new, here, own, now, invert=dark)
         compared = both + new + earlier
+
+        def table(entry: Callable[[int], bool]) -> np.ndarray:
+            return np.array([entry(one) for one in compared], bool)
+
         return Comparison(
-            before,
-            right=np.array([right[one] for one in compared], bool),
-            right_before=np.array([right_before[one] for one in compared], bool),
-            earlier=np.array([one in there for one in compared], bool),
-            left_out=sum(picture[image] in learned for image in now), relabelled=relabelled,
+            before, table(right.__getitem__), table(right_before.__getitem__),
+            earlier=table(lambda one: one in there), taught=table(lambda one: one in learned_here),
+            left_out=sum(picture[image] in out for image in now), relabelled=relabelled,
             own=self.card.validation, own_before=stable.report.validation,
         )  # fmt: skip
 
