@@ -300,7 +300,7 @@ def _galleries(found: Json, images: Mapping[str, np.ndarray]) -> Iterator[Galler
         "Copies of images that are trained on",
         (found.get("leaks") or {}).get("listed") or (),
         lambda one: f"{one['class']}, a copy of {_name(one['copy_of'])}",
-        "The accuracy on these says nothing about other images.",
+        "They are left out of every figure.",
     )
     if copies := found.get("copies"):
         note = f"{copies['images']:,} images in {copies['groups']:,} groups; each group is held out as a whole."
