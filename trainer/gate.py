@@ -26,10 +26,9 @@ class Relabelled:
     mostly: tuple[str, ...] = ()  # classes most of whose images are of another one now
 
     def __str__(self) -> str:
-        """What there is to say of it; empty if nothing has changed."""
+        """The same in words."""
         which = f", most of those of {enumerated(self.mostly)}" if self.mostly else ""
-        text = f"{self.count} of the {self.shared} images that both were given are of another class than before{which}"
-        return text if self.count else ""
+        return f"{self.count} of the {self.shared} images that both were given are of another class than before{which}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def not_worse(found: Comparison) -> Condition:
     if what not in tested:
         return _not_worse_apart(found)
     result, some = tested[what], sets[what]
-    doubts = [*_doubts(found), *([str(relabelled)] if relabelled.count else [])]
+    doubts = [*_doubts(found)]
     notes = [f"{found.left_out} are left out because one of them has learned them"] if found.left_out else []
     text = (
         f"{_percent(found.right[some].mean())} of {some.sum()} {what} are right, and "
@@ -124,15 +123,16 @@ def _doubts(found: Comparison) -> Iterator[str]:
     before, new = found.before, ~found.earlier
     if (n := int(found.earlier.sum())) < FEWEST:
         yield f"of those that were held out for {before} there are only {n}"
-    if found.own_before is None or new.sum() < FEWEST:
-        return
-    there = found.own_before.accuracy, found.own_before.accuracy_interval
-    share = proportion(found.right_before[new])
-    if _is_worse(compared_apart(Compared(share["accuracy"], share["accuracy_interval"]), Compared(*there))):
-        yield (
-            f"{before} gets {_percent(share['accuracy'])} of the {new.sum()} that are new to it right, and "
-            f"{_percent(there[0])} of its own: they are of another kind, or labelled otherwise"
-        )
+    if found.own_before is not None and new.sum() >= FEWEST:
+        own, share = found.own_before, proportion(found.right_before[new])
+        strange = Compared(share["accuracy"], share["accuracy_interval"])
+        if _is_worse(compared_apart(strange, Compared(own.accuracy, own.accuracy_interval))):
+            yield (
+                f"{before} gets {_percent(strange.value)} of the {new.sum()} that are new to it right, and "
+                f"{_percent(own.accuracy)} of its own: they are of another kind, or labelled otherwise"
+            )
+    if found.relabelled.count:
+        yield str(found.relabelled)
 
 
 def _is_worse(found: Compared) -> bool:

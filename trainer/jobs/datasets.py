@@ -221,11 +221,12 @@ def read(
 
 
 def _copied(parts: Mapping[str, Dataset]) -> dict[str, np.ndarray]:
-    """Whether images to measure on are near copies of some to train on, (n,) bool by part; none if that takes long."""
+    """Whether images to measure on are near copies of some to train on, (n,) bool by part; none where it takes long."""
     images = parts[TRAIN].images
     return {
         part: copies_of(one.images, images) >= 0
-        for part, one in parts.items() if part != TRAIN and len(one.images) * len(images) <= MOST_PAIRS
+        if part != TRAIN and len(one.images) * len(images) <= MOST_PAIRS else np.zeros(len(one.images), bool)
+        for part, one in parts.items()
     }  # fmt: skip
 
 
@@ -241,8 +242,8 @@ def _surveyed(
         )
     ]
     images = [dataset.images for dataset in parts.values()]
-    copies = np.concatenate([copied.get(part, np.zeros(len(one.labels), bool)) for part, one in parts.items()])
-    return survey(np.concatenate(images) if len(images) > 1 else images[0], seen, np.flatnonzero(copies).tolist())
+    copies = np.flatnonzero(np.concatenate([*copied.values()])).tolist()
+    return survey(np.concatenate(images) if len(images) > 1 else images[0], seen, copies)
 
 
 def _indexed(upload: _Upload, least: int) -> Dataset:

@@ -8,7 +8,7 @@ some where there are many copies.
 import numpy as np
 
 ALIKE = 0.99  # correlation of the pixels of two near copies; different pictures of a kind stay below it
-MOST = 20_000  # different images among which near copies are looked for, which takes 5 s
+MOST = 20_000  # different images among which near copies are looked for, which takes 2 to 3 s
 BLOCK = 512  # images that are compared with all others at a time
 COARSE = 7  # pixels of a side, in the small versions that are compared first
 

@@ -99,8 +99,8 @@ def layout_of(
     for path in paths:
         if len(path) > 1:
             inside[path[0]].add(path[1] if len(path) > 2 else "")
-    if roles := _roles(inside):
-        return images, lambda entry: _in_split(entry, roles), []
+    if _are_parts(inside):
+        return images, _in_split, []
     tops = {path[0] for path in paths}
     if len(tops) == 1 and all(len(path) > 2 for path in paths):
         (top,) = tops
@@ -191,13 +191,13 @@ def _in_part_of_class(entry: zipfile.ZipInfo) -> Place:
     return Place(_part(part), top)
 
 
-def _in_split(entry: zipfile.ZipInfo, roles: dict[str, str]) -> Place:
+def _in_split(entry: zipfile.ZipInfo) -> Place:
     """`train/class/.../image.ext`."""
     top, *rest = steps(entry)
     if len(rest) < 2:
         where = f"{top}/class/{rest[0]}" if rest else f"train/class/{top}"
         raise InvalidImage(f"is not in a class folder, as in {where}")
-    return Place(roles[top], rest[0])
+    return Place(_part(top), rest[0])
 
 
 def _part(folder: str) -> str:
@@ -205,8 +205,8 @@ def _part(folder: str) -> str:
     return SPELLINGS.get(WHAT.sub("", folder.strip().lower()), "")
 
 
-def _roles(inside: Mapping[str, set[str]]) -> dict[str, str]:
-    """What the folders at the top stand for if they are the parts of a data set; empty if they are classes.
+def _are_parts(inside: Mapping[str, set[str]]) -> bool:
+    """Tell whether the folders at the top are the parts of a data set; if not, they are classes.
 
     Args:
         inside: the folders in each of them, and "" if it has images itself.
@@ -227,9 +227,9 @@ def _roles(inside: Mapping[str, set[str]]) -> dict[str, str]:
                 f"{found} {are} of a data set; put classes into train/, val/ and test/, and nothing beside them. If a "
                 "class has such a name, put its images directly into its folder", details,
             )  # fmt: skip
-        return {}
+        return False
     if not roles or (len(roles) == 1 and (not classes[named[0]] or TRAIN not in roles.values())):
-        return {}
+        return False
     if len(set(roles.values())) < len(roles):
         raise invalid(f"several folders for one part of the data set: {found}; rename or merge them")
     if flat := [top for top in named if not classes[top]]:
@@ -239,7 +239,7 @@ def _roles(inside: Mapping[str, set[str]]) -> dict[str, str]:
         )
     if TRAIN not in roles.values():
         raise invalid(f"{found} are parts of a data set, and train/ is missing")
-    return roles
+    return True
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A version that is about to go live, and its comparison with `stable`, picture by picture."""
 
+import functools
 import time
 import zipfile
 import zlib
@@ -54,12 +55,16 @@ class Candidate:
     base: Version  # that training began with
     inherited: Images  # that the base had learned, as far as they are still there
 
+    @functools.cached_property
+    def own(self) -> Images:
+        """The images of its data, but for those of a test part."""
+        return _images(self.data.dataset, self.data.validation)
+
     def warnings(self) -> list[str]:
         """That the base had learned some of the held-out images, if so."""
         if not self.inherited:
             return []
-        own = _images(self.data.dataset, self.data.validation)
-        held_out = np.stack([own[image].pixels for image in self.held_out.images])
+        held_out = _pixels(self.own[image] for image in self.held_out.images)
         count = int((copies_of(held_out, _pixels(self.inherited.values())) >= 0).sum())
         return [
             f"{count} of the {len(held_out)} held-out images, or near copies, were already learned by "
@@ -105,10 +110,9 @@ class Candidate:
         this version began with has, but for pictures that were held out for `stable`: those are told apart.
         """
         assert self.card.validation is not None
-        place, data, card = settings.version(stable.model, stable.version), self.data, stable.manifest.dataset
+        place, card = settings.version(stable.model, stable.version), stable.manifest.dataset
         now, then = self.held_out.by_image(), Predictions.load(place).by_image()
-        own = _images(data.dataset, data.validation)
-        old = _images(_upload(card, settings), _upload(card.validation if card else None, settings))
+        own, old = self.own, _images(_upload(card, settings), _upload(card.validation if card else None, settings))
         inherited = inherited_by(stable, settings, registry)
         known = own | old | inherited | self.inherited
         picture = dict(zip(known, near_copies(_pixels(known.values())).tolist(), strict=True))
@@ -124,7 +128,7 @@ class Candidate:
         earlier = _spread([one for one in there if one not in here and one not in moved], MOST_BEFORE)
 
         right = {one: _is_right(now[here[one]]) for one in both + new}
-        right |= _asked(lambda: self.fitted.network, earlier, there, old, then, invert=data.invert)
+        right |= _asked(lambda: self.fitted.network, earlier, there, old, then, invert=self.data.invert)
         right_before = {one: _is_right(then[there[one]]) for one in both + earlier}
         dark = stable.manifest.polarity == "dark_on_light"
         right_before |= _asked(lambda: Network(load_params(place)), new, here, own, now, invert=dark)
