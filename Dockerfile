@@ -1,6 +1,6 @@
 # Three images from one file: docker build --target gateway|trainer|model-server .
-# The trainer for an NVIDIA GPU: docker build --target trainer --build-arg TENSORFLOW=cuda .
-ARG TENSORFLOW=tensorflow
+# The trainer for an NVIDIA GPU: docker build --target trainer --build-arg EXTRA=gpu .
+ARG EXTRA=trainer
 FROM python:3.13-slim AS base
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PATH=/opt/venv/bin:$PATH TEMPER_HOME=/var/lib/temper TEMPER_HOST=0.0.0.0
@@ -11,8 +11,8 @@ COPY requirements/gateway.txt /tmp/
 RUN python -m venv /opt/venv && pip install --require-hashes -r /tmp/gateway.txt
 
 FROM base AS tensorflow-build
-ARG TENSORFLOW
-COPY requirements/${TENSORFLOW}.txt /tmp/requirements.txt
+ARG EXTRA
+COPY requirements/${EXTRA}.txt /tmp/requirements.txt
 RUN python -m venv /opt/venv && pip install --require-hashes -r /tmp/requirements.txt
 
 # HTTP. No TensorFlow in here; it reads trainer/ and serving/ only as far as they need none.

@@ -89,13 +89,15 @@ quality: $(READY) ## Measure the recipes on MNIST, Fashion-MNIST and digits (tak
 	$(BIN)/python -m quality
 
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
+GATEWAY := --extra postgres --extra s3 --extra otel
+DEV := $(GATEWAY) --extra ray --extra trainer --extra bench --extra dev
 lock: ## Update the lock files (needs uv)
 	rm -f requirements/*.txt
-	$(LOCK) -o requirements/gateway.txt
-	$(LOCK) -c requirements/gateway.txt --extra tensorflow -o requirements/tensorflow.txt
-	$(LOCK) -c requirements/tensorflow.txt --extra cuda -o requirements/cuda.txt
-	$(LOCK) -c requirements/tensorflow.txt --extra tensorflow --extra dev -o requirements/dev.txt
-	for extra in art onnx; do { echo "-r dev.txt"; $(LOCK) -c requirements/dev.txt --extra tensorflow --extra dev --extra $$extra \
+	$(LOCK) $(GATEWAY) -o requirements/gateway.txt
+	$(LOCK) -c requirements/gateway.txt $(GATEWAY) --extra ray --extra trainer -o requirements/trainer.txt
+	$(LOCK) -c requirements/trainer.txt $(GATEWAY) --extra ray --extra gpu -o requirements/gpu.txt
+	$(LOCK) -c requirements/trainer.txt $(DEV) -o requirements/dev.txt
+	for extra in art onnx; do { echo "-r dev.txt"; $(LOCK) -c requirements/dev.txt $(DEV) --extra $$extra \
 		$$(sed -nE 's/^([a-z0-9._-]+)==.*/--no-emit-package \1/p' requirements/dev.txt); } > requirements/$$extra.txt; done
 	$(LOCK) -c requirements/gateway.txt --extra security -o requirements/security.txt
 
