@@ -84,8 +84,8 @@ def create_app(settings: Settings) -> ASGIApp:
             owed = Webhooks(engine)
             courier = Courier(owed, Destinations(private=settings.webhook_private, http=settings.webhook_http))
             gateway = Gateway(
-                settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve,
-                keys, owed, courier, Estimates(job_records), Library(engine), Answers(engine),
+                settings, engine, job_records, registry, pool, router, inference, decoder, uploads, health_watch,
+                reserve, keys, owed, courier, Estimates(job_records), Library(engine), Answers(engine),
             )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())
             settle()

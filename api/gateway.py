@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import sqlalchemy as sa
 from fastapi import Request
 
 from api.courier import Courier
@@ -20,6 +21,7 @@ from api.metrics import SERVER_UP
 from api.uploads import Uploads
 from serving.publishing import PATIENCE_S, Probe, has_files, prove, reconcile
 from serving.registry import BASE, Registry, stored_name
+from store.changes import listen
 from store.disk import Reserve, is_full
 from store.errors import ModelServerError, TemperError
 from store.health import Health, Notice
@@ -45,6 +47,7 @@ class Gateway:
     """State shared by the routes."""
 
     settings: Settings
+    engine: sa.Engine
     jobs: Jobs
     registry: Registry
     pool: ServerPool
@@ -65,9 +68,11 @@ class Gateway:
     async def look_after(self) -> None:
         """Keep routes and keys fresh and the model servers up to date, and deliver webhooks, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            changed = {"registry": asyncio.Event(), "keys": asyncio.Event()}
+            tasks.create_task(listen(self.engine, changed))
             tasks.create_task(self.courier.run())
-            tasks.create_task(_keep_fresh(self._refreshes_routes(), "reading the routes"))
-            tasks.create_task(_keep_fresh(self.keys.refresh, "reading the keys"))
+            tasks.create_task(_keep_fresh(self._refreshes_routes(), "reading the routes", changed["registry"]))
+            tasks.create_task(_keep_fresh(self.keys.refresh, "reading the keys", changed["keys"]))
             for target in self.pool.all:
                 tasks.create_task(self._watch(target))
 
@@ -166,16 +171,19 @@ class Gateway:
                 target.fell_behind()
 
 
-async def _keep_fresh(refresh: Callable[[], Awaitable[None]], task: str) -> None:
-    """Read something from the store again and again."""
+async def _keep_fresh(refresh: Callable[[], Awaitable[None]], task: str, changed: asyncio.Event) -> None:
+    """Read something from the store when it has changed, and in any case twice a second."""
     reading = Notice(task)
     while True:
+        changed.clear()  # what happens from here on is for the next look
         try:
             await refresh()
             reading.worked()
         except Exception as exc:
             reading.failed(exc)
-        await asyncio.sleep(LOOK_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await changed.wait()
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -7,6 +7,7 @@ import click
 from api import __version__
 from cli.command import Away, Commands, Failed, command
 from cli.datasets import datasets
+from cli.db import db
 from cli.jobs import cancel, checkpoints, events, finetune, jobs, pause, resume, status, wait
 from cli.keys import keys
 from cli.models import delete, delta, download, gate, models, predict, promote, report, rollback, verify
@@ -78,6 +79,6 @@ def health(client: Client) -> Health:
 for one in (
     finetune, wait, jobs, status, events, checkpoints, pause, resume, cancel,
     predict, models, report, verify, promote, rollback, gate, download, delta, delete, datasets, webhooks,
-    health, keys,
+    health, keys, db,
 ):  # fmt: skip
     main.add_command(one)

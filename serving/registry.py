@@ -17,6 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from store.changes import notify
 from store.engine import metadata, now
 from store.errors import GateFailed, InvalidRequest, UnknownModel, WrongState
 from store.records import DEFAULT_TENANT, Abstention, Manifest, Override, ReportCard, owner_of, public_name
@@ -139,6 +140,7 @@ class Registry:
             connection.execute(_count(connection.dialect.name))  # locks the row until the transaction ends
             fence(connection)
             yield connection
+            notify(connection, "registry")
 
     def revision(self) -> int:
         """A number that every change increments."""

@@ -28,6 +28,7 @@ metadata = sa.MetaData(
 
 # What a store raises while it is away or busy: a restart, a lost connection, a lock held too long, a full disk.
 PASSING_FAILURES = (sa.exc.OperationalError, sa.exc.InterfaceError)
+LIBPQ = {"connect_timeout": 5, "tcp_user_timeout": 15_000, "keepalives_idle": 10, "keepalives_interval": 5}
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 5.0  # pauses between attempts, each twice as long as the one before
 
 
@@ -94,16 +95,30 @@ def prepare(url: str) -> None:
         raise StoreUnavailable(child.stderr.strip())
 
 
+def stored_revision(url: str) -> str | None:
+    """The revision of the schema at `url`; None for a store that is new, or older than all revisions.
+
+    Raises:
+        StoreUnavailable: as above.
+    """
+    engine = _engine(url)
+    try:
+        return _stored_revision(engine)
+    except sa.exc.DBAPIError as exc:
+        raise _unavailable(engine.url, exc) from exc
+    finally:
+        engine.dispose()
+
+
 def is_current(engine: sa.Engine) -> bool:
     """Tell whether the store's schema is that of this release.
 
     Raises:
         StoreUnavailable: a newer release has changed it.
     """
-    from store.migrations import HEAD, revision
+    from store.migrations import HEAD
 
-    with engine.connect() as connection:
-        stored = revision(connection)
+    stored = _stored_revision(engine)
     if stored is not None and stored > HEAD:
         where = engine.url.render_as_string()
         raise StoreUnavailable(f"the store at {where} has schema {stored} of a newer release; this one knows {HEAD}")
@@ -136,14 +151,29 @@ def reason(exc: Exception) -> str:
     return " ".join(said.split()) or type(exc).__name__
 
 
+def _stored_revision(engine: sa.Engine) -> str | None:
+    from store.migrations import revision
+
+    with engine.connect() as connection:
+        return revision(connection)
+
+
 def _engine(url: str) -> sa.Engine:
     try:
-        engine = sa.create_engine(url, pool_pre_ping=sa.make_url(url).get_backend_name() != "sqlite")
-    except (sa.exc.ArgumentError, ImportError) as exc:  # NoSuchModuleError is an ArgumentError
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            engine = sa.create_engine(parsed)
+            sa.event.listen(engine, "connect", _prepare_sqlite)
+            return engine
+        # Options of the URL come first: a server that does not answer, or is gone, is noticed after these seconds.
+        options = {name: value for name, value in LIBPQ.items() if name not in parsed.query}
+        libpq = parsed.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+        return sa.create_engine(parsed, pool_pre_ping=True, connect_args=options if libpq else {})
+    except sa.exc.ArgumentError as exc:  # NoSuchModuleError is one
         raise StoreUnavailable(f"TEMPER_STORE is not a valid database URL: {reason(exc)}") from exc
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _prepare_sqlite)
-    return engine
+    except ImportError as exc:
+        hint = "; install temper[postgres]" if exc.name == "psycopg" else ""
+        raise StoreUnavailable(f"TEMPER_STORE needs a driver that is not installed: {reason(exc)}{hint}") from exc
 
 
 def _unavailable(url: sa.URL, exc: Exception) -> StoreUnavailable:

@@ -21,6 +21,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from store.changes import notify
 from store.engine import metadata, now
 from store.errors import InvalidRequest, UnknownKey
 from store.records import ADMIN, DEFAULT_TENANT, PREDICT, SCOPES
@@ -111,6 +112,7 @@ class Keys:
         }  # fmt: skip
         with self._engine.begin() as connection:
             stored = connection.execute(api_keys.insert().values(**row).returning(api_keys)).mappings().one()
+            notify(connection, "keys")
             return _key(dict(stored)), token
 
     def all(self) -> list[Key]:
@@ -136,6 +138,7 @@ class Keys:
         with self._engine.begin() as connection:
             connection.execute(api_keys.update().where(row, api_keys.c.revoked_at.is_(None)).values(revoked_at=now()))
             found = connection.execute(sa.select(api_keys).where(row)).mappings().one_or_none()
+            notify(connection, "keys")
         if found is None:
             raise UnknownKey(f"there is no key {key_id!r}", param="id")
         return _key(dict(found))

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import termios
@@ -335,6 +336,8 @@ def test_every_command_prints_json_and_nothing_else(
     seen["keys"] = json_of(service, "keys", "create", "--name", "x")
     assert json_of(service, "keys", "revoke", seen["keys"]["id"])["revoked_at"] is not None
     assert [key["id"] for key in json_of(service, "keys", "list")] == [seen["keys"]["id"]]
+    seen["db"] = json_of(service, "db", "status")
+    assert seen["db"]["revision"] == seen["db"]["head"]
     assert set(seen) | {"serve"} == set(main.commands)
     assert (seen["status"]["id"], seen["wait"]["id"]) == (job, job)
     assert seen["status"].keys() == service.api.get(f"/finetune/{job}").json().keys()
@@ -561,3 +564,21 @@ def test_a_spec_may_be_in_a_file(service: Service, upload: Path, tmp_path: Path)
     json_of(service, "cancel", job["id"])
     assert (job["spec"]["epochs"], job["spec"]["momentum"], job["spec"]["calibrate"]) == (1000, 0.8, False)
     assert "no-such" in called(service, "finetune", str(upload), "--model", LONG, "--spec", "@no-such", code=1).stderr
+
+
+def test_the_schema_of_the_store_is_shown_and_upgraded(tmp_path: Path) -> None:
+    home = {"TEMPER_HOME": str(tmp_path)}
+    head = json.loads(run("db", "upgrade", "--json", **home).stdout)["after"]
+    assert run("db", "upgrade", **home).stdout == f"revision {head}, as before\n"
+    assert run("db", "status", **home).stdout == f"revision {head}, which is up to date\n"
+    with sqlite3.connect(tmp_path / "temper.db") as store:
+        store.execute("UPDATE alembic_version SET version_num = '0001'")
+    behind = run("db", "status", **home)
+    assert (behind.returncode, behind.stdout) == (1, f"revision 0001; this release has {head}: temper db upgrade\n")
+    with sqlite3.connect(tmp_path / "temper.db") as store:
+        store.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert "schema 9999 of a newer release" in error_line(run("db", "upgrade", **home))
+    nowhere = {"TEMPER_STORE": "postgresql+psycopg://temper:secret@127.0.0.1:1/t"}
+    refused = error_line(run("db", "status", **nowhere))
+    assert "cannot open the store at postgresql" in refused
+    assert "secret" not in refused
