@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 import time
 from asyncio.subprocess import Process
 from collections import Counter
@@ -40,6 +39,7 @@ from store.errors import (
     UnsupportedMediaType,
 )
 from store.files import move
+from store.processes import ROOT, module_command
 from store.records import DEFAULT_TENANT, DatasetCard, DatasetReport
 from store.settings import Settings
 from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of
@@ -462,9 +462,9 @@ def with_validation(dataset: DatasetCard, apart: DatasetCard | None, param: str 
 async def start_decoder() -> Process:
     """A process that waits for an upload to read; it costs a quarter of a second to start."""
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "trainer.jobs.datasets",
+        *module_command("trainer.jobs.datasets"),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parent.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        cwd=ROOT, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

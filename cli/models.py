@@ -1,7 +1,7 @@
 """Commands about models: list, predict, move labels, check, get, delete."""
 
+import os
 import subprocess
-import sys
 import tempfile
 import webbrowser
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from cli.show import (
     show_version,
 )
 from cli.spec_options import json_object
+from store.processes import module_command
 from temper import Client, Deleted, Gate, Label, ModelSummary, Prediction, Verification, Version
 from temper.bodies import saved_as
 
@@ -185,8 +186,9 @@ def download(client: Client, version: Named, format: str, output: Path) -> Path:
         archive = client.download(model, folder, number)
         path = saved_as(output, f"{archive.stem}.{format}")
         # In a process of its own, as the command itself never loads TensorFlow; with nothing from this directory.
-        convert = [sys.executable, "-P", "-m", "trainer.convert", str(archive), format, str(path)]
-        done = subprocess.run(convert, capture_output=True, text=True, check=False)
+        convert = [*module_command("trainer.convert"), str(archive), format, str(path)]
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        done = subprocess.run(convert, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         *_, reason = done.stderr.splitlines() or [""]
         if not reason.startswith("Error: "):  # it did not end by itself

@@ -23,21 +23,28 @@ from typing import IO
 
 import click
 import httpx
-import sqlalchemy as sa
 
+from cli.processes import has_tensorflow
 from serving.registry import BASE
 from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
-from store.engine import reason
-from store.errors import ModelServerTimeout, ModelServerUnavailable, TemperError
+from store.engine import stored_revision
+from store.errors import ModelServerTimeout, ModelServerUnavailable, StoreUnavailable, TemperError
 from store.memory import allocator_environment, available_bytes
-from store.processes import end_with_parent, free_port, pulse_file
-from store.settings import AUTO, EMBEDDED, MAX_MODEL_SERVERS, Settings, unknown_variables, warn_of_unknown_variables
+from store.processes import end_with_parent, free_port, module_command, pulse_file
+from store.settings import (
+    AUTO,
+    EMBEDDED,
+    LOCAL_TARGET,
+    MAX_MODEL_SERVERS,
+    Settings,
+    unknown_variables,
+    warn_of_unknown_variables,
+)
 
 GRACE_S = 10.0
 PROBE_S, PROBE_TIMEOUT_S = 1.0, 2.0  # between probes of a sibling, and after which one has failed
 PULSE_S = 5.0  # a worker touches its pulse file every second
 MAX_MISSES = 5  # probes in a row without an answer, after which a sibling counts as frozen
-CONNECT_S = 5  # to PostgreSQL
 SOCKETS = ("model_server.sock", *(f"model_server_{number}.sock" for number in range(2, MAX_MODEL_SERVERS + 1)))
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path; the system's limit is 107
 # Available memory from which on a second model server runs: it takes 0.3 GB, the rest 1.3, decoding an upload up to 2.
@@ -140,6 +147,7 @@ def serve(settings: Settings) -> None:
         stack.enter_context(_only_one_in(settings))
         _check_store(settings)
         settings = settings.model_copy(update={"port": settings.port or free_port(settings.host)})
+        settings = _what_can_run(settings)
         _check_address(settings.host, settings.port)
         sockets: list[Path] = []
         if settings.supervised:
@@ -200,19 +208,23 @@ def _only_one_in(settings: Settings) -> Iterator[None]:
         yield
 
 
+def _what_can_run(settings: Settings) -> Settings:
+    """The settings without the worker and the embedded model server where TensorFlow is not installed."""
+    if has_tensorflow():
+        return settings
+    embedded = settings.model_server in (AUTO, EMBEDDED) and _tensorflow_serving(settings.model_server) is None
+    if settings.workers or embedded:
+        parts = " and ".join(["no worker"] * bool(settings.workers) + ["no model server"] * embedded)
+        click.echo(f"TensorFlow is not installed, so {parts} can run here: pip install 'temper[trainer]'", err=True)
+    server = {"model_server": LOCAL_TARGET} if embedded else {}
+    return settings.model_copy(update={"workers": 0, **server})
+
+
 def _check_store(settings: Settings) -> None:
     try:
-        url = sa.make_url(settings.store_url)
-        timeout = {"connect_timeout": CONNECT_S} if url.get_backend_name() == "postgresql" else {}
-        engine = sa.create_engine(url, connect_args=timeout)
-    except (sa.exc.ArgumentError, ImportError) as exc:
-        raise click.ClickException(f"TEMPER_STORE is not a valid database URL: {exc}") from exc
-    try:
-        engine.connect().close()
-    except sa.exc.DBAPIError as exc:
-        raise click.ClickException(f"the store {url.render_as_string()} cannot be reached: {reason(exc)}") from exc
-    finally:
-        engine.dispose()
+        stored_revision(settings.store_url)
+    except StoreUnavailable as exc:
+        raise click.ClickException(exc.message) from exc
 
 
 def _check_address(host: str, port: int) -> None:
@@ -253,28 +265,27 @@ def _model_servers(settings: Settings) -> int:
 def _model_server_command(settings: Settings, listen: Path) -> list[str]:
     binary = _tensorflow_serving(settings.model_server)
     if binary is None:
-        return [sys.executable, "-m", "serving", "--address", f"unix:{listen}", "--rest-address", ""]
+        return [*module_command("serving"), "--address", f"unix:{listen}", "--rest-address", ""]
     return tensorflow_serving_command(binary, 0, 0, settings.home.resolve() / "model_server.config", listen)
 
 
 def _siblings(settings: Settings, address: str, sockets: Sequence[Path], client: httpx.Client) -> list[Sibling]:
     """All that `temper serve` runs, with a model server for each of the sockets."""
-    python, url = sys.executable, _url(settings)
+    url = _url(settings)
     environment = _environment(settings, address)
     gateway = {**environment, **allocator_environment()}
-    siblings = [Sibling("gateway", [python, "-m", "api"], gateway, lambda _: _answers(client, f"{url}/healthz"))]
+    siblings = [Sibling("gateway", module_command("api"), gateway, lambda _: _answers(client, f"{url}/healthz"))]
     for number, listen in enumerate(sockets):
         command = _model_server_command(settings, listen)
         name = f"model server {number + 1}" if len(sockets) > 1 else "model server"
-        quiet = command[0] != python
+        quiet = command[0] != sys.executable
         logging = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
         answers = functools.partial(_model_server_answers, f"unix:{listen}")
         siblings.append(Sibling(name, command, logging, answers, quiet))
         if number:  # starting takes seconds of a core, which the others need until the service is ready
             siblings[-1].start_at = math.inf
     for number in range(settings.workers):
-        command = [python, "-m", "trainer"]
-        siblings.append(Sibling(f"worker {number + 1}", command, environment, WorkerPulse(settings)))
+        siblings.append(Sibling(f"worker {number + 1}", module_command("trainer"), environment, WorkerPulse(settings)))
     return siblings
 
 

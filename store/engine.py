@@ -2,7 +2,6 @@
 
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from store.errors import StoreUnavailable
+from store.processes import module_command
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def prepare(url: str) -> None:
     finally:
         engine.dispose()
     child = subprocess.run(
-        [sys.executable, "-m", "store.migrations"], input=url, stderr=subprocess.PIPE, text=True, check=False
+        module_command("store.migrations"), input=url, stderr=subprocess.PIPE, text=True, check=False
     )
     if child.returncode:
         raise StoreUnavailable(child.stderr.strip())

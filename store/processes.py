@@ -4,12 +4,22 @@ import ctypes
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 from store.settings import Settings
 
+PREFIX = __name__.removesuffix(
+    "store.processes"
+)  # of our packages: none in a checkout, `temper.` in a wheel (setup.py)
+ROOT = Path(__file__).parents[1 + PREFIX.count(".")]  # the directory that they are in
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # loaded here and not in the child, where another thread's lock may be held for ever
+
+
+def module_command(module: str) -> list[str]:
+    """The command that runs one of our modules, such as `trainer`."""
+    return [sys.executable, "-m", PREFIX + module]
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
