@@ -148,7 +148,7 @@ def test_every_make_target_exists() -> None:
 def test_every_temper_command_and_option_exists() -> None:
     named = set()
     for line in code(TEXT):
-        if match := re.match(r"(?:\.venv/bin/)?temper ([a-z]+)\b(.*)", line):
+        if match := re.match(r"(?:\.venv/bin/)?temper ([a-z-]+)(.*)", line):
             command = temper.commands.get(match[1])
             assert command, line
             parts = (command, *getattr(command, "commands", {}).values())  # a group has commands of its own
