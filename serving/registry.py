@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from store.changes import notify
-from store.engine import metadata, now
+from store.engine import insert_of, metadata, now
 from store.errors import GateFailed, InvalidRequest, UnknownModel, WrongState
 from store.records import DEFAULT_TENANT, Abstention, Manifest, Override, ReportCard, owner_of, public_name
 from store.validation import in_words
@@ -157,7 +157,9 @@ class Registry:
     ) -> int:
         """Record a new version as `publishing`; returns its number."""
         with self._change(fence) as connection:
-            insert: Any = _insert(connection.dialect.name)(models).values(name=model, last_version=1, created_at=now())
+            insert: Any = insert_of(connection.dialect.name)(models).values(
+                name=model, last_version=1, created_at=now()
+            )
             insert = insert.on_conflict_do_update(
                 index_elements=["name"], set_={"last_version": models.c.last_version + 1}
             )
@@ -476,8 +478,9 @@ def _put_label(
 ) -> None:  # fmt: skip
     """Move a label; without a weight it keeps the one that it has."""
     before = _labels(connection, model).get(label)
-    insert = _insert(connection.dialect.name)
-    row: Any = insert(labels).values(model=model, label=label, version=version, weight=weight or 0.0)
+    row: Any = insert_of(connection.dialect.name)(labels).values(
+        model=model, label=label, version=version, weight=weight or 0.0
+    )
     moved = {"version": version} | ({} if weight is None else {"weight": weight})
     connection.execute(row.on_conflict_do_update(index_elements=["model", "label"], set_=moved))
     _announce(connection, model, label, before.version if before else None, version, overrides)
@@ -496,16 +499,5 @@ def _announce(
 @functools.cache
 def _count(dialect: str) -> Any:
     """The statement that increments the revision, or begins it."""
-    first = _insert(dialect)(revisions).values(id=1, revision=1)
+    first = insert_of(dialect)(revisions).values(id=1, revision=1)
     return first.on_conflict_do_update(index_elements=["id"], set_={"revision": revisions.c.revision + 1})
-
-
-def _insert(dialect: str) -> Any:
-    """The dialect's INSERT, which knows ON CONFLICT."""
-    if dialect == "postgresql":
-        from sqlalchemy.dialects.postgresql import insert as postgresql
-
-        return postgresql
-    from sqlalchemy.dialects.sqlite import insert as sqlite
-
-    return sqlite

@@ -125,6 +125,17 @@ def is_current(engine: sa.Engine) -> bool:
     return stored == HEAD
 
 
+def insert_of(dialect: str) -> Any:
+    """The dialect's INSERT, which knows ON CONFLICT."""
+    if dialect == "postgresql":
+        from sqlalchemy.dialects.postgresql import insert as postgresql
+
+        return postgresql
+    from sqlalchemy.dialects.sqlite import insert as sqlite
+
+    return sqlite
+
+
 def retrying(call: Callable[[], T], *, timeout_s: float, failed: Callable[[Exception], None]) -> T:
     """Call until the store answers.
 

@@ -104,7 +104,7 @@ class FinetuneFields(BaseModel):
     )
     priority: int = Field(
         0, ge=-MAX_PRIORITY, le=MAX_PRIORITY,
-        description="Of the queued jobs the one with the highest priority is next, and of equal ones the oldest. "
+        description="Of a tenant's queued jobs that with the highest priority is next, and of equal ones the oldest. "
         f"{AGING_S / 60:g} minutes of waiting make up for one point.",
     )  # fmt: skip
     dry_run: bool = Field(

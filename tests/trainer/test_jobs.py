@@ -20,9 +20,10 @@ def jobs(engine: sa.Engine) -> Jobs:
     return Jobs(engine)
 
 
-def queued(jobs: Jobs, model: str = "m", priority: int = 0) -> Job:
+def queued(jobs: Jobs, model: str = "m", priority: int = 0, tenant: str = "default") -> Job:
     dataset = DatasetCard(id="d", images=4)
-    return jobs.create(model=model, base="lenet5:1", spec={"epochs": 1}, dataset=dataset, priority=priority)
+    spec = {"epochs": 1}
+    return jobs.create(model=model, base="lenet5:1", spec=spec, dataset=dataset, priority=priority, tenant=tenant)
 
 
 def test_jobs_are_claimed_oldest_first_and_once(jobs: Jobs) -> None:
@@ -62,6 +63,39 @@ def test_the_highest_priority_is_claimed_first_and_waiting_makes_up_for_it(jobs:
     assert [job.model for job in outlook.queued] == expected
     assert (outlook.workers, outlook.running) == (0, [])
     assert [job.model for job in jobs.outlook().running] == expected
+
+
+def test_tenants_take_turns_however_much_one_of_them_asks_for(jobs: Jobs) -> None:
+    for number in range(6):
+        queued(jobs, f"big-{number}", priority=100, tenant="big")
+        time.sleep(0.002)
+    for tenant in ("small", "tiny"):
+        queued(jobs, f"{tenant}-0", tenant=tenant)
+        time.sleep(0.002)
+    queued(jobs, "small-1", tenant="small")
+    jobs.heartbeat("w", "idle")
+    expected = ["big-0", "small-0", "tiny-0", "big-1", "small-1", "big-2", "big-3", "big-4", "big-5"]
+    assert [job.model for job in jobs.outlook().queued] == expected
+    done = []
+    while job := jobs.claim("w"):
+        done.append(job.model)
+        succeed(jobs, job, 1)
+    assert done == expected
+
+
+def test_a_worker_that_is_free_goes_to_the_tenant_with_the_fewest_running_jobs(jobs: Jobs) -> None:
+    for number in range(4):
+        queued(jobs, f"big-{number}", tenant="big")
+        time.sleep(0.002)
+    held = [jobs.claim(f"w{number}") for number in range(2)]
+    queued(jobs, "small-0", tenant="small")
+    queued(jobs, "small-1", tenant="small")
+    for number in range(3):
+        jobs.heartbeat(f"w{number}", "busy")
+    assert [job.model for job in jobs.outlook().queued][:2] == ["small-0", "big-2"]  # which waits for one of its own
+    later = [jobs.claim("w2"), jobs.claim("w2"), jobs.claim("w2")]
+    assert [job.model for job in later if job] == ["small-0", "small-1", "big-2"]
+    assert [job.model for job in held if job] == ["big-0", "big-1"]
 
 
 def test_a_page_has_only_the_jobs_that_are_asked_for(jobs: Jobs) -> None:

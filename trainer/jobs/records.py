@@ -16,12 +16,14 @@ worker that has sent no heartbeat for `LOST_AFTER_S` is taken for dead, and its 
 frozen finds its lease lost. A client that pauses or cancels a running job asks its worker to; a pause, and a worker
 that is stopped, cost no attempt. All times are those of the database's clock.
 
-Of the queued jobs the one with the highest priority is next, and of equal ones the oldest. A point of priority is worth
-`AGING_S` of waiting: a job is overtaken only by those created within `AGING_S` times their advantage after it, so a low
-priority delays a job and cannot starve it.
+Tenants take turns: the next job is one of the tenant with the fewest running jobs, and of equal ones of the tenant
+whose last turn was longest ago. Of a tenant's queued jobs the one with the highest priority is next, and of equal ones
+the oldest. A point of priority is worth `AGING_S` of waiting: a job is overtaken only by those created within `AGING_S`
+times their advantage after it, so a low priority delays a job and cannot starve it.
 """
 
 import secrets
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from store.engine import metadata, now
+from store.engine import insert_of, metadata, now
 from store.errors import UnknownJob, WrongState
 from store.records import DEFAULT_TENANT, DatasetCard, GateCard, Progress, public_name
 from store.webhooks import WebhookType, enqueue
@@ -94,6 +96,12 @@ workers = sa.Table(
     sa.Column("state", sa.String, nullable=False),
     sa.Column("seen_at", sa.Float, nullable=False),  # last heartbeat
 )
+turns = sa.Table(
+    "turns",
+    metadata,
+    sa.Column("tenant", sa.String, primary_key=True),
+    sa.Column("claimed_at", sa.Float, nullable=False),  # when a job of it was last claimed
+)
 
 
 @dataclass(frozen=True)
@@ -138,15 +146,29 @@ class Outlook:
     now: float  # Unix seconds
     workers: int  # that live
     running: list[Job]
-    queued: list[Job]  # the next one first
+    queued: list[Job]  # in the order in which they will be claimed if all take equally long
 
 
 # Wide statements are costly to build, so they and what idle workers keep asking are built once.
 _COLUMNS = [column for column in jobs.c if column.name in Job.__dataclass_fields__]
 _SELECT = sa.select(*_COLUMNS)
 _UPDATE = jobs.update().returning(*(jobs.c[name] for name in ("tenant", "last_seq", *ANNOUNCED)))
-_TURN = (jobs.c.created_at - AGING_S * jobs.c.priority, jobs.c.id)  # in which queued jobs are claimed
-_NEXT = sa.select(jobs.c.id).where(jobs.c.status == "queued").order_by(*_TURN).limit(1)
+_TURN = (jobs.c.created_at - AGING_S * jobs.c.priority, jobs.c.id)  # in which a tenant's queued jobs are claimed
+_QUEUED_IDS = sa.select(jobs.c.id).where(jobs.c.status == "queued")
+_ANY_QUEUED = _QUEUED_IDS.limit(1)
+_busy = jobs.alias()
+_BUSY = (
+    sa.select(_busy.c.tenant, sa.func.count().label("count"))
+    .where(_busy.c.status == "running")
+    .group_by(_busy.c.tenant)
+    .subquery()
+)
+_NEXT = (
+    _QUEUED_IDS.outerjoin_from(jobs, _BUSY, _BUSY.c.tenant == jobs.c.tenant)
+    .outerjoin(turns, turns.c.tenant == jobs.c.tenant)
+    .order_by(sa.func.coalesce(_BUSY.c.count, 0), sa.func.coalesce(turns.c.claimed_at, 0.0), *_TURN)
+    .limit(1)
+)
 _OPEN_REPORT = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
 _OF_THE_DEAD = jobs.c.worker.not_in(sa.select(workers.c.id))
 _LIVING = workers.c.seen_at > now() - LOST_AFTER_S
@@ -355,8 +377,9 @@ class Jobs:
         with self._engine.connect() as connection:
             found = _without_progress(connection, open_)
             at, count = connection.execute(sa.select(now(), living)).one()
+            claimed_at = {row.tenant: row.claimed_at for row in connection.execute(sa.select(turns))}
         queued, running = ([job for job in found if job.status == status] for status in ("queued", "running"))
-        return Outlook(at, count, running, queued)
+        return Outlook(at, count, running, _in_turn(queued, running, claimed_at, count))
 
     def recent(self, most: int = RECENT) -> list[Job]:
         """Return the newest jobs that have succeeded, without progress."""
@@ -367,22 +390,25 @@ class Jobs:
     def claim(self, worker: str) -> Job | None:
         """Lease the queued job whose turn it is to `worker`; None if there is none."""
         with self._engine.connect() as connection:  # usually there is none, and reading takes no write lock
-            if connection.execute(_NEXT).first() is None:
+            if connection.execute(_ANY_QUEUED).first() is None:
                 return None
         return self._lease(
-            _NEXT, jobs.c.status == "queued", [_status("running", "validating")],
+            _NEXT, jobs.c.status == "queued", [_status("running", "validating")], _note_turn,
             status="running", stage="validating", worker=worker, started_at=now(),
             attempts=jobs.c.attempts + 1, progress_seq=jobs.c.last_seq + 2,
         )  # fmt: skip
 
     def _lease(
-        self, first: sa.Select[str], where: sa.ColumnElement[bool], happened: Sequence[Happened], **values: Any
-    ) -> Job | None:
+        self, first: sa.Select[str], where: sa.ColumnElement[bool], happened: Sequence[Happened],
+        also: Callable[[sa.Connection, Job], None] = lambda connection, job: None, **values: Any,
+    ) -> Job | None:  # fmt: skip
         """Give the first job that nobody else is taking at this moment a new lease; None if `where` no longer holds."""
-        taken = first.with_for_update(skip_locked=True).scalar_subquery()
+        taken = first.with_for_update(skip_locked=True, of=jobs).scalar_subquery()
         with self._engine.begin() as connection:
             ids = _write(connection, (jobs.c.id == taken) & where, happened, **values, lease=jobs.c.lease + 1)
             found = _without_progress(connection, _SELECT.where(jobs.c.id.in_(ids)))
+            for job in found:
+                also(connection, job)
         return found[0] if found else None
 
     def append_event(self, job: Job, type: EventType, data: Mapping[str, Any], *, stage: str | None = None) -> None:
@@ -586,6 +612,46 @@ _FREE = {"stage": None, "worker": None, "lease": jobs.c.lease + 1}
 _QUEUED = {**_FREE, "status": "queued", "started_at": None, "progress_seq": jobs.c.last_seq + 2}
 _PAUSED = {**_FREE, "status": "paused", "pause_requested": False}
 _ENDING = {**_FREE, "finished_at": now()}
+
+
+def _note_turn(connection: sa.Connection, job: Job) -> None:
+    """Note that it was the turn of the job's tenant."""
+    turn = insert_of(connection.dialect.name)(turns).values(tenant=job.tenant, claimed_at=now())
+    connection.execute(turn.on_conflict_do_update(index_elements=["tenant"], set_={"claimed_at": now()}))
+
+
+def _in_turn(queued: Sequence[Job], running: Sequence[Job], claimed_at: Mapping[str, float], workers: int) -> list[Job]:
+    """Queued jobs in the order in which `workers` will claim them if all take equally long.
+
+    Args:
+        queued: in the order in which those of each tenant are claimed.
+        claimed_at: when a job of each tenant was last claimed.
+    """
+    waiting: dict[str, deque[Job]] = {}
+    for job in queued:
+        waiting.setdefault(job.tenant, deque()).append(job)
+    if len(waiting) < 2:
+        return list(queued)
+    busy = deque(job.tenant for job in sorted(running, key=lambda job: job.started_at or 0.0))
+    running_of = Counter(busy)
+    last: dict[str, tuple[int, float]] = {tenant: (0, claimed_at.get(tenant, 0.0)) for tenant in waiting}
+    order: list[Job] = []
+    while waiting:
+        if busy and len(busy) >= workers:
+            running_of[busy.popleft()] -= 1
+        # Of tenants that have never had a turn, the one with the oldest job comes first, as in `_NEXT`.
+        turn = min(waiting, key=lambda tenant: (running_of[tenant], *last[tenant], _turn_of(waiting[tenant][0])))
+        order.append(waiting[turn].popleft())
+        busy.append(turn)
+        running_of[turn] += 1
+        last[turn] = (len(order), 0.0)
+        if not waiting[turn]:
+            del waiting[turn]
+    return order
+
+
+def _turn_of(job: Job) -> tuple[float, str]:
+    return job.created_at - AGING_S * job.priority, job.id
 
 
 def _put_back(connection: sa.Connection, where: sa.ColumnElement[bool], reason: str, **values: Any) -> None:
