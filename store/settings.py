@@ -75,6 +75,9 @@ class Settings(BaseSettings):
         description="Most validation images that a report's attacks run on; fewer take less of the worker.",
     )
     workers: int = Field(1, ge=0, le=64, description="Workers that `temper serve` starts here.")
+    gpu_memory_mb: int = Field(
+        0, ge=0, description="MiB that a worker may take of each GPU; 0: what it needs, of a GPU of its own."
+    )
     max_upload_bytes: int = Field(256 << 20, ge=1, description="Largest body of an upload.")
     max_predict_bytes: int = Field(8 << 20, ge=1, description="Largest body of POST /predict.")
     max_instances: int = Field(1024, ge=1, description="Most images of one POST /predict.")

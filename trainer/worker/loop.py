@@ -44,7 +44,19 @@ class Stopped(BaseException):
 
 
 @click.command()
-def main() -> None:
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Run a worker here, or keep a pool of them on a Ray cluster.",
+)
+@click.option("--address", default="auto", show_default=True, help="The cluster: host:port of its head, or ray://…")
+@click.option("--workers", type=click.IntRange(1), help="Most workers in the pool.  [default: what the cluster fits]")
+@click.option("--cpus", type=click.FloatRange(0.1), default=1.0, show_default=True, help="CPUs of each.")
+@click.option("--gpus", type=click.FloatRange(0.0), default=0.0, show_default=True, help="GPUs of each, or a share.")
+@click.option("--gpu-memory", type=click.IntRange(0), default=0, help="MiB of a GPU for each.  [default: its share]")
+def main(engine: str, address: str, workers: int | None, cpus: float, gpus: float, gpu_memory: int) -> None:
     """Claim queued jobs and run them. Settings are read from TEMPER_* environment variables."""
     logging.configure("worker")
     warn_of_unknown_variables(os.environ)
@@ -52,6 +64,9 @@ def main() -> None:
         settings = from_environment()
     except ValueError as exc:
         sys.exit(f"python -m trainer: {exc}")
+    if engine == "ray":
+        _run_pool(address, workers, cpus, gpus, gpu_memory)
+        return
     os.nice(5)  # predictions come first
 
     def stop(*_: object) -> None:
@@ -71,6 +86,17 @@ def main() -> None:
             worker.run()
         except sa.exc.DatabaseError as exc:  # damaged, for example: nothing that waiting would mend
             sys.exit(f"python -m trainer: the store failed: {reason(exc)}")
+
+
+def _run_pool(address: str, workers: int | None, cpus: float, gpus: float, gpu_memory: int) -> None:
+    try:
+        from trainer.worker import ray_pool
+    except ImportError as exc:
+        sys.exit(f"python -m trainer: --engine ray: {exc}; pip install 'temper[ray]'")
+    try:
+        ray_pool.run(address, ray_pool.Size(cpus, gpus, gpu_memory), workers)
+    except (ConnectionError, ValueError, TimeoutError) as exc:
+        sys.exit(f"python -m trainer: --address {address}: {exc}")
 
 
 class Worker:
@@ -137,7 +163,11 @@ class Worker:
         from trainer.worker.pretrained import publish_base
 
         for gpu in tf.config.list_physical_devices("GPU"):
-            tf.config.experimental.set_memory_growth(gpu, True)
+            if limit_mb := self.settings.gpu_memory_mb:
+                part = tf.config.LogicalDeviceConfiguration(memory_limit=limit_mb)
+                tf.config.set_logical_device_configuration(gpu, [part])
+            else:
+                tf.config.experimental.set_memory_growth(gpu, True)
             tf.config.experimental.enable_op_determinism()  # the same seed gives the same weights
         with ExitStack() as stack:
             ca = self.settings.model_server_ca
