@@ -19,7 +19,7 @@ from api.inference.server_pool import PooledServer, ServerPool
 from api.inference.service import InferenceService
 from api.metrics import SERVER_UP
 from api.uploads import Uploads
-from serving.publishing import PATIENCE_S, Probe, has_files, prove, reconcile
+from serving.publishing import PATIENCE_S, Probe, files_of, has_files, prove, reconcile
 from serving.registry import BASE, Registry, stored_name
 from store.changes import listen
 from store.disk import Reserve, is_full
@@ -132,7 +132,7 @@ class Gateway:
             if version.created_at > since and has_files(self.settings, model, number):
                 try:
                     target.control.wait_until_available(model, number)
-                    prove(target.control, model, number, Probe.load(self.settings.version(model, number)))
+                    prove(target.control, model, number, Probe.load(files_of(self.settings, model, number)))
                 except ModelServerError:
                     raise  # the server itself is away again
                 except Exception as exc:  # one bad version must not keep the server from serving the others

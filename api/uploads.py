@@ -39,6 +39,7 @@ from store.errors import (
     UnsupportedMediaType,
 )
 from store.files import move
+from store.objects import objects_of
 from store.processes import ROOT, module_command
 from store.records import DEFAULT_TENANT, DatasetCard, DatasetReport
 from store.settings import Settings
@@ -232,12 +233,14 @@ class Uploads:
         with translated():
             for path, name in places.items():
                 move(path, self._settings.datasets / name)
+                objects_of(self._settings).share(self._settings.datasets / name)
 
     async def _again(self, kept: KeptDataset) -> "_Source":
         """The bytes of a data set that is kept, to be read again without some of its images."""
         if self._lock is None:  # the disk was full when the gateway started
             await asyncio.to_thread(self._take_place)
-        path = self._settings.datasets / f"{kept.upload}.upload"
+        fetch = objects_of(self._settings).fetch
+        path = await asyncio.to_thread(fetch, self._settings.datasets / f"{kept.upload}.upload")
         if not await asyncio.to_thread(path.is_file):
             raise NotFound(f"the content of {kept.id} is gone from the disk; upload it again", param="dataset")
         return _Source(path, kept.dataset.filename, kept.id)

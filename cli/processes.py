@@ -41,4 +41,5 @@ def _process(name: str, module: str, help: str, needs_tensorflow: bool) -> click
 
 gateway = _process("gateway", "api", "Run a gateway, and nothing else.", False)
 model_server = _process("model-server", "serving", "Run the embedded model server, and nothing else.", True)
+mirror = _process("mirror", "serving.mirror", "Keep published versions on a model server's disk.", False)
 worker = _process("worker", "trainer", "Run a worker, and nothing else.", True)

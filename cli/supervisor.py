@@ -284,6 +284,8 @@ def _siblings(settings: Settings, address: str, sockets: Sequence[Path], client:
         siblings.append(Sibling(name, command, logging, answers, quiet))
         if number:  # starting takes seconds of a core, which the others need until the service is ready
             siblings[-1].start_at = math.inf
+    if settings.objects and sockets:
+        siblings.append(Sibling("mirror", module_command("serving.mirror"), environment, lambda _: None))
     for number in range(settings.workers):
         siblings.append(Sibling(f"worker {number + 1}", module_command("trainer"), environment, WorkerPulse(settings)))
     return siblings

@@ -34,6 +34,7 @@ from store.errors import (
     UnknownModel,
 )
 from store.files import make_directory, move, remove_tree
+from store.objects import objects_of
 from store.records import GREY_28, GateCard, Manifest, ReportCard, public_name
 from store.settings import Settings
 
@@ -152,12 +153,12 @@ def reconcile(settings: Settings, registry: Registry, servers: Sequence[ModelSer
             # The registry is read under the lock, so an older view of it never replaces a newer one. One lock per
             # server: a server that freezes holds up nobody who asks another.
             lock = f"reconcile-{sha256(server.target.encode()).hexdigest()[:12]}"
-            with file_lock(settings, lock, timeout_s=LOCK_S):
+            with exclusive(settings, registry, lock, timeout_s=LOCK_S):
                 server.reload(settings.served_root, _present(settings, registry.wanted()))
         except TemperError as exc:
             failure = exc
     for model, version in removed:
-        remove_tree(settings.version(model, version))
+        _delete(settings, model, version)
         registry.forget(model, version)
     if failure:
         raise failure
@@ -173,8 +174,32 @@ def _present(settings: Settings, wanted: Mapping[str, Sequence[int]]) -> dict[st
 
 
 def has_files(settings: Settings, model: str, version: int) -> bool:
-    """Tell whether the SavedModel of a version is on disk."""
-    return (settings.version(model, version) / "saved_model.pb").is_file()
+    """Tell whether the SavedModel of a version is on disk, or in the object store."""
+    place = settings.version(model, version)
+    return (place / "saved_model.pb").is_file() or (bool(settings.objects) and objects_of(settings).has(place))
+
+
+def files_of(settings: Settings, model: str, version: int) -> Path:
+    """The directory of a version, fetched from the object store if there is one."""
+    return objects_of(settings).fetch(settings.version(model, version))
+
+
+def _delete(settings: Settings, model: str, version: int) -> None:
+    place = settings.version(model, version)
+    objects_of(settings).remove(place)
+    remove_tree(place)
+
+
+@contextlib.contextmanager
+def exclusive(settings: Settings, registry: Registry, task: str, timeout_s: float | None = None) -> Iterator[None]:
+    """Let one process at a time in, of all machines that share the store.
+
+    Raises:
+        ModelServerTimeout: the lock was not free within `timeout_s`.
+    """
+    lock = registry.exclusive(task, timeout_s)
+    with file_lock(settings, task, timeout_s) if lock is None else lock:
+        yield
 
 
 @contextlib.contextmanager
@@ -252,6 +277,7 @@ def publish(
         place = settings.version(model, version)
         make_directory(place.parent)
         move(staged, place)
+        objects_of(settings).share(place)
         step("renamed")
 
         def load(server: ModelServer, wait: Callable[[], None] = lambda: step(done)) -> None:
@@ -421,4 +447,4 @@ def withdraw(
     with contextlib.suppress(ModelServerError):
         reconcile(settings, registry, servers)
     if not registry.is_recorded(model, version):  # others have forgotten it, perhaps before its files came
-        remove_tree(settings.version(model, version))
+        _delete(settings, model, version)

@@ -9,17 +9,19 @@ stored name: that of the model for the tenant `default`, and `tenant~model` for 
 clients see is the model's own name; messages of errors have it, too.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import sqlalchemy as sa
 
 from store.changes import notify
 from store.engine import insert_of, metadata, now
-from store.errors import GateFailed, InvalidRequest, UnknownModel, WrongState
+from store.errors import GateFailed, InvalidRequest, ModelServerTimeout, UnknownModel, WrongState
 from store.records import DEFAULT_TENANT, Abstention, Manifest, Override, ReportCard, owner_of, public_name
 from store.validation import in_words
 from store.webhooks import enqueue
@@ -146,6 +148,13 @@ class Registry:
         """A number that every change increments."""
         with self._engine.connect() as connection:
             return connection.execute(sa.select(revisions.c.revision)).scalar_one_or_none() or 0
+
+    def exclusive(self, task: str, timeout_s: float | None) -> contextlib.AbstractContextManager[None] | None:
+        """A lock that one process at a time holds; None for SQLite, which has none, and only one machine.
+
+        Entering it raises `ModelServerTimeout` if it is not free within `timeout_s`.
+        """
+        return _Exclusive(self._engine, task, timeout_s) if self._engine.dialect.name == "postgresql" else None
 
     def clock(self) -> float:
         """The time that `created_at` is measured in, Unix seconds."""
@@ -494,6 +503,32 @@ def _announce(
         data = {"model": public_name(model), "label": label, "from": old, "to": new}
         data |= {"override": True} if overrides else {}
         enqueue(connection, "model.label.moved", data, owner_of(model))
+
+
+class _Exclusive:
+    """An advisory lock of PostgreSQL, which ends with its transaction or its process."""
+
+    def __init__(self, engine: sa.Engine, task: str, timeout_s: float | None) -> None:
+        self._engine, self._task, self._timeout_s = engine, task, timeout_s
+
+    def __enter__(self) -> None:
+        self._connection = self._engine.connect()
+        try:
+            number = int.from_bytes(sha256(self._task.encode()).digest()[:8], signed=True)
+            self._connection.execute(sa.text(f"SET LOCAL lock_timeout = {int(1000 * (self._timeout_s or 0))}"))
+            self._connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.cast(number, sa.BigInteger))))
+        except sa.exc.DBAPIError as exc:
+            self._connection.close()
+            if getattr(exc.orig, "sqlstate", None) == "55P03":
+                text = f"{self._task}: another process has held the lock for {self._timeout_s:g} s"
+                raise ModelServerTimeout(text) from exc
+            raise
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
 
 
 @functools.cache

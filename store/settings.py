@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     )
     model_root: Path | None = Field(None, description="The models' directory as the model server sees it.")
     store: str | None = Field(None, description="SQLAlchemy URL; SQLite in the home by default.")
+    objects: str | None = Field(
+        None,
+        description="`s3://bucket/prefix` for models and data sets, where machines share no home directory.",
+    )
     keep_versions: int = Field(
         20, ge=0, description="Newest versions that are kept of a model, besides the labelled ones; 0 keeps all."
     )
@@ -156,6 +160,13 @@ class Settings(BaseSettings):
             if not re.fullmatch(r"\s*((\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}|unix:/[^,]+)\s*", target):
                 raise ValueError(f"{target!r} must be auto, embedded, a path, host:port or unix:/path")
         return value
+
+    @field_validator("objects")
+    @classmethod
+    def _check_objects(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"s3://[^/\s]+(/\S*)?", value):
+            raise ValueError(f"{value!r} is not s3://bucket or s3://bucket/prefix")
+        return value or None
 
     @property
     def supervised(self) -> bool:

@@ -16,6 +16,7 @@ from api.http.repeats import IdempotencyKey, Note, once
 from api.routes.jobs import JobView, accepted, check_quota
 from serving.registry import LABEL, STABLE
 from store.errors import UnknownCheckpoint, UnknownModel, WrongState
+from store.objects import objects_of
 from store.records import public_name
 from trainer.jobs.answers import Answer
 from trainer.jobs.kept import KeptEpoch, epochs, folder_of, is_publishable, listed
@@ -130,7 +131,9 @@ def _publish(gateway: Gateway, tenant: str, note: Note, id: str, epoch: int, lab
 
 def _folder(gateway: Gateway, job: Job) -> FilePath | None:
     """Where a job keeps epochs; None if it has ended in a way that leaves nothing to publish."""
-    return folder_of(gateway.settings, job.id, job.resolved_spec) if is_publishable(job, gateway.registry) else None
+    if not is_publishable(job, gateway.registry):
+        return None
+    return objects_of(gateway.settings).fetch(folder_of(gateway.settings, job.id, job.resolved_spec))
 
 
 def _published(gateway: Gateway, job: Job) -> dict[int, int]:
@@ -144,7 +147,10 @@ def _check_inputs(gateway: Gateway, job: Job) -> None:
     """Refuse to publish what cannot be evaluated any more."""
     try:
         for card in job.dataset.parts:
-            os.utime(gateway.settings.datasets / card.file)  # or the worker's sweep might find it old and unused
+            # Or the worker's sweep might find it old and unused.
+            path = objects_of(gateway.settings).fetch(gateway.settings.datasets / card.file)
+            os.utime(path)
+            objects_of(gateway.settings).share(path)
     except FileNotFoundError as exc:
         raise WrongState(f"the images that {job.id} learned from have been deleted", param="id") from exc
     model, _, version = job.base.partition(":")

@@ -15,9 +15,10 @@ from api.gateway import Gateway, gateway_of, stored, tenant_of
 from api.http.openapi import After, Limit, Name, Number, errors
 from api.http.pages import SELF_CONTAINED
 from api.inference.server_pool import PooledServer
-from serving.publishing import Probe, check_files, prove, zipped
+from serving.publishing import Probe, check_files, files_of, prove, zipped
 from serving.registry import BASE, LABEL, STABLE, Label, Route, Version, is_visible
 from store.errors import Forbidden, NotFound, PublishFailed, TemperError, UnknownModel, WrongState
+from store.objects import objects_of
 from store.records import DEFAULT_TENANT, DatasetCard, public_name
 from trainer.jobs.datasets import Dataset
 from trainer.jobs.kept import sweep_kept
@@ -293,7 +294,9 @@ def _pictured(gateway: Gateway, dataset: DatasetCard | None) -> dict[str, np.nda
     for part, card in parts.items():
         if card:
             with contextlib.suppress(OSError):
-                found[part] = Dataset.images_in(gateway.settings.datasets / card.file)
+                found[part] = Dataset.images_in(
+                    objects_of(gateway.settings).fetch(gateway.settings.datasets / card.file)
+                )
     return found
 
 
@@ -305,7 +308,7 @@ def get_delta(request: Request, model: Name, version: Number) -> FileResponse:
     """What the fine-tune changed: an `.npz` that `python -m trainer.delta` applies to the base."""
     gateway, name = gateway_of(request), stored(request, model)
     gateway.registry.find(name, version)
-    path = gateway.settings.version(name, version) / "assets.extra" / "delta.npz"
+    path = files_of(gateway.settings, name, version) / "assets.extra" / "delta.npz"
     if not path.is_file():
         raise NotFound(f"{model}:{version} has no delta: it is a pretrained model", param="version")
     return FileResponse(path, filename=f"{model}-{version}.delta.npz", media_type="application/octet-stream")
@@ -320,7 +323,7 @@ def get_saved_model(request: Request, model: Name, version: Number) -> Streaming
     gateway, name = gateway_of(request), stored(request, model)
     _check_intact(gateway, name, version, "downloaded")
     return StreamingResponse(
-        zipped(gateway.settings.version(name, version), f"{model}/{version}"), media_type="application/zip",
+        zipped(files_of(gateway.settings, name, version), f"{model}/{version}"), media_type="application/zip",
         headers={"Content-Disposition": f'attachment; filename="{model}-{version}.zip"'},
     )  # fmt: skip
 
@@ -359,7 +362,7 @@ def _check_intact(gateway: Gateway, model: str, version: int, done: str) -> None
     """Refuse what would be `done` to a version whose files are gone or damaged."""
     gateway.registry.find(model, version)
     try:
-        check_files(gateway.settings.version(model, version))
+        check_files(files_of(gateway.settings, model, version))
     except PublishFailed as exc:
         which = f"{public_name(model)}:{version}"
         text = f"{which} cannot be {done}: {exc.message}; delete the version or restore its files"
@@ -369,8 +372,8 @@ def _check_intact(gateway: Gateway, model: str, version: int, done: str) -> None
 def _verify(gateway: Gateway, targets: Sequence[PooledServer], model: str, version: int) -> dict[str, str | None]:
     """What is wrong with the files and with each model server; None where all is well."""
     failures: dict[str, str | None] = {"files": None}
-    place = gateway.settings.version(model, version)
     try:
+        place = files_of(gateway.settings, model, version)
         check_files(place)
         probe = Probe.load(place)
     except TemperError as exc:

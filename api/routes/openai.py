@@ -44,6 +44,7 @@ from api.routes.openai_schemas import (
 from api.uploads import with_validation
 from serving.registry import BASE, is_visible
 from store.errors import InvalidDataset, InvalidRequest, InvalidSpec, NotFound, UnknownModel
+from store.objects import objects_of
 from store.records import DatasetCard, public_name
 from store.validation import TEXT
 from trainer.asked import Asked, parse_asked
@@ -124,7 +125,7 @@ def get_content(request: Request, id: FileId) -> FileResponse:
     """The bytes that were uploaded."""
     gateway = gateway_of(request)
     kept = gateway.library.get(tenant_of(request), id)
-    path = gateway.settings.datasets / f"{kept.upload}.upload"
+    path = objects_of(gateway.settings).fetch(gateway.settings.datasets / f"{kept.upload}.upload")
     if not path.is_file():
         raise NotFound(f"the content of {id} is gone from the disk; upload it again", param="id")
     return FileResponse(path, filename=kept.dataset.filename, media_type="application/octet-stream")

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from store.errors import UnknownJob
 from store.files import remove_tree
+from store.objects import objects_of
 from store.settings import Settings
 from trainer.checkpoints import Checkpoint
 from trainer.jobs.records import FINISHED, Job, Jobs
@@ -81,6 +82,8 @@ def sweep_kept(settings: Settings, jobs: Jobs, versions: Versions) -> None:
     needed = jobs.open_sources() if found else set()
     for path in found:
         if path.name not in needed and not _stays(path.name, jobs, versions):
+            for folder in path.iterdir():
+                objects_of(settings).remove(folder)
             remove_tree(path)
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
+from serving.publishing import files_of
 from serving.registry import BASE, Registry, Version, stored_name
 from store.errors import UnknownModel
+from store.objects import objects_of
 from store.records import GREY_28, DatasetCard, GateCard, ReportCard, owner_of, public_name
 from store.settings import Settings
 from trainer.export import load_params
@@ -110,7 +112,7 @@ class Candidate:
         this version began with has, but for pictures that were held out for `stable`: those are told apart.
         """
         assert self.card.validation is not None
-        place, card = settings.version(stable.model, stable.version), stable.manifest.dataset
+        place, card = files_of(settings, stable.model, stable.version), stable.manifest.dataset
         now, then = self.held_out.by_image(), Predictions.load(place).by_image()
         own, old = self.own, _images(_upload(card, settings), _upload(card.validation if card else None, settings))
         inherited = inherited_by(stable, settings, registry)
@@ -159,7 +161,7 @@ def learned_by(version: Version, settings: Settings, registry: Registry) -> Imag
         return {}
     learned = _images(_upload(version.manifest.dataset, settings))
     if not version.manifest.trained_with.get("folds"):
-        held_out = set(Predictions.load(settings.version(version.model, version.version)).images)
+        held_out = set(Predictions.load(files_of(settings, version.model, version.version)).images)
         learned = {image: one for image, one in learned.items() if image not in held_out}
     return learned | inherited_by(version, settings, registry)
 
@@ -222,7 +224,7 @@ def _pixels(images: Iterable[Image]) -> np.ndarray:
 
 def _upload(card: DatasetCard | None, settings: Settings) -> Dataset | None:
     """The images of a data set, if they are still there."""
-    file = settings.datasets / card.file if card else None
+    file = objects_of(settings).fetch(settings.datasets / card.file) if card else None
     return Dataset.load(file) if file and file.is_file() else None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from serving.publishing import files_of
 from serving.registry import BASE, Registry
 from store.errors import UnknownModel
 from store.records import ReportCard, public_name
@@ -38,13 +39,13 @@ def complete_report(job: Job, *, settings: Settings, jobs: Jobs, registry: Regis
     spec = spec_of(version.manifest)
     data = JobData.load(job.dataset, settings, spec, grouped=version.manifest.grouped)
     device = device_of("auto" if spec.device == "gpu" else spec.device)
-    params = load_params(settings.version(job.model, job.version))
+    params = load_params(files_of(settings, job.model, job.version))
     with tf.device(device):
         _, unseen = data.split(spec)
         network = params
         if unseen is None:
             unseen = data.part(next(data.folds(spec)))
-            with np.load(settings.version(job.model, job.version) / FOLD) as arrays:
+            with np.load(files_of(settings, job.model, job.version) / FOLD) as arrays:
                 network = dict(arrays)
     steps = report.robustness(
         functools.partial(Network, network), unseen, report.epsilon_of(spec), settings.attack_images
@@ -88,6 +89,6 @@ def forgetting(
         source = f"{'validation' if validation else 'training'} images of {public_name(base)}"
         sample = validation or train
         sample = Split(sample.images[:FORGETTING_IMAGES], sample.labels[:FORGETTING_IMAGES])
-    before = load_params(settings.version(version.model, version.version))
+    before = load_params(files_of(settings, version.model, version.version))
     same = version.manifest.classes == classes
     return {"sample": source, **report.forgetting(params, before, sample, same_classes=same)}

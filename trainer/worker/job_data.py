@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from serving.registry import Registry, Version
 from store.errors import DeviceUnavailable, InvalidDataset
+from store.objects import objects_of
 from store.records import GREY_28, DatasetCard, Manifest
 from store.settings import Settings
 from trainer.fit import Split
@@ -56,10 +57,12 @@ class JobData:
     @classmethod
     def load(cls, card: DatasetCard, settings: Settings, spec: Spec, *, grouped: bool = True) -> Self:
         """Load the images of an upload."""
-        dataset = Dataset.load(settings.datasets / card.file)
-        validation, test = (
-            Dataset.load(settings.datasets / part.file) if part else None for part in (card.validation, card.test)
-        )
+
+        def load(part: DatasetCard) -> Dataset:
+            return Dataset.load(objects_of(settings).fetch(settings.datasets / part.file))
+
+        dataset = load(card)
+        validation, test = (load(part) if part else None for part in (card.validation, card.test))
         return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity, test, grouped)
 
     @property

@@ -188,7 +188,13 @@ class Worker:
             self._loop(servers)
 
     def _loop(self, servers: Sequence[ModelServer]) -> None:
-        from trainer.worker.retention import retire_surplus, sweep_checkpoints, sweep_datasets, sweep_leftovers
+        from trainer.worker.retention import (
+            retire_surplus,
+            sweep_checkpoints,
+            sweep_datasets,
+            sweep_leftovers,
+            sweep_versions,
+        )
 
         recover_at = sweep_at = 0.0
         while True:
@@ -206,6 +212,7 @@ class Worker:
                 elif time.monotonic() >= sweep_at:
                     sweep_at = time.monotonic() + SWEEP_S
                     sweep_datasets(self.settings, self.jobs, self.registry, self.library)
+                    sweep_versions(self.settings, self.registry)
                     sweep_checkpoints(self.settings, self.jobs)
                     sweep_kept(self.settings, self.jobs, self.registry)
                     sweep_leftovers(self.settings, self.jobs, self.registry, servers)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from serving.client import ModelServer
-from serving.publishing import Probe, file_lock, publish, seal, withdraw
+from serving.publishing import Probe, exclusive, publish, seal, withdraw
 from serving.registry import BASE, Registry
 from store.errors import ModelServerError
 from store.records import GREY_28, Manifest, ReportCard
@@ -26,7 +26,7 @@ def publish_base(settings: Settings, registry: Registry, servers: Sequence[Model
     Raises:
         ModelServerUnavailable: nothing was done.
     """
-    with file_lock(settings, "base"):
+    with exclusive(settings, registry, "base"):
         if registry.has_live(BASE):
             return
         _check_any_answers(servers)  # first, because a number that is given is not given again

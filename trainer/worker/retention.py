@@ -8,10 +8,12 @@ from contextlib import suppress
 import structlog
 
 from serving.client import ModelServer
+from serving.mirror import remove_others
 from serving.publishing import reconcile, withdraw
 from serving.registry import BASE, Registry
 from store.errors import TemperError, UnknownJob
 from store.files import remove_tree
+from store.objects import objects_of
 from store.settings import Settings
 from trainer.jobs.library import Library
 from trainer.jobs.records import FINISHED, Jobs
@@ -52,6 +54,16 @@ def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry, library: 
         with suppress(FileNotFoundError):
             if path.name not in needed and time.time() - path.stat().st_mtime > UNUSED_S:
                 path.unlink()
+    objects = objects_of(settings)
+    for path in objects.older_than(settings.datasets, UNUSED_S):
+        if path.name not in needed:
+            objects.remove(path)
+
+
+def sweep_versions(settings: Settings, registry: Registry) -> None:
+    """Delete what this machine has fetched of versions that another one has deleted."""
+    if settings.objects:
+        remove_others(settings, registry)
 
 
 def sweep_checkpoints(settings: Settings, jobs: Jobs) -> None:

@@ -20,11 +20,12 @@ import structlog
 import tensorflow as tf
 
 from serving.client import ModelServer
-from serving.publishing import Probe, publish, seal, withdraw
+from serving.publishing import Probe, files_of, publish, seal, withdraw
 from serving.registry import STABLE, Fence, Registry, Version
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.files import make_directory, remove_tree
+from store.objects import objects_of
 from store.records import Abstention, GateCard, Manifest, ReportCard, public_name
 from store.settings import Settings
 from trainer import delta, report
@@ -159,7 +160,7 @@ def run_job(job: Job, *, settings: Settings, jobs: Jobs, registry: Registry, ser
             data = JobData.load(job.dataset, settings, asked.fixed, grouped=grouped)
             watched(lambda _: data.check(), run.go_on)
             source = named(job.base, registry)
-            base = load_params(settings.version(source.model, source.version))
+            base = load_params(files_of(settings, source.model, source.version))
             make_directory(settings.checkpoints / job.id)
             groups = watched(lambda _: data.groups, run.go_on)
         with tf.device(device):
@@ -259,12 +260,15 @@ class _Maker:
                 run.resolved(spec)
                 trained = self._trained(spec, start, train, validation)
             twin = self._twin(spec, start, train, validation)
+        if spec.checkpoints:
+            objects_of(self.settings).share(self._keeping(spec))
         self._finish(spec, start, trained, train, validation, found if self.asked.auto else None, twin)
 
     def make_of(self, job: str, epoch: int) -> None:
         """Publish what another job has kept of an epoch, which ends this one."""
         spec = Spec.model_validate_json(json.dumps(self.run.chosen))
-        start, kept = self._start(spec), folder_of(self.settings, job, self.run.chosen)
+        start = self._start(spec)
+        kept = objects_of(self.settings).fetch(folder_of(self.settings, job, self.run.chosen))
         train, validation = self.data.split(spec)
         trained = watched(lambda _: Trained(*read_all(kept, epoch, start, spec, self.data)), self.run.go_on)
         self._finish(spec, start, trained, train, validation)
