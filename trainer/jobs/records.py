@@ -620,6 +620,17 @@ def _note_turn(connection: sa.Connection, job: Job) -> None:
     connection.execute(turn.on_conflict_do_update(index_elements=["tenant"], set_={"claimed_at": now()}))
 
 
+def next_tenant(heads: Mapping[str, Any], running: Mapping[str, int], last_turn: Mapping[str, float]) -> str:
+    """The tenant whose turn it is, as the query of `claim` has it.
+
+    Args:
+        heads: what the first queued job of each tenant sorts by.
+        running: how many jobs of each tenant are running.
+        last_turn: when a job of each tenant was last claimed; none for a tenant that has had no turn.
+    """
+    return min(heads, key=lambda tenant: (running.get(tenant, 0), last_turn.get(tenant, 0.0), heads[tenant]))
+
+
 def _in_turn(queued: Sequence[Job], running: Sequence[Job], claimed_at: Mapping[str, float], workers: int) -> list[Job]:
     """Queued jobs in the order in which `workers` will claim them if all take equally long.
 
@@ -633,20 +644,24 @@ def _in_turn(queued: Sequence[Job], running: Sequence[Job], claimed_at: Mapping[
     if len(waiting) < 2:
         return list(queued)
     busy = deque(job.tenant for job in sorted(running, key=lambda job: job.started_at or 0.0))
-    running_of = Counter(busy)
-    last: dict[str, tuple[int, float]] = {tenant: (0, claimed_at.get(tenant, 0.0)) for tenant in waiting}
+    running_of, last_turn = Counter(busy), dict(claimed_at)
+    heads, latest = (
+        {tenant: _turn_of(jobs[0]) for tenant, jobs in waiting.items()},
+        max(claimed_at.values(), default=0.0),
+    )
     order: list[Job] = []
-    while waiting:
+    while heads:
         if busy and len(busy) >= workers:
             running_of[busy.popleft()] -= 1
-        # Of tenants that have never had a turn, the one with the oldest job comes first, as in `_NEXT`.
-        turn = min(waiting, key=lambda tenant: (running_of[tenant], *last[tenant], _turn_of(waiting[tenant][0])))
-        order.append(waiting[turn].popleft())
-        busy.append(turn)
-        running_of[turn] += 1
-        last[turn] = (len(order), 0.0)
-        if not waiting[turn]:
-            del waiting[turn]
+        tenant = next_tenant(heads, running_of, last_turn)
+        order.append(waiting[tenant].popleft())
+        busy.append(tenant)
+        running_of[tenant] += 1
+        last_turn[tenant] = latest + len(order)
+        if waiting[tenant]:
+            heads[tenant] = _turn_of(waiting[tenant][0])
+        else:
+            del heads[tenant]
     return order
 
 
