@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import logging as standard
 import math
 import os
 import shutil
@@ -24,9 +25,11 @@ from typing import IO
 import click
 import httpx
 import sqlalchemy as sa
+import structlog
 
 from serving.registry import BASE
 from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
+from store import logging
 from store.engine import reason
 from store.errors import ModelServerTimeout, ModelServerUnavailable, TemperError
 from store.memory import allocator_environment, available_bytes
@@ -42,6 +45,8 @@ SOCKETS = ("model_server.sock", *(f"model_server_{number}.sock" for number in ra
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path; the system's limit is 107
 # Available memory from which on a second model server runs: it takes 0.3 GB, the rest 1.3, decoding an upload up to 2.
 STANDBY_BYTES = 4 << 30
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.supervisor")
 
 
 @dataclass
@@ -69,16 +74,19 @@ class Sibling:
         now = time.monotonic()
         if self.process is not None and self.process.poll() is not None:
             self.delay_s = min(10.0, max(0.5, 2 * self.delay_s)) if now - self.started_at < 10 else 0.0
-            click.echo(f"{self.name} exited ({_reason(self.process.returncode)}); restarting in {self.delay_s:g} s")
+            log.warning(f"{self.name} exited ({_reason(self.process.returncode)}); restarting in {self.delay_s:g} s")
             self.process, self.start_at = None, now + self.delay_s
         if self.process is None and now >= self.start_at:
+            as_json = logging.is_json()
             self.process = subprocess.Popen(
                 self.command, env=dict(self.environment), start_new_session=True, preexec_fn=end_with_parent,
-                stderr=subprocess.PIPE if self.quiet else None,
+                stdout=subprocess.PIPE if as_json else None,
+                stderr=subprocess.STDOUT if as_json else subprocess.PIPE if self.quiet else None,
             )  # fmt: skip
             self.started_at = now
-            if self.process.stderr:
-                threading.Thread(target=_relay, args=(self.process.stderr,), daemon=True).start()
+            if written := self.process.stdout or self.process.stderr:
+                name = self.name if as_json else None
+                threading.Thread(target=_relay, args=(written, name), daemon=True).start()
 
     def watch(self) -> None:
         """Kill the process when it has answered once and then no longer does; runs for ever."""
@@ -93,13 +101,13 @@ class Sibling:
             try:
                 answer = self.answers(pid)
             except Exception as exc:  # a home that cannot be read, for example; the watch must go on
-                click.echo(f"cannot tell whether the {self.name} responds: {exc}", err=True)
+                log.warning(f"cannot tell whether the {self.name} responds: {exc}")
                 answer = None
             if answer is not None:
                 answered |= answer
                 misses = 0 if answer else misses + 1
             if answered and misses >= MAX_MISSES:
-                click.echo(f"{self.name} is not responding; killing it")
+                log.warning(f"{self.name} is not responding; killing it")
                 process.kill()
 
     def ask_to_end(self) -> None:
@@ -118,11 +126,17 @@ class Sibling:
             self.process.wait()
 
 
-def _relay(stderr: IO[bytes]) -> None:
-    for line in stderr:
-        if not INFO_LINE.match(line):
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
+def _relay(written: IO[bytes], name: str | None) -> None:
+    """Pass on the lines of a sibling; with a name, what is not JSON (of a library in C++, say) as lines of ours."""
+    for line in written:
+        if INFO_LINE.match(line):
+            continue
+        if name is not None and not line.startswith(b"{"):
+            if text := line.decode(errors="replace").strip():
+                log.warning(text, process=name)
+            continue
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
 
 
 def _reason(code: int) -> str:
@@ -135,6 +149,8 @@ def serve(settings: Settings) -> None:
     Raises:
         click.ClickException: the home, the store or the port cannot be used.
     """
+    logging.configure("supervisor")
+    standard.getLogger("httpx").setLevel(standard.WARNING)  # it tells of every probe
     warn_of_unknown_variables(os.environ)
     with ExitStack() as stack:
         stack.enter_context(_only_one_in(settings))
@@ -151,9 +167,9 @@ def serve(settings: Settings) -> None:
         # After the siblings' environment is made. The supervisor forks beside threads of gRPC, but only to execute.
         os.environ |= {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
         servers = "model servers" if "," in address else "model server"
-        click.echo(f"Temper starts in {settings.home.resolve()}, {servers} {address}")
+        log.info(f"Temper starts in {settings.home.resolve()}, {servers} {address}")
         _run(siblings, _url(settings), client)
-    click.echo("stopped")
+    log.info("stopped")
 
 
 def _run(siblings: list[Sibling], url: str, client: httpx.Client) -> None:
@@ -175,7 +191,7 @@ def _run(siblings: list[Sibling], url: str, client: httpx.Client) -> None:
             for sibling in siblings:
                 if sibling.start_at == math.inf:
                     sibling.start_at = time.monotonic()
-            click.echo(f"ready at {url} (documentation at {url}/docs)")
+            log.info(f"ready at {url} (documentation at {url}/docs)")
         time.sleep(0.1)
     for sibling in siblings:
         sibling.ask_to_end()
@@ -267,9 +283,9 @@ def _siblings(settings: Settings, address: str, sockets: Sequence[Path], client:
         command = _model_server_command(settings, listen)
         name = f"model server {number + 1}" if len(sockets) > 1 else "model server"
         quiet = command[0] != python
-        logging = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
+        its_own = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
         answers = functools.partial(_model_server_answers, f"unix:{listen}")
-        siblings.append(Sibling(name, command, logging, answers, quiet))
+        siblings.append(Sibling(name, command, its_own, answers, quiet))
         if number:  # starting takes seconds of a core, which the others need until the service is ready
             siblings[-1].start_at = math.inf
     for number in range(settings.workers):

@@ -18,6 +18,7 @@ log = logging.getLogger("temper.gateway")
 
 NO_REQUEST = "-"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_REQUEST)
+SCOPE: ContextVar[Scope] = ContextVar("scope")  # of the request that has this id
 ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # ids that clients may choose
 REASONS = {
     401: "unauthorized",
@@ -47,6 +48,7 @@ class Tracing:
         sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = sent if ACCEPTED.fullmatch(sent) else b"%s-%x" % (self._start, next(self._numbers))
         token = REQUEST_ID.set(request_id.decode())
+        SCOPE.set(scope)
         state: dict[str, Any] = scope.setdefault("state", {})
         status = 500
 
@@ -94,8 +96,16 @@ def answered_by(scope: Scope, model: str, version: int) -> None:
     scope["state"]["model"], scope["state"]["version"] = model, version
 
 
-def add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Put the id of the current request into a log line (a structlog processor)."""
+def add_request(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Put the id of the current request, and its job or model, into a log line (a structlog processor)."""
     if (request_id := REQUEST_ID.get()) != NO_REQUEST:
         event["request_id"] = request_id
+        scope = SCOPE.get({})
+        path, state = scope.get("path_params", {}), scope.get("state", {})
+        job = path["id"] if str(path.get("id")).startswith("ftjob-") else None
+        version = state.get("version", path.get("version"))
+        model = public_name(state["model"]) if "model" in state else path.get("model")
+        for name, value in (("job", job), ("model", model), ("version", version)):
+            if value is not None:
+                event.setdefault(name, value)
     return event

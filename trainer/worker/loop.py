@@ -3,7 +3,6 @@
 import os
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StorageFailed, StorageFull, StoreUnavailable, TemperError
 from store.files import remove_tree
 from store.processes import pulse_file
+from store.records import public_name
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
 from trainer.jobs.kept import sweep_kept
@@ -35,6 +35,7 @@ HEARTBEAT_S = 1.0
 STORE_PAUSE_S = 1.0  # after a failure of the store
 REPORT_PAUSE_S = 10.0  # before a report that failed is tried again
 REPORT_ATTEMPTS = 3
+COMMAND = "python -m trainer"
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
@@ -51,7 +52,7 @@ def main() -> None:
     try:
         settings = from_environment()
     except ValueError as exc:
-        sys.exit(f"python -m trainer: {exc}")
+        logging.fail(COMMAND, str(exc))
     os.nice(5)  # predictions come first
 
     def stop(*_: object) -> None:
@@ -64,13 +65,13 @@ def main() -> None:
             settings.make_home()
             worker = Worker(settings)
         except OSError as exc:
-            sys.exit(f"python -m trainer: cannot use TEMPER_HOME: {exc}")
+            logging.fail(COMMAND, f"cannot use TEMPER_HOME: {exc}")
         except StoreUnavailable as exc:
-            sys.exit(f"python -m trainer: {exc.message}")
+            logging.fail(COMMAND, exc.message)
         try:
             worker.run()
         except sa.exc.DatabaseError as exc:  # damaged, for example: nothing that waiting would mend
-            sys.exit(f"python -m trainer: the store failed: {reason(exc)}")
+            logging.fail(COMMAND, f"the store failed: {reason(exc)}")
 
 
 class Worker:
@@ -140,8 +141,8 @@ class Worker:
             tf.config.experimental.set_memory_growth(gpu, True)
             tf.config.experimental.enable_op_determinism()  # the same seed gives the same weights
         with ExitStack() as stack:
-            ca = self.settings.model_server_ca
-            servers = [stack.enter_context(ModelServer(target, ca)) for target in self.settings.server_addresses]
+            tls = self.settings.model_server_tls
+            servers = [stack.enter_context(ModelServer(target, tls)) for target in self.settings.server_addresses]
             while True:
                 try:
                     publish_base(self.settings, self.registry, servers)
@@ -169,7 +170,8 @@ class Worker:
                 job = self.jobs.claim(self.id)
                 if job is not None:
                     self.state = "busy"
-                    self._attempt(job, servers)
+                    with structlog.contextvars.bound_contextvars(job=job.id, model=public_name(job.model)):
+                        self._attempt(job, servers)
                     retire_surplus(
                         job.model, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers
                     )
@@ -206,7 +208,7 @@ class Worker:
         from trainer.worker.run_job import run_job
 
         bound = log.bind(job=job.id)
-        bound.info("job starts", model=job.model, images=job.dataset.images, attempt=job.attempts)
+        bound.info("job starts", images=job.dataset.images, attempt=job.attempts)
         try:
             with translated():
                 run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
@@ -246,7 +248,7 @@ class Worker:
             pieces = complete_report(job, settings=self.settings, jobs=self.jobs, registry=self.registry)
             self._report = job, pieces
         job, pieces = self._report
-        bound = log.bind(job=job.id)
+        bound = log.bind(job=job.id, model=public_name(job.model))
         self.state = "reporting"
         try:
             next(pieces)
