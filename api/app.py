@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> ASGIApp:
             ServerPool(
                 settings.server_addresses,
                 functools.partial(has_files, settings),
-                settings.model_server_ca,
+                settings.model_server_tls,
                 has_standby=settings.has_standby,
             ) as pool,
             Uploads(settings, job_records) as uploads,

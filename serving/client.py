@@ -13,6 +13,7 @@ import numpy as np
 from serving.pb import model_server_pb2 as pb
 from store import errors
 from store.records import public_name
+from store.settings import ClientTLS
 
 log = logging.getLogger("temper.client")
 
@@ -100,24 +101,25 @@ def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
             return errors.ModelServerError(f"the model server at {target} answered {code.name}: {text}")
 
 
-def credentials(target: str, ca: Path | None) -> grpc.ChannelCredentials | None:
-    """What a channel needs for TLS with the certificates in the file `ca`; None without it, and on a Unix socket.
+def credentials(target: str, tls: ClientTLS | None) -> grpc.ChannelCredentials | None:
+    """What a channel needs for TLS; None without it, and on a Unix socket.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: a file cannot be read.
     """
-    if ca is None or target.startswith("unix:"):
+    if tls is None or target.startswith("unix:"):
         return None
-    return grpc.ssl_channel_credentials(ca.read_bytes())
+    key, cert = (path.read_bytes() if path else None for path in (tls.key, tls.cert))
+    return grpc.ssl_channel_credentials(tls.ca.read_bytes(), key, cert)
 
 
 class ModelServer:
     """Control calls, and a Predict for probes. Blocking; use it in a `with`."""
 
-    def __init__(self, target: str, ca: Path | None = None) -> None:
+    def __init__(self, target: str, tls: ClientTLS | None = None) -> None:
         self.target = target
-        if tls := credentials(target, ca):
-            self._channel = grpc.secure_channel(target, tls, options=OPTIONS)
+        if secure := credentials(target, tls):
+            self._channel = grpc.secure_channel(target, secure, options=OPTIONS)
         else:
             self._channel = grpc.insecure_channel(target, options=OPTIONS)
         self._predict = self._channel.unary_unary(
@@ -213,10 +215,10 @@ class ModelServer:
 class Predictor:
     """Predict for asyncio, over one channel; use it in an `async with`."""
 
-    def __init__(self, target: str, ca: Path | None = None) -> None:
+    def __init__(self, target: str, tls: ClientTLS | None = None) -> None:
         self.target = target
-        if tls := credentials(target, ca):
-            self._channel = grpc.aio.secure_channel(target, tls, options=OPTIONS)
+        if secure := credentials(target, tls):
+            self._channel = grpc.aio.secure_channel(target, secure, options=OPTIONS)
         else:
             self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
         self._predict = self._channel.unary_unary(
