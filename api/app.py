@@ -40,6 +40,7 @@ from api.routes import (
     tensorflow_rest,
     webhooks,
 )
+from api.store_metrics import StoreMetrics
 from api.uploads import Uploads
 from serving.publishing import has_files
 from serving.registry import Registry
@@ -54,6 +55,7 @@ from trainer.jobs.answers import Answers
 from trainer.jobs.estimates import Estimates
 from trainer.jobs.library import Library
 from trainer.jobs.records import Jobs
+from trainer.jobs.statistics import Statistics
 
 
 def create_app(settings: Settings) -> ASGIApp:
@@ -86,6 +88,7 @@ def create_app(settings: Settings) -> ASGIApp:
             gateway = Gateway(
                 settings, job_records, registry, pool, router, inference, decoder, uploads, health_watch, reserve,
                 keys, owed, courier, Estimates(job_records), Library(engine), Answers(engine),
+                StoreMetrics(Statistics(engine)),
             )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())
             settle()

@@ -28,6 +28,7 @@ from trainer.jobs.estimates import Standing
 from trainer.jobs.layouts import MAX_PATH
 from trainer.jobs.library import KeptDataset
 from trainer.jobs.records import AGING_S, MAX_PRIORITY, Job, Status
+from trainer.jobs.statistics import Stage
 from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Gate, Spec, pinned
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.gateway")
@@ -144,9 +145,6 @@ def _one_of(names: Any, *, null: bool = False) -> Any:
     """Documents the values of this release; a stored record may have another one."""
     enum = {"type": "string", "enum": list(get_args(names))}
     return WithJsonSchema({"anyOf": [enum, {"type": "null"}]} if null else enum)
-
-
-Stage = Literal["validating", "previewing", "searching", "training", "evaluating", "exporting", "publishing", "warming"]
 
 
 class JobView(BaseModel):

@@ -69,7 +69,7 @@ jobs = sa.Table(
     sa.Column("stage", sa.String),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
-    sa.Column("finished_at", sa.Float),
+    sa.Column("finished_at", sa.Float, index=True),
     sa.Column("spec", sa.JSON, nullable=False),
     sa.Column("resolved_spec", sa.JSON(none_as_null=True)),
     sa.Column("dataset", sa.JSON, nullable=False),
@@ -86,6 +86,7 @@ jobs = sa.Table(
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),
     sa.Column("gate", sa.JSON(none_as_null=True)),
+    sa.Column("trace", sa.String),
 )
 workers = sa.Table(
     "workers",
@@ -128,6 +129,7 @@ class Job:
     priority: int = 0  # from -MAX_PRIORITY to MAX_PRIORITY; the highest first
     metadata: dict[str, str] | None = None  # of the client's own
     checkpoint: dict[str, Any] | None = None  # that it publishes instead of training: `job` and `epoch`
+    trace: str | None = None  # W3C traceparent of the request that created it, where requests are traced
     gate: dict[str, Any] | None = None  # whether its version got its label, and why: a `GateCard`
 
 
@@ -149,7 +151,7 @@ _TURN = (jobs.c.created_at - AGING_S * jobs.c.priority, jobs.c.id)  # in which q
 _NEXT = sa.select(jobs.c.id).where(jobs.c.status == "queued").order_by(*_TURN).limit(1)
 _OPEN_REPORT = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
 _OF_THE_DEAD = jobs.c.worker.not_in(sa.select(workers.c.id))
-_LIVING = workers.c.seen_at > now() - LOST_AFTER_S
+LIVING = workers.c.seen_at > now() - LOST_AFTER_S
 
 
 def _lost(worker: Any, others: bool) -> sa.ColumnElement[bool]:
@@ -170,7 +172,7 @@ def _oldest(condition: sa.ColumnElement[bool]) -> sa.Select[str]:
 
 _WORKER: sa.BindParameter[str] = sa.bindparam("worker")
 _ANY_DROPPED = sa.select(sa.exists().where(_lost(_WORKER, others=False)))
-_ANY_LOST = sa.select(sa.exists().where(_lost(_WORKER, others=True)) | sa.exists().where(~_LIVING))
+_ANY_LOST = sa.select(sa.exists().where(_lost(_WORKER, others=True)) | sa.exists().where(~LIVING))
 _OLDEST_UNREPORTED = _oldest(_unreported(_WORKER, sa.bindparam("but", expanding=True)))
 
 
@@ -351,7 +353,7 @@ class Jobs:
     def outlook(self) -> "Outlook":
         """Return what is to be done, without progress, and by how many workers."""
         open_ = _SELECT.where(jobs.c.status.in_(("running", "queued"))).order_by(*_TURN)
-        living = sa.select(sa.func.count()).where(_LIVING).scalar_subquery()
+        living = sa.select(sa.func.count()).where(LIVING).scalar_subquery()
         with self._engine.connect() as connection:
             found = _without_progress(connection, open_)
             at, count = connection.execute(sa.select(now(), living)).one()
@@ -541,7 +543,7 @@ class Jobs:
     def worker_states(self) -> dict[str, str]:
         """Return the state of every living worker by its id."""
         with self._engine.connect() as connection:
-            query = sa.select(workers.c.id, workers.c.state).where(_LIVING)
+            query = sa.select(workers.c.id, workers.c.state).where(LIVING)
             return {row.id: row.state for row in connection.execute(query)}
 
     def recover(self, worker: str, *, others: bool = True) -> list[Job]:
@@ -564,7 +566,7 @@ class Jobs:
                 return []
         with self._engine.begin() as connection:
             if others:
-                connection.execute(workers.delete().where(~_LIVING))
+                connection.execute(workers.delete().where(~LIVING))
             _put_back(connection, lost & ~last & ~jobs.c.cancel_requested, "its worker died or lost the store")
             cancelled = _write(
                 connection, lost & jobs.c.cancel_requested, [_status("cancelled")], **_ENDING, status="cancelled"
