@@ -9,7 +9,7 @@ import click
 import uvicorn
 
 from api.http.tracing import add_request
-from store import logging
+from store import logging, traces
 from store.engine import connect, prepare
 from store.errors import StoreUnavailable
 from store.keys import Keys
@@ -27,6 +27,7 @@ def main() -> None:
     warn_of_unknown_variables(os.environ)
     try:
         settings = from_environment()
+        traces.configure("gateway", settings.traces)
         settings.make_home()
         prepare(settings.store_url)
         _check_tls(settings)

@@ -106,6 +106,8 @@ def create_app(settings: Settings) -> ASGIApp:
         separate_input_output_schemas=False,
         redirect_slashes=False,
         redoc_url=None,
+        # Its own, which would miss the fast path and log the messages of exceptions; `Tracing` makes our spans.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         responses=documented(401, 403),
         dependencies=[Security(HTTPBearer(auto_error=False, description="An API key, where keys are required."))],
     )  # the dependency documents what `Guard` does

@@ -6,15 +6,17 @@ import os
 import signal
 import ssl
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from serving.quiet import import_tensorflow
-from store import logging
+from store import logging, traces
 from store.memory import settle
 from store.processes import choose_grpc_event_loop
-from store.settings import LOCAL_REST, LOCAL_TARGET
+from store.settings import LOCAL_REST, LOCAL_TARGET, from_environment
 
 log = standard.getLogger("temper.model_server")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -39,6 +41,10 @@ def main(
     """Serve SavedModels over TensorFlow Serving's gRPC protocol and REST API."""
     logging.configure("model-server")
     _check_tls(address, tls_cert, tls_key, client_ca)
+    try:
+        traces.configure("model-server", from_environment().traces)
+    except ValueError as exc:
+        logging.fail("Error", str(exc))
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # GPUs are for the workers
     choose_grpc_event_loop()
     # Read when gRPC is imported: its own log lines about a taken port would precede our error message.
@@ -48,18 +54,20 @@ def main(
 
     from serving.embedded import rest
     from serving.embedded import server as embedded
+    from serving.embedded.interceptor import Around
     from serving.embedded.model_manager import Models
 
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     models, credentials = Models(), None
+    interceptors = [Around(traces.TRACEPARENT, _server_span)] if traces.on() else []
     if tls_cert and tls_key:
         trusted = client_ca.read_bytes() if client_ca else None
         pair = tls_key.read_bytes(), tls_cert.read_bytes()
         credentials = grpc.ssl_server_credentials([pair], trusted, require_client_auth=client_ca is not None)
     try:
-        server, port = embedded.start(address, models, credentials=credentials)
+        server, port = embedded.start(address, models, credentials=credentials, interceptors=interceptors)
     except RuntimeError:
         problem = f"cannot listen on {address} (--address): is it taken, malformed, or in a missing directory?"
         logging.fail("Error", problem)
@@ -105,6 +113,10 @@ def _check_tls(address: str, cert: Path | None, key: Path | None, client_ca: Pat
             context.load_verify_locations(client_ca)
     except OSError as exc:  # ssl.SSLError is one
         logging.fail("Error", f"cannot use {cert}, {key}{f', {client_ca}' if client_ca else ''}: {exc}")
+
+
+def _server_span(method: str, traceparent: str) -> AbstractContextManager[Any]:
+    return traces.span(method, "server", parent=traceparent)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import grpc.aio
 import numpy as np
 
 from serving.pb import model_server_pb2 as pb
-from store import errors
+from store import errors, traces
 from store.records import public_name
 from store.settings import ClientTLS
 
@@ -85,6 +85,10 @@ def _spec(model: str, version: int | None = None) -> pb.ModelSpec:
     return spec
 
 
+def _called(target: str, model: str, version: int) -> traces.Attributes:
+    return {"server.address": target, "temper.model": public_name(model), "temper.version": version}
+
+
 def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
     """Translate a gRPC error of the server at `target`."""
     code, text = exc.code(), exc.details() or ""
@@ -140,8 +144,10 @@ class ModelServer:
 
     def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float = 10.0) -> Prediction:
         """Run one version on images as in `predict_request`."""
+        request = predict_request(model, version, images)
         try:
-            return prediction(self._predict(predict_request(model, version, images), timeout=timeout_s))
+            with traces.child(PREDICT[1:], "client", _called(self.target, model, version)):
+                return prediction(self._predict(request, timeout=timeout_s, metadata=traces.metadata()))
         except grpc.RpcError as exc:
             raise translated(exc, self.target) from exc
 
@@ -174,7 +180,8 @@ class ModelServer:
             config.model_version_policy.specific.versions.extend(versions)
         request.config.model_config_list.SetInParent()
         try:
-            response = self._reload(request, timeout=timeout_s)
+            with traces.child(RELOAD_CONFIG[1:], "client", {"server.address": self.target}):
+                response = self._reload(request, timeout=timeout_s, metadata=traces.metadata())
         except grpc.RpcError as exc:
             if exc.code() == grpc.StatusCode.UNKNOWN:  # all is applied, but some model did not become available
                 log.warning("model server %s: %s", self.target, exc.details())
@@ -233,7 +240,11 @@ class Predictor:
 
     async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
         """Run one version on images as in `predict_request`."""
+        request = predict_request(model, version, images)
         try:
-            return prediction(await self._predict(predict_request(model, version, images), timeout=timeout_s))
+            if not traces.on():
+                return prediction(await self._predict(request, timeout=timeout_s))
+            with traces.child(PREDICT[1:], "client", _called(self.target, model, version)):
+                return prediction(await self._predict(request, timeout=timeout_s, metadata=traces.metadata()))
         except grpc.aio.AioRpcError as exc:
             raise translated(exc, self.target) from exc

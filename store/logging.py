@@ -23,6 +23,8 @@ else:
 
 from structlog.typing import EventDict, Processor, WrappedLogger  # noqa: E402
 
+from store import traces  # noqa: E402
+
 LEADING = ("timestamp", "level", "process")
 log = logging.getLogger("temper")
 
@@ -55,6 +57,7 @@ def configure(process: str, *processors: Processor, level: int = logging.INFO) -
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper("iso"),
         name_process,
+        add_trace_id,
         *processors,
     ]
     if as_json:
@@ -80,6 +83,13 @@ def configure(process: str, *processors: Processor, level: int = logging.INFO) -
         logging.captureWarnings(True)
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_uncaught_in_thread
+
+
+def add_trace_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Put the id of the current trace into a line (a structlog processor)."""
+    if (traceparent := traces.current()) is not None:
+        event["trace_id"] = traceparent.split("-")[1]
+    return event
 
 
 def render(_: WrappedLogger, __: str, event: EventDict) -> str:

@@ -83,6 +83,11 @@ class Settings(BaseSettings):
     log: Literal["text", "json"] = Field(
         "text", description="Form of log lines; `json` writes one object a line, tracebacks within."
     )
+    traces: str = Field(
+        "",
+        description="Base URL of an OTLP collector (HTTP) that gets traces, such as `http://localhost:4318`; empty: "
+        "none.",
+    )
     model_root: Path | None = Field(None, description="The models' directory as the model server sees it.")
     store: str | None = Field(None, description="SQLAlchemy URL; SQLite in the home by default.")
     keep_versions: int = Field(
@@ -170,6 +175,13 @@ class Settings(BaseSettings):
             raise ValueError("TEMPER_MODEL_SERVER_CERT and TEMPER_MODEL_SERVER_KEY need each other")
         if value is not None and info.data.get("model_server_ca") is None:
             raise ValueError("a certificate for model servers needs TEMPER_MODEL_SERVER_CA, or nothing is encrypted")
+        return value
+
+    @field_validator("traces")
+    @classmethod
+    def _check_traces(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^\s/]+\S*", value):
+            raise ValueError(f"{value!r} is not an http:// or https:// URL")
         return value
 
     @field_validator("model_server")

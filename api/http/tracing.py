@@ -5,6 +5,8 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict, WrappedLogger
 
 from api.metrics import REJECTIONS, REQUEST_SERIES
+from store import traces
 from store.records import public_name
 
 log = logging.getLogger("temper.gateway")
@@ -64,13 +67,17 @@ class Tracing:
             await send(message)
 
         try:
-            await self._app(scope, receive, traced)
+            if traces.on() and scope["path"] not in QUIET:
+                with _span(scope, request_id.decode(), lambda: status):
+                    await self._app(scope, receive, traced)
+            else:
+                await self._app(scope, receive, traced)
         finally:
             self._count(scope, state, status, time.perf_counter() - began)
             REQUEST_ID.reset(token)
 
     def _count(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unknown")  # as declared, so that clients cannot create series
+        route = _route(scope)
         requests, latency = REQUEST_SERIES.of(route, state.get("model", ""), str(state.get("version", "")), status)
         requests.inc()
         latency.observe(seconds)
@@ -89,6 +96,30 @@ class Tracing:
         self._told += 1
         if self._told <= LINES_A_SECOND:
             log.warning(text, *values)
+
+
+def _route(scope: Scope) -> str:
+    """The path of a route as declared, so that clients cannot create series."""
+    return getattr(scope.get("route"), "path", "unknown")
+
+
+@contextmanager
+def _span(scope: Scope, request_id: str, status: Callable[[], int]) -> Iterator[None]:
+    """The span of a request, in the trace of its client if that sends a `traceparent`."""
+    sent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+    method = scope["method"]
+    attributes = {"http.request.method": method, "temper.request_id": request_id}
+    with traces.span(method, "server", parent=sent, attributes=attributes) as span:
+        try:
+            yield
+        finally:
+            route, state = _route(scope), scope["state"]
+            span.update_name(f"{method} {route}")
+            span.set_attributes({"http.route": route, "http.response.status_code": status()})
+            if "model" in state:
+                span.set_attributes({"temper.model": public_name(state["model"]), "temper.version": state["version"]})
+            if status() >= 500:
+                traces.fail(span)
 
 
 def answered_by(scope: Scope, model: str, version: int) -> None:

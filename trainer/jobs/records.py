@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from store import traces
 from store.engine import metadata, now
 from store.errors import UnknownJob, WrongState
 from store.records import DEFAULT_TENANT, DatasetCard, GateCard, Progress, public_name
@@ -212,7 +213,7 @@ class Jobs:
                 resolved_spec=dict(resolved_spec) if resolved_spec else None, dataset=dataset, error=None,
                 report_status="none", worker=None, attempts=0, cancel_requested=False, pause_requested=False,
                 preview_version=None, priority=priority, metadata=dict(metadata) if metadata else None,
-                checkpoint=dict(checkpoint) if checkpoint else None,
+                checkpoint=dict(checkpoint) if checkpoint else None, trace=traces.current(),
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))

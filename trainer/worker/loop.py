@@ -15,7 +15,7 @@ import structlog
 from serving.client import ModelServer
 from serving.quiet import import_tensorflow
 from serving.registry import Registry
-from store import logging
+from store import logging, traces
 from store.disk import translated
 from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StorageFailed, StorageFull, StoreUnavailable, TemperError
@@ -51,6 +51,7 @@ def main() -> None:
     warn_of_unknown_variables(os.environ)
     try:
         settings = from_environment()
+        traces.configure("worker", settings.traces)
     except ValueError as exc:
         logging.fail(COMMAND, str(exc))
     os.nice(5)  # predictions come first
@@ -171,7 +172,7 @@ class Worker:
                 if job is not None:
                     self.state = "busy"
                     with structlog.contextvars.bound_contextvars(job=job.id, model=public_name(job.model)):
-                        self._attempt(job, servers)
+                        self._traced(job, servers)
                     retire_surplus(
                         job.model, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers
                     )
@@ -199,8 +200,22 @@ class Worker:
             with suppress(TemperError):  # whoever reconciles next does so
                 clear_leftovers(job, settings=self.settings, registry=self.registry, servers=servers)
 
-    def _attempt(self, job: Job, servers: Sequence[ModelServer]) -> None:
-        """Run a job and store how it ended.
+    def _traced(self, job: Job, servers: Sequence[ModelServer]) -> None:
+        """Attempt a job within a span, which belongs to the trace of the request that created the job."""
+        attributes: traces.Attributes = {
+            "temper.job": job.id,
+            "temper.model": public_name(job.model),
+            "temper.attempt": job.attempts,
+        }
+        with traces.span("job", "consumer", parent=job.trace, attributes=attributes) as span:
+            status = self._attempt(job, servers)
+            if span:
+                span.set_attribute("temper.status", status)
+                if status == "failed":
+                    traces.fail(span)
+
+    def _attempt(self, job: Job, servers: Sequence[ModelServer]) -> str:
+        """Run a job, store how it ended, and return its status.
 
         A failure of the store goes up to the loop. The job is still ours then, and `_recover` requeues it.
         """
@@ -234,6 +249,7 @@ class Worker:
         bound.info("job ended" if status in records.FINISHED else "job put back", status=status)
         if status in records.FINISHED:
             remove_tree(self.settings.checkpoints / job.id)
+        return status
 
     def _continue_report(self) -> bool:
         """Work on an open report for a moment; False if there is none."""
