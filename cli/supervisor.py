@@ -156,19 +156,19 @@ def serve(settings: Settings) -> None:
         stack.enter_context(_only_one_in(settings))
         _check_store(settings)
         settings = settings.model_copy(update={"port": settings.port or free_port(settings.host)})
-        _check_address(settings.host, settings.port)
+        check_address(settings.host, settings.port)
         sockets: list[Path] = []
         if settings.supervised:
             folder = stack.enter_context(_socket_folder(settings))
             sockets = [folder / name for name in SOCKETS[: _model_servers(settings)]]
         address = ",".join(f"unix:{path}" for path in sockets) or settings.model_server
-        client = _gateway_client(settings)
+        client = gateway_client(settings)
         siblings = _siblings(settings, address, sockets, client)
         # After the siblings' environment is made. The supervisor forks beside threads of gRPC, but only to execute.
         os.environ |= {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
         servers = "model servers" if "," in address else "model server"
         log.info(f"Temper starts in {settings.home.resolve()}, {servers} {address}")
-        _run(siblings, _url(settings), client)
+        _run(siblings, url_of(settings), client)
     log.info("stopped")
 
 
@@ -231,8 +231,8 @@ def _check_store(settings: Settings) -> None:
         engine.dispose()
 
 
-def _check_address(host: str, port: int) -> None:
-    """Raise an error that says why the gateway could not listen there."""
+def check_address(host: str, port: int) -> None:
+    """Raise `click.ClickException` if the gateway could not listen there; it says why."""
     where = f"cannot listen on {host}:{port}"
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -252,13 +252,18 @@ def _check_address(host: str, port: int) -> None:
 @contextmanager
 def _socket_folder(settings: Settings) -> Iterator[Path]:
     """Directory for the model servers' Unix sockets, which only this user can enter."""
-    folder = settings.home.resolve() / "run"
-    if len(os.fsencode(folder / SOCKETS[-1])) <= LONGEST_SOCKET:
+    if folder := socket_folder(settings):
         folder.mkdir(mode=0o700, exist_ok=True)
         yield folder
     else:
         with tempfile.TemporaryDirectory(prefix="temper-") as short:
             yield Path(short)
+
+
+def socket_folder(settings: Settings) -> Path | None:
+    """The directory in the home for sockets; None where its path is too long for one."""
+    folder = settings.home.resolve() / "run"
+    return folder if len(os.fsencode(folder / SOCKETS[-1])) <= LONGEST_SOCKET else None
 
 
 def _model_servers(settings: Settings) -> int:
@@ -267,7 +272,7 @@ def _model_servers(settings: Settings) -> int:
 
 
 def _model_server_command(settings: Settings, listen: Path) -> list[str]:
-    binary = _tensorflow_serving(settings.model_server)
+    binary = tensorflow_serving_binary(settings.model_server)
     if binary is None:
         return [sys.executable, "-m", "serving", "--address", f"unix:{listen}", "--rest-address", ""]
     return tensorflow_serving_command(binary, 0, 0, settings.home.resolve() / "model_server.config", listen)
@@ -275,7 +280,7 @@ def _model_server_command(settings: Settings, listen: Path) -> list[str]:
 
 def _siblings(settings: Settings, address: str, sockets: Sequence[Path], client: httpx.Client) -> list[Sibling]:
     """All that `temper serve` runs, with a model server for each of the sockets."""
-    python, url = sys.executable, _url(settings)
+    python, url = sys.executable, url_of(settings)
     environment = _environment(settings, address)
     gateway = {**environment, **allocator_environment()}
     siblings = [Sibling("gateway", [python, "-m", "api"], gateway, lambda _: _answers(client, f"{url}/healthz"))]
@@ -334,7 +339,7 @@ class WorkerPulse:
         return time.monotonic() - self._last[2] < PULSE_S
 
 
-def _gateway_client(settings: Settings) -> httpx.Client:
+def gateway_client(settings: Settings) -> httpx.Client:
     """A client that threads share. With TLS it trusts the gateway's own certificate, whatever name that has."""
     if settings.tls_cert is None:
         return httpx.Client(timeout=PROBE_TIMEOUT_S, trust_env=False)
@@ -355,12 +360,13 @@ def _answers(client: httpx.Client, url: str) -> bool:
     return False
 
 
-def _url(settings: Settings) -> str:
+def url_of(settings: Settings) -> str:
+    """The gateway's URL."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{settings.scheme}://{host}:{settings.port}"
 
 
-def _tensorflow_serving(wanted: str) -> str | None:
+def tensorflow_serving_binary(wanted: str) -> str | None:
     """The binary to run, or None for the embedded server."""
     if wanted == EMBEDDED:
         return None

@@ -715,14 +715,14 @@ def test_the_gateway_speaks_https_also_when_it_refuses(tmp_path: Path) -> None:
             eventually(lambda: api.get("/healthz").is_success, "the gateway answers")
             assert api.get("/models").json()["data"] == []
             assert api.post("/finetune", content=bytes(1 << 20)).status_code == 413  # closed half way, without TLS
-        from cli.supervisor import _answers, _gateway_client
+        from cli.supervisor import _answers, gateway_client
 
-        with _gateway_client(Settings(home=tmp_path, tls_cert=cert, tls_key=key)) as client:
+        with gateway_client(Settings(home=tmp_path, tls_cert=cert, tls_key=key)) as client:
             assert _answers(client, f"{url.replace('http', 'https')}/healthz")
         other = tmp_path / "other"
         other.mkdir()
         wrong_cert, wrong_key = certificate(other)
-        with _gateway_client(Settings(home=tmp_path, tls_cert=wrong_cert, tls_key=wrong_key)) as client:
+        with gateway_client(Settings(home=tmp_path, tls_cert=wrong_cert, tls_key=wrong_key)) as client:
             assert not _answers(client, f"{url.replace('http', 'https')}/healthz")
 
 
