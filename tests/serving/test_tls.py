@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from serving.registry import BASE
 from store.errors import ModelServerUnavailable
 from store.processes import free_port
 from store.settings import ClientTLS, from_environment
-from tests.conftest import eventually, listens
+from tests.conftest import PostgreSQL, eventually, listens
 
 PAGE = Path(__file__).parents[2] / "docs/operations.md"
 
@@ -32,6 +33,25 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (commands,) = re.findall(r"```bash\n(curve=.*?)```", PAGE.read_text(), re.DOTALL)
     subprocess.run(["bash", "-euc", commands], cwd=folder, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def store(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server that speaks TLS. Not for this process: see `Worker._run`."""
+    folder = tmp_path_factory.mktemp("postgresql")
+    server = PostgreSQL(folder)
+    server.stop()
+    cert, key = (shutil.copy(keys / f"model-server.{kind}", folder / kind) for kind in ("crt", "key"))
+    if os.getuid() == 0:
+        shutil.chown(key, "postgres")
+    tls = ["-c", "ssl=on", "-c", f"ssl_cert_file={cert}", "-c", f"ssl_key_file={key}"]
+    port = server.url.rpartition(":")[2].partition("/")[0]
+    with subprocess.Popen([*server._command, *tls], stderr=subprocess.DEVNULL, cwd="/") as process:
+        try:
+            eventually(lambda: listens(int(port)), "PostgreSQL listens")
+            yield f"{server.url}?sslmode=verify-full&sslrootcert={keys / 'ca.crt'}"
+        finally:
+            process.send_signal(signal.SIGINT)
 
 
 def presented(keys: Path, part: str | None) -> ClientTLS:
@@ -73,12 +93,15 @@ def running(module: str, keys: Path, part: str, home: Path, **more: str) -> Iter
 
 
 @pytest.mark.slow
-def test_gateway_and_worker_reach_a_model_server_that_lets_in_nobody_else(keys: Path, tmp_path: Path) -> None:
+def test_gateway_and_worker_reach_a_model_server_that_lets_in_nobody_else(
+    keys: Path, store: str, tmp_path: Path
+) -> None:
     with secured(keys) as (target, rest):
+        parts = {"TEMPER_MODEL_SERVER": target, "TEMPER_STORE": store}
         trusting, port = ssl.create_default_context(cafile=str(keys / "ca.crt")), free_port()
         with (
-            running("api", keys, "gateway", tmp_path, TEMPER_MODEL_SERVER=target, TEMPER_PORT=str(port)),
-            running("trainer", keys, "worker", tmp_path, TEMPER_MODEL_SERVER=target),
+            running("api", keys, "gateway", tmp_path, TEMPER_PORT=str(port), **parts),
+            running("trainer", keys, "worker", tmp_path, **parts),
             httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trusting) as api,
         ):
             raw = {"Content-Type": "application/octet-stream"}
@@ -99,6 +122,15 @@ def test_gateway_and_worker_reach_a_model_server_that_lets_in_nobody_else(keys: 
             httpx.get(status, verify=trusting)
         trusting.load_cert_chain(keys / "worker.crt", keys / "worker.key")
         assert httpx.get(status, verify=trusting).json()["model_version_status"][0]["state"] == "AVAILABLE"
+
+
+def test_another_database_in_the_place_of_ours_is_not_believed(keys: Path, store: str, tmp_path: Path) -> None:
+    url = store.replace("ca.crt", "worker.crt")
+    environment = {**os.environ, "TEMPER_HOME": str(tmp_path), "TEMPER_STORE": url}
+    done = subprocess.run([sys.executable, "-m", "api"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "certificate verify failed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

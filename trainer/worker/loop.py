@@ -133,6 +133,8 @@ class Worker:
             pulse_file(self.settings, os.getpid()).touch()
 
     def _run(self) -> None:
+        # After the engine has imported psycopg. The other way round, psycopg's OpenSSL mixes with the one within
+        # TensorFlow, and TLS to PostgreSQL crashes the process.
         import_tensorflow()
         import tensorflow as tf
 
