@@ -65,6 +65,7 @@ class Sibling:
     answers: Callable[[int], bool | None]
     quiet: bool = False
     process: subprocess.Popen[bytes] | None = None
+    relay: threading.Thread | None = None  # of what it writes
     started_at: float = 0.0
     start_at: float = field(default_factory=time.monotonic)
     delay_s: float = 0.0
@@ -86,7 +87,8 @@ class Sibling:
             self.started_at = now
             if written := self.process.stdout or self.process.stderr:
                 name = self.name if as_json else None
-                threading.Thread(target=_relay, args=(written, name), daemon=True).start()
+                self.relay = threading.Thread(target=_relay, args=(written, name), daemon=True)
+                self.relay.start()
 
     def watch(self) -> None:
         """Kill the process when it has answered once and then no longer does; runs for ever."""
