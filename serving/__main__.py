@@ -16,7 +16,7 @@ from serving.quiet import import_tensorflow
 from store import logging, traces
 from store.memory import settle
 from store.processes import choose_grpc_event_loop
-from store.settings import LOCAL_REST, LOCAL_TARGET, from_environment
+from store.settings import LOCAL_REST, LOCAL_TARGET
 
 log = standard.getLogger("temper.model_server")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -34,17 +34,21 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--tls-cert", type=FILE, help="Certificate (chain), PEM: gRPC and REST use TLS, and nothing else.")
 @click.option("--tls-key", type=FILE, help="Private key of that certificate, PEM.")
+@click.option(
+    "--traces", "traces_to", envvar="TEMPER_TRACES", default="", help="Base URL of an OTLP collector that gets traces."
+)
 @click.option("--client-ca", type=FILE, help="Certificates, PEM, that sign those of clients; no other gets in.")
 def main(
-    address: str, rest_address: str, tls_cert: Path | None, tls_key: Path | None, client_ca: Path | None
+    address: str, rest_address: str, tls_cert: Path | None, tls_key: Path | None, client_ca: Path | None,
+    traces_to: str,
 ) -> None:  # fmt: skip
     """Serve SavedModels over TensorFlow Serving's gRPC protocol and REST API."""
     logging.configure("model-server")
     _check_tls(address, tls_cert, tls_key, client_ca)
     try:
-        traces.configure("model-server", from_environment().traces)
+        traces.configure("model-server", traces_to)
     except ValueError as exc:
-        logging.fail("Error", str(exc))
+        logging.fail("Error", f"--traces (TEMPER_TRACES): {exc}")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # GPUs are for the workers
     choose_grpc_event_loop()
     # Read when gRPC is imported: its own log lines about a taken port would precede our error message.

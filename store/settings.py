@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from store import traces
 from store.files import make_directory
 
 log = logging.getLogger("temper.settings")
@@ -180,9 +181,7 @@ class Settings(BaseSettings):
     @field_validator("traces")
     @classmethod
     def _check_traces(cls, value: str) -> str:
-        if value and not re.fullmatch(r"https?://[^\s/]+\S*", value):
-            raise ValueError(f"{value!r} is not an http:// or https:// URL")
-        return value
+        return traces.checked(value)
 
     @field_validator("model_server")
     @classmethod

@@ -8,6 +8,7 @@ jobs, models and versions; what clients send and what exceptions say never goes 
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +23,17 @@ _tracer: Any = None
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
+def checked(endpoint: str) -> str:
+    """Return what may be the URL of a collector, or empty.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if endpoint and not re.fullmatch(r"https?://[^\s/]+\S*", endpoint):
+        raise ValueError(f"{endpoint!r} is not an http:// or https:// URL")
+    return endpoint
+
+
 def configure(process: str, endpoint: str) -> None:
     """Send this process's spans to an OTLP collector from now on; nothing without an endpoint.
 
@@ -32,10 +44,10 @@ def configure(process: str, endpoint: str) -> None:
         endpoint: base URL of the collector; `/v1/traces` is added.
 
     Raises:
-        ValueError: OpenTelemetry is not installed.
+        ValueError: that is no URL, or OpenTelemetry is not installed.
     """
     global _tracer
-    if not endpoint:
+    if not checked(endpoint):
         return
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
