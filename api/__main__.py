@@ -1,15 +1,15 @@
 """`python -m api`: the gateway."""
 
+import json
 import logging as standard
 import os
 import ssl
-import sys
 
 import click
 import uvicorn
 
-from api.http.tracing import add_request_id
-from store import logging
+from api.http.tracing import add_request
+from store import logging, traces
 from store.engine import connect, prepare
 from store.errors import StoreUnavailable
 from store.keys import Keys
@@ -17,27 +17,29 @@ from store.processes import choose_grpc_event_loop
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 
 log = standard.getLogger("temper.gateway")
+COMMAND = "python -m api"
 
 
 @click.command()
 def main() -> None:
     """Serve the HTTP API. Settings come from TEMPER_* variables; `temper serve` starts this and everything else."""
-    logging.configure("gateway", add_request_id)
+    logging.configure("gateway", add_request)
     warn_of_unknown_variables(os.environ)
     try:
         settings = from_environment()
+        traces.configure("gateway", settings.traces)
         settings.make_home()
         prepare(settings.store_url)
         _check_tls(settings)
         _create_first_key(settings)
     except ValueError as exc:
-        sys.exit(f"python -m api: {exc}")
+        logging.fail(COMMAND, str(exc))
     except ssl.SSLError as exc:
-        sys.exit(f"python -m api: cannot use TEMPER_TLS_CERT and TEMPER_TLS_KEY: {exc.reason or exc}")
+        logging.fail(COMMAND, f"cannot use TEMPER_TLS_CERT and TEMPER_TLS_KEY: {exc.reason or exc}")
     except OSError as exc:
-        sys.exit(f"python -m api: cannot use TEMPER_HOME: {exc}")
+        logging.fail(COMMAND, f"cannot use TEMPER_HOME: {exc}")
     except StoreUnavailable as exc:
-        sys.exit(f"python -m api: {exc.message}")
+        logging.fail(COMMAND, exc.message)
     choose_grpc_event_loop()
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children exec at once; read when gRPC is imported
     from api.app import create_app
@@ -64,7 +66,9 @@ def _create_first_key(settings: Settings) -> None:
         token = Keys(engine).create_first()
         engine.dispose()
         if token:
-            click.echo(f"The first API key, with the scope admin; it is not shown again:\n{token}", err=True)
+            line = {"event": "the first API key, with the scope admin; it is not shown again", "key": token}
+            text = f"The first API key, with the scope admin; it is not shown again:\n{token}"
+            click.echo(json.dumps(line) if logging.is_json() else text, err=True)  # not logged: that is kept elsewhere
     elif not settings.is_local:
         log.warning("TEMPER_KEYS=off: whoever reaches %s may do everything", settings.host)
 

@@ -40,6 +40,7 @@ from api.routes import (
     tensorflow_rest,
     webhooks,
 )
+from api.store_metrics import StoreMetrics
 from api.uploads import Uploads
 from serving.publishing import has_files
 from serving.registry import Registry
@@ -54,6 +55,7 @@ from trainer.jobs.answers import Answers
 from trainer.jobs.estimates import Estimates
 from trainer.jobs.library import Library
 from trainer.jobs.records import Jobs
+from trainer.jobs.statistics import Statistics
 
 
 def create_app(settings: Settings) -> ASGIApp:
@@ -71,7 +73,7 @@ def create_app(settings: Settings) -> ASGIApp:
             ServerPool(
                 settings.server_addresses,
                 functools.partial(has_files, settings),
-                settings.model_server_ca,
+                settings.model_server_tls,
                 has_standby=settings.has_standby,
             ) as pool,
             Uploads(settings, job_records) as uploads,
@@ -86,6 +88,7 @@ def create_app(settings: Settings) -> ASGIApp:
             gateway = Gateway(
                 settings, engine, job_records, registry, pool, router, inference, decoder, uploads, health_watch,
                 reserve, keys, owed, courier, Estimates(job_records), Library(engine), Answers(engine),
+                StoreMetrics(Statistics(engine)),
             )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())
             settle()
@@ -103,6 +106,8 @@ def create_app(settings: Settings) -> ASGIApp:
         separate_input_output_schemas=False,
         redirect_slashes=False,
         redoc_url=None,
+        # Its own, which would miss the fast path and log the messages of exceptions; `Tracing` makes our spans.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         responses=documented(401, 403),
         dependencies=[Security(HTTPBearer(auto_error=False, description="An API key, where keys are required."))],
     )  # the dependency documents what `Guard` does

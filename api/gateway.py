@@ -18,6 +18,7 @@ from api.inference.router import Router
 from api.inference.server_pool import PooledServer, ServerPool
 from api.inference.service import InferenceService
 from api.metrics import SERVER_UP
+from api.store_metrics import StoreMetrics
 from api.uploads import Uploads
 from serving.publishing import PATIENCE_S, Probe, files_of, has_files, prove, reconcile
 from serving.registry import BASE, Registry, stored_name
@@ -63,6 +64,7 @@ class Gateway:
     estimates: Estimates
     library: Library
     answers: Answers
+    store_metrics: StoreMetrics
     streams: int = 0  # of events, that clients read
 
     async def look_after(self) -> None:

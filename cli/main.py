@@ -1,18 +1,19 @@
 """The `temper` command: `serve`, and what the HTTP API has, through the Python client."""
 
+import dataclasses
 import logging
 
 import click
 
 from api import __version__
-from cli.command import Away, Commands, Failed, command
+from cli.command import Away, Commands, Failed, as_json, command, print_json
 from cli.datasets import datasets
 from cli.db import db
 from cli.jobs import cancel, checkpoints, events, finetune, jobs, pause, resume, status, wait
 from cli.keys import keys
 from cli.models import delete, delta, download, gate, models, predict, promote, report, rollback, verify
 from cli.processes import gateway, mirror, model_server, worker
-from cli.show import show_health
+from cli.show import show_finding, show_health
 from cli.webhooks import webhooks
 from store.settings import Settings, from_environment
 from temper import Client, Health
@@ -27,6 +28,8 @@ def main(context: click.Context, url: str | None) -> None:
 
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 the service is away or overloaded, 130 interrupted.
     """
+    if context.invoked_subcommand == "doctor":  # which finds out by itself what is wrong with the settings
+        return
     _show_waiting()
     settings = _settings()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -64,6 +67,27 @@ def serve(port: int | None) -> None:
 
     settings = _settings()
     supervisor.serve(settings.model_copy(update={"port": port}) if port else settings)
+
+
+@main.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Check the installation on this machine, and say what to do about each fault.
+
+    Works whether or not the service runs, and changes nothing. The exit code is 1 if there is a fault.
+    """
+    from cli import doctor as checks
+
+    findings = []
+    for finding in checks.examine():
+        findings.append(finding)
+        if not as_json:
+            show_finding(finding)
+    sound = all(finding.level != "fault" for finding in findings)
+    if as_json:
+        print_json({"sound": sound, "findings": [dataclasses.asdict(finding) for finding in findings]})
+    if not sound:
+        raise click.exceptions.Exit(1)
 
 
 def _check_ready(health: Health) -> None:

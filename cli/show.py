@@ -39,6 +39,8 @@ from temper.records import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from cli.doctor import Finding
+
 console = Console(highlight=False)
 WIDE = 1000  # columns
 SHOWN = 20  # classes of a model, at most
@@ -409,6 +411,14 @@ def show_health(health: Health) -> None:
         for name, state in states.items():
             table.add_row(kind, f"{state} ({escape(name)})")
     show(table)
+
+
+def show_finding(finding: "Finding") -> None:
+    """Print what a check of the doctor has found, and below it what to do."""
+    color = {"ok": "green", "warning": "yellow", "fault": "red"}[finding.level]
+    click.echo(f"{click.style(f'{finding.level:8}', fg=color)} {finding.check:13} {finding.found}")
+    if finding.advice:
+        click.echo(f"{'':22} → {finding.advice}")
 
 
 def show_file(path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import logging as standard
 import math
 import os
 import shutil
@@ -23,10 +24,12 @@ from typing import IO
 
 import click
 import httpx
+import structlog
 
 from cli.processes import has_tensorflow
 from serving.registry import BASE
 from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
+from store import logging
 from store.engine import stored_revision
 from store.errors import ModelServerTimeout, ModelServerUnavailable, StoreUnavailable, TemperError
 from store.memory import allocator_environment, available_bytes
@@ -50,6 +53,8 @@ LONGEST_SOCKET = 100  # bytes of a Unix socket's path; the system's limit is 107
 # Available memory from which on a second model server runs: it takes 0.3 GB, the rest 1.3, decoding an upload up to 2.
 STANDBY_BYTES = 4 << 30
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.supervisor")
+
 
 @dataclass
 class Sibling:
@@ -67,6 +72,7 @@ class Sibling:
     answers: Callable[[int], bool | None]
     quiet: bool = False
     process: subprocess.Popen[bytes] | None = None
+    relay: threading.Thread | None = None  # of what it writes
     started_at: float = 0.0
     start_at: float = field(default_factory=time.monotonic)
     delay_s: float = 0.0
@@ -76,16 +82,20 @@ class Sibling:
         now = time.monotonic()
         if self.process is not None and self.process.poll() is not None:
             self.delay_s = min(10.0, max(0.5, 2 * self.delay_s)) if now - self.started_at < 10 else 0.0
-            click.echo(f"{self.name} exited ({_reason(self.process.returncode)}); restarting in {self.delay_s:g} s")
+            log.warning(f"{self.name} exited ({_reason(self.process.returncode)}); restarting in {self.delay_s:g} s")
             self.process, self.start_at = None, now + self.delay_s
         if self.process is None and now >= self.start_at:
+            as_json = logging.is_json()
             self.process = subprocess.Popen(
                 self.command, env=dict(self.environment), start_new_session=True, preexec_fn=end_with_parent,
-                stderr=subprocess.PIPE if self.quiet else None,
+                stdout=subprocess.PIPE if as_json else None,
+                stderr=subprocess.STDOUT if as_json else subprocess.PIPE if self.quiet else None,
             )  # fmt: skip
             self.started_at = now
-            if self.process.stderr:
-                threading.Thread(target=_relay, args=(self.process.stderr,), daemon=True).start()
+            if written := self.process.stdout or self.process.stderr:
+                name = self.name if as_json else None
+                self.relay = threading.Thread(target=_relay, args=(written, name), daemon=True)
+                self.relay.start()
 
     def watch(self) -> None:
         """Kill the process when it has answered once and then no longer does; runs for ever."""
@@ -100,13 +110,13 @@ class Sibling:
             try:
                 answer = self.answers(pid)
             except Exception as exc:  # a home that cannot be read, for example; the watch must go on
-                click.echo(f"cannot tell whether the {self.name} responds: {exc}", err=True)
+                log.warning(f"cannot tell whether the {self.name} responds: {exc}")
                 answer = None
             if answer is not None:
                 answered |= answer
                 misses = 0 if answer else misses + 1
             if answered and misses >= MAX_MISSES:
-                click.echo(f"{self.name} is not responding; killing it")
+                log.warning(f"{self.name} is not responding; killing it")
                 process.kill()
 
     def ask_to_end(self) -> None:
@@ -125,11 +135,17 @@ class Sibling:
             self.process.wait()
 
 
-def _relay(stderr: IO[bytes]) -> None:
-    for line in stderr:
-        if not INFO_LINE.match(line):
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
+def _relay(written: IO[bytes], name: str | None) -> None:
+    """Pass on the lines of a sibling; with a name, what is not JSON (of a library in C++, say) as lines of ours."""
+    for line in written:
+        if INFO_LINE.match(line):
+            continue
+        if name is not None and not line.startswith(b"{"):
+            if text := line.decode(errors="replace").strip():
+                log.warning(text, process=name)
+            continue
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
 
 
 def _reason(code: int) -> str:
@@ -142,26 +158,28 @@ def serve(settings: Settings) -> None:
     Raises:
         click.ClickException: the home, the store or the port cannot be used.
     """
+    logging.configure("supervisor")
+    standard.getLogger("httpx").setLevel(standard.WARNING)  # it tells of every probe
     warn_of_unknown_variables(os.environ)
     with ExitStack() as stack:
         stack.enter_context(_only_one_in(settings))
         _check_store(settings)
         settings = settings.model_copy(update={"port": settings.port or free_port(settings.host)})
         settings = _what_can_run(settings)
-        _check_address(settings.host, settings.port)
+        check_address(settings.host, settings.port)
         sockets: list[Path] = []
         if settings.supervised:
             folder = stack.enter_context(_socket_folder(settings))
             sockets = [folder / name for name in SOCKETS[: _model_servers(settings)]]
         address = ",".join(f"unix:{path}" for path in sockets) or settings.model_server
-        client = _gateway_client(settings)
+        client = gateway_client(settings)
         siblings = _siblings(settings, address, sockets, client)
         # After the siblings' environment is made. The supervisor forks beside threads of gRPC, but only to execute.
         os.environ |= {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "NONE"}
         servers = "model servers" if "," in address else "model server"
-        click.echo(f"Temper starts in {settings.home.resolve()}, {servers} {address}")
-        _run(siblings, _url(settings), client)
-    click.echo("stopped")
+        log.info(f"Temper starts in {settings.home.resolve()}, {servers} {address}")
+        _run(siblings, url_of(settings), client)
+    log.info("stopped")
 
 
 def _run(siblings: list[Sibling], url: str, client: httpx.Client) -> None:
@@ -183,7 +201,7 @@ def _run(siblings: list[Sibling], url: str, client: httpx.Client) -> None:
             for sibling in siblings:
                 if sibling.start_at == math.inf:
                     sibling.start_at = time.monotonic()
-            click.echo(f"ready at {url} (documentation at {url}/docs)")
+            log.info(f"ready at {url} (documentation at {url}/docs)")
         time.sleep(0.1)
     for sibling in siblings:
         sibling.ask_to_end()
@@ -212,10 +230,10 @@ def _what_can_run(settings: Settings) -> Settings:
     """The settings without the worker and the embedded model server where TensorFlow is not installed."""
     if has_tensorflow():
         return settings
-    embedded = settings.model_server in (AUTO, EMBEDDED) and _tensorflow_serving(settings.model_server) is None
+    embedded = settings.model_server in (AUTO, EMBEDDED) and tensorflow_serving_binary(settings.model_server) is None
     if settings.workers or embedded:
         parts = " and ".join(["no worker"] * bool(settings.workers) + ["no model server"] * embedded)
-        click.echo(f"TensorFlow is not installed, so {parts} can run here: pip install 'temper[trainer]'", err=True)
+        log.warning("TensorFlow is not installed, so %s can run here: pip install 'temper[trainer]'", parts)
     server = {"model_server": LOCAL_TARGET} if embedded else {}
     return settings.model_copy(update={"workers": 0, **server})
 
@@ -227,8 +245,8 @@ def _check_store(settings: Settings) -> None:
         raise click.ClickException(exc.message) from exc
 
 
-def _check_address(host: str, port: int) -> None:
-    """Raise an error that says why the gateway could not listen there."""
+def check_address(host: str, port: int) -> None:
+    """Raise `click.ClickException` if the gateway could not listen there; it says why."""
     where = f"cannot listen on {host}:{port}"
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -248,13 +266,18 @@ def _check_address(host: str, port: int) -> None:
 @contextmanager
 def _socket_folder(settings: Settings) -> Iterator[Path]:
     """Directory for the model servers' Unix sockets, which only this user can enter."""
-    folder = settings.home.resolve() / "run"
-    if len(os.fsencode(folder / SOCKETS[-1])) <= LONGEST_SOCKET:
+    if folder := socket_folder(settings):
         folder.mkdir(mode=0o700, exist_ok=True)
         yield folder
     else:
         with tempfile.TemporaryDirectory(prefix="temper-") as short:
             yield Path(short)
+
+
+def socket_folder(settings: Settings) -> Path | None:
+    """The directory in the home for sockets; None where its path is too long for one."""
+    folder = settings.home.resolve() / "run"
+    return folder if len(os.fsencode(folder / SOCKETS[-1])) <= LONGEST_SOCKET else None
 
 
 def _model_servers(settings: Settings) -> int:
@@ -263,7 +286,7 @@ def _model_servers(settings: Settings) -> int:
 
 
 def _model_server_command(settings: Settings, listen: Path) -> list[str]:
-    binary = _tensorflow_serving(settings.model_server)
+    binary = tensorflow_serving_binary(settings.model_server)
     if binary is None:
         return [*module_command("serving"), "--address", f"unix:{listen}", "--rest-address", ""]
     return tensorflow_serving_command(binary, 0, 0, settings.home.resolve() / "model_server.config", listen)
@@ -271,7 +294,7 @@ def _model_server_command(settings: Settings, listen: Path) -> list[str]:
 
 def _siblings(settings: Settings, address: str, sockets: Sequence[Path], client: httpx.Client) -> list[Sibling]:
     """All that `temper serve` runs, with a model server for each of the sockets."""
-    url = _url(settings)
+    url = url_of(settings)
     environment = _environment(settings, address)
     gateway = {**environment, **allocator_environment()}
     siblings = [Sibling("gateway", module_command("api"), gateway, lambda _: _answers(client, f"{url}/healthz"))]
@@ -279,9 +302,9 @@ def _siblings(settings: Settings, address: str, sockets: Sequence[Path], client:
         command = _model_server_command(settings, listen)
         name = f"model server {number + 1}" if len(sockets) > 1 else "model server"
         quiet = command[0] != sys.executable
-        logging = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
+        its_own = {"TF_CPP_MIN_LOG_LEVEL": "1", **environment} if quiet else environment
         answers = functools.partial(_model_server_answers, f"unix:{listen}")
-        siblings.append(Sibling(name, command, logging, answers, quiet))
+        siblings.append(Sibling(name, command, its_own, answers, quiet))
         if number:  # starting takes seconds of a core, which the others need until the service is ready
             siblings[-1].start_at = math.inf
     if settings.objects and sockets:
@@ -331,7 +354,7 @@ class WorkerPulse:
         return time.monotonic() - self._last[2] < PULSE_S
 
 
-def _gateway_client(settings: Settings) -> httpx.Client:
+def gateway_client(settings: Settings) -> httpx.Client:
     """A client that threads share. With TLS it trusts the gateway's own certificate, whatever name that has."""
     if settings.tls_cert is None:
         return httpx.Client(timeout=PROBE_TIMEOUT_S, trust_env=False)
@@ -352,12 +375,13 @@ def _answers(client: httpx.Client, url: str) -> bool:
     return False
 
 
-def _url(settings: Settings) -> str:
+def url_of(settings: Settings) -> str:
+    """The gateway's URL."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{settings.scheme}://{host}:{settings.port}"
 
 
-def _tensorflow_serving(wanted: str) -> str | None:
+def tensorflow_serving_binary(wanted: str) -> str | None:
     """The binary to run, or None for the embedded server."""
     if wanted == EMBEDDED:
         return None

@@ -11,8 +11,9 @@ import grpc.aio
 import numpy as np
 
 from serving.pb import model_server_pb2 as pb
-from store import errors
+from store import errors, traces
 from store.records import public_name
+from store.settings import ClientTLS
 
 log = logging.getLogger("temper.client")
 
@@ -84,6 +85,10 @@ def _spec(model: str, version: int | None = None) -> pb.ModelSpec:
     return spec
 
 
+def _called(target: str, model: str, version: int) -> traces.Attributes:
+    return {"server.address": target, "temper.model": public_name(model), "temper.version": version}
+
+
 def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
     """Translate a gRPC error of the server at `target`."""
     code, text = exc.code(), exc.details() or ""
@@ -100,24 +105,25 @@ def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
             return errors.ModelServerError(f"the model server at {target} answered {code.name}: {text}")
 
 
-def credentials(target: str, ca: Path | None) -> grpc.ChannelCredentials | None:
-    """What a channel needs for TLS with the certificates in the file `ca`; None without it, and on a Unix socket.
+def credentials(target: str, tls: ClientTLS | None) -> grpc.ChannelCredentials | None:
+    """What a channel needs for TLS; None without it, and on a Unix socket.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: a file cannot be read.
     """
-    if ca is None or target.startswith("unix:"):
+    if tls is None or target.startswith("unix:"):
         return None
-    return grpc.ssl_channel_credentials(ca.read_bytes())
+    key, cert = (path.read_bytes() if path else None for path in (tls.key, tls.cert))
+    return grpc.ssl_channel_credentials(tls.ca.read_bytes(), key, cert)
 
 
 class ModelServer:
     """Control calls, and a Predict for probes. Blocking; use it in a `with`."""
 
-    def __init__(self, target: str, ca: Path | None = None) -> None:
+    def __init__(self, target: str, tls: ClientTLS | None = None) -> None:
         self.target = target
-        if tls := credentials(target, ca):
-            self._channel = grpc.secure_channel(target, tls, options=OPTIONS)
+        if secure := credentials(target, tls):
+            self._channel = grpc.secure_channel(target, secure, options=OPTIONS)
         else:
             self._channel = grpc.insecure_channel(target, options=OPTIONS)
         self._predict = self._channel.unary_unary(
@@ -138,8 +144,10 @@ class ModelServer:
 
     def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float = 10.0) -> Prediction:
         """Run one version on images as in `predict_request`."""
+        request = predict_request(model, version, images)
         try:
-            return prediction(self._predict(predict_request(model, version, images), timeout=timeout_s))
+            with traces.child(PREDICT[1:], "client", _called(self.target, model, version)):
+                return prediction(self._predict(request, timeout=timeout_s, metadata=traces.metadata()))
         except grpc.RpcError as exc:
             raise translated(exc, self.target) from exc
 
@@ -172,7 +180,8 @@ class ModelServer:
             config.model_version_policy.specific.versions.extend(versions)
         request.config.model_config_list.SetInParent()
         try:
-            response = self._reload(request, timeout=timeout_s)
+            with traces.child(RELOAD_CONFIG[1:], "client", {"server.address": self.target}):
+                response = self._reload(request, timeout=timeout_s, metadata=traces.metadata())
         except grpc.RpcError as exc:
             if exc.code() == grpc.StatusCode.UNKNOWN:  # all is applied, but some model did not become available
                 log.warning("model server %s: %s", self.target, exc.details())
@@ -213,10 +222,10 @@ class ModelServer:
 class Predictor:
     """Predict for asyncio, over one channel; use it in an `async with`."""
 
-    def __init__(self, target: str, ca: Path | None = None) -> None:
+    def __init__(self, target: str, tls: ClientTLS | None = None) -> None:
         self.target = target
-        if tls := credentials(target, ca):
-            self._channel = grpc.aio.secure_channel(target, tls, options=OPTIONS)
+        if secure := credentials(target, tls):
+            self._channel = grpc.aio.secure_channel(target, secure, options=OPTIONS)
         else:
             self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
         self._predict = self._channel.unary_unary(
@@ -231,7 +240,11 @@ class Predictor:
 
     async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
         """Run one version on images as in `predict_request`."""
+        request = predict_request(model, version, images)
         try:
-            return prediction(await self._predict(predict_request(model, version, images), timeout=timeout_s))
+            if not traces.on():
+                return prediction(await self._predict(request, timeout=timeout_s))
+            with traces.child(PREDICT[1:], "client", _called(self.target, model, version)):
+                return prediction(await self._predict(request, timeout=timeout_s, metadata=traces.metadata()))
         except grpc.aio.AioRpcError as exc:
             raise translated(exc, self.target) from exc

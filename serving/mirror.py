@@ -7,7 +7,6 @@ proven, and deletes what it no longer names.
 
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
 
@@ -45,9 +44,9 @@ def main() -> None:
         settings.make_home()
         registry = Registry(connect(settings.store_url))
     except (ValueError, OSError) as exc:
-        sys.exit(f"temper mirror: {exc}")
+        logging.fail("temper mirror", str(exc))
     except StoreUnavailable as exc:
-        sys.exit(f"temper mirror: {exc.message}")
+        logging.fail("temper mirror", exc.message)
 
     def stop(*_: object) -> None:
         raise Stopped

@@ -5,12 +5,14 @@ import ipaddress
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from store import traces
 from store.files import make_directory
 
 log = logging.getLogger("temper.settings")
@@ -21,6 +23,15 @@ AUTO, EMBEDDED = "auto", "embedded"
 LOCAL_TARGET = "127.0.0.1:8500"  # where `python -m serving` listens, and a gateway or worker looks without a setting
 LOCAL_REST = "127.0.0.1:8501"  # likewise, for TensorFlow Serving's REST API
 OTHERS = {"URL", "API_KEY", "MNIST", "DOMAINS", "TFS_BINARY"}  # read by the command, the studies and the tests
+
+
+@dataclass(frozen=True)
+class ClientTLS:
+    """Whom a client of model servers trusts, and what it presents to a server that demands a certificate."""
+
+    ca: Path
+    cert: Path | None = None
+    key: Path | None = None
 
 
 class Settings(BaseSettings):
@@ -63,6 +74,20 @@ class Settings(BaseSettings):
     model_server_ca: FilePath | None = Field(
         None,
         description="Certificates, PEM, that sign those of model servers at a `host:port`, which then use TLS.",
+    )
+    model_server_cert: FilePath | None = Field(
+        None, description="Certificate (chain), PEM, for model servers that demand one of their clients."
+    )
+    model_server_key: FilePath | None = Field(
+        None, validate_default=True, description="Private key of that certificate, PEM."
+    )
+    log: Literal["text", "json"] = Field(
+        "text", description="Form of log lines; `json` writes one object a line, tracebacks within."
+    )
+    traces: str = Field(
+        "",
+        description="Base URL of an OTLP collector (HTTP) that gets traces, such as `http://localhost:4318`; empty: "
+        "none.",
     )
     model_root: Path | None = Field(None, description="The models' directory as the model server sees it.")
     store: str | None = Field(None, description="SQLAlchemy URL; SQLite in the home by default.")
@@ -151,6 +176,20 @@ class Settings(BaseSettings):
             raise ValueError("TEMPER_TLS_CERT and TEMPER_TLS_KEY need each other")
         return value
 
+    @field_validator("model_server_key")
+    @classmethod
+    def _check_model_server_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if (value is None) != (info.data.get("model_server_cert") is None):
+            raise ValueError("TEMPER_MODEL_SERVER_CERT and TEMPER_MODEL_SERVER_KEY need each other")
+        if value is not None and info.data.get("model_server_ca") is None:
+            raise ValueError("a certificate for model servers needs TEMPER_MODEL_SERVER_CA, or nothing is encrypted")
+        return value
+
+    @field_validator("traces")
+    @classmethod
+    def _check_traces(cls, value: str) -> str:
+        return traces.checked(value)
+
     @field_validator("model_server")
     @classmethod
     def _check_model_server(cls, value: str) -> str:
@@ -179,6 +218,13 @@ class Settings(BaseSettings):
         if self.supervised:
             return (LOCAL_TARGET,)
         return tuple(dict.fromkeys(target.strip() for target in self.model_server.split(",")))
+
+    @property
+    def model_server_tls(self) -> ClientTLS | None:
+        """What clients of model servers at a `host:port` need for TLS; None if they use none."""
+        if self.model_server_ca is None:
+            return None
+        return ClientTLS(self.model_server_ca, self.model_server_cert, self.model_server_key)
 
     @property
     def has_standby(self) -> bool:

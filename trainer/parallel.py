@@ -1,6 +1,7 @@
 """Several runs at once, one to a core. TensorFlow releases the interpreter while it computes."""
 
 import contextlib
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -66,7 +67,8 @@ def side_by_side(
             return work(task, go_on)
 
     pool = ThreadPoolExecutor(at_once(), "run")
-    left = {pool.submit(begin, task): task for task in tasks}
+    # With a copy of our context each, so that their log lines name the job.
+    left = {pool.submit(contextvars.copy_context().run, begin, task): task for task in tasks}
     try:
         while left:
             check()

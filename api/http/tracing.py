@@ -5,6 +5,8 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,12 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict, WrappedLogger
 
 from api.metrics import REJECTIONS, REQUEST_SERIES
+from store import traces
 from store.records import public_name
 
 log = logging.getLogger("temper.gateway")
 
 NO_REQUEST = "-"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_REQUEST)
+SCOPE: ContextVar[Scope] = ContextVar("scope")  # of the request that has this id
 ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # ids that clients may choose
 REASONS = {
     401: "unauthorized",
@@ -47,6 +51,7 @@ class Tracing:
         sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = sent if ACCEPTED.fullmatch(sent) else b"%s-%x" % (self._start, next(self._numbers))
         token = REQUEST_ID.set(request_id.decode())
+        SCOPE.set(scope)
         state: dict[str, Any] = scope.setdefault("state", {})
         status = 500
 
@@ -62,13 +67,17 @@ class Tracing:
             await send(message)
 
         try:
-            await self._app(scope, receive, traced)
+            if traces.on() and scope["path"] not in QUIET:
+                with _span(scope, request_id.decode(), lambda: status):
+                    await self._app(scope, receive, traced)
+            else:
+                await self._app(scope, receive, traced)
         finally:
             self._count(scope, state, status, time.perf_counter() - began)
             REQUEST_ID.reset(token)
 
     def _count(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unknown")  # as declared, so that clients cannot create series
+        route = _route(scope)
         requests, latency = REQUEST_SERIES.of(route, state.get("model", ""), str(state.get("version", "")), status)
         requests.inc()
         latency.observe(seconds)
@@ -89,13 +98,45 @@ class Tracing:
             log.warning(text, *values)
 
 
+def _route(scope: Scope) -> str:
+    """The path of a route as declared, so that clients cannot create series."""
+    return getattr(scope.get("route"), "path", "unknown")
+
+
+@contextmanager
+def _span(scope: Scope, request_id: str, status: Callable[[], int]) -> Iterator[None]:
+    """The span of a request, in the trace of its client if that sends a `traceparent`."""
+    sent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+    method = scope["method"]
+    attributes = {"http.request.method": method, "temper.request_id": request_id}
+    with traces.span(method, "server", parent=sent, attributes=attributes) as span:
+        try:
+            yield
+        finally:
+            route, state = _route(scope), scope["state"]
+            span.update_name(f"{method} {route}")
+            span.set_attributes({"http.route": route, "http.response.status_code": status()})
+            if "model" in state:
+                span.set_attributes({"temper.model": public_name(state["model"]), "temper.version": state["version"]})
+            if status() >= 500:
+                traces.fail(span)
+
+
 def answered_by(scope: Scope, model: str, version: int) -> None:
     """Have the response headers and the metrics name this version, of a model by its stored name."""
     scope["state"]["model"], scope["state"]["version"] = model, version
 
 
-def add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Put the id of the current request into a log line (a structlog processor)."""
+def add_request(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Put the id of the current request, and its job or model, into a log line (a structlog processor)."""
     if (request_id := REQUEST_ID.get()) != NO_REQUEST:
         event["request_id"] = request_id
+        scope = SCOPE.get({})
+        path, state = scope.get("path_params", {}), scope.get("state", {})
+        job = path["id"] if str(path.get("id")).startswith("ftjob-") else None
+        version = state.get("version", path.get("version"))
+        model = public_name(state["model"]) if "model" in state else path.get("model")
+        for name, value in (("job", job), ("model", model), ("version", version)):
+            if value is not None:
+                event.setdefault(name, value)
     return event

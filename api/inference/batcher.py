@@ -3,19 +3,24 @@
 import asyncio
 import time
 from collections import Counter, deque
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from api.inference.router import Servable
 from api.inference.server_pool import ServerPool
 from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, WAITING
+from store import traces
 from store.errors import ModelServerTimeout, Overloaded
 from store.records import DEFAULT_TENANT
 
 MAX_BATCH = 128  # images in a call, unless a single request brings more
 CALLS = 4  # in flight to each server that takes part; TensorFlow Serving rejects calls that its threads cannot take
 MAX_WAITING = 4096  # images of all requests
+
+NOTHING: AbstractContextManager[Any] = nullcontext()
 
 Outputs = dict[str, np.ndarray]  # by name, each with one row an image
 
@@ -27,6 +32,7 @@ class _Waiting:
     since: float  # of time.perf_counter
     deadline: float  # on the loop's clock
     is_queued: bool = True
+    trace: str | None = None  # of its request
 
 
 _Key = tuple[str, Servable, str]  # tenant, and the data type of the images, which decides the signature
@@ -65,6 +71,8 @@ class MicroBatcher:
         if self._waiting + len(images) > MAX_WAITING and self._has_its_share(key, len(images)):
             raise Overloaded("too many predictions are waiting")
         waiting = _Waiting(images, loop.create_future(), time.perf_counter(), loop.time() + timeout_s)
+        if traces.on():
+            waiting.trace = traces.current()
         alarm = loop.call_at(waiting.deadline, _expire, waiting.answer, timeout_s)
         self._queues.setdefault(key, deque()).append(waiting)
         self._count(tenant, len(images))
@@ -160,9 +168,10 @@ class MicroBatcher:
                 QUEUE_S.observe(now - waiting.since)
             deadlines = [waiting.deadline - asyncio.get_running_loop().time() for waiting in batch]
             servable = key[1]
-            found = await self._pool.predict(
-                servable.name, servable.version, images, timeout_s=max(deadlines), hurry_s=min(deadlines)
-            )
+            with _batch_span(batch, size, now):
+                found = await self._pool.predict(
+                    servable.name, servable.version, images, timeout_s=max(deadlines), hurry_s=min(deadlines)
+                )
             outputs = {"logits": found.logits, "probabilities": found.probabilities}
             if found.distances is not None:
                 outputs["distance"] = found.distances
@@ -182,6 +191,18 @@ class MicroBatcher:
             if not self._in_flight[key]:
                 del self._in_flight[key]
             self._send()
+
+
+def _batch_span(batch: list[_Waiting], size: int, now: float) -> AbstractContextManager[Any]:
+    """A span of a call, in the trace of its first request and linked to all, and one of each request's wait for it."""
+    if not traces.on():
+        return NOTHING
+    for waiting in batch:
+        if waiting.trace:
+            traces.past("queue", waiting.trace, now - waiting.since)
+    traced = [waiting.trace for waiting in batch if waiting.trace]
+    attributes = {"temper.requests": len(batch), "temper.images": size}
+    return traces.span("batch", parent=traced[0], links=traced, attributes=attributes) if traced else NOTHING
 
 
 def _expire(answer: asyncio.Future[Outputs], timeout_s: float) -> None:

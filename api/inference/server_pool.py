@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from serving.client import ModelServer, Prediction, Predictor
 from store.errors import ModelServerError, ModelServerUnavailable, Overloaded, TemperError, UnknownModel
 from store.records import public_name
+from store.settings import ClientTLS
 
 log = logging.getLogger("temper.gateway")
 
@@ -73,16 +73,16 @@ class ServerPool:
 
     Args:
         has_files: tells whether a version of a model is on disk.
-        ca: certificates that sign those of the model servers, which then use TLS.
+        tls: for servers at a `host:port`.
         has_standby: ask one server only, as long as it is well; the others stand by.
     """
 
     def __init__(
-        self, addresses: Sequence[str], has_files: Callable[[str, int], bool], ca: Path | None = None,
+        self, addresses: Sequence[str], has_files: Callable[[str, int], bool], tls: ClientTLS | None = None,
         has_standby: bool = False,
     ) -> None:  # fmt: skip
         self._addresses = addresses
-        self._ca = ca
+        self._tls = tls
         self._has_standby = has_standby
         self._has_files = has_files
         self._missing: set[tuple[str, int]] = set()  # versions whose loss has been logged
@@ -91,8 +91,8 @@ class ServerPool:
 
     async def __aenter__(self) -> Self:
         for address in self._addresses:
-            predictor = await self._stack.enter_async_context(Predictor(address, self._ca))
-            self.all.append(PooledServer(predictor, self._stack.enter_context(ModelServer(address, self._ca))))
+            predictor = await self._stack.enter_async_context(Predictor(address, self._tls))
+            self.all.append(PooledServer(predictor, self._stack.enter_context(ModelServer(address, self._tls))))
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -77,9 +77,10 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-def metrics() -> Response:  # in a thread: rendering takes a while
+def metrics(request: Request) -> Response:  # in a thread: rendering takes a while
     """Metrics in the Prometheus text format."""
-    return Response(generate_latest(COLLECTORS), media_type=CONTENT_TYPE_LATEST)
+    shared = generate_latest(gateway_of(request).store_metrics.registry)
+    return Response(generate_latest(COLLECTORS) + shared, media_type=CONTENT_TYPE_LATEST)
 
 
 def _state(server: PooledServer) -> Literal["ok", "loading", "unavailable"]:

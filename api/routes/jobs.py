@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import sqlalchemy as sa
+import structlog
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
@@ -28,9 +28,10 @@ from trainer.jobs.estimates import Standing
 from trainer.jobs.layouts import MAX_PATH
 from trainer.jobs.library import KeptDataset
 from trainer.jobs.records import AGING_S, MAX_PRIORITY, Job, Status
+from trainer.jobs.statistics import Stage
 from trainer.spec import FEWEST_OF_A_CLASS, MODEL_NAME, Gate, Spec, pinned
 
-log = logging.getLogger("temper.gateway")
+log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.gateway")
 router = APIRouter(tags=["fine-tune"])
 
 QUOTA_RETRY_S = 10.0  # when a client may ask again whether a fine-tune has finished
@@ -144,9 +145,6 @@ def _one_of(names: Any, *, null: bool = False) -> Any:
     """Documents the values of this release; a stored record may have another one."""
     enum = {"type": "string", "enum": list(get_args(names))}
     return WithJsonSchema({"anyOf": [enum, {"type": "null"}]} if null else enum)
-
-
-Stage = Literal["validating", "previewing", "searching", "training", "evaluating", "exporting", "publishing", "warming"]
 
 
 class JobView(BaseModel):
@@ -361,7 +359,7 @@ def queue(
         label=label, priority=priority, metadata=metadata, also=also,
         resolved_spec=None if asked.auto else pinned(asked.fixed, public_name(base)),
     )  # fmt: skip
-    log.info("job %s: %s on %d images", job.id, job.model, dataset.images)
+    log.info("job queued", job=job.id, model=model, images=dataset.images)
     return answer(job)
 
 

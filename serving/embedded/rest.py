@@ -7,8 +7,10 @@ import asyncio
 import json
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -230,9 +232,22 @@ def listening(address: str) -> socket.socket:
     return socket.create_server((host.strip("[]"), int(port)), family=family, backlog=1024)
 
 
-def start(listener: socket.socket, models: Models) -> tuple[uvicorn.Server, threading.Thread]:
-    """Serve in a thread of its own until `should_exit` of the returned server is set."""
-    config = uvicorn.Config(create_app(models), log_config=None, access_log=False, lifespan="off")
+def start(
+    listener: socket.socket, models: Models, cert: Path | None = None, key: Path | None = None,
+    client_ca: Path | None = None,
+) -> tuple[uvicorn.Server, threading.Thread]:  # fmt: skip
+    """Serve in a thread of its own until `should_exit` of the returned server is set.
+
+    Args:
+        cert: certificate (chain), PEM, for HTTPS.
+        key: its private key.
+        client_ca: certificates that sign those of clients, which are then demanded.
+    """
+    config = uvicorn.Config(
+        create_app(models), log_config=None, access_log=False, lifespan="off",
+        ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=str(client_ca) if client_ca else None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if client_ca else ssl.CERT_NONE,
+    )  # fmt: skip
     config.server_header = config.date_header = False
     config.timeout_graceful_shutdown = 5
     server = uvicorn.Server(config)

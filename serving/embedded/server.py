@@ -5,7 +5,7 @@ on purpose, mostly where the real server harms itself.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, NoReturn
 
@@ -198,18 +198,24 @@ def refuse_examples(models: Models, spec: Any, verb: str) -> NoReturn:
     raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"This server does no {KINDS[verb]}. Call Predict.")
 
 
-def start(address: str, models: Models, threads: int = THREADS) -> tuple[grpc.Server, int]:
+def start(
+    address: str, models: Models, threads: int = THREADS, credentials: grpc.ServerCredentials | None = None,
+    interceptors: Sequence[grpc.ServerInterceptor] = (),
+) -> tuple[grpc.Server, int]:  # fmt: skip
     """Start a gRPC server for these models; return it with its port.
 
     Args:
         address: `host:port` (port 0 picks a free one) or `unix:/path`, whose port means nothing.
         threads: calls answered at a time; further ones wait.
+        credentials: for TLS.
+        interceptors: see every call first.
 
     Raises:
         RuntimeError: the address is taken or malformed.
     """
     server = grpc.server(
         futures.ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
+        interceptors=interceptors,
         options=(
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
@@ -222,6 +228,6 @@ def start(address: str, models: Models, threads: int = THREADS) -> tuple[grpc.Se
     for name in SERVICES:
         healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    port = server.add_insecure_port(address)
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     server.start()
     return server, port

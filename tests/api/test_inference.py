@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -25,10 +26,12 @@ from api.inference.batcher import CALLS, MAX_BATCH, MAX_WAITING, MicroBatcher
 from api.inference.router import Router, Servable
 from api.inference.server_pool import HEDGE_S, ServerPool
 from api.routes import health
+from api.store_metrics import StoreMetrics
 from serving.pb import model_server_pb2 as pb
 from serving.registry import Label, Registry, Route
 from store.errors import ModelServerTimeout, ModelServerUnavailable, Overloaded
 from store.processes import free_port
+from trainer.jobs.statistics import Statistics
 
 
 @dataclass
@@ -489,7 +492,12 @@ def test_with_ten_thousand_models_metrics_stay_small_and_the_event_loop_free() -
     async def main() -> None:
         traced, operators = Tracing(app), FastAPI()
         operators.include_router(health.router)
-        scrape = httpx.AsyncClient(transport=httpx.ASGITransport(operators), base_url="http://127.0.0.1")
+        gateway = SimpleNamespace(store_metrics=StoreMetrics(Statistics(sa.create_engine("sqlite://"))))
+
+        async def scraped_app(scope: Scope, receive: Receive, send: Send) -> None:
+            await operators({**scope, "state": {"gateway": gateway}}, receive, send)
+
+        scrape = httpx.AsyncClient(transport=httpx.ASGITransport(scraped_app), base_url="http://127.0.0.1")
         await asked.refresh()
         tracemalloc.start()
         try:

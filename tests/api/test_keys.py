@@ -37,7 +37,7 @@ from store.errors import InvalidRequest, ModelServerError, UnknownKey
 from store.keys import Keys, digest_of, is_well_formed
 from store.processes import free_port
 from store.records import SCOPES, public_name
-from store.settings import Settings, from_environment
+from store.settings import ClientTLS, Settings, from_environment
 from tests.conftest import Place, eventually, opened, png, zipped
 from tests.trainer.test_datasets import DOT
 
@@ -715,14 +715,14 @@ def test_the_gateway_speaks_https_also_when_it_refuses(tmp_path: Path) -> None:
             eventually(lambda: api.get("/healthz").is_success, "the gateway answers")
             assert api.get("/models").json()["data"] == []
             assert api.post("/finetune", content=bytes(1 << 20)).status_code == 413  # closed half way, without TLS
-        from cli.supervisor import _answers, _gateway_client
+        from cli.supervisor import _answers, gateway_client
 
-        with _gateway_client(Settings(home=tmp_path, tls_cert=cert, tls_key=key)) as client:
+        with gateway_client(Settings(home=tmp_path, tls_cert=cert, tls_key=key)) as client:
             assert _answers(client, f"{url.replace('http', 'https')}/healthz")
         other = tmp_path / "other"
         other.mkdir()
         wrong_cert, wrong_key = certificate(other)
-        with _gateway_client(Settings(home=tmp_path, tls_cert=wrong_cert, tls_key=wrong_key)) as client:
+        with gateway_client(Settings(home=tmp_path, tls_cert=wrong_cert, tls_key=wrong_key)) as client:
             assert not _answers(client, f"{url.replace('http', 'https')}/healthz")
 
 
@@ -741,10 +741,10 @@ def test_calls_to_a_model_server_use_tls_where_its_certificates_are_given(tmp_pa
     target = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', tls)}"
     server.start()
     try:
-        with ModelServer(target, cert) as trusted:
+        with ModelServer(target, ClientTLS(cert)) as trusted:
             assert set(trusted.states("m")) == {7}
-        for ca in (None, certificate(other)[0]):
-            with ModelServer(target, ca) as stranger, pytest.raises(ModelServerError):
+        for tls in (None, ClientTLS(certificate(other)[0])):
+            with ModelServer(target, tls) as stranger, pytest.raises(ModelServerError):
                 stranger.states("m", 2)
     finally:
         server.stop(None)

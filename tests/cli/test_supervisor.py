@@ -1,6 +1,8 @@
 """When the supervisor takes a process for frozen."""
 
+import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -68,3 +70,24 @@ def test_a_worker_lives_as_long_as_its_pulse_changes(monkeypatch: pytest.MonkeyP
     os.utime(file, (2, 2))
     monkeypatch.setattr(supervisor, "PULSE_S", 60.0)
     assert answers(7) is True
+
+
+def test_where_lines_are_json_what_a_library_writes_becomes_one_too() -> None:
+    code = """
+import os, sys
+from cli.supervisor import Sibling
+from store import logging
+
+logging.configure("supervisor")
+writes = "import os; os.write(1, b'from C++\\\\n'); os.write(2, b'{\\"event\\": \\"ours\\"}\\\\n\\\\n')"
+sibling = Sibling("worker 1", [sys.executable, "-c", writes], os.environ, lambda _: None)
+sibling.keep_running()
+assert sibling.process and sibling.process.wait(30) == 0
+sibling.relay.join(30)
+"""
+    environment = {**os.environ, "TEMPER_LOG": "json"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    foreign, ours = map(json.loads, done.stderr.splitlines())
+    assert (foreign["event"], foreign["process"], foreign["level"]) == ("from C++", "worker 1", "warning")
+    assert ours == {"event": "ours"}

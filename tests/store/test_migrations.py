@@ -114,7 +114,7 @@ def test_versions_and_jobs_from_before_there_were_gates_have_none(engine: sa.Eng
     with opened(url) as adopted:
         registry = Registry(adopted)
         assert (registry.gate("m"), registry.find("m", 1).report.gate) == (None, None)
-        assert Jobs(adopted).get("ftjob-1").gate is None
+        assert (Jobs(adopted).get("ftjob-1").gate, Jobs(adopted).get("ftjob-1").trace) == (None, None)
         registry.put_label("m", "stable", 1)
         registry.set_gate("m", {"accuracy": 0.5})
         assert registry.gate("m") == {"accuracy": 0.5}

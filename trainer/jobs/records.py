@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from store import traces
 from store.engine import insert_of, metadata, now
 from store.errors import UnknownJob, WrongState
 from store.records import DEFAULT_TENANT, DatasetCard, GateCard, Progress, public_name
@@ -71,7 +72,7 @@ jobs = sa.Table(
     sa.Column("stage", sa.String),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
-    sa.Column("finished_at", sa.Float),
+    sa.Column("finished_at", sa.Float, index=True),
     sa.Column("spec", sa.JSON, nullable=False),
     sa.Column("resolved_spec", sa.JSON(none_as_null=True)),
     sa.Column("dataset", sa.JSON, nullable=False),
@@ -88,6 +89,7 @@ jobs = sa.Table(
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),
     sa.Column("gate", sa.JSON(none_as_null=True)),
+    sa.Column("trace", sa.String),
 )
 workers = sa.Table(
     "workers",
@@ -136,6 +138,7 @@ class Job:
     priority: int = 0  # from -MAX_PRIORITY to MAX_PRIORITY; the highest first
     metadata: dict[str, str] | None = None  # of the client's own
     checkpoint: dict[str, Any] | None = None  # that it publishes instead of training: `job` and `epoch`
+    trace: str | None = None  # W3C traceparent of the request that created it, where requests are traced
     gate: dict[str, Any] | None = None  # whether its version got its label, and why: a `GateCard`
 
 
@@ -171,7 +174,7 @@ _NEXT = (
 )
 _OPEN_REPORT = (jobs.c.status == "succeeded") & (jobs.c.report_status == "quick")
 _OF_THE_DEAD = jobs.c.worker.not_in(sa.select(workers.c.id))
-_LIVING = workers.c.seen_at > now() - LOST_AFTER_S
+LIVING = workers.c.seen_at > now() - LOST_AFTER_S
 
 
 def _lost(worker: Any, others: bool) -> sa.ColumnElement[bool]:
@@ -192,7 +195,7 @@ def _oldest(condition: sa.ColumnElement[bool]) -> sa.Select[str]:
 
 _WORKER: sa.BindParameter[str] = sa.bindparam("worker")
 _ANY_DROPPED = sa.select(sa.exists().where(_lost(_WORKER, others=False)))
-_ANY_LOST = sa.select(sa.exists().where(_lost(_WORKER, others=True)) | sa.exists().where(~_LIVING))
+_ANY_LOST = sa.select(sa.exists().where(_lost(_WORKER, others=True)) | sa.exists().where(~LIVING))
 _OLDEST_UNREPORTED = _oldest(_unreported(_WORKER, sa.bindparam("but", expanding=True)))
 
 
@@ -232,7 +235,7 @@ class Jobs:
                 resolved_spec=dict(resolved_spec) if resolved_spec else None, dataset=dataset, error=None,
                 report_status="none", worker=None, attempts=0, cancel_requested=False, pause_requested=False,
                 preview_version=None, priority=priority, metadata=dict(metadata) if metadata else None,
-                checkpoint=dict(checkpoint) if checkpoint else None,
+                checkpoint=dict(checkpoint) if checkpoint else None, trace=traces.current(),
             )  # fmt: skip
             row = {column.name: getattr(job, column.name) for column in _COLUMNS} | {"dataset": dataset.dump()}
             connection.execute(jobs.insert().values(**row, last_seq=1, progress_seq=2))
@@ -373,7 +376,7 @@ class Jobs:
     def outlook(self) -> "Outlook":
         """Return what is to be done, without progress, and by how many workers."""
         open_ = _SELECT.where(jobs.c.status.in_(("running", "queued"))).order_by(*_TURN)
-        living = sa.select(sa.func.count()).where(_LIVING).scalar_subquery()
+        living = sa.select(sa.func.count()).where(LIVING).scalar_subquery()
         with self._engine.connect() as connection:
             found = _without_progress(connection, open_)
             at, count = connection.execute(sa.select(now(), living)).one()
@@ -567,7 +570,7 @@ class Jobs:
     def worker_states(self) -> dict[str, str]:
         """Return the state of every living worker by its id."""
         with self._engine.connect() as connection:
-            query = sa.select(workers.c.id, workers.c.state).where(_LIVING)
+            query = sa.select(workers.c.id, workers.c.state).where(LIVING)
             return {row.id: row.state for row in connection.execute(query)}
 
     def recover(self, worker: str, *, others: bool = True) -> list[Job]:
@@ -590,7 +593,7 @@ class Jobs:
                 return []
         with self._engine.begin() as connection:
             if others:
-                connection.execute(workers.delete().where(~_LIVING))
+                connection.execute(workers.delete().where(~LIVING))
             _put_back(connection, lost & ~last & ~jobs.c.cancel_requested, "its worker died or lost the store")
             cancelled = _write(
                 connection, lost & jobs.c.cancel_requested, [_status("cancelled")], **_ENDING, status="cancelled"

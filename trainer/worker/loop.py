@@ -3,7 +3,6 @@
 import os
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,13 @@ import structlog
 from serving.client import ModelServer
 from serving.quiet import import_tensorflow
 from serving.registry import Registry
-from store import logging
+from store import logging, traces
 from store.disk import translated
 from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StorageFailed, StorageFull, StoreUnavailable, TemperError
 from store.files import remove_tree
 from store.processes import pulse_file
+from store.records import public_name
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
 from trainer.jobs.kept import sweep_kept
@@ -35,6 +35,7 @@ HEARTBEAT_S = 1.0
 STORE_PAUSE_S = 1.0  # after a failure of the store
 REPORT_PAUSE_S = 10.0  # before a report that failed is tried again
 REPORT_ATTEMPTS = 3
+COMMAND = "python -m trainer"
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
@@ -62,8 +63,9 @@ def main(engine: str, address: str, workers: int | None, cpus: float, gpus: floa
     warn_of_unknown_variables(os.environ)
     try:
         settings = from_environment()
+        traces.configure("worker", settings.traces)
     except ValueError as exc:
-        sys.exit(f"python -m trainer: {exc}")
+        logging.fail(COMMAND, str(exc))
     if engine == "ray":
         _run_pool(address, workers, cpus, gpus, gpu_memory)
         return
@@ -79,24 +81,24 @@ def main(engine: str, address: str, workers: int | None, cpus: float, gpus: floa
             settings.make_home()
             worker = Worker(settings)
         except OSError as exc:
-            sys.exit(f"python -m trainer: cannot use TEMPER_HOME: {exc}")
+            logging.fail(COMMAND, f"cannot use TEMPER_HOME: {exc}")
         except StoreUnavailable as exc:
-            sys.exit(f"python -m trainer: {exc.message}")
+            logging.fail(COMMAND, exc.message)
         try:
             worker.run()
         except sa.exc.DatabaseError as exc:  # damaged, for example: nothing that waiting would mend
-            sys.exit(f"python -m trainer: the store failed: {reason(exc)}")
+            logging.fail(COMMAND, f"the store failed: {reason(exc)}")
 
 
 def _run_pool(address: str, workers: int | None, cpus: float, gpus: float, gpu_memory: int) -> None:
     try:
         from trainer.worker import ray_pool
     except ImportError as exc:
-        sys.exit(f"python -m trainer: --engine ray: {exc}; pip install 'temper[ray]'")
+        logging.fail(COMMAND, f"--engine ray: {exc}; pip install 'temper[ray]'")
     try:
         ray_pool.run(address, ray_pool.Size(cpus, gpus, gpu_memory), workers)
     except (ConnectionError, ValueError, TimeoutError) as exc:
-        sys.exit(f"python -m trainer: --address {address}: {exc}")
+        logging.fail(COMMAND, f"--address {address}: {exc}")
 
 
 class Worker:
@@ -157,6 +159,8 @@ class Worker:
             pulse_file(self.settings, os.getpid()).touch()
 
     def _run(self) -> None:
+        # After the engine has imported psycopg. The other way round, psycopg's OpenSSL mixes with the one within
+        # TensorFlow, and TLS to PostgreSQL crashes the process.
         import_tensorflow()
         import tensorflow as tf
 
@@ -170,8 +174,8 @@ class Worker:
                 tf.config.experimental.set_memory_growth(gpu, True)
             tf.config.experimental.enable_op_determinism()  # the same seed gives the same weights
         with ExitStack() as stack:
-            ca = self.settings.model_server_ca
-            servers = [stack.enter_context(ModelServer(target, ca)) for target in self.settings.server_addresses]
+            tls = self.settings.model_server_tls
+            servers = [stack.enter_context(ModelServer(target, tls)) for target in self.settings.server_addresses]
             while True:
                 try:
                     publish_base(self.settings, self.registry, servers)
@@ -205,7 +209,8 @@ class Worker:
                 job = self.jobs.claim(self.id)
                 if job is not None:
                     self.state = "busy"
-                    self._attempt(job, servers)
+                    with structlog.contextvars.bound_contextvars(job=job.id, model=public_name(job.model)):
+                        self._traced(job, servers)
                     retire_surplus(
                         job.model, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers
                     )
@@ -234,8 +239,22 @@ class Worker:
             with suppress(TemperError):  # whoever reconciles next does so
                 clear_leftovers(job, settings=self.settings, registry=self.registry, servers=servers)
 
-    def _attempt(self, job: Job, servers: Sequence[ModelServer]) -> None:
-        """Run a job and store how it ended.
+    def _traced(self, job: Job, servers: Sequence[ModelServer]) -> None:
+        """Attempt a job within a span, which belongs to the trace of the request that created the job."""
+        attributes: traces.Attributes = {
+            "temper.job": job.id,
+            "temper.model": public_name(job.model),
+            "temper.attempt": job.attempts,
+        }
+        with traces.span("job", "consumer", parent=job.trace, attributes=attributes) as span:
+            status = self._attempt(job, servers)
+            if span:
+                span.set_attribute("temper.status", status)
+                if status == "failed":
+                    traces.fail(span)
+
+    def _attempt(self, job: Job, servers: Sequence[ModelServer]) -> str:
+        """Run a job, store how it ended, and return its status.
 
         A failure of the store goes up to the loop. The job is still ours then, and `_recover` requeues it.
         """
@@ -243,7 +262,7 @@ class Worker:
         from trainer.worker.run_job import run_job
 
         bound = log.bind(job=job.id)
-        bound.info("job starts", model=job.model, images=job.dataset.images, attempt=job.attempts)
+        bound.info("job starts", images=job.dataset.images, attempt=job.attempts)
         try:
             with translated():
                 run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
@@ -269,6 +288,7 @@ class Worker:
         bound.info("job ended" if status in records.FINISHED else "job put back", status=status)
         if status in records.FINISHED:
             remove_tree(self.settings.checkpoints / job.id)
+        return status
 
     def _continue_report(self) -> bool:
         """Work on an open report for a moment; False if there is none."""
@@ -283,7 +303,7 @@ class Worker:
             pieces = complete_report(job, settings=self.settings, jobs=self.jobs, registry=self.registry)
             self._report = job, pieces
         job, pieces = self._report
-        bound = log.bind(job=job.id)
+        bound = log.bind(job=job.id, model=public_name(job.model))
         self.state = "reporting"
         try:
             next(pieces)

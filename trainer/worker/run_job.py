@@ -22,6 +22,7 @@ import tensorflow as tf
 from serving.client import ModelServer
 from serving.publishing import Probe, files_of, publish, seal, withdraw
 from serving.registry import STABLE, Fence, Registry, Version
+from store import traces
 from store.engine import reason, retrying
 from store.errors import Diverged
 from store.files import make_directory, remove_tree
@@ -100,6 +101,7 @@ class Run:
             return
         stage = {"proven": "warming", "warmed": "publishing"}.get(done)
         self.patiently(lambda: self.jobs.append_event(self.job, "publishing", {"step": done}, stage=stage))
+        traces.event(done)
         self.published.add(done)
 
     @contextmanager
@@ -109,7 +111,8 @@ class Run:
             self.patiently(lambda: self.jobs.set_stage(self.job, name))
         began = time.perf_counter()
         self._under_way = name, began
-        yield
+        with traces.child(name):
+            yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
     def seconds_so_far(self) -> dict[str, float]:
