@@ -7,16 +7,9 @@ from typing import Any
 import click
 
 from cli.command import Failed
-from store.processes import module_command
+from store.processes import has_tensorflow, module_command
 
 NO_TENSORFLOW = "this needs TensorFlow, which is not installed: pip install 'temper[trainer]'"
-
-
-def has_tensorflow() -> bool:
-    """Tell whether TensorFlow is installed, without importing it."""
-    from importlib.util import find_spec
-
-    return find_spec("tensorflow") is not None
 
 
 def _become(module: str, arguments: tuple[str, ...]) -> None:

@@ -26,14 +26,13 @@ import click
 import httpx
 import structlog
 
-from cli.processes import has_tensorflow
 from serving.registry import BASE
 from serving.tensorflow_serving import INFO_LINE, tensorflow_serving_command
 from store import logging
 from store.engine import stored_revision
 from store.errors import ModelServerTimeout, ModelServerUnavailable, StoreUnavailable, TemperError
 from store.memory import allocator_environment, available_bytes
-from store.processes import end_with_parent, free_port, module_command, pulse_file
+from store.processes import end_with_parent, free_port, has_tensorflow, module_command, pulse_file
 from store.settings import (
     AUTO,
     EMBEDDED,

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from store.settings import Settings
@@ -20,6 +21,11 @@ LIBC = ctypes.CDLL(None)  # loaded here and not in the child, where another thre
 def module_command(module: str) -> list[str]:
     """The command that runs one of our modules, such as `trainer`."""
     return [sys.executable, "-m", PREFIX + module]
+
+
+def has_tensorflow() -> bool:
+    """Tell whether TensorFlow is installed, without importing it."""
+    return find_spec("tensorflow") is not None
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
