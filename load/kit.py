@@ -28,7 +28,7 @@ class Kit:
 
     def __init__(self, settings: LoadSettings, url: str, images: dict[str, Labelled], number: int = 0) -> None:
         self.settings, self.images, self._number = settings, images, number
-        self.target = Target(settings, url)
+        self.target = Target(settings, url, lambda: self.recorder.resend())
         self._traffic = Traffic(settings, images, number) if images else None
         self._model_server: ModelServerTarget | None = None
         self.begin()

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,11 @@ class Samples:
     texts: list[str]
     dropped_s: np.ndarray  # (d,) when arrivals were to start that the cap dropped, seconds since the epoch
     cpu: np.ndarray  # (t, 3): process, end of a second since the epoch, share of a core
+    resent: int = 0  # requests that were sent twice, because their connection was closed without an answer
 
     def of(self, mask: np.ndarray) -> "Samples":
         """Those requests only."""
-        return Samples(self.rows[mask], self.texts, self.dropped_s, self.cpu)
+        return replace(self, rows=self.rows[mask])
 
     @property
     def predictions(self) -> "Samples":
@@ -65,9 +66,9 @@ class Samples:
         def within(times: np.ndarray) -> np.ndarray:
             return np.asarray((times >= start_s) & (times < end_s))
 
-        return Samples(
-            self.rows[within(self.rows["due_s"])], self.texts, self.dropped_s[within(self.dropped_s)],
-            self.cpu[within(self.cpu[:, 1])],
+        return replace(
+            self, rows=self.rows[within(self.rows["due_s"])], dropped_s=self.dropped_s[within(self.dropped_s)],
+            cpu=self.cpu[within(self.cpu[:, 1])],
         )  # fmt: skip
 
     def text(self, column: str) -> np.ndarray:
@@ -104,6 +105,7 @@ class Recorder:
         self._chunks: list[np.ndarray] = []
         self._dropped: list[float] = []
         self._cpu: list[tuple[float, float, float]] = []
+        self._resent = 0
 
     def _number(self, text: str) -> int:
         return self._texts.setdefault(text, len(self._texts))
@@ -124,6 +126,10 @@ class Recorder:
         """Record an arrival that was not sent because too many requests were open."""
         self._dropped.append(due_s)
 
+    def resend(self) -> None:
+        """Record that a request was sent a second time."""
+        self._resent += 1
+
     def tick(self, process: int, at_s: float, cpu_share: float) -> None:
         """Record what share of a core a process used in the second before."""
         self._cpu.append((process, at_s, cpu_share))
@@ -139,19 +145,17 @@ class Recorder:
         rows = self._chunks[0]
         cpu = np.array(self._cpu, np.float64).reshape(-1, 3)
         return Samples(
-            rows[np.argsort(rows["due_s"], kind="stable")],
-            list(self._texts),
-            np.sort(np.array(self._dropped, float)),
-            cpu,
-        )
+            rows[np.argsort(rows["due_s"], kind="stable")], list(self._texts), np.sort(np.array(self._dropped, float)),
+            cpu, self._resent,
+        )  # fmt: skip
 
     def take(self) -> dict[str, Any]:
         """Everything so far as a message, and forget it."""
         found = self.samples()
-        self._chunks, self._dropped, self._cpu = [], [], []
+        self._chunks, self._dropped, self._cpu, self._resent = [], [], [], 0
         return {
             "rows": found.rows.tobytes(), "texts": found.texts, "dropped": found.dropped_s.tobytes(),
-            "cpu": found.cpu.tobytes(),
+            "cpu": found.cpu.tobytes(), "resent": found.resent,
         }  # fmt: skip
 
     def merge(self, message: Mapping[str, Any]) -> None:
@@ -161,6 +165,7 @@ class Recorder:
         for column in ("name", "error", "model", "kind"):
             rows[column] = numbers[rows[column]]
         self._chunks.append(rows)
+        self._resent += message["resent"]
         self._dropped += np.frombuffer(message["dropped"], np.float64).tolist()
         self._cpu += [
             (process, at_s, used) for process, at_s, used in np.frombuffer(message["cpu"]).reshape(-1, 3).tolist()

@@ -192,13 +192,19 @@ def server(call: Call) -> Run:
         return is_shown(over, queries, 0.99), f"{over} of {queries} over the bound, at most {most_over(queries, 0.99)}"
 
     def search(probe: Callable[[float], bool], first: float, highest: float) -> None:
-        low, high = 0.0, first
-        while probe(high):
-            low = high
-            if high >= highest:
-                return
-            high = min(highest, 2 * high)
-        low = low or high / 16
+        if probe(first):
+            low = high = first
+            while low == high:
+                if low >= highest:
+                    return
+                high = min(highest, 2 * low)
+                low = high if probe(high) else low
+        else:
+            high, low = first, first / 2
+            while not probe(low):
+                high, low = low, low / 2
+                if low < first / 16:
+                    return
         while high / low > RESOLUTION:
             middle = math.sqrt(low * high)
             low, high = (middle, high) if probe(middle) else (low, middle)
@@ -241,17 +247,18 @@ def _search(
             kit.dispatcher.stop(call.settings.timeout_s + 1)  # the next rate begins without a backlog
             samples = kit.recorder.samples().between(start_s, time.time())
             passed, why = judged(samples)
-            generator = inspect_generator(samples, call.settings)
-            steps.append(Step.of(rate, passed and not generator.is_saturated, why, samples, generator))
+            # A saturated generator makes latencies longer, so that a rate which passes all the same has passed.
+            is_saturated = not passed and inspect_generator(samples, call.settings).is_saturated
+            steps.append(Step.of(rate, passed, is_saturated, why, samples))
             call.say(f"{name}: {steps[-1].text}")
             return steps[-1].is_kept
 
         search(probe, min(call.settings.rate, call.settings.max_rate), call.settings.max_rate)
         best = max((step.rate for step in steps if step.is_kept), default=0.0)
-        above = [step for step in steps if step.rate > best]
-        if not above:
+        above = min((step for step in steps if step.rate > best), key=lambda step: step.rate, default=None)
+        if above is None:
             watch.notes.append(f"the highest rate is at least {best:.4g}/s, which is as far as --max-rate goes")
-        is_saturated = any(step.is_saturated for step in above)
+        is_saturated = above is not None and above.is_saturated
         if is_saturated:
             watch.notes.append(f"the generator, not the service, ended the search at {best:.4g}/s")
         return call.run(

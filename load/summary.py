@@ -38,7 +38,7 @@ class Step:
     why: str
 
     @classmethod
-    def of(cls, rate: float, is_kept: bool, why: str, samples: Samples, generator: Generator) -> "Step":
+    def of(cls, rate: float, is_kept: bool, is_saturated: bool, why: str, samples: Samples) -> "Step":
         """From what was measured at this rate."""
         rows = samples.rows
         ended = rows["due_s"] + rows["latency_s"]
@@ -47,7 +47,7 @@ class Step:
         failed = int(samples.failed.sum())
         return cls(
             rate, share(len(rows) - failed, took_s), p50, p95, p99, failed, len(samples.dropped_s), is_kept,
-            generator.is_saturated, why,
+            is_saturated, why,
         )  # fmt: skip
 
     @property
@@ -142,7 +142,7 @@ class Run:
             "server_ms": self.server_ms(),
             "generator": {
                 "lag_p99_ms": generator.lag_p99_ms, "cpu_share": generator.cpu_share, "due": generator.due,
-                "dropped": generator.dropped,
+                "dropped": generator.dropped, "resent": samples.resent,
             },
             "steps": [asdict(step) for step in self.steps], "figures": self.figures, "notes": self.notes,
             "settings": self.settings.model_dump(mode="json", exclude={"api_key", "prepared"}),
@@ -264,6 +264,8 @@ def _closing(run: Run) -> list[str]:
     lag = "" if math.isnan(generator.lag_p99_ms) else f", started {generator.lag_p99_ms:.1f} ms late (p99)"
     lines = [f"generator: {generator.due:,} requests due, {generator.dropped:,} dropped{lag}, "
              f"{generator.cpu_share:.0%} of a core"]  # fmt: skip
+    if run.samples.resent:
+        lines.append(f"{run.samples.resent:,} requests sent again: their connections were closed without an answer")
     lines += [f"{count:,} x {text}" for text, count in list(run.samples.errors().items())[:5]]
     lines += run.notes
     if generator.is_saturated:

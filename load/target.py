@@ -43,10 +43,15 @@ def headers(settings: LoadSettings) -> dict[str, str]:
 
 
 class Target:
-    """A gateway, or the address at which several of them answer."""
+    """A gateway, or the address at which several of them answer.
 
-    def __init__(self, settings: LoadSettings, url: str) -> None:
-        self.url, self._timeout_s = url, settings.timeout_s
+    Args:
+        on_resend: called when a request is sent again, once, because the service closed its connection without an
+            answer. That happens when it ends an idle connection at the moment in which the request is sent.
+    """
+
+    def __init__(self, settings: LoadSettings, url: str, on_resend: Callable[[], None] = lambda: None) -> None:
+        self.url, self._timeout_s, self._on_resend = url, settings.timeout_s, on_resend
         self._prefix = urlsplit(url).path.rstrip("/")
         self._http = HTTPClient.from_url(
             url,
@@ -70,7 +75,11 @@ class Target:
         sent = {"Content-Type": content_type} if content_type else {}
         try:
             with gevent.Timeout(self._timeout_s):
-                answer = self._http.request(method, self._prefix + path, body, sent)
+                try:
+                    answer = self._http.request(method, self._prefix + path, body, sent)
+                except (HTTPConnectionClosed, ConnectionResetError, BrokenPipeError):
+                    self._on_resend()
+                    answer = self._http.request(method, self._prefix + path, body, sent)
                 content = bytes(answer.read())
         except gevent.Timeout:
             raise RequestFailed(f"no answer within {self._timeout_s:g} s") from None
