@@ -73,12 +73,16 @@ class Dispatcher:
             self._greenlet = gevent.spawn(self._run)
 
     def stop(self, timeout_s: float) -> None:
-        """Start no more requests, and wait for the open ones: without them a stall at the end would not show."""
+        """Start no more requests, and wait for the open ones: without them a stall at the end would not show.
+
+        Those that are still open when the time is up count as failed.
+        """
         if self._greenlet:
             self._greenlet.kill()
             self._greenlet = None
         self._rates.clear()
         self._pool.join(timeout=timeout_s)
+        self._pool.kill()
 
     def _run(self) -> None:
         due = time.perf_counter()
@@ -109,10 +113,11 @@ class Dispatcher:
         """Send; a request that the generator itself breaks off counts as failed, and is not left out."""
         try:
             source(due)
-        except Exception as exc:
-            late_s = time.perf_counter() - due
-            error = f"in the generator: {type(exc).__name__}: {exc}"
-            self._recorder.add(Outcome("GENERATOR", CLOCK.epoch_s(due), 0.0, late_s, error, is_predict=True))
+        except (Exception, gevent.GreenletExit) as exc:
+            is_late = isinstance(exc, gevent.GreenletExit)
+            error = "not answered at the end" if is_late else f"in the generator: {type(exc).__name__}: {exc}"
+            latency_s = time.perf_counter() - due
+            self._recorder.add(Outcome("GENERATOR", CLOCK.epoch_s(due), 0.0, latency_s, error, is_predict=True))
 
 
 def watch_cpu(recorder: Recorder) -> Any:

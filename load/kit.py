@@ -1,11 +1,13 @@
 """What a process that sends load is made of, and what the process that judges it watches meanwhile."""
 
+import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import gevent
+import gevent.event
 import numpy as np
 
 from load.arrivals import CLOCK, Dispatcher, watch_cpu
@@ -28,7 +30,7 @@ class Kit:
 
     def __init__(self, settings: LoadSettings, url: str, images: dict[str, Labelled], number: int = 0) -> None:
         self.settings, self.images, self._number = settings, images, number
-        self.target = Target(settings, url, lambda: self.recorder.resend())
+        self.target = Target(settings, url)
         self._traffic = Traffic(settings, images, number) if images else None
         self._model_server: ModelServerTarget | None = None
         self.begin()
@@ -41,7 +43,7 @@ class Kit:
 
     def end(self) -> None:
         """Stop sending, and wait until every request has its answer or has failed."""
-        self.dispatcher.stop(self.settings.timeout_s + 1)
+        self.dispatcher.stop(2 * self.settings.timeout_s + 1)
         self._cpu.kill()
 
     def predict(self, due: float) -> Outcome:
@@ -130,6 +132,7 @@ class Watch:
     def __post_init__(self) -> None:
         self._look()
         self._before = self._server_times()
+        self._ended = gevent.event.Event()
         self._greenlet = gevent.spawn(self._run)
 
     def _look(self) -> None:
@@ -138,12 +141,9 @@ class Watch:
         self.views.append(LabelView(asked, CLOCK.epoch_s(time.perf_counter()), versions))
 
     def _run(self) -> None:
-        while True:
-            gevent.sleep(WATCH_S)
-            try:
+        while not self._ended.wait(WATCH_S):
+            with contextlib.suppress(RequestFailed):  # the next look tells
                 self._look()
-            except RequestFailed:
-                continue  # the next look tells
 
     def _server_times(self) -> dict[str, tuple[float, float]] | None:
         try:
@@ -157,7 +157,8 @@ class Watch:
 
     def end(self) -> dict[str, tuple[float, float]] | None:
         """Look a last time. Returns count and sum that each histogram of the server grew by, if they can be read."""
-        self._greenlet.kill()
+        self._ended.set()
+        self._greenlet.join()
         try:
             self._look()
         except RequestFailed as exc:

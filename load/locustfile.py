@@ -307,7 +307,7 @@ class Session:
             self._unfinished = {client.id for client in runner.clients.all}
             self._all_sent.clear()
             runner.send_message(STOP)
-            if self._unfinished and not self._all_sent.wait(self.settings.timeout_s + 10):
+            if self._unfinished and not self._all_sent.wait(2 * self.settings.timeout_s + 10):
                 self._watch.notes.append(f"{len(self._unfinished)} workers did not send all that they measured")
         self.kit.end()
         grown, samples = self._watch.end(), self.kit.recorder.samples()

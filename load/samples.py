@@ -49,7 +49,6 @@ class Samples:
     texts: list[str]
     dropped_s: np.ndarray  # (d,) when arrivals were to start that the cap dropped, seconds since the epoch
     cpu: np.ndarray  # (t, 3): process, end of a second since the epoch, share of a core
-    resent: int = 0  # requests that were sent twice, because their connection was closed without an answer
 
     def of(self, mask: np.ndarray) -> "Samples":
         """Those requests only."""
@@ -105,7 +104,6 @@ class Recorder:
         self._chunks: list[np.ndarray] = []
         self._dropped: list[float] = []
         self._cpu: list[tuple[float, float, float]] = []
-        self._resent = 0
 
     def _number(self, text: str) -> int:
         return self._texts.setdefault(text, len(self._texts))
@@ -126,10 +124,6 @@ class Recorder:
         """Record an arrival that was not sent because too many requests were open."""
         self._dropped.append(due_s)
 
-    def resend(self) -> None:
-        """Record that a request was sent a second time."""
-        self._resent += 1
-
     def tick(self, process: int, at_s: float, cpu_share: float) -> None:
         """Record what share of a core a process used in the second before."""
         self._cpu.append((process, at_s, cpu_share))
@@ -146,16 +140,16 @@ class Recorder:
         cpu = np.array(self._cpu, np.float64).reshape(-1, 3)
         return Samples(
             rows[np.argsort(rows["due_s"], kind="stable")], list(self._texts), np.sort(np.array(self._dropped, float)),
-            cpu, self._resent,
+            cpu,
         )  # fmt: skip
 
     def take(self) -> dict[str, Any]:
         """Everything so far as a message, and forget it."""
         found = self.samples()
-        self._chunks, self._dropped, self._cpu, self._resent = [], [], [], 0
+        self._chunks, self._dropped, self._cpu = [], [], []
         return {
             "rows": found.rows.tobytes(), "texts": found.texts, "dropped": found.dropped_s.tobytes(),
-            "cpu": found.cpu.tobytes(), "resent": found.resent,
+            "cpu": found.cpu.tobytes(),
         }  # fmt: skip
 
     def merge(self, message: Mapping[str, Any]) -> None:
@@ -165,7 +159,6 @@ class Recorder:
         for column in ("name", "error", "model", "kind"):
             rows[column] = numbers[rows[column]]
         self._chunks.append(rows)
-        self._resent += message["resent"]
         self._dropped += np.frombuffer(message["dropped"], np.float64).tolist()
         self._cpu += [
             (process, at_s, used) for process, at_s, used in np.frombuffer(message["cpu"]).reshape(-1, 3).tolist()

@@ -244,7 +244,7 @@ def _search(
             start_s = time.time()
             kit.dispatcher.set(send, rate)
             gevent.sleep(max(call.settings.duration_s, least / rate))
-            kit.dispatcher.stop(call.settings.timeout_s + 1)  # the next rate begins without a backlog
+            kit.dispatcher.stop(2 * call.settings.timeout_s + 1)  # the next rate begins without a backlog
             samples = kit.recorder.samples().between(start_s, time.time())
             passed, why = judged(samples)
             # A saturated generator makes latencies longer, so that a rate which passes all the same has passed.

@@ -141,8 +141,8 @@ class Run:
             "versions": {model: {str(v): n for v, n in each.items()} for model, each in versions(samples).items()},
             "server_ms": self.server_ms(),
             "generator": {
-                "lag_p99_ms": generator.lag_p99_ms, "cpu_share": generator.cpu_share, "due": generator.due,
-                "dropped": generator.dropped, "resent": samples.resent,
+                "processes": len(np.unique(samples.cpu[samples.cpu[:, 2] > 0][:, 0])) , "lag_p99_ms": generator.lag_p99_ms, "cpu_share": generator.cpu_share, "due": generator.due,
+                "dropped": generator.dropped,
             },
             "steps": [asdict(step) for step in self.steps], "figures": self.figures, "notes": self.notes,
             "settings": self.settings.model_dump(mode="json", exclude={"api_key", "prepared"}),
@@ -264,8 +264,6 @@ def _closing(run: Run) -> list[str]:
     lag = "" if math.isnan(generator.lag_p99_ms) else f", started {generator.lag_p99_ms:.1f} ms late (p99)"
     lines = [f"generator: {generator.due:,} requests due, {generator.dropped:,} dropped{lag}, "
              f"{generator.cpu_share:.0%} of a core"]  # fmt: skip
-    if run.samples.resent:
-        lines.append(f"{run.samples.resent:,} requests sent again: their connections were closed without an answer")
     lines += [f"{count:,} x {text}" for text, count in list(run.samples.errors().items())[:5]]
     lines += run.notes
     if generator.is_saturated:

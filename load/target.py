@@ -18,6 +18,8 @@ from load.images import Query
 from load.samples import Outcome
 from load.settings import LoadSettings
 
+IDLE_S = 3.0
+
 
 class RequestFailed(Exception):
     """A request got no answer, or one that says that it failed; `code` is the one of the service's error."""
@@ -42,16 +44,35 @@ def headers(settings: LoadSettings) -> dict[str, str]:
     return {"X-API-Key": key} if key else {}
 
 
-class Target:
-    """A gateway, or the address at which several of them answer.
+def leave_idle_connections(http: HTTPClient) -> None:
+    """Have a client open a new connection rather than take one that was idle for `IDLE_S`.
 
-    Args:
-        on_resend: called when a request is sent again, once, because the service closed its connection without an
-            answer. That happens when it ends an idle connection at the moment in which the request is sent.
+    A server ends idle connections (uvicorn after 5 s). A request that is sent at that moment fails, which would be
+    counted against the service.
     """
+    pool = http._connection_pool
+    get, put, idle_since = pool.get_socket, pool.return_socket, dict[int, float]()
 
-    def __init__(self, settings: LoadSettings, url: str, on_resend: Callable[[], None] = lambda: None) -> None:
-        self.url, self._timeout_s, self._on_resend = url, settings.timeout_s, on_resend
+    def get_socket() -> Any:
+        while True:
+            found = get()
+            now = time.perf_counter()
+            if now - idle_since.pop(id(found), now) < IDLE_S:
+                return found
+            pool.release_socket(found)
+
+    def return_socket(sock: Any) -> None:
+        idle_since[id(sock)] = time.perf_counter()
+        put(sock)
+
+    pool.get_socket, pool.return_socket = get_socket, return_socket  # type: ignore[method-assign]
+
+
+class Target:
+    """A gateway, or the address at which several of them answer."""
+
+    def __init__(self, settings: LoadSettings, url: str) -> None:
+        self.url, self._timeout_s = url, settings.timeout_s
         self._prefix = urlsplit(url).path.rstrip("/")
         self._http = HTTPClient.from_url(
             url,
@@ -61,6 +82,7 @@ class Target:
             network_timeout=settings.timeout_s,
             ssl_options={"ca_certs": str(settings.ca)} if settings.ca else None,
         )
+        leave_idle_connections(self._http)
 
     def close(self) -> None:
         """Close all idle connections."""
@@ -74,14 +96,12 @@ class Target:
         """
         sent = {"Content-Type": content_type} if content_type else {}
         try:
-            with gevent.Timeout(self._timeout_s):
-                try:
-                    answer = self._http.request(method, self._prefix + path, body, sent)
-                except (HTTPConnectionClosed, ConnectionResetError, BrokenPipeError):
-                    self._on_resend()
-                    answer = self._http.request(method, self._prefix + path, body, sent)
+            # Sockets time out by themselves. Breaking off a request from outside loses its place in the pool, so this
+            # is only for an answer that comes byte by byte.
+            with gevent.Timeout(2 * self._timeout_s):
+                answer = self._http.request(method, self._prefix + path, body, sent)
                 content = bytes(answer.read())
-        except gevent.Timeout:
+        except (gevent.Timeout, TimeoutError):
             raise RequestFailed(f"no answer within {self._timeout_s:g} s") from None
         except (OSError, HTTPConnectionClosed, HTTPParseError) as exc:
             raise RequestFailed(f"{type(exc).__name__}: {exc}") from exc
