@@ -39,12 +39,13 @@ class Kit:
         """Forget what was measured, and schedule arrivals from the start of the seed."""
         self.recorder = Recorder()
         self.dispatcher = Dispatcher(self.recorder, self.settings.cap, [self.settings.seed, self._number])
-        self._cpu = watch_cpu(self.recorder)
+        self._cpu = watch_cpu(self.recorder) if self.images else None
 
     def end(self) -> None:
         """Stop sending, and wait until every request has its answer or has failed."""
         self.dispatcher.stop(2 * self.settings.timeout_s + 1)
-        self._cpu.kill()
+        if self._cpu:
+            self._cpu.kill()
 
     def predict(self, due: float) -> Outcome:
         """Ask about the next image of the traffic; it was due at this `time.perf_counter`."""

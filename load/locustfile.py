@@ -20,7 +20,6 @@ if not __package__:  # Locust runs this file by its path, and looks for modules 
 
 import gevent
 import gevent.event
-import gevent.lock
 import locust.stats
 import numpy as np
 from locust import HttpUser, User, between, constant, events, task
@@ -37,6 +36,14 @@ from load.target import RequestFailed, headers
 PREFIX, LABEL = "load-", "load"  # of the models that users publish, and the label that they move; they touch no others
 JOB_TIMEOUT_S = 300.0
 STOP, DONE = "temper_load_stop", "temper_load_done"  # messages between Locust's master and workers
+IMAGES: dict[str, Labelled] = {}
+if not __package__:  # while they are made, no worker could answer its master, so they are there before it connects
+    try:
+        IMAGES, _missing = choose_images(read_settings())
+    except ValueError as exc:
+        sys.exit(f"Error: {exc}")
+    for _kind, _why in _missing.items():
+        print(f"no {_kind} images: {_why}", file=sys.stderr)
 FINISHED = ("succeeded", "failed", "cancelled")
 SPEC = '{"epochs": 5, "gate": {"not_worse": false}}'
 
@@ -211,12 +218,11 @@ class Operator(ApiUser):
 class Session:
     """Load from one process of Locust, or the judgement of what its workers measured."""
 
-    def __init__(self, environment: Any, settings: LoadSettings, images: dict[str, Labelled] | None = None) -> None:
+    def __init__(self, environment: Any, settings: LoadSettings, images: dict[str, Labelled]) -> None:
         self.environment, self.settings = environment, settings
         self.kit: Kit | None = None
         self.run: Run | None = None
-        self._images, self._images_lock = images, gevent.lock.RLock()
-        self._missing: dict[str, str] = {}
+        self._images = images
         self._watch: Watch | None = None
         self._began_s = 0.0
         self._unfinished: set[str] = set()  # workers that have not sent all that they measured
@@ -233,13 +239,6 @@ class Session:
         on.test_stopping.add_listener(lambda **_: self._finish())
         on.request.add_listener(self._on_request)
         on.user_error.add_listener(self._on_user_error)
-
-    def images(self) -> dict[str, Labelled]:
-        """The images of this process, made at the first call."""
-        with self._images_lock:
-            if self._images is None:
-                self._images, self._missing = choose_images(self.settings)
-            return self._images
 
     def add_users(self, kind: type[User], users: int) -> None:
         """Raise the rate by what so many users stand for."""
@@ -272,11 +271,12 @@ class Session:
             error = f"{type(exception).__name__}: {exception}" if exception else ""
             self.kit.recorder.add(Outcome(f"{request_type} {name}", start_time, 0.0, response_time / 1000, error))
 
-    def _on_user_error(self, user_instance: User, exception: Exception, **_: Any) -> None:
+    def _on_user_error(self, user_instance: Any, exception: Exception, **_: Any) -> None:
         """Record that a user could not go on, which Locust only logs."""
         if self.kit:
+            user = getattr(user_instance, "user", user_instance)  # it may be a set of tasks
             error = f"{type(exception).__name__}: {exception}"
-            self.kit.recorder.add(Outcome(f"USER {type(user_instance).__name__}", time.time(), 0.0, 0.0, error))
+            self.kit.recorder.add(Outcome(f"USER {type(user).__name__}", time.time(), 0.0, 0.0, error))
 
     def _start(self) -> None:
         runner = self.environment.runner
@@ -285,7 +285,7 @@ class Session:
             self.kit.begin()
         else:
             number = max(0, runner.worker_index) if self._is_worker else 0
-            images = {} if self._is_master else self.images()
+            images = {} if self._is_master else self._images
             self.kit = Kit(self.settings, self.environment.host or self.settings.url, images, number)
             if images and self.settings.model_server:
                 self.kit.connect_model_server()
@@ -311,9 +311,8 @@ class Session:
                 self._watch.notes.append(f"{len(self._unfinished)} workers did not send all that they measured")
         self.kit.end()
         grown, samples = self._watch.end(), self.kit.recorder.samples()
-        notes = self._watch.notes + [f"no {kind} images: {why}" for kind, why in self._missing.items()]
         objectives = judge(samples, self._watch.views, self.settings)
-        self.run = Run("mixed", self.settings, samples, self._began_s, ended_s, objectives, grown, notes)
+        self.run = Run("mixed", self.settings, samples, self._began_s, ended_s, objectives, grown, self._watch.notes)
 
     def _report(self, data: dict[str, Any], **_: Any) -> None:
         if self.kit:
@@ -343,10 +342,7 @@ def prepare(environment: Any, **_: Any) -> None:
         (GrpcPredictor, settings.model_server), (Finetuner, settings.finetuners), (Operator, settings.operators)
     ) if not is_used}  # fmt: skip
     environment.user_classes[:] = [user for user in environment.user_classes if user not in unused]
-    environment.temper = session = Session(environment, settings)
-    if isinstance(environment.runner, MasterRunner):
-        return
-    session.images()
+    environment.temper = Session(environment, settings, IMAGES)
 
 
 @events.quitting.add_listener

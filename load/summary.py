@@ -141,8 +141,8 @@ class Run:
             "versions": {model: {str(v): n for v, n in each.items()} for model, each in versions(samples).items()},
             "server_ms": self.server_ms(),
             "generator": {
-                "processes": len(np.unique(samples.cpu[samples.cpu[:, 2] > 0][:, 0])) , "lag_p99_ms": generator.lag_p99_ms, "cpu_share": generator.cpu_share, "due": generator.due,
-                "dropped": generator.dropped,
+                "processes": len(np.unique(samples.cpu[:, 0])), "lag_p99_ms": generator.lag_p99_ms,
+                "cpu_share": generator.cpu_share, "due": generator.due, "dropped": generator.dropped,
             },
             "steps": [asdict(step) for step in self.steps], "figures": self.figures, "notes": self.notes,
             "settings": self.settings.model_dump(mode="json", exclude={"api_key", "prepared"}),

@@ -70,8 +70,8 @@ def test_two_workers_share_the_rate_and_their_samples_are_judged_together(servic
 
 @pytest.mark.slow
 def test_a_missed_objective_decides_the_exit_code(service: Service, tmp_path: Path) -> None:
-    done = started(tmp_path, "load", "spike", "--url", service.url, "--duration-s", "3", "--rate", "40", "--p95-ms", "0.1",
-                   "--finetuners", "0", "--operators", "0")  # fmt: skip
+    command = ["load", "spike", "--url", service.url, "--duration-s", "3", "--rate", "40", "--p95-ms", "0.1"]
+    done = started(tmp_path, *command, "--finetuners", "0", "--operators", "0")
     assert done.returncode == 1, done.stdout + done.stderr
     assert [one["name"] for one in summary(tmp_path)["objectives"] if not one["is_kept"]] == ["p95"]
     assert "recovery_s" in summary(tmp_path)["figures"]
