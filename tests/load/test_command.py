@@ -3,15 +3,18 @@
 import csv
 import json
 import os
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from store.processes import free_port
+from tests.api.test_keys import certificate
 from tests.conftest import SMALL, Service, eventually, running_service
 
 ROOT = Path(__file__).parents[2]
@@ -137,3 +140,25 @@ def test_our_p99_of_a_frozen_gateway_is_that_of_an_independent_open_loop_generat
     assert ours[2] == pytest.approx(independent[2], rel=0.05)
     assert ours[1] == pytest.approx(independent[1], rel=0.05)
     assert waiting[1] < 0.5 * ours[1]  # a p95 without the stall
+
+
+@pytest.mark.slow
+def test_an_https_service_is_loaded_if_its_certificate_is_trusted(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    port = free_port()
+    settings = {"TEMPER_TLS_CERT": str(cert), "TEMPER_TLS_KEY": str(key), "TEMPER_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "cli", "serve", "--port", str(port)]
+    server = subprocess.Popen(command, env={**os.environ, **SMALL, **settings})
+    try:
+        url = f"https://127.0.0.1:{port}"
+        context = ssl.create_default_context(cafile=str(cert))
+        with httpx.Client(base_url=url, verify=context) as api:
+            eventually(lambda: api.get("/models/lenet5").is_success, "the base model is there")
+        given = ["load", "single-stream", "--url", url, "--duration-s", "1"]
+        trusted = started(tmp_path, *given, "--ca", str(cert), "--p90-ms", "5000")
+        assert trusted.returncode == 0, trusted.stdout + trusted.stderr
+        unknown = started(tmp_path, *given)
+        assert (unknown.returncode, "CERTIFICATE_VERIFY_FAILED" in unknown.stderr) == (3, True)
+    finally:
+        server.terminate()
+        server.wait(30)
