@@ -21,7 +21,7 @@ from load.target import RequestFailed, Target
 from tests.conftest import Service
 
 RATE, SECONDS = 80.0, 2.5
-SLOW_S = 0.6
+SLOW_S = 1.5
 
 
 class Between(ThreadingHTTPServer):
@@ -101,7 +101,7 @@ def images() -> dict[str, Labelled]:
 
 
 LIMITS = {
-    "p95_ms": 400, "p99_ms": 500, "requests": 100, "accuracy": 0.8, "noisy_accuracy": 0.4, "kinds": "clean=1,noisy=1",
+    "p95_ms": 1000, "p99_ms": 1200, "requests": 100, "accuracy": 0.8, "noisy_accuracy": 0.4, "kinds": "clean=1,noisy=1",
     "error_share": 0.01, "timeout_s": 5,
 }  # fmt: skip
 
@@ -177,6 +177,7 @@ def test_an_unknown_model_is_an_error_with_its_code(service: Service) -> None:
     target.close()
 
 
+@pytest.mark.slow
 def test_adversarial_images_stay_within_epsilon_and_fool_the_base(
     service: Service, images: dict[str, Labelled]
 ) -> None:
