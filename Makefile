@@ -82,7 +82,7 @@ lint: $(READY) ## Check style, types and the Dockerfile
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
-load: $(READY) ## Load a service of its own for half a minute
+load: $(READY) ## Load a service of its own for half a minute, and judge it (docs/load.md)
 	$(BIN)/python -m load
 
 quality: $(READY) ## Measure the recipes on MNIST, Fashion-MNIST and digits (takes hours; resumes where it stopped)

@@ -29,6 +29,9 @@ BATCH = Histogram(
 QUEUE_S = Histogram(
     "temper_queue_seconds", "Time that a prediction waits for its call.", buckets=SECONDS, registry=COLLECTORS
 )
+CALL_S = Histogram(
+    "temper_call_seconds", "Time that a model server takes for a call.", buckets=SECONDS, registry=COLLECTORS
+)
 IN_FLIGHT = Gauge("temper_calls_in_flight", "Calls to model servers under way.", registry=COLLECTORS)
 WAITING = Gauge("temper_images_waiting", "Images that wait for a call.", registry=COLLECTORS)
 SERVER_UP = Gauge("temper_model_server_up", "Whether the model server answers.", ["target"], registry=COLLECTORS)

@@ -11,7 +11,7 @@ import numpy as np
 
 from api.inference.router import Servable
 from api.inference.server_pool import ServerPool
-from api.metrics import BATCH, IN_FLIGHT, QUEUE_S, WAITING
+from api.metrics import BATCH, CALL_S, IN_FLIGHT, QUEUE_S, WAITING
 from store import traces
 from store.errors import ModelServerTimeout, Overloaded
 from store.records import DEFAULT_TENANT
@@ -172,6 +172,7 @@ class MicroBatcher:
                 found = await self._pool.predict(
                     servable.name, servable.version, images, timeout_s=max(deadlines), hurry_s=min(deadlines)
                 )
+            CALL_S.observe(time.perf_counter() - now)
             outputs = {"logits": found.logits, "probabilities": found.probabilities}
             if found.distances is not None:
                 outputs["distance"] = found.distances
