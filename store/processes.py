@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Literal
 
 from store.settings import Settings
 
@@ -31,6 +32,9 @@ def choose_grpc_event_loop() -> None:
     os.environ.setdefault("GRPC_EXPERIMENTS", ",".join(f"-{name}" for name in loops))
 
 
-def pulse_file(settings: Settings, pid: int) -> Path:
-    """The file that a worker touches every second, for the supervisor on its machine."""
-    return settings.home / f"worker-{pid}.pulse"
+def pulse_file(settings: Settings, pid: int | Literal["*"]) -> Path:
+    """The file that a worker touches every second, for the supervisor on its machine or its container's health check.
+
+    The host's name is in it because workers in containers share the home, and all of them have the id 1.
+    """
+    return settings.home / f"worker-{os.uname().nodename}-{pid}.pulse"
