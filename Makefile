@@ -87,7 +87,7 @@ deploy-check: $(READY) ## Check the Dockerfile, the manifests, the alerts and th
 	$(BIN)/pytest tests/deploy
 
 TARGETS ?= gateway model-server trainer
-images: $(READY) ## Build the images without Docker, run them together and measure them (Debian, root; TARGETS=gateway)
+images: $(READY) ## Build the images without Docker, run and measure them (Debian, root; TARGETS=gateway)
 	$(BIN)/python -m deploy.images build $(TARGETS:%=--target %)
 
 load: $(READY) ## Load a service of its own for half a minute

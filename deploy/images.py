@@ -25,13 +25,14 @@ import httpx
 
 ROOT = Path(__file__).parents[1]
 Target = Literal["gateway", "trainer", "model-server"]
-TARGETS: tuple[Target, ...] = ("gateway", "model-server", "trainer")
+TARGETS: tuple[Target, ...] = ("gateway", "trainer", "model-server")  # the last starts from the one before
 LOCKS: Mapping[Target, str] = {"gateway": "gateway", "trainer": "trainer", "model-server": "trainer"}
 MOST_BYTES: Mapping[Target, int] = {"gateway": 300_000_000}  # of the files in an image
 UID = 10001
 TOOLS = {"buildah": "buildah", "debootstrap": "debootstrap", "ip": "iproute2", "unshare": "util-linux"}
 URL = "http://127.0.0.1:8080"
 HEALTHY_S = 180.0  # by then every health check must have succeeded, and the gateway must be ready
+WRITABLE = ("/tmp/", "/run/", "/etc/hosts", "/etc/resolv.conf")  # noqa: S108 (the last three are written by buildah)
 SURPLUS = ("man", "locale", "info", "lintian", "linda", "groff")  # in /usr/share; Debian's own slim images lack them
 
 
@@ -78,9 +79,10 @@ def main() -> None:
 @click.option(
     "--work", type=click.Path(path_type=Path), default=ROOT / "var" / "images", help="Directory of images and wheels."
 )
+@click.option("--reuse", is_flag=True, help="Do not build images that are there.")
 @click.option("--base", help="Image to run on, with --build-base.  [default: made with debootstrap, once]")
 @click.option("--build-base", help="Image to build on: that one, with the venv module and binutils.")
-def build(targets: Sequence[Target], work: Path, base: str | None, build_base: str | None) -> None:
+def build(targets: Sequence[Target], work: Path, reuse: bool, base: str | None, build_base: str | None) -> None:
     """Build images, run them together, and print the size of each and the time until it was healthy."""
     targets = [target for target in TARGETS if target in (targets or TARGETS)]
     missing = sorted(package for tool, package in TOOLS.items() if not shutil.which(tool))
@@ -97,21 +99,23 @@ def build(targets: Sequence[Target], work: Path, base: str | None, build_base: s
         bases = {"BASE": base, "BUILD_BASE": build_base} if base and build_base else make_bases(buildah)
         python = python_of(buildah, bases["BUILD_BASE"])
         for target in targets:
-            build_target(buildah, target, bases, download_wheels(work, LOCKS[target], python))
-        sizes = {target: size_bytes(buildah, target) for target in targets}
+            if not (reuse and buildah.has(image_of(target))):
+                wheels = download_wheels(work, LOCKS[target], python)
+                build_target(buildah, target, bases, wheels, have_trainer="trainer" in targets)
         names = [name for target in targets for name in ("--target", target)]
         # The namespaces: a network without anything but a loopback interface, and processes that end with the first.
         inside = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
         trial = [*inside, sys.executable, "-m", "deploy.images", "try", "--work", str(work), *names]
-        seconds = json.loads(subprocess.run(trial, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout)
+        measured = json.loads(subprocess.run(trial, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout)
     except subprocess.CalledProcessError as exc:
         raise click.ClickException(f"{' '.join(map(str, exc.cmd[:8]))} … ended with {exc.returncode}") from exc
     click.echo(f"{'image':<14}{'size':>10}{'healthy after':>16}")
     for target in targets:
-        click.echo(f"{target:<14}{sizes[target] / 1e6:>7.0f} MB{seconds[target]:>14.1f} s")
+        size_bytes, healthy_after_s = measured[target]
+        click.echo(f"{target:<14}{size_bytes / 1e6:>7.0f} MB{healthy_after_s:>14.1f} s")
     for target, most_bytes in MOST_BYTES.items():
-        if sizes.get(target, 0) > most_bytes:
-            raise click.ClickException(f"the {target} image is larger than {most_bytes / 1e6:.0f} MB")
+        if target in measured and measured[target][0] >= most_bytes:
+            raise click.ClickException(f"the {target} image has {most_bytes / 1e6:.0f} MB or more")
 
 
 def make_bases(buildah: Builder) -> dict[str, str]:
@@ -217,32 +221,35 @@ def download_wheels(work: Path, lock: str, python: str) -> Path:
     return wheels
 
 
-def build_target(buildah: Builder, target: Target, bases: Mapping[str, str], wheels: Path) -> None:
-    """Build the image of a target."""
+def build_target(
+    buildah: Builder, target: Target, bases: Mapping[str, str], wheels: Path, *, have_trainer: bool
+) -> None:
+    """Build the image of a target.
+
+    Args:
+        have_trainer: the model server can start from the trainer's image instead of building it again.
+    """
     click.echo(f"building {target}", err=True)
     config = buildah.work / "pip.conf"
     config.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+    arguments = [part for name, image in bases.items() for part in ("--build-arg", f"{name}={image}")]
+    if target == "model-server" and have_trainer:
+        arguments += ["--build-context", f"trainer=container-image://{image_of('trainer')}"]
+    # Without --layers: vfs copies everything for each layer, and TensorFlow's are large.
     buildah(
-        "build", "--quiet", "--isolation", "chroot", "--format", "docker", "--layers", "--pull-never",
-        *(part for name, image in bases.items() for part in ("--build-arg", f"{name}={image}")),
+        "build", "--quiet", "--isolation", "chroot", "--format", "docker", "--pull-never", *arguments,
         "--volume", f"{wheels}:/wheels:ro", "--volume", f"{config}:/etc/pip.conf:ro",
         "--target", target, "--tag", image_of(target), ROOT,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
-
-
-def size_bytes(buildah: Builder, target: Target) -> int:
-    """The size of the files in an image, uncompressed."""
-    with _container(buildah, image_of(target)) as container:
-        tree = buildah.output("mount", container)
-        return int(subprocess.run(["du", "-sbx", tree], check=True, capture_output=True, text=True).stdout.split()[0])
+    buildah("rmi", "--prune", "--force", stdout=subprocess.DEVNULL)
 
 
 @main.command("try", hidden=True)
 @click.option("--target", "targets", multiple=True, type=click.Choice(TARGETS))
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 def try_(targets: Sequence[Target], work: Path) -> None:
-    """Run images together, as the first process of a namespace; print after how many seconds each was healthy."""
+    """Run images together, as the first process of a namespace; print the size and the time until healthy of each."""
     if os.getpid() != 1:
         raise click.ClickException("run this through the command `build`")
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
@@ -253,12 +260,18 @@ def try_(targets: Sequence[Target], work: Path) -> None:
     os.chown(home, UID, UID)
     containers = {target: buildah.output("from", "--pull-never", image_of(target)) for target in targets}
     try:
-        trial = Trial(buildah, containers, home)
-        click.echo(json.dumps(trial.run()))
+        sizes = {target: _size_bytes(Path(buildah.output("mount", each))) for target, each in containers.items()}
+        seconds = Trial(buildah, containers, home).run()
+        click.echo(json.dumps({target: (sizes[target], seconds[target]) for target in targets}))
     finally:
         for container in containers.values():
             with (work / "rm.log").open("a") as log:
                 subprocess.run(buildah.line("rm", container), stdout=log, stderr=log, check=False)
+
+
+def _size_bytes(tree: Path) -> int:
+    """The size of the files in a directory."""
+    return int(subprocess.run(["du", "-sbx", tree], check=True, capture_output=True, text=True).stdout.split()[0])
 
 
 @dataclass(frozen=True)
@@ -276,6 +289,7 @@ class Trial:
             the seconds after which each was healthy.
         """
         configs = {target: self.buildah.config(image_of(target)) for target in self.containers}
+        (self.buildah.work / "started").touch()
         started_at = time.monotonic()
         processes = {}
         for target, config in configs.items():
@@ -296,11 +310,13 @@ class Trial:
                         self._fail(target, f"is not healthy after {HEALTHY_S:.0f} s: {done.stderr.strip()}")
         if set(TARGETS) <= healthy.keys():
             self._predict(started_at + HEALTHY_S)
+        for target in healthy:
+            self._check_files(target)
         return healthy
 
     def _predict(self, deadline: float) -> None:
         """Make an API key with the command in the gateway's image, and have the base model classify a drawn 1."""
-        create = ("python", "-m", "cli", "keys", "create", "--name", "trial", "--scope", "predict")
+        create = ("temper", "keys", "create", "--name", "trial", "--scope", "predict")
         key = subprocess.run(self._line("gateway", create), check=True, capture_output=True, text=True).stdout.strip()
         while httpx.get(f"{URL}/readyz").status_code != 200:
             if time.monotonic() > deadline:
@@ -312,6 +328,17 @@ class Trial:
         if answer.status_code != 200 or answer.json()["predictions"][0]["label"] != "1":
             self._fail("gateway", f"a drawn 1 was answered with {answer.status_code}: {answer.text}")
         click.echo("a prediction through all three: 1, as drawn", err=True)
+
+    def _check_files(self, target: Target) -> None:
+        """Fail if a container has written what a read-only root file system would refuse."""
+        tree = self.buildah.output("mount", self.containers[target])
+        written = subprocess.run(
+            ["find", tree, "-xdev", "-type", "f", "-newercc", self.buildah.work / "started", "-printf", "/%P\\n"],
+            check=True, capture_output=True, text=True,
+        ).stdout.split()  # fmt: skip
+        surplus = [path for path in written if not path.startswith(WRITABLE)]
+        if surplus:
+            self._fail(target, f"has written {', '.join(surplus[:5])}, outside of the volume and /tmp")
 
     def _line(self, target: Target, command: Sequence[str]) -> list[str]:
         """The command line that runs a command in a container as its image's user."""
