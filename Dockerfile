@@ -8,7 +8,8 @@ ARG EXTRA=trainer
 
 # hadolint ignore=DL3006
 FROM ${BASE} AS base
-ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+# HOME: Keras writes its settings there when TensorFlow is imported, and only the volume and /tmp need be writable.
+ENV HOME=/tmp PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     TEMPER_HOME=/var/lib/temper TEMPER_HOST=0.0.0.0
 RUN groupadd --gid 10001 temper \
     && useradd --no-log-init --uid 10001 --gid 10001 --create-home temper \
