@@ -82,6 +82,14 @@ lint: $(READY) ## Check style, types and the Dockerfile
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
+deploy-check: $(READY) ## Check the Dockerfile, the manifests, the alerts and the dashboard
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/pytest tests/deploy
+
+TARGETS ?= gateway model-server trainer
+images: $(READY) ## Build the images without Docker, run and measure them (Debian, root; TARGETS=gateway)
+	$(BIN)/python -m deploy.images build $(TARGETS:%=--target %)
+
 load: $(READY) ## Load a service of its own for half a minute, and judge it (docs/load.md)
 	$(BIN)/python -m load
 
@@ -104,4 +112,4 @@ lock: ## Update the lock files (needs uv)
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-slow test-exhaustive test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint load quality lock pb
+.PHONY: help setup demo serve test test-slow test-exhaustive test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint deploy-check images load quality lock pb

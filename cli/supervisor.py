@@ -32,7 +32,7 @@ from store import logging
 from store.engine import stored_revision
 from store.errors import ModelServerTimeout, ModelServerUnavailable, StoreUnavailable, TemperError
 from store.memory import allocator_environment, available_bytes
-from store.processes import end_with_parent, free_port, has_tensorflow, module_command, pulse_file
+from store.processes import end_with_parent, free_port, has_tensorflow, module_command
 from store.settings import (
     AUTO,
     EMBEDDED,
@@ -345,7 +345,7 @@ class WorkerPulse:
     def __call__(self, pid: int) -> bool | None:
         """Answer for the worker with this id; None while it is warming up."""
         try:
-            touched_at = pulse_file(self._settings, pid).stat().st_mtime
+            touched_at = self._settings.pulse_file(pid).stat().st_mtime
         except FileNotFoundError:
             return None
         if self._last[:2] != (pid, touched_at):

@@ -8,11 +8,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from store.settings import Settings
-
-PREFIX = __name__.removesuffix(
-    "store.processes"
-)  # of our packages: none in a checkout, `temper.` in a wheel (setup.py)
+# What comes before the names of our packages: nothing in a checkout, `temper.` in a wheel (setup.py).
+PREFIX = __name__.removesuffix("store.processes")
 ROOT = Path(__file__).parents[1 + PREFIX.count(".")]  # the directory that they are in
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # loaded here and not in the child, where another thread's lock may be held for ever
@@ -45,8 +42,3 @@ def choose_grpc_event_loop() -> None:
     """Set gRPC to its older event loop, which takes a tenth less processor time. Call before importing it."""
     loops = ("event_engine_client", "event_engine_listener", "event_engine_callback_cq")
     os.environ.setdefault("GRPC_EXPERIMENTS", ",".join(f"-{name}" for name in loops))
-
-
-def pulse_file(settings: Settings, pid: int) -> Path:
-    """The file that a worker touches every second, for the supervisor on its machine."""
-    return settings.home / f"worker-{pid}.pulse"

@@ -3,6 +3,7 @@
 import difflib
 import ipaddress
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,6 +149,13 @@ class Settings(BaseSettings):
     def version(self, model: str, number: int) -> Path:
         """Directory of a published version."""
         return self.models / model / str(number)
+
+    def pulse_file(self, pid: int | Literal["*"]) -> Path:
+        """The file that a worker of this host touches every second; with `*`, a pattern for those of all.
+
+        Containers may share a home, and in each of them the worker is process 1.
+        """
+        return self.home / f"worker-{os.uname().nodename}-{pid}.pulse"
 
     @property
     def served_root(self) -> Path:

@@ -13,7 +13,6 @@ import pytest
 
 from cli import supervisor
 from cli.supervisor import Sibling, WorkerPulse
-from store.processes import pulse_file
 from store.settings import Settings
 from tests.conftest import eventually
 
@@ -61,7 +60,7 @@ def test_a_worker_lives_as_long_as_its_pulse_changes(monkeypatch: pytest.MonkeyP
     settings = Settings(home=tmp_path)
     answers = WorkerPulse(settings)
     assert answers(7) is None  # warming up
-    file = pulse_file(settings, 7)
+    file = settings.pulse_file(7)
     file.touch()
     os.utime(file, (1, 1))  # a clock that is far behind changes nothing
     assert answers(7) is True

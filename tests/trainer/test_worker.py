@@ -12,7 +12,6 @@ import pytest
 import sqlalchemy as sa
 
 from serving.registry import Registry
-from store.processes import pulse_file
 from store.records import Manifest, ReportCard
 from store.settings import Settings
 from tests.conftest import Place, PostgreSQL, eventually, opened
@@ -53,14 +52,14 @@ def test_a_worker_shows_its_pulse_before_it_says_that_it_is_ready(
     shown: list[bool] = []
 
     def look(_: Any) -> None:
-        shown.append(pulse_file(place.settings, os.getpid()).exists())
+        shown.append(place.settings.pulse_file(os.getpid()).exists())
         raise loop.Stopped
 
     monkeypatch.setattr(worker, "_loop", look)
     with pytest.raises(loop.Stopped):
         worker.run()
     assert shown == [True]
-    assert not pulse_file(place.settings, os.getpid()).exists()
+    assert not place.settings.pulse_file(os.getpid()).exists()
 
 
 def test_a_job_goes_on_when_the_store_fails_for_a_while(place: Place) -> None:

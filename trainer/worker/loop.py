@@ -20,7 +20,6 @@ from store.disk import translated
 from store.engine import PASSING_FAILURES, connect, reason
 from store.errors import ModelServerError, StorageFailed, StorageFull, StoreUnavailable, TemperError
 from store.files import remove_tree
-from store.processes import pulse_file
 from store.records import public_name
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
@@ -127,7 +126,7 @@ class Worker:
             self._stopped.set()
             heartbeat.join()
             pulse.join()
-            pulse_file(self.settings, os.getpid()).unlink(missing_ok=True)
+            self.settings.pulse_file(os.getpid()).unlink(missing_ok=True)
             with suppress(sa.exc.DatabaseError, sa.exc.InterfaceError):
                 self.jobs.forget_worker(self.id)
 
@@ -156,7 +155,7 @@ class Worker:
 
     def _show_pulse(self) -> None:
         with suppress(OSError):  # a full disk
-            pulse_file(self.settings, os.getpid()).touch()
+            self.settings.pulse_file(os.getpid()).touch()
 
     def _run(self) -> None:
         # After the engine has imported psycopg. The other way round, psycopg's OpenSSL mixes with the one within
