@@ -93,6 +93,9 @@ images: $(READY) ## Build the images without Docker, run and measure them (Debia
 load: $(READY) ## Load a service of its own for half a minute, and judge it (docs/load.md)
 	$(BIN)/python -m load
 
+bench: $(READY) ## Run the benchmarks and write docs/benchmarks.md (half an hour; apt-get install wrk)
+	$(BIN)/python -m load.bench
+
 quality: $(READY) ## Measure the recipes on MNIST, Fashion-MNIST and digits (takes hours; resumes where it stopped)
 	$(BIN)/python -m quality
 
@@ -112,4 +115,4 @@ lock: ## Update the lock files (needs uv)
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-slow test-exhaustive test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint deploy-check images load quality lock pb
+.PHONY: help setup demo serve test test-slow test-exhaustive test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint deploy-check images load bench quality lock pb

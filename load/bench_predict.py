@@ -26,6 +26,7 @@ import httpx
 import numpy as np
 
 from load.bench_served import answer, digits, packed, show, wait
+from load.figures import note
 from load.rivals.servers import Server, start, temper
 from serving.registry import BASE, Registry
 from store.engine import connect
@@ -129,6 +130,9 @@ def beside_others(stack: contextlib.ExitStack, folder: Path, names: Sequence[str
     }
     sides = agreeing(sides, forms)
     found, awake = measured(sides, list(servers.values()), rounds, seconds)
+    for (name, c), figures in found.items():
+        title = f"Predictions over {c} connection{'s' * (c > 1)}"
+        note(title, name, [one["req/s"] for one in figures], "requests/s", is_alternative=not name.startswith("temper"))
     titles = ("req/s", "p50", "p99")
     rows = [
         [name, f"{c}", f"{speed:,.0f}", f"{p50:.2f} ms", f"{p99:.2f} ms", f"{total(found[name, c], 'failed')}"]

@@ -16,6 +16,7 @@ import numpy as np
 
 from demo import service
 from load.bench_served import PATIENCE_S, answer, digits, packed, show
+from load.figures import note
 from serving.quiet import import_tensorflow
 
 RECIPES, GOAL, AIM = 32, 4.0, 2.0
@@ -66,6 +67,10 @@ def beside_one_recipe(count: int, rounds: int) -> None:
         found = search(asked, problem)
         trials.append(time.perf_counter() - began)
         searched.append(trials[-1] + run(found.spec, found.spec.folds or 0))
+    title = f"A search of {RECIPES} recipes on {count} images"
+    note(title, "search, folds and training of its choice", searched, "s")
+    note(title, "the search of these", trials, "s")
+    note(title, "one recipe with five folds", one, "s", is_alternative=True)
     ratio = median(a / b for a, b in zip(searched, one, strict=True))
     rows = [
         ("one `full` run of 60 epochs, five folds", f"{median(one):.1f}", ""),

@@ -17,6 +17,7 @@ import click
 import numpy as np
 
 from load.bench_served import digits, show
+from load.figures import note
 from serving.quiet import import_tensorflow
 
 import_tensorflow()
@@ -49,7 +50,8 @@ ATTACKS: dict[str, tuple[dict[str, Any] | None, float]] = {  # and the longest a
 
 
 @click.command()
-def main() -> None:
+@click.option("--rounds", type=click.IntRange(1), default=ROUNDS, show_default=True, help="In which all take turns.")
+def main(rounds: int) -> None:
     """Measure training speed, and print each ratio beside its goal."""
     images, labels = digits(IMAGES, seed=0)
     x, y = images[..., None] / np.float32(255), labels.astype(np.int32)
@@ -62,7 +64,11 @@ def main() -> None:
         whole["pytorch"] = pytorch(x, y)
     except ImportError as exc:
         print(f"PyTorch is left out: {exc}")
-    speed = measured(whole | {name: ours(x, y, JOB_EPOCHS, **fields) for name, fields in METHODS.items()})
+    speeds = measured(whole | {name: ours(x, y, JOB_EPOCHS, **fields) for name, fields in METHODS.items()}, rounds)
+    for name in sorted(speeds, key=lambda name: name in ("keras fit", "pytorch")):
+        alternative = name in ("keras fit", "pytorch")
+        note("Training in batches of 64", name, speeds[name], "images/s", is_alternative=alternative)
+    speed = {name: median(found) for name, found in speeds.items()}
     comparisons = [(one, "keras fit", 1.8) for one in ("ours, full", "ours, full, l2")]
     comparisons += [(one, "pytorch", 0.8) for one in ("ours, full", "ours, full, l2") if "pytorch" in speed]
     comparisons += [(one, "keras fit", 8.0) for one in METHODS]
@@ -70,12 +76,12 @@ def main() -> None:
         [one, f"{speed[one]:,.0f}", other, f"{speed[other]:,.0f}", f"{speed[one] / speed[other]:.2f}x", f">= {goal}x"]
         for one, other, goal in comparisons
     ]
-    title = f"training, batches of {BATCH}, images a second; medians of {ROUNDS}"
+    title = f"training, batches of {BATCH}, images a second; medians of {rounds}"
     show(title, ["", "images/s", "beside", "images/s", "ratio", "goal"], rows)
 
     attacked = {name: ours(x[:FEW], y[:FEW], 1, method="full", dropout=0.0, l2=0.0, adversarial=attack)
                 for name, (attack, _) in ATTACKS.items()}  # fmt: skip
-    pace = {name: BATCH / speed for name, speed in measured(attacked).items()}
+    pace = {name: BATCH / median(found) for name, found in measured(attacked, rounds).items()}
     rows = [
         [
             name,
@@ -88,15 +94,15 @@ def main() -> None:
     show("attacks, milliseconds an update", ["", "ms", "of clean", "goal"], rows)
 
 
-def measured(sides: dict[str, Side]) -> dict[str, float]:
-    """Median images per second of every side over rounds in which all take turns; the first round warms up."""
+def measured(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
+    """Images per second of every side in each round, in which all take turns; one more round before warms up."""
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for name in reversed(sides) if number % 2 else sides:
             speed = sides[name]()
             if number:
                 found[name].append(speed)
-    return {name: median(speeds) for name, speeds in found.items()}
+    return found
 
 
 def ours(x: np.ndarray, y: np.ndarray, epochs: int, **fields: Any) -> Side:
