@@ -16,6 +16,7 @@ from setuptools.command.build_py import build_py
 
 ROOMS = ("api", "cli", "load", "serving", "store", "trainer")
 LEFT_OUT = ("load.rivals*",)  # servers to compare with, which need a checkout
+BENCHMARK = re.compile(r"bench(_\w+)?|figures")  # modules of `load` that do, too
 IMPORT = re.compile(rf"^(\s*(?:from|import) )({'|'.join(ROOMS)})(?=[. ])", re.MULTILINE)
 EDITABLE = "editable_wheel" in sys.argv
 
@@ -28,6 +29,11 @@ class BuildPy(build_py):
         if not EDITABLE:
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+
+    def find_package_modules(self, package, package_dir):
+        """Find the modules of a package."""
+        found = super().find_package_modules(package, package_dir)
+        return [each for each in found if EDITABLE or package != "temper.load" or not BENCHMARK.fullmatch(each[1])]
 
     def build_module(self, module, module_file, package):
         """Copy a module."""

@@ -12,7 +12,7 @@ from cli.db import db
 from cli.jobs import cancel, checkpoints, events, finetune, jobs, pause, resume, status, wait
 from cli.keys import keys
 from cli.models import delete, delta, download, gate, models, predict, promote, report, rollback, verify
-from cli.processes import gateway, mirror, model_server, worker
+from cli.processes import gateway, load, mirror, model_server, worker
 from cli.show import show_finding, show_health
 from cli.webhooks import webhooks
 from store.settings import Settings, from_environment
@@ -104,6 +104,6 @@ def health(client: Client) -> Health:
 for one in (
     finetune, wait, jobs, status, events, checkpoints, pause, resume, cancel,
     predict, models, report, verify, promote, rollback, gate, download, delta, delete, datasets, webhooks,
-    health, keys, db, gateway, worker, model_server, mirror,
+    health, keys, db, gateway, worker, model_server, mirror, load,
 ):  # fmt: skip
     main.add_command(one)

@@ -61,8 +61,10 @@ def main(scenario: str, **given: Any) -> None:
     with contextlib.ExitStack() as stack:
         url = settings.url
         if not url:
-            from demo import service
-
+            try:
+                from demo import service
+            except ImportError:
+                raise click.UsageError("--url: which service? (Outside a checkout there is no own one.)") from None
             url = str(stack.enter_context(service()).base_url).rstrip("/")
         say(f"{scenario}: {url}")
         try:

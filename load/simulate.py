@@ -122,8 +122,11 @@ def finished_s(api: httpx.Client) -> list[float]:
 
 def measured_s() -> list[float]:
     """How long jobs take here: a service of its own runs some searches and some quick ones, one at a time."""
-    from demo import service
-    from quality.digits import all_digits
+    try:
+        from demo import service
+        from quality.digits import all_digits
+    except ImportError:
+        raise click.UsageError("--url or --times: whose jobs? (Outside a checkout there is no own service.)") from None
 
     images, labels = all_digits()
     order = np.random.default_rng(0).permutation(len(labels))[:300]

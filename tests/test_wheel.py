@@ -43,15 +43,18 @@ def environment(folder: Path) -> Path:
     return folder / "bin/python"
 
 
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("TEMPER_", "PYTHON"))}
+
+
 @contextlib.contextmanager
 def served(python: Path, home: Path, ready: str) -> Iterator[httpx.Client]:
     """`temper serve` of an installation, run from an empty directory until the path `ready` answers."""
     home.mkdir()
     port = free_port()
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TEMPER_", "PYTHON"))}
     server = subprocess.Popen(
         [python.parent / "temper", "serve", "--port", str(port)],
-        cwd=home, env={**clean, **SMALL, "TEMPER_HOME": str(home / "var")},
+        cwd=home, env={**clean_environment(), **SMALL, "TEMPER_HOME": str(home / "var")},
     )  # fmt: skip
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as api:
@@ -92,7 +95,7 @@ def test_alone_in_an_empty_environment_it_is_a_gateway(wheel: Path, tmp_path: Pa
         refused = api.post("/finetune", data={"model": "m"}, files={"data": b"no zip"})  # its decoder runs, too
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_dataset")
     alone = subprocess.run([python.parent / "temper", "worker"], capture_output=True, text=True, check=False)
-    assert alone.stderr == "Error: this needs TensorFlow, which is not installed: pip install 'temper[trainer]'\n"
+    assert alone.stderr == "Error: this needs tensorflow, which is not installed: pip install 'temper[trainer]'\n"
 
 
 def test_with_tensorflow_it_fine_tunes_and_predicts(
@@ -110,6 +113,16 @@ def test_with_tensorflow_it_fine_tunes_and_predicts(
         assert api.post("/predict", json=body).json()["version"] == 1
         page = api.get("/models/digits/versions/1/report", headers={"Accept": "text/html"})
         assert "<svg" in page.text
+        command = [python.parent / "temper", "load", "--url", str(api.base_url), "--duration-s", "3"]
+        loose = ["--p95-ms", "5000", "--p99-ms", "9000", "--requests", "10", "--kinds", "clean=1"]
+        loaded = subprocess.run(
+            [*command, *loose, "--out", str(tmp_path / "out")],
+            cwd=tmp_path, capture_output=True, text=True, check=False, env=clean_environment(),
+        )  # fmt: skip
+        assert loaded.returncode in (0, 4), (
+            loaded.stdout + loaded.stderr
+        )  # 4: the generator was slow, on a busy machine
+        assert (tmp_path / "out" / "summary.json").is_file()
     running = subprocess.run(
         [python, "-c", "import temper.trainer; print(temper.trainer.__file__)"],
         cwd=tmp_path, capture_output=True, text=True, check=True,

@@ -338,7 +338,7 @@ def test_every_command_prints_json_and_nothing_else(
     assert [key["id"] for key in json_of(service, "keys", "list")] == [seen["keys"]["id"]]
     seen["db"] = json_of(service, "db", "status")
     assert seen["db"]["revision"] == seen["db"]["head"]
-    alone = {"serve", "gateway", "worker", "model-server", "mirror"}  # processes, which print no JSON
+    alone = {"serve", "gateway", "worker", "model-server", "mirror", "load"}  # processes, which print no JSON
     assert set(seen) | alone | {"doctor"} == set(main.commands)  # tests/cli/test_doctor.py reads the latter's
     assert (seen["status"]["id"], seen["wait"]["id"]) == (job, job)
     assert seen["status"].keys() == service.api.get(f"/finetune/{job}").json().keys()
