@@ -203,14 +203,13 @@ def main(given: Path, made: Path, epsilon: float) -> None:
     import_tensorflow()
     import tensorflow as tf
 
-    import trainer
     from trainer import attacks
     from trainer.lenet import logits
+    from trainer.worker.pretrained import pretrained
 
     with np.load(given) as arrays:
         images, labels = tf.constant(arrays["images"][..., None] / np.float32(255)), tf.constant(arrays["labels"])
-    with np.load(Path(trainer.__path__[0]) / "base" / "lenet5.npz") as arrays:
-        params = {name: tf.constant(arrays[name]) for name in arrays.files}
+    params = {name: tf.constant(value) for name, value in pretrained()[0].items()}
     size = tf.constant(epsilon, tf.float32)
     found = attacks.pgd(
         lambda x: attacks.cross_entropy(labels, logits(params, x)), images,

@@ -113,15 +113,13 @@ def test_with_tensorflow_it_fine_tunes_and_predicts(
         assert api.post("/predict", json=body).json()["version"] == 1
         page = api.get("/models/digits/versions/1/report", headers={"Accept": "text/html"})
         assert "<svg" in page.text
-        command = [python.parent / "temper", "load", "--url", str(api.base_url), "--duration-s", "3"]
+        command = [str(python.parent / "temper"), "load", "--url", str(api.base_url), "--duration-s", "3"]
         loose = ["--p95-ms", "5000", "--p99-ms", "9000", "--requests", "10", "--kinds", "clean=1"]
         loaded = subprocess.run(
             [*command, *loose, "--out", str(tmp_path / "out")],
             cwd=tmp_path, capture_output=True, text=True, check=False, env=clean_environment(),
         )  # fmt: skip
-        assert loaded.returncode in (0, 4), (
-            loaded.stdout + loaded.stderr
-        )  # 4: the generator was slow, on a busy machine
+        assert loaded.returncode in (0, 4), loaded.stdout + loaded.stderr  # 4: a busy machine
         assert (tmp_path / "out" / "summary.json").is_file()
     running = subprocess.run(
         [python, "-c", "import temper.trainer; print(temper.trainer.__file__)"],
