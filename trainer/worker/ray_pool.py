@@ -33,6 +33,7 @@ LOOK_S = 1.0  # between looks at the cluster
 GRACE_S = 15.0  # that a worker has to requeue its job and end
 YOUNG_S = 10.0  # a worker that ends within these has failed to start
 LONGEST_PAUSE_S = 60.0  # before the next attempt
+SHARED = ("TEMPER_", "PG", "AWS_", "OTEL_")  # beginnings of the variables that workers on other machines get
 GPU_RESERVE = 0.1  # share of a GPU's part for CUDA itself
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.ray")
@@ -148,7 +149,7 @@ class Pool:
         self._members: list[_Member] = []
         self._pause_s, self._start_at = 0.0, 0.0
         self._stopped = threading.Event()
-        shared = {name: value for name, value in os.environ.items() if name.startswith(("TEMPER_", "OTEL_"))}
+        shared = {name: value for name, value in os.environ.items() if name.startswith(SHARED)}
         actor = ray.remote(num_cpus=size.cpus, num_gpus=size.gpus, max_concurrency=2)(Holder)
         self._start = functools.partial(actor.remote, shared, size)
 
