@@ -20,6 +20,7 @@ from api.inference.service import InferenceService
 from api.metrics import SERVER_UP
 from api.store_metrics import StoreMetrics
 from api.uploads import Uploads
+from serving.mirror import remove_others
 from serving.publishing import PATIENCE_S, Probe, files_of, has_files, prove, reconcile
 from serving.registry import BASE, Registry, stored_name
 from store.changes import listen
@@ -27,6 +28,7 @@ from store.disk import Reserve, is_full
 from store.errors import ModelServerError, TemperError
 from store.health import Health, Notice
 from store.keys import Key
+from store.objects import objects_of
 from store.records import DEFAULT_TENANT
 from store.settings import Settings
 from store.webhooks import Webhooks
@@ -40,6 +42,7 @@ T = TypeVar("T")
 
 LOOK_S, LOOK_FOR_LOST_S = 0.5, 0.1  # between looks at a model server that answers, and at one that does not
 LOOK_TIMEOUT_S = 3.0  # after which a server that says nothing is taken for lost
+TIDY_S, CACHED_S = 600.0, 3600.0  # between looks at the disk, and the age at which data sets in the bucket go
 PUBLISHING_S = PATIENCE_S + 60.0  # age of the oldest version that a server may have missed proving when it is lost
 
 
@@ -75,8 +78,23 @@ class Gateway:
             tasks.create_task(self.courier.run())
             tasks.create_task(_keep_fresh(self._refreshes_routes(), "reading the routes", changed["registry"]))
             tasks.create_task(_keep_fresh(self.keys.refresh, "reading the keys", changed["keys"]))
+            if self.settings.objects:
+                tasks.create_task(self._keep_tidy())
             for target in self.pool.all:
                 tasks.create_task(self._watch(target))
+
+    async def _keep_tidy(self) -> None:
+        """Delete what this machine has fetched or shared and others have deleted, or can fetch, again and again."""
+        tidying, objects = Notice("deleting what is in the object store"), objects_of(self.settings)
+        while True:
+            try:
+                await asyncio.to_thread(remove_others, self.settings, self.registry)
+                await asyncio.to_thread(objects.drop_cached, self.settings.datasets, CACHED_S)
+                await asyncio.to_thread(objects.sweep)
+                tidying.worked()
+            except Exception as exc:
+                tidying.failed(exc)
+            await asyncio.sleep(TIDY_S)
 
     def _refreshes_routes(self) -> Callable[[], Awaitable[None]]:
         """What reads the routes, and tells the standbys of what they lack: no request would show it."""

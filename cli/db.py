@@ -21,6 +21,8 @@ def status(as_json: bool) -> None:
         print_json({"revision": stored, "head": head})
     elif stored == head:
         click.echo(f"revision {head}, which is up to date")
+    elif stored is not None and stored > head:
+        click.echo(f"revision {stored} of a newer release; this one has {head}")
     else:
         click.echo(f"revision {stored or 'none'}; this release has {head}: temper db upgrade")
     if stored != head:
@@ -50,10 +52,11 @@ def _revisions(upgrade: bool) -> tuple[str | None, str]:
 
     try:
         settings = from_environment()
-        if not settings.store:
-            settings.make_home()
         if upgrade:
+            settings.make_home()
             connect(settings.store_url).dispose()
+        elif not settings.store and not (settings.home / "temper.db").exists():
+            return None, HEAD  # to look would make one
         return stored_revision(settings.store_url), HEAD
     except ValueError as exc:
         raise click.ClickException(str(exc)) from exc

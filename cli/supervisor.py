@@ -132,6 +132,8 @@ class Sibling:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.relay is not None:
+            self.relay.join(1.0)  # the last lines
 
 
 def _relay(written: IO[bytes], name: str | None) -> None:

@@ -24,6 +24,7 @@ from store.objects import objects_of
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 
 LOOK_S = 0.2  # a publication waits for this
+LONGEST_PAUSE_S = 5.0  # after failures
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.mirror")
 
@@ -59,36 +60,52 @@ def main() -> None:
 
 def run(settings: Settings, registry: Registry) -> None:
     """Mirror until `Stopped` is raised."""
-    mirroring, revision = Notice("mirroring"), -1
+    reading, fetching = Notice("reading the registry"), Notice("fetching versions")
     log.info("mirrors", objects=settings.objects, models=str(settings.models))
+    revision, missing, pause_s = -1, set[tuple[str, int]](), LOOK_S
     while True:
         try:
             now = registry.revision()
             if now != revision:
-                with translated():
-                    complete = mirror(settings, registry)
-                revision = now if complete else -1  # a version that is not shared yet is about to be
-            mirroring.worked()
-        except (*PASSING_FAILURES, StorageFailed, StorageFull) as exc:
-            mirroring.failed(exc)
-            time.sleep(1.0)
-        time.sleep(LOOK_S)
+                missing = {(model, version) for model, versions in registry.wanted().items() for version in versions}
+                remove_others(settings, registry)
+                objects_of(settings).sweep()
+                revision, pause_s = now, LOOK_S
+            reading.worked()
+        except PASSING_FAILURES as exc:
+            reading.failed(exc)
+        failures = fetch(settings, missing)
+        if failures:
+            model, version = min(failures)
+            fetching.failed(type(failures[model, version])(f"{model}:{version}: {failures[model, version]}"))
+        else:
+            fetching.worked()
+        # What is about to be published is not shared yet, and soon will be: with the next change at the latest.
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S if failures else 1.0) if missing else LOOK_S
+        time.sleep(pause_s)
 
 
-def mirror(settings: Settings, registry: Registry) -> bool:
-    """Fetch the versions that the registry names and delete the others; False if one could not be had yet."""
-    named = {(model, version) for model, versions in registry.wanted().items() for version in versions}
-    named |= {(version.model, version.version) for version in registry.publishing()}
-    for model, version in sorted(named):
-        objects_of(settings).fetch(settings.version(model, version))
-    remove_others(settings, registry)
-    return all(settings.version(model, version).is_dir() for model, version in named)
+def fetch(settings: Settings, missing: set[tuple[str, int]]) -> dict[tuple[str, int], StorageFailed | StorageFull]:
+    """Fetch versions, and take those that are here now out of `missing`; what is wrong with the others, if anything."""
+    failures: dict[tuple[str, int], StorageFailed | StorageFull] = {}
+    for model, version in sorted(missing):
+        place = settings.version(model, version)
+        try:
+            with translated():
+                if objects_of(settings).fetch(place).is_dir():
+                    missing.discard((model, version))
+        except (StorageFailed, StorageFull) as exc:
+            failures[model, version] = exc
+    return failures
 
 
 def remove_others(settings: Settings, registry: Registry) -> None:
-    """Delete the files of versions of which there is no record any more."""
-    for place in settings.models.glob("*/[0-9]*"):
-        if not registry.is_recorded(place.parent.name, int(place.name)):
+    """Delete the files of versions that this registry has had and that it has no record of any more."""
+    found = [(place.parent.name, place) for place in settings.models.glob("*/[0-9]*") if place.name.isdecimal()]
+    recorded, last = registry.recorded(), registry.last_versions()
+    for model, place in found:
+        # A number above the last one, or a model without any, is of another registry: somebody else's to delete.
+        if (model, int(place.name)) not in recorded and int(place.name) <= last.get(model, 0):
             remove_tree(place)
 
 

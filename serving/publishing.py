@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +30,7 @@ from store.errors import (
     ModelServerUnavailable,
     Overloaded,
     PublishFailed,
+    StorageFailed,
     TemperError,
     UnknownModel,
 )
@@ -154,29 +155,37 @@ def reconcile(settings: Settings, registry: Registry, servers: Sequence[ModelSer
             # server: a server that freezes holds up nobody who asks another.
             lock = f"reconcile-{sha256(server.target.encode()).hexdigest()[:12]}"
             with exclusive(settings, registry, lock, timeout_s=LOCK_S):
-                server.reload(settings.served_root, _present(settings, registry.wanted()))
+                server.reload(settings.served_root, _present(settings, registry))
         except TemperError as exc:
             failure = exc
     for model, version in removed:
-        _delete(settings, model, version)
-        registry.forget(model, version)
+        try:
+            _delete(settings, model, version)
+        except StorageFailed as exc:  # its record stays, so that the next call tries again
+            log.warning("%s:%d is not deleted yet: %s", public_name(model), version, exc.message)
+        else:
+            registry.forget(model, version)
     if failure:
         raise failure
 
 
-def _present(settings: Settings, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """The wanted versions whose files are on disk."""
+def _present(settings: Settings, registry: Registry) -> dict[str, list[int]]:
+    """The wanted versions whose files are there."""
+    unshared = set()
+    if settings.objects:  # others have no directory in common; what is live was shared before
+        on_the_way = [(each.model, each.version) for each in registry.publishing()]
+        unshared = {each for each in on_the_way if not objects_of(settings).is_shared(settings.version(*each))}
     present = {}
-    for model, versions in wanted.items():
-        if found := [number for number in versions if has_files(settings, model, number)]:
+    for model, versions in registry.wanted().items():
+        there = (each for each in versions if (model, each) not in unshared and has_files(settings, model, each))
+        if found := list(there):
             present[model] = found
     return present
 
 
 def has_files(settings: Settings, model: str, version: int) -> bool:
-    """Tell whether the SavedModel of a version is on disk, or in the object store."""
-    place = settings.version(model, version)
-    return (place / "saved_model.pb").is_file() or (bool(settings.objects) and objects_of(settings).has(place))
+    """Tell whether the SavedModel of a version is on disk; where an object store is, that nothing says it is gone."""
+    return bool(settings.objects) or (settings.version(model, version) / "saved_model.pb").is_file()
 
 
 def files_of(settings: Settings, model: str, version: int) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from store.changes import notify
-from store.engine import insert_of, metadata, now
+from store.engine import insert_of, metadata, now, unpooled
 from store.errors import GateFailed, InvalidRequest, ModelServerTimeout, UnknownModel, WrongState
 from store.records import DEFAULT_TENANT, Abstention, Manifest, Override, ReportCard, owner_of, public_name
 from store.validation import in_words
@@ -307,6 +307,18 @@ class Registry:
             query = sa.select(versions.c.model, versions.c.version).where(versions.c.removed)
             return [(row.model, row.version) for row in connection.execute(query)]
 
+    def recorded(self) -> set[tuple[str, int]]:
+        """All versions of which there is a record: see `is_recorded`."""
+        with self._engine.connect() as connection:
+            found = connection.execute(sa.select(versions.c.model, versions.c.version))
+            return {(row.model, row.version) for row in found}
+
+    def last_versions(self) -> dict[str, int]:
+        """The highest number that a version of each model has ever had."""
+        with self._engine.connect() as connection:
+            found = connection.execute(sa.select(models.c.name, models.c.last_version))
+            return {row.name: row.last_version for row in found}
+
     def is_recorded(self, model: str, version: int) -> bool:
         """Tell whether there is a record of a version: it is live or being published, or its files have to go."""
         with self._engine.connect() as connection:
@@ -512,7 +524,8 @@ class _Exclusive:
         self._engine, self._task, self._timeout_s = engine, task, timeout_s
 
     def __enter__(self) -> None:
-        self._connection = self._engine.connect()
+        # Outside the pool: whoever holds the lock needs connections that those who wait for it must not have.
+        self._connection = unpooled(self._engine).connect()
         try:
             number = int.from_bytes(sha256(self._task.encode()).digest()[:8], signed=True)
             self._connection.execute(sa.text(f"SET LOCAL lock_timeout = {int(1000 * (self._timeout_s or 0))}"))

@@ -10,7 +10,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from store.engine import RETRY_FIRST_S, RETRY_MOST_S
+from store.engine import RETRY_FIRST_S, RETRY_MOST_S, connect_options
 from store.health import Notice
 
 CHANNEL = "temper"
@@ -33,6 +33,7 @@ async def listen(engine: sa.Engine, events: Mapping[str, asyncio.Event]) -> None
     import psycopg
 
     arguments, options = engine.dialect.create_connect_args(engine.url)
+    options = {**options, **connect_options(engine.url)}
     listening, pause_s = Notice("listening to the store"), RETRY_FIRST_S
     while True:
         try:
@@ -45,7 +46,7 @@ async def listen(engine: sa.Engine, events: Mapping[str, asyncio.Event]) -> None
                 async for notification in connection.notifies():
                     if notification.payload in events:
                         events[notification.payload].set()
-        except psycopg.Error as exc:
+        except Exception as exc:  # whatever it is, a gateway goes on, and looks twice a second
             listening.failed(exc)
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, RETRY_MOST_S)

@@ -162,6 +162,17 @@ def reason(exc: Exception) -> str:
     return " ".join(said.split()) or type(exc).__name__
 
 
+def connect_options(url: sa.URL) -> dict[str, Any]:
+    """Options by which a PostgreSQL that does not answer, or is gone, is noticed; those of the URL come first."""
+    libpq = url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+    return {name: value for name, value in LIBPQ.items() if name not in url.query} if libpq else {}
+
+
+def unpooled(engine: sa.Engine) -> sa.Engine:
+    """An engine for the same store whose connections are closed after use."""
+    return sa.create_engine(engine.url, poolclass=sa.pool.NullPool, connect_args=connect_options(engine.url))
+
+
 def _stored_revision(engine: sa.Engine) -> str | None:
     from store.migrations import revision
 
@@ -176,10 +187,7 @@ def _engine(url: str) -> sa.Engine:
             engine = sa.create_engine(parsed)
             sa.event.listen(engine, "connect", _prepare_sqlite)
             return engine
-        # Options of the URL come first: a server that does not answer, or is gone, is noticed after these seconds.
-        options = {name: value for name, value in LIBPQ.items() if name not in parsed.query}
-        libpq = parsed.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
-        return sa.create_engine(parsed, pool_pre_ping=True, connect_args=options if libpq else {})
+        return sa.create_engine(parsed, pool_pre_ping=True, connect_args=connect_options(parsed))
     except sa.exc.ArgumentError as exc:  # NoSuchModuleError is one
         raise StoreUnavailable(f"TEMPER_STORE is not a valid database URL: {reason(exc)}") from exc
     except ImportError as exc:

@@ -220,6 +220,12 @@ class StorageFailed(TemperError):
     code = "storage_failed"
 
 
+class ObjectStoreUnavailable(StorageFailed):
+    """The object store, through which machines exchange data sets and versions, cannot be reached."""
+
+    code = "object_store_unavailable"
+
+
 class JobFailed(TemperError):
     """A job cannot succeed. Its code goes into the job's record."""
 

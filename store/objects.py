@@ -1,8 +1,8 @@
 """Files that machines without a shared directory exchange through an object store (`TEMPER_OBJECTS`).
 
-Data sets and versions never change once they are complete. Whoever makes one shares it, under the key that is its path
-in the home, and whoever needs one fetches it; each machine's home keeps what it has fetched until it is no longer
-needed. Without an object store all machines share the home, and nothing here does anything.
+Data sets, versions and the epochs that jobs keep never change once they are complete. Whoever makes one shares it,
+under the key that is its path in the home, and whoever needs one fetches it into the home of its own machine. Without
+an object store all machines share the home, and nothing here does anything.
 """
 
 import contextlib
@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from store.errors import StorageFailed
+from store.errors import ObjectStoreUnavailable, StorageFailed
 from store.files import make_directory, move, remove_tree
 from store.settings import Settings
 
 COMPLETE = ".complete"  # the last object of a directory that is shared: a JSON list of its files
+LEFT_S = 3600.0  # age at which what a process was fetching when it died is removed
+CONNECT_S, READ_S = 5, 30
 
 
 @functools.cache
@@ -30,20 +32,22 @@ def objects_of(settings: Settings) -> "Objects":
 class Objects:
     """Shares and fetches files and directories of the home.
 
-    Every method raises `StorageFailed` if the object store cannot be used.
+    Every method raises `ObjectStoreUnavailable` while the object store cannot be reached, and `StorageFailed` if it
+    refuses, or lacks part of what it should have.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._home, self._staging = settings.home.resolve(), settings.staging
+        self._home = settings.home.resolve()
+        self._fetching = self._home / "fetching"
         self._root = (settings.objects or "").rstrip("/")
-        self._known: set[Path] = set()  # is there; what is shared does not change
+        self._shared: set[Path] = set()  # what is shared does not change
 
     @functools.cached_property
     def _store(self) -> Any:
-        with _translated():
-            import fsspec  # here, as most installations need none
+        import fsspec  # here, as most installations need none
 
-            return fsspec.core.url_to_fs(self._root)[0]
+        config = {"connect_timeout": CONNECT_S, "read_timeout": READ_S}
+        return fsspec.core.url_to_fs(self._root, config_kwargs=config, use_listings_cache=False)[0]
 
     def _key(self, path: Path) -> str:
         return f"{self._root}/{path.resolve().relative_to(self._home)}"
@@ -60,37 +64,40 @@ class Objects:
                 self._store.pipe_file(f"{self._key(path)}/{COMPLETE}", json.dumps(names).encode())
             else:
                 self._store.put_file(str(path), self._key(path))
-        self._known.add(path)
+        self._shared.add(path)
 
-    def has(self, path: Path) -> bool:
-        """Tell whether a file or directory is here or can be fetched."""
-        if path.exists() or path in self._known:
-            return True
-        if not self._root:
-            return False
+    def is_shared(self, path: Path) -> bool:
+        """Tell whether a file, or a complete directory, is in the object store."""
+        if not self._root or path in self._shared:
+            return bool(self._root)
         with _translated():
-            found = any(self._store.exists(key) for key in (f"{self._key(path)}/{COMPLETE}", self._key(path)))
+            found = any(self._store.isfile(key) for key in (f"{self._key(path)}/{COMPLETE}", self._key(path)))
         if found:
-            self._known.add(path)
+            self._shared.add(path)
         return found
+
+    def share_missing(self, path: Path) -> None:
+        """Share what is here and not shared yet: it was made before there was an object store."""
+        if self._root and path.exists() and not self.is_shared(path):
+            self.share(path)
 
     def fetch(self, path: Path) -> Path:
         """Have a file or directory here, if it is shared and not here yet; returns its path."""
         if not self._root or path.exists():
             return path
-        staged = self._staging / f"fetched-{secrets.token_hex(8)}"
+        make_directory(self._fetching)
+        staged = self._fetching / secrets.token_hex(8)
         try:
             with _translated():
                 if not self._download(path, staged):
                     return path
             make_directory(path.parent)
-            with contextlib.suppress(OSError) if path.exists() else contextlib.nullcontext():
-                move(staged, path)
+            move(staged, path)
         except OSError:
             if not path.exists():  # otherwise somebody else has fetched it meanwhile
                 raise
         finally:
-            staged.unlink(missing_ok=True) if staged.is_file() else remove_tree(staged)
+            _remove(staged)
         return path
 
     def _download(self, path: Path, staged: Path) -> bool:
@@ -113,38 +120,76 @@ class Objects:
         """Delete a file or directory from the object store."""
         if not self._root:
             return
-        self._known.discard(path)
+        self._shared.discard(path)
         with _translated(), contextlib.suppress(FileNotFoundError):
             # First what says that a directory is complete, then its files.
             for key in (f"{self._key(path)}/{COMPLETE}", self._key(path)):
                 if self._store.exists(key):
                     self._store.rm(key, recursive=True)
 
+    def remove_if_older(self, path: Path, age_s: float) -> None:
+        """Delete a file that was shared longer ago, and not again since it was listed."""
+        with _translated(), contextlib.suppress(FileNotFoundError):
+            if _age_s(self._store.info(self._key(path))) > age_s:
+                self.remove(path)
+
+    def listed(self, folder: Path) -> list[Path]:
+        """Files and directories that are shared in a folder."""
+        return [folder / Path(each["name"]).name for each in self._entries(folder)]
+
     def older_than(self, folder: Path, age_s: float) -> list[Path]:
-        """Shared files of a folder that were shared longer ago."""
+        """Files of a folder that were shared longer ago."""
+        files = (each for each in self._entries(folder) if each["type"] == "file")
+        return [folder / Path(each["name"]).name for each in files if _age_s(each) > age_s]
+
+    def _entries(self, folder: Path) -> list[dict[str, Any]]:
         if not self._root:
             return []
         with _translated():
-            self._store.invalidate_cache()
             try:
-                found = self._store.ls(self._key(folder), detail=True)
+                found: list[dict[str, Any]] = self._store.ls(self._key(folder), detail=True, refresh=True)
             except FileNotFoundError:
                 return []
-        return [
-            folder / Path(each["name"]).name
-            for each in found
-            if each["type"] == "file" and time.time() - each["LastModified"].timestamp() > age_s
-        ]
+        return found
+
+    def drop_cached(self, folder: Path, age_s: float) -> None:
+        """Delete the files of a folder here that are older and shared: whoever needs one fetches it again."""
+        if not self._root:
+            return
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and time.time() - path.stat().st_mtime > age_s and self.is_shared(path):
+                    path.unlink()
+
+    def sweep(self) -> None:
+        """Delete what processes were fetching when they died."""
+        for path in self._fetching.iterdir() if self._fetching.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > LEFT_S:
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _age_s(entry: dict[str, Any]) -> float:
+    return float(time.time() - entry["LastModified"].timestamp())
 
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Raise `StorageFailed` for whatever an object store raises."""
+    """Raise errors of ours for whatever an object store raises."""
     try:
         yield
     except ImportError as exc:
         raise StorageFailed(f"TEMPER_OBJECTS: {exc}; pip install 'temper[s3]'") from exc
     except FileNotFoundError as exc:
         raise StorageFailed(f"the object store lacks {exc}") from exc
+    except PermissionError as exc:
+        raise StorageFailed("the object store refuses this key; its policy must allow to list, read and write") from exc
     except Exception as exc:
-        raise StorageFailed("the object store cannot be used") from exc
+        raise ObjectStoreUnavailable("the object store cannot be reached") from exc

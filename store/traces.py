@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 TRACEPARENT = "traceparent"
 TIMEOUT_S = 3.0  # of an export, and so of the wait for a collector that is away when a process ends
@@ -61,7 +62,7 @@ def configure(process: str, endpoint: str) -> None:
     class Exporter(OTLPSpanExporter):
         """Tells once when a collector goes away, and once when it is back."""
 
-        sending = Notice(f"sending traces to {endpoint}")
+        sending = Notice(f"sending traces to {urlsplit(endpoint).hostname}")  # a URL may have a password
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             result = super().export(spans)
@@ -72,7 +73,8 @@ def configure(process: str, endpoint: str) -> None:
             return result
 
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it tells of every attempt
-    timeout_s = None if "OTEL_EXPORTER_OTLP_TIMEOUT" in os.environ else TIMEOUT_S
+    own = {"OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"} & os.environ.keys()
+    timeout_s = None if own else TIMEOUT_S
     url = endpoint.rstrip("/").removesuffix("/v1/traces") + "/v1/traces"
     resource = Resource.create({"service.name": f"temper-{process}", "service.instance.id": _instance()})
     provider = TracerProvider(resource=resource)

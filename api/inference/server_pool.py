@@ -72,7 +72,7 @@ class ServerPool:
     """All model servers; their channels are open inside of `async with`.
 
     Args:
-        has_files: tells whether a version of a model is on disk.
+        has_files: tells whether the files of a version are there, as far as that can be known at once.
         tls: for servers at a `host:port`.
         has_standby: ask one server only, as long as it is well; the others stand by.
     """

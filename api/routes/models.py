@@ -17,7 +17,7 @@ from api.http.pages import SELF_CONTAINED
 from api.inference.server_pool import PooledServer
 from serving.publishing import Probe, check_files, files_of, prove, zipped
 from serving.registry import BASE, LABEL, STABLE, Label, Route, Version, is_visible
-from store.errors import Forbidden, NotFound, PublishFailed, TemperError, UnknownModel, WrongState
+from store.errors import Forbidden, NotFound, PublishFailed, StorageFailed, TemperError, UnknownModel, WrongState
 from store.objects import objects_of
 from store.records import DEFAULT_TENANT, DatasetCard, public_name
 from trainer.jobs.datasets import Dataset
@@ -353,7 +353,8 @@ async def delete(gateway: Gateway, model: str, version: int | None, *, last_too:
     versions = await gateway.record_deletion(retire)
     log.info("%s: versions %s removed", model, versions)
     await gateway.align()
-    await asyncio.to_thread(sweep_kept, gateway.settings, gateway.jobs, gateway.registry)
+    with contextlib.suppress(StorageFailed):  # the model is gone; workers sweep what is left
+        await asyncio.to_thread(sweep_kept, gateway.settings, gateway.jobs, gateway.registry)
     await asyncio.to_thread(gateway.reserve.keep)
     return Deleted(model=public_name(model), versions=versions)
 

@@ -569,6 +569,8 @@ def test_a_spec_may_be_in_a_file(service: Service, upload: Path, tmp_path: Path)
 
 def test_the_schema_of_the_store_is_shown_and_upgraded(tmp_path: Path) -> None:
     home = {"TEMPER_HOME": str(tmp_path)}
+    assert json.loads(run("db", "status", "--json", **home).stdout)["revision"] is None
+    assert list(tmp_path.iterdir()) == []
     head = json.loads(run("db", "upgrade", "--json", **home).stdout)["after"]
     assert run("db", "upgrade", **home).stdout == f"revision {head}, as before\n"
     assert run("db", "status", **home).stdout == f"revision {head}, which is up to date\n"
@@ -578,6 +580,7 @@ def test_the_schema_of_the_store_is_shown_and_upgraded(tmp_path: Path) -> None:
     assert (behind.returncode, behind.stdout) == (1, f"revision 0001; this release has {head}: temper db upgrade\n")
     with sqlite3.connect(tmp_path / "temper.db") as store:
         store.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert run("db", "status", **home).stdout == f"revision 9999 of a newer release; this one has {head}\n"
     assert "schema 9999 of a newer release" in error_line(run("db", "upgrade", **home))
     nowhere = {"TEMPER_STORE": "postgresql+psycopg://temper:secret@127.0.0.1:1/t"}
     refused = error_line(run("db", "status", **nowhere))

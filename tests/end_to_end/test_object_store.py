@@ -66,10 +66,10 @@ def test_files_and_directories_reach_another_machine_complete_or_not_at_all(tmp_
     (here / "variables").mkdir(parents=True)
     (here / "saved_model.pb").write_bytes(b"graph")
     (here / "variables" / "index").write_bytes(b"weights")
-    assert not theirs.has(there)
+    assert not theirs.is_shared(there)
     assert not theirs.fetch(there).exists()
     ours.share(here)
-    assert theirs.has(there)
+    assert theirs.is_shared(there)
     assert (theirs.fetch(there) / "variables" / "index").read_bytes() == b"weights"
     other = homes[0].version("m", 2)
     other.mkdir()
@@ -79,14 +79,22 @@ def test_files_and_directories_reach_another_machine_complete_or_not_at_all(tmp_
     with pytest.raises(StorageFailed, match="lacks"):
         theirs.fetch(homes[1].version("m", 2))
     assert not homes[1].version("m", 2).exists()
-    assert list(homes[1].staging.iterdir()) == []
+    assert list((homes[1].home / "fetching").iterdir()) == []
+    store.rm("temper/house/models/m/2/.complete")
+    assert not Objects(homes[1]).is_shared(homes[1].version("m", 2))  # although part of it is there
     (homes[0].datasets / "d.npz").write_bytes(b"images")
     ours.share(homes[0].datasets / "d.npz")
     assert theirs.fetch(homes[1].datasets / "d.npz").read_bytes() == b"images"
     assert theirs.older_than(homes[1].datasets, -1.0) == [homes[1].datasets / "d.npz"]
     assert theirs.older_than(homes[1].datasets, 60.0) == []
+    theirs.drop_cached(homes[1].datasets, -1.0)
+    assert not (homes[1].datasets / "d.npz").exists()
+    theirs.remove_if_older(homes[1].datasets / "d.npz", 60.0)
+    assert keys(store, "datasets") == ["temper/house/datasets/d.npz"]
     ours.remove(here)
     assert keys(store, "models/m/1") == []
+    ours.share_missing(here)  # as after a restart with an object store that the version has never seen
+    assert theirs.is_shared(there)
     server.terminate()
     server.wait(30)
     with pytest.raises(StorageFailed, match="the object store cannot be used"):

@@ -20,6 +20,8 @@ from trainer.asked import parse_asked
 from trainer.jobs.records import Jobs
 from trainer.worker.ray_pool import Size, gpu_memory_mb, reserve_cores
 
+ELSEWHERE = {"TEMPER_STORE": "postgresql+psycopg://temper@127.0.0.1:1/t", "TEMPER_MODEL_SERVER": "127.0.0.1:1"}
+
 
 @pytest.mark.parametrize(
     ("size", "resources", "room"),
@@ -69,11 +71,20 @@ def test_a_share_of_a_gpu_is_a_share_of_its_memory(tmp_path: Path, monkeypatch: 
 def test_without_a_cluster_it_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer", "--engine", "ray", "--address", "127.0.0.1:1"]
     done = subprocess.run(
-        command, env={**os.environ, "TEMPER_HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
-        timeout=60,
+        command, env={**os.environ, "TEMPER_HOME": str(tmp_path), **ELSEWHERE}, capture_output=True, text=True,
+        check=False, timeout=60,
     )  # fmt: skip
     message = "python -m trainer: --address 127.0.0.1:1: no Ray cluster answers: Connection refused\n"
     assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.mark.parametrize("given", [{"TEMPER_STORE": ""}, {"TEMPER_MODEL_SERVER": "embedded"}])
+def test_settings_that_mean_something_else_on_every_machine_are_refused(tmp_path: Path, given: dict[str, str]) -> None:
+    environment = {**os.environ, "TEMPER_HOME": str(tmp_path), **ELSEWHERE, **given}
+    command = [sys.executable, "-m", "trainer", "--engine", "ray", "--address", "127.0.0.1:1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"python -m trainer: --engine ray: {next(iter(given))}: ")
 
 
 @contextlib.contextmanager

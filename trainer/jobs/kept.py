@@ -78,12 +78,12 @@ def is_publishable(job: Job, versions: Versions) -> bool:
 
 def sweep_kept(settings: Settings, jobs: Jobs, versions: Versions) -> None:
     """Delete what jobs have kept for long, or without a version, or for a model that has been deleted."""
-    found = list(settings.kept.iterdir())  # first: a job is in the store before it has a directory
+    # First: a job is in the store before it has a directory.
+    found = {*settings.kept.iterdir(), *objects_of(settings).listed(settings.kept)}
     needed = jobs.open_sources() if found else set()
     for path in found:
         if path.name not in needed and not _stays(path.name, jobs, versions):
-            for folder in path.iterdir():
-                objects_of(settings).remove(folder)
+            objects_of(settings).remove(path)
             remove_tree(path)
 
 

@@ -17,9 +17,10 @@ frozen finds its lease lost. A client that pauses or cancels a running job asks 
 that is stopped, cost no attempt. All times are those of the database's clock.
 
 Tenants take turns: the next job is one of the tenant with the fewest running jobs, and of equal ones of the tenant
-whose last turn was longest ago. Of a tenant's queued jobs the one with the highest priority is next, and of equal ones
-the oldest. A point of priority is worth `AGING_S` of waiting: a job is overtaken only by those created within `AGING_S`
-times their advantage after it, so a low priority delays a job and cannot starve it.
+whose last turn was longest ago. (Workers that claim at the same moment may take jobs of the same tenant.) Of a tenant's
+queued jobs the one with the highest priority is next, and of equal ones the oldest. A point of priority is worth
+`AGING_S` of waiting: a job is overtaken only by those created within `AGING_S` times their advantage after it, so a low
+priority delays a job and cannot starve it.
 """
 
 import secrets

@@ -18,8 +18,16 @@ from serving.registry import Registry
 from store import logging, traces
 from store.disk import translated
 from store.engine import PASSING_FAILURES, connect, reason
-from store.errors import ModelServerError, StorageFailed, StorageFull, StoreUnavailable, TemperError
+from store.errors import (
+    ModelServerError,
+    ObjectStoreUnavailable,
+    StorageFailed,
+    StorageFull,
+    StoreUnavailable,
+    TemperError,
+)
 from store.files import remove_tree
+from store.health import Notice
 from store.records import public_name
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
@@ -32,6 +40,7 @@ RECOVER_S = 2.0  # between looks for jobs of dead workers
 SWEEP_S = 60.0  # between looks for unused data sets
 HEARTBEAT_S = 1.0
 STORE_PAUSE_S = 1.0  # after a failure of the store
+OBJECTS_PAUSE_S = 5.0  # after one of the object store
 REPORT_PAUSE_S = 10.0  # before a report that failed is tried again
 REPORT_ATTEMPTS = 3
 COMMAND = "python -m trainer"
@@ -66,7 +75,7 @@ def main(engine: str, address: str, workers: int | None, cpus: float, gpus: floa
     except ValueError as exc:
         logging.fail(COMMAND, str(exc))
     if engine == "ray":
-        _run_pool(address, workers, cpus, gpus, gpu_memory)
+        _run_pool(settings, address, workers, cpus, gpus, gpu_memory)
         return
     os.nice(5)  # predictions come first
 
@@ -89,15 +98,17 @@ def main(engine: str, address: str, workers: int | None, cpus: float, gpus: floa
             logging.fail(COMMAND, f"the store failed: {reason(exc)}")
 
 
-def _run_pool(address: str, workers: int | None, cpus: float, gpus: float, gpu_memory: int) -> None:
+def _run_pool(settings: Settings, address: str, workers: int | None, cpus: float, gpus: float, gpu_memory: int) -> None:
     try:
         from trainer.worker import ray_pool
     except ImportError as exc:
         logging.fail(COMMAND, f"--engine ray: {exc}; pip install 'temper[ray]'")
     try:
-        ray_pool.run(address, ray_pool.Size(cpus, gpus, gpu_memory), workers)
-    except (ConnectionError, ValueError, TimeoutError) as exc:
+        ray_pool.run(address, settings, ray_pool.Size(cpus, gpus, gpu_memory), workers)
+    except (ConnectionError, TimeoutError) as exc:
         logging.fail(COMMAND, f"--address {address}: {exc}")
+    except ValueError as exc:
+        logging.fail(COMMAND, f"--engine ray: {exc}")
 
 
 class Worker:
@@ -113,6 +124,7 @@ class Worker:
         self._contact = _StoreContact()
         self._report: tuple[Job, Iterator[None]] | None = None  # under way
         self._failed_reports: dict[str, tuple[int, float]] = {}  # how often, and when to try again
+        self._sweeping = Notice("deleting what is not needed")
 
     def run(self) -> None:
         """Work until `Stopped` is raised."""
@@ -215,11 +227,15 @@ class Worker:
                     )
                 elif time.monotonic() >= sweep_at:
                     sweep_at = time.monotonic() + SWEEP_S
-                    sweep_datasets(self.settings, self.jobs, self.registry, self.library)
-                    sweep_versions(self.settings, self.registry)
-                    sweep_checkpoints(self.settings, self.jobs)
-                    sweep_kept(self.settings, self.jobs, self.registry)
-                    sweep_leftovers(self.settings, self.jobs, self.registry, servers)
+                    try:
+                        sweep_versions(self.settings, self.jobs, self.registry, self.library)
+                        sweep_datasets(self.settings, self.jobs, self.registry, self.library)
+                        sweep_checkpoints(self.settings, self.jobs)
+                        sweep_kept(self.settings, self.jobs, self.registry)
+                        sweep_leftovers(self.settings, self.jobs, self.registry, servers)
+                        self._sweeping.worked()
+                    except (StorageFailed, StorageFull) as exc:
+                        self._sweeping.failed(exc)
                 elif not self._continue_report():
                     self.state = "idle"
                     time.sleep(POLL_S)
@@ -267,6 +283,10 @@ class Worker:
                 run_job(job, settings=self.settings, jobs=self.jobs, registry=self.registry, servers=servers)
         except LeaseLost:
             self.jobs.finish(job, "cancelled")
+        except ObjectStoreUnavailable as exc:  # which is waited for, as the store is
+            bound.warning("the object store failed; trying again", reason=str(exc.__cause__))
+            self.jobs.requeue(job)
+            time.sleep(OBJECTS_PAUSE_S)
         except TemperError as exc:
             if isinstance(exc, StorageFull | StorageFailed):
                 bound.error("the disk failed", reason=str(exc.__cause__))

@@ -27,13 +27,14 @@ import ray
 import structlog
 
 from store.processes import end_with_parent, module_command
+from store.settings import Settings
 
 CONNECT_S = 5.0
 LOOK_S = 1.0  # between looks at the cluster
 GRACE_S = 15.0  # that a worker has to requeue its job and end
 YOUNG_S = 10.0  # a worker that ends within these has failed to start
 LONGEST_PAUSE_S = 60.0  # before the next attempt
-SHARED = ("TEMPER_", "PG", "AWS_", "OTEL_")  # beginnings of the variables that workers on other machines get
+SHARED = ("TEMPER_", "PG", "AWS_", "OTEL_", "SSL_")  # beginnings of the variables that workers on other machines get
 GPU_RESERVE = 0.1  # share of a GPU's part for CUDA itself
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.ray")
@@ -144,12 +145,14 @@ class _Member:
 class Pool:
     """Keeps actors on a cluster until it is stopped."""
 
-    def __init__(self, size: Size, most: int | None) -> None:
+    def __init__(self, settings: Settings, size: Size, most: int | None) -> None:
         self._size, self._most = size, most
         self._members: list[_Member] = []
         self._pause_s, self._start_at = 0.0, 0.0
         self._stopped = threading.Event()
-        shared = {name: value for name, value in os.environ.items() if name.startswith(SHARED)}
+        shared = {name: value for name, value in os.environ.items() if name.startswith(SHARED)} | {
+            "TEMPER_HOME": str(settings.home.resolve())
+        }
         actor = ray.remote(num_cpus=size.cpus, num_gpus=size.gpus, max_concurrency=2)(Holder)
         self._start = functools.partial(actor.remote, shared, size)
 
@@ -202,7 +205,15 @@ class Pool:
             log.info("a worker starts", workers=len(self._members), room=room)
 
 
-def run(address: str, size: Size, most: int | None) -> None:
+def check(settings: Settings) -> None:
+    """Raise `ValueError` for settings that mean something else on every machine."""
+    if settings.store_url.startswith("sqlite"):
+        raise ValueError("TEMPER_STORE: workers on several machines need a PostgreSQL")
+    if settings.supervised:
+        raise ValueError(f"TEMPER_MODEL_SERVER: {settings.model_server!r} is not an address that other machines know")
+
+
+def run(address: str, settings: Settings, size: Size, most: int | None) -> None:
     """Keep a pool of workers on the cluster at `address` until SIGTERM or SIGINT.
 
     Args:
@@ -210,8 +221,9 @@ def run(address: str, size: Size, most: int | None) -> None:
 
     Raises:
         ConnectionError: there is no cluster.
-        ValueError: this is not an address.
+        ValueError: this is not an address, or other machines cannot use the settings.
     """
+    check(settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon:  # Ray itself waits for minutes
@@ -221,6 +233,6 @@ def run(address: str, size: Size, most: int | None) -> None:
             raise ConnectionError(f"no Ray cluster answers: {exc.strerror or exc}") from exc
     ray.init(address=address, namespace="temper", logging_level="warning", log_to_driver=True)
     try:
-        Pool(size, most).run()
+        Pool(settings, size, most).run()
     finally:
         ray.shutdown()

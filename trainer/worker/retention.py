@@ -57,13 +57,23 @@ def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry, library: 
     objects = objects_of(settings)
     for path in objects.older_than(settings.datasets, UNUSED_S):
         if path.name not in needed:
-            objects.remove(path)
+            objects.remove_if_older(path, UNUSED_S)
 
 
-def sweep_versions(settings: Settings, registry: Registry) -> None:
-    """Delete what this machine has fetched of versions that another one has deleted."""
-    if settings.objects:
-        remove_others(settings, registry)
+def sweep_versions(settings: Settings, jobs: Jobs, registry: Registry, library: Library) -> None:
+    """Share what was made before there was an object store, and delete what this machine has fetched of versions that
+    another one has deleted.
+    """
+    if not settings.objects:
+        return
+    objects = objects_of(settings)
+    for version in registry.live():
+        objects.share_missing(settings.version(version.model, version.version))
+    cards = [*jobs.needed_datasets(), *(version.manifest.dataset for version in registry.live())]
+    for name in {part.file for card in cards if card for part in card.parts} | library.files():
+        objects.share_missing(settings.datasets / name)
+    remove_others(settings, registry)
+    objects.sweep()
 
 
 def sweep_checkpoints(settings: Settings, jobs: Jobs) -> None:
