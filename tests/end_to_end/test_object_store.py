@@ -97,7 +97,7 @@ def test_files_and_directories_reach_another_machine_complete_or_not_at_all(tmp_
     assert theirs.is_shared(there)
     server.terminate()
     server.wait(30)
-    with pytest.raises(StorageFailed, match="the object store cannot be used"):
+    with pytest.raises(StorageFailed, match="the object store cannot be reached"):
         ours.share(homes[0].datasets / "d.npz")
 
 
@@ -161,6 +161,6 @@ def test_three_machines_exchange_data_sets_and_versions_through_a_bucket(
             refused = api.post(
                 "/finetune", data={"model": "n"}, files={"data": npz(images=digits[0][:50], labels=digits[1][:50])}
             )
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "storage_failed")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "object_store_unavailable")
             assert api.get("/finetune?model=n").json()["data"] == []
             assert predicted("lenet5") == 1
