@@ -6,7 +6,7 @@ A part lies between `<!-- generated: NAME -->` and `<!-- end -->`; everything ar
 import importlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ from trainer.spec import OPTIONS, SEARCHED, Spec
 
 REFERENCE = Path(__file__).parent / "reference"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
-PROCESSES = {"gateway": "api", "worker": "trainer.worker.loop", "model-server": "serving", "mirror": "serving.mirror"}
+PROCESSES = {
+    "gateway": "api.__main__", "worker": "trainer.worker.loop", "model-server": "serving.__main__",
+    "mirror": "serving.mirror",
+}  # fmt: skip
 Schema = Mapping[str, Any]
 
 
-def table(*header: str, rows: list[tuple[str, ...]]) -> str:
+def table(*header: str, rows: Sequence[tuple[str, ...]]) -> str:
     """A table in Markdown."""
-    lines = [header, ("---",) * len(header), *rows]
+    lines: list[tuple[str, ...]] = [header, ("---",) * len(header), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
 
 
@@ -124,7 +127,7 @@ def classes_of_errors() -> Iterator[type[errors.TemperError]]:
     while kinds:
         kind = kinds.pop(0)
         yield kind
-        kinds = kind.__subclasses__() + kinds
+        kinds = [one for one in kind.__subclasses__() if one.__module__ == errors.__name__] + kinds
 
 
 def every_error() -> str:
@@ -146,10 +149,10 @@ def _paragraph(text: str | None) -> str:
 def every_metric() -> str:
     """Name, type, labels and meaning of every metric."""
     ours = [found for found in vars(metrics).values() if isinstance(found, MetricWrapperBase)]
-    rows = {
-        found.describe()[0].name: (found.describe()[0].type, found._labelnames, found.describe()[0].documentation)
-        for found in ours
-    }
+    rows: dict[str, tuple[str, Sequence[str], str]] = {}
+    for metric in ours:
+        (described,) = metric.describe()
+        rows[described.name] = (described.type, metric._labelnames, described.documentation)
     with tempfile.TemporaryDirectory() as folder:
         engine = connect(f"sqlite:///{folder}/temper.db")
         shared = list(StoreMetrics(Statistics(engine)).registry.collect())
@@ -173,10 +176,8 @@ def commands() -> str:
 def _command(group: click.Group, context: click.Context) -> Iterator[str]:
     for name, command in sorted(group.commands.items()):
         if name in PROCESSES:
-            process: click.Command = importlib.import_module(
-                PROCESSES[name] if "." in PROCESSES[name] else f"{PROCESSES[name]}.__main__"
-            ).main
-            shown, text = process, f"{command.help} {_paragraph(process.help)}"
+            shown = process(name)
+            text = f"{command.help} {_paragraph(shown.help)}"
         else:
             shown, text = command, command.help or ""
         inner = click.Context(shown, info_name=name, parent=context)
@@ -187,12 +188,19 @@ def _command(group: click.Group, context: click.Context) -> Iterator[str]:
             yield from _command(command, inner)
 
 
+def process(name: str) -> click.Command:
+    """The command to which `temper gateway` and the like pass their options on."""
+    found: click.Command = importlib.import_module(PROCESSES[name]).main
+    return found
+
+
 def _options(command: click.Command, context: click.Context) -> str:
     rows = []
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record and record[1] and "--help" not in record[0]:
-            rows.append((f"`{record[0]}`", _linked(" ".join(record[1].split()))))
+            usage = re.sub(r"\[.*?\]", lambda found: found[0].replace("|", ", "), record[0]).replace("|", " or ")
+            rows.append((f"`{usage}`", _linked(" ".join(record[1].split()))))
     return table("option", "meaning", rows=rows) if rows else ""
 
 
