@@ -244,7 +244,13 @@ CHECKS = {
 RUN = {page: [found for found in SNIPPETS if found.page == page and not is_exception(found)] for page in SOURCES}
 
 
-@pytest.mark.parametrize("page", [page for page, found in RUN.items() if found])
+SLOW = {"docs/how-to/jobs.md"}  # trains for long enough to be paused
+PARAMETERS = [
+    pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page, found in RUN.items() if found
+]
+
+
+@pytest.mark.parametrize("page", PARAMETERS)
 def test_the_snippets_of_a_page_work_when_pasted_in_order(
     page: str, service: Service, folder: Path, digits: Any
 ) -> None:
