@@ -96,6 +96,12 @@ load: $(READY) ## Load a service of its own for half a minute, and judge it (doc
 bench: $(READY) ## Run the benchmarks and write docs/benchmarks.md (half an hour; apt-get install wrk)
 	$(BIN)/python -m load.bench
 
+docs: $(READY) ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+reference: $(READY) ## Write docs/reference anew, from the code
+	$(BIN)/python -m docs.generate
+
 quality: $(READY) ## Measure the recipes on MNIST, Fashion-MNIST and digits (takes hours; resumes where it stopped)
 	$(BIN)/python -m quality
 
@@ -115,4 +121,4 @@ lock: ## Update the lock files (needs uv)
 pb: $(READY) ## Regenerate serving/pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=serving/pb --pyi_out=serving/pb proto/model_server.proto
 
-.PHONY: help setup demo serve test test-slow test-exhaustive test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint deploy-check images load bench quality lock pb
+.PHONY: help setup demo serve test test-slow test-exhaustive test-art test-onnx test-contract test-gpu torture fuzz bandit audit lint deploy-check images load bench docs reference quality lock pb

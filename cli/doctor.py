@@ -124,7 +124,7 @@ def read_settings() -> tuple[Settings, list[tuple[Level, str, str | None]]]:
                 for other in {name}.union(*(group for group in together if name in group)):
                     replaced[other] = Settings.model_fields[other].default
     for name, nearest in unknown_variables(os.environ).items():
-        advice = f"did you mean {nearest}?" if nearest else "unset it; the README lists the settings"
+        advice = f"did you mean {nearest}?" if nearest else "unset it; docs/reference/settings.md lists the settings"
         found.append(warning(f"{name} is not a setting and is ignored", advice))
     known = {f"TEMPER_{name.upper()}" for name in Settings.model_fields}
     given = sorted(name for name in os.environ if name.upper() in known)

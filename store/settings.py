@@ -36,7 +36,7 @@ class ClientTLS:
 
 
 class Settings(BaseSettings):
-    """Everything an operator can set; see the table in the README."""
+    """Everything an operator can set; see docs/reference/settings.md."""
 
     model_config = SettingsConfigDict(env_prefix="TEMPER_", frozen=True, protected_namespaces=())
 

@@ -94,7 +94,9 @@ def test_alone_in_an_empty_environment_it_is_a_gateway(wheel: Path, tmp_path: Pa
         assert api.get("/readyz").json()["store"] == "ok"
         refused = api.post("/finetune", data={"model": "m"}, files={"data": b"no zip"})  # its decoder runs, too
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_dataset")
-    alone = subprocess.run([python.parent / "temper", "worker"], capture_output=True, text=True, check=False)
+    alone = subprocess.run(
+        [python.parent / "temper", "worker"], env=clean_environment(), capture_output=True, text=True, check=False
+    )
     assert alone.stderr == "Error: this needs tensorflow, which is not installed: pip install 'temper[trainer]'\n"
 
 
@@ -123,6 +125,6 @@ def test_with_tensorflow_it_fine_tunes_and_predicts(
         assert (tmp_path / "out" / "summary.json").is_file()
     running = subprocess.run(
         [python, "-c", "import temper.trainer; print(temper.trainer.__file__)"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert str(tmp_path) in running.stdout

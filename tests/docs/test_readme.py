@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,28 +13,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from pydantic import BaseModel
 
 from cli.main import main as temper
-from tests.conftest import Service, png, zipped
-from tests.docs.tables import BEGIN, END, settings_table
+from docs.generate import GENERATED, PART, PROCESSES, REFERENCE, classes_of_errors, generated, process
+from quality import plots
+from tests.conftest import Service
+from tests.docs.test_snippets import ADDRESS, SNIPPETS
 from trainer.asked import parse_asked
-from trainer.spec import ATTACK_NAMES, Adversarial, Spec
+from trainer.spec import ATTACK_NAMES, Adversarial, Spec, unregularized
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")))
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/**/*.md")))
 }
 TEXT = "\n".join(PAGES.values())
-ADDRESS = "localhost:8080"
 INDENT = 2  # of a tree, for each level
-
-
-def blocks(language: str) -> list[str]:
-    """Fenced code of a language in the README."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def code(text: str) -> Iterator[str]:
@@ -48,50 +41,50 @@ def code(text: str) -> Iterator[str]:
     yield from re.findall(r"`([^`\n]+)`", text)
 
 
-def section(title: str) -> str:
-    """The part of the README under a heading, up to the next one."""
-    found = re.search(rf"^#+ {title}\n(.*?)(?=^#+ |\Z)", README, re.DOTALL | re.MULTILINE)
-    assert found, f"no section {title!r}"
-    return found[1]
-
-
-def rows(title: str, header: str) -> list[list[str]]:
-    """Cells of the table that begins with `header` in a section."""
-    lines = section(title).partition(header)[2].partition("\n\n")[0].splitlines()[1:]
+def rows(page: str, header: str) -> list[list[str]]:
+    """Cells of the table that begins with `header` on a page."""
+    lines = PAGES[page].partition(header)[2].partition("\n\n")[0].splitlines()[1:]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("| ")]
 
 
-def test_the_settings_table_is_that_of_the_code() -> None:
-    written = README.partition(BEGIN)[2].partition(END)[0]
-    assert written == settings_table(), "run .venv/bin/python -m tests.docs.tables"
+def test_the_reference_is_that_of_the_code() -> None:
+    written = {path: path.read_text(encoding="utf-8") for path in REFERENCE.glob("*.md")}
+    parts = [name for text in written.values() for _, name, _ in PART.findall(text)]
+    assert sorted(parts) == sorted(GENERATED)
+    for path, text in written.items():
+        assert text == generated(text), f"{path.name}: run .venv/bin/python -m docs.generate"
 
 
-def test_the_spec_table_has_the_fields_and_defaults_of_the_code() -> None:
-    def shown(value: Any) -> str:
-        if isinstance(value, bool) or value is None:
-            return {True: "true", False: "false", None: "null"}[value]
-        return value if isinstance(value, str) else f"{value:g}"
-
-    found = {name.strip("`"): default.strip("`") for name, default, _ in rows("The spec", "| field | default |")}
-    assert found == {name: shown(field.default) for name, field in Spec.model_fields.items()}
+def test_every_error_has_a_cause_and_a_cure_of_its_own() -> None:
+    kinds = list(classes_of_errors())
+    assert len({kind.code for kind in kinds}) == len(kinds)
+    for kind in kinds:
+        assert (kind.__doc__ or "").strip(), f"{kind.__name__} has no cause: its docstring"
+        assert vars(kind).get("cure", "").endswith("."), f"{kind.__name__} has no cure"
 
 
-def test_the_options_in_the_spec_table_have_the_defaults_of_the_code() -> None:
-    for name, _, meaning in rows("The spec", "| field | default |"):
-        kinds = [kind for kind in get_args(Spec.model_fields[name.strip("`")].annotation) if isinstance(kind, type)]
-        for kind in kinds:
-            if issubclass(kind, BaseModel):
-                for option, field in kind.model_fields.items():
-                    assert f"`{option}`" in meaning, f"{name}: {option} is missing"
-                    for default in re.findall(rf"`{option}` ([\d.]+)", meaning):
-                        assert float(default) == field.default, f"{name}.{option}"
+def test_every_regularizer_of_the_spec_is_explained_with_an_equation_and_a_plot() -> None:
+    page = PAGES["docs/explanation/regularizers.md"]
+    spec = Spec(l1=1, l2=1, l2_sp=1, dropout=0.5, label_smoothing=0.5, mixup=1, ema=0.5)
+    off = unregularized(spec)
+    names = {name for name in Spec.model_fields if getattr(spec, name) != getattr(off, name)} - {"calibrate"}
+    for name in names | {"augmentation", "early_stopping"}:
+        text = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert re.search(r"^    \S", text, re.MULTILINE), f"{name} has no equation"
+        assert f"({name}.svg)" in text, f"{name} has no plot"
+    assert {f"{name}.svg" for name in plots.ALL} == {path.name for path in (ROOT / "docs/explanation").glob("*.svg")}
+
+
+def test_every_plot_can_be_drawn_from_the_results_that_are_kept() -> None:
+    found, needed = plots.results(), {run.key for make in plots.ALL.values() for run in make().runs}
+    assert needed - set(found) == set(), "run .venv/bin/python -m quality.plots"
 
 
 def test_the_attack_table_has_the_options_and_defaults_of_the_code() -> None:
     models = {get_args(tagged)[1].tag: get_args(tagged)[0] for tagged in get_args(get_args(Adversarial)[0])}
     found = {
         name.strip("`"): dict(re.findall(r"`(\w+)` ([\w.]+)", options.partition(";")[0]))
-        for name, options, _ in rows("The spec", "| `attack` | options")
+        for name, options, _ in rows("docs/explanation/adversarial.md", "| `attack` | options")
     }
     assert tuple(found) == ATTACK_NAMES
     for name, options in found.items():
@@ -104,7 +97,7 @@ def test_the_attack_table_has_the_options_and_defaults_of_the_code() -> None:
 def tree() -> list[str]:
     """Paths of the tree in the README."""
     found, parents = [], [""]
-    for line in section("The tree").splitlines():
+    for line in README.partition("## The tree\n")[2].splitlines():
         if match := re.match(r"    ( *)(\S+)  +\S", line):
             depth = len(match[1]) // INDENT
             path = parents[depth] + match[2]
@@ -152,6 +145,8 @@ def test_every_temper_command_and_option_exists() -> None:
             command = temper.commands.get(match[1])
             assert command, line
             parts = (command, *getattr(command, "commands", {}).values())  # a group has commands of its own
+            if match[1] in PROCESSES:  # which pass theirs on
+                parts = (process(match[1]),)
             options = {name for part in parts for parameter in part.params for name in parameter.opts}
             assert set(re.findall(r"(?<= )--[a-z0-9-]+", match[2])) - options - {"--help"} == set(), line
             named.add(match[1])
@@ -182,6 +177,7 @@ def test_every_module_that_is_run_has_a_help_with_the_options_that_are_named() -
 
 def test_commands_to_paste_name_the_virtual_environment() -> None:
     for page, text in PAGES.items():
+        text = re.sub(r"^```(?:python|text|json)\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
         for block in re.findall(r"```(?:bash)?\n(.*?)```|((?:^    .+\n)+)", text, re.DOTALL | re.MULTILINE):
             for line in "".join(block).splitlines():
                 assert not re.match(r"\s*(python|temper|pytest|ruff|mypy)\b(?!/)", line), f"{page}: {line}"
@@ -242,8 +238,8 @@ def is_route(openapi: dict[str, Any], method: str, path: str) -> bool:
 
 
 def test_every_curl_example_is_a_request_of_the_api(openapi: dict[str, Any]) -> None:
-    found = [curl for block in blocks("bash") for curl in curls(block)]
-    assert len(found) > 5
+    found = [curl for snippet in SNIPPETS if snippet.language == "bash" for curl in curls(snippet.code)]
+    assert len(found) > 15
     for curl in found:
         assert is_route(openapi, curl.method, curl.path), curl
         if "spec" in curl.forms:
@@ -256,76 +252,3 @@ def test_every_route_that_is_named_exists(openapi: dict[str, Any]) -> None:
     for line in code(TEXT):
         if match := re.fullmatch(r"(GET|POST|PUT|DELETE) (/[^ ?\[]*)(?:\?\S*)?", line):
             assert is_route(openapi, match[1], match[2]), f"{line} is no route"
-
-
-@pytest.fixture
-def tried(service: Service, digits_zip: bytes, digits: Any, tmp_path: Path) -> Path:
-    """A directory in which the examples can run as after `make demo`."""
-    (tmp_path / "var" / "demo").mkdir(parents=True)
-    (tmp_path / "var" / "demo" / "digits.zip").write_bytes(digits_zip)
-    (tmp_path / "var" / "demo" / "sample.png").write_bytes(png(digits[0][0]))
-    return tmp_path
-
-
-def test_the_examples_for_the_shell_work_when_pasted_in_order(service: Service, tried: Path) -> None:
-    if not shutil.which("curl"):
-        pytest.skip("no curl on this machine (Debian: apt-get install curl)")
-    # `curl` fails on an HTTP error, and the examples ask the service of the test.
-    script = 'set -eu\ncurl() { command curl --fail-with-body "$@"; echo; }\n' + "\n".join(blocks("bash"))
-    script = script.replace(ADDRESS, service.url.removeprefix("http://"))
-    script = script.replace(".venv/bin/temper", f"{sys.executable} -m cli")
-    script = script.replace("--wait", "--epochs 1 --wait").replace("spec={", 'spec={"epochs": 1, ')  # to save time
-    environment = {**os.environ, "TEMPER_URL": service.url, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tried, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert service.api.get("/models/rollout").status_code == 404  # the last step removes it
-
-
-def output(program: str, folder: Path) -> str:
-    """What a Python program prints that is started in a folder."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_example_in_python_works(service: Service, tried: Path) -> None:
-    example, *_ = blocks("python")
-    program = example.replace(f"http://{ADDRESS}", service.url)
-    spec = {"search": {"trials": 2}, "epochs": 1}  # to save time
-    program = program.replace('"digits-python", wait', f'"digits-python", {spec}, wait')
-    assert "trials" in program
-    said = output(program, tried).split()
-    assert said[0] == "version"
-    assert said[-1].isdecimal()
-
-
-def test_the_example_with_the_openai_client_works(service: Service, tried: Path) -> None:
-    _, example, _ = blocks("python")
-    program = example.replace(f"http://{ADDRESS}", service.url)
-    program += "client.fine_tuning.jobs.cancel(job.id)\nprint(job.object, job.training_file == file.id)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tried, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["fine_tuning.job", "True"]
-
-
-def test_the_example_that_leaves_out_wrong_labels_works(service: Service, tried: Path, digits: Any) -> None:
-    images, labels = digits
-    wrong = {number: (labels[number] + 1 + number % 9) % 10 for number in range(20)}
-    files = {f"{wrong.get(i, labels[i])}/{i}.png": png(images[i]) for i in range(200)}
-    (tried / "var" / "demo" / "digits.zip").write_bytes(zipped(files))
-    spec = '{"folds": 3, "validation_split": 0}'
-    service.finished(service.finetune(zipped(files), "doubted", spec).json()["id"])
-    *_, example = blocks("python")
-    program = example.replace(f"http://{ADDRESS}", service.url).replace('"digits"', '"doubted"')
-    program = program.replace("exclude=", 'spec={"epochs": 1, "gate": {"not_worse": False}}, exclude=')
-    output(program, tried)
-    newest = service.api.get("/finetune?model=doubted&limit=1").json()["data"][0]
-    assert (newest["status"], 0 < newest["dataset"]["excluded"] <= 25) == ("succeeded", True)
