@@ -258,6 +258,7 @@ class ObjectStoreUnavailable(StorageFailed):
     """The object store, through which machines exchange data sets and versions, cannot be reached."""
 
     code = "object_store_unavailable"
+    cure = "Check TEMPER_OBJECTS, the AWS_ variables and the object store itself, then send the request again."
 
 
 class JobFailed(TemperError):
