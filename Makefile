@@ -20,7 +20,7 @@ $(READY): requirements/dev.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-setup: $(READY) ## Create .venv from the lock file (3 minutes, 2.6 GB)
+setup: $(READY) ## Create .venv from the lock file (3 minutes, 3.5 GB)
 
 demo: $(READY) ## Fine-tune on real digits and predict, from start to finish
 	$(BIN)/python demo.py
