@@ -215,7 +215,7 @@ def _port(settings: Settings) -> Findings:
 
 def _is_gateway(settings: Settings) -> bool:
     """Tell whether a gateway listens on the configured address."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 # nosec B104
     url = url_of(settings.model_copy(update={"host": host}))
     with contextlib.suppress(httpx.HTTPError, ValueError, click.ClickException), gateway_client(settings) as client:
         answer = client.get(f"{url}/healthz")
@@ -296,7 +296,7 @@ def _certificates(settings: Settings) -> Findings:
             continue
         variables = f"TEMPER_{prefix}_CERT and TEMPER_{prefix}_KEY"
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")  # nosec B106
         except OSError as exc:  # ssl.SSLError is one
             if isinstance(exc, ssl.SSLError) and exc.reason == "KEY_VALUES_MISMATCH":
                 yield fault(f"{key} is not the key of {cert}", f"let {variables} name a pair")
@@ -528,7 +528,7 @@ def _handshake(where: tuple[str, int], tls: ClientTLS | None) -> OSError | None:
     if tls is None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     elif tls.cert:
-        context.load_cert_chain(tls.cert, tls.key, password="")
+        context.load_cert_chain(tls.cert, tls.key, password="")  # nosec B106
     try:
         with (
             socket.create_connection(where, CONNECT_S) as plain,
