@@ -41,6 +41,7 @@ from store.engine import now, reason
 from store.errors import TemperError
 from store.memory import available_bytes
 from store.migrations import HEAD, revision
+from store.processes import has_tensorflow
 from store.records import public_name
 from store.settings import ClientTLS, Settings, is_loopback, unknown_variables
 from trainer.jobs.statistics import Statistics
@@ -141,7 +142,7 @@ def _python(_: Settings) -> Findings:
 
 def _tensorflow(settings: Settings) -> Findings:
     """Whether TensorFlow can be imported, and which devices it sees."""
-    if importlib.util.find_spec("tensorflow") is None:
+    if not has_tensorflow():
         text = "TensorFlow is not installed: this machine can run a gateway, but no worker and no embedded model server"
         if settings.supervised or settings.workers:
             yield warning(text, "pip install 'temper[trainer]', unless only `python -m api` is to run here")

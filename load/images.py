@@ -4,7 +4,6 @@
 load test runs it as a process of its own, before the load begins.
 """
 
-import importlib.util
 import io
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import orjson
 from PIL import Image
 
 from load.settings import FORMS, KINDS, LoadSettings, weights
+from store.processes import has_tensorflow
 
 MOST_IMAGES = 512  # of each kind; bodies are made beforehand, because making them takes the generator's time
 PGD_STEPS = 10
@@ -96,7 +96,7 @@ def adversarial(found: Labelled, epsilon: float) -> Labelled:
     Raises:
         ValueError: TensorFlow is missing, the labels are not the digits that the base knows, or the process failed.
     """
-    if importlib.util.find_spec("tensorflow") is None:
+    if not has_tensorflow():
         raise ValueError("TensorFlow is not installed")
     if unknown := set(found.labels) - set("0123456789"):
         raise ValueError(f"the base model, which they are made against, does not know the class {min(unknown)!r}")

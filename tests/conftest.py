@@ -177,19 +177,24 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture
+def empty_postgresql(postgresql: str) -> str:
+    """Its URL, with nothing in it."""
+    bare = sa.create_engine(postgresql)
+    with bare.begin() as connection:
+        connection.execute(sa.text("DROP SCHEMA public CASCADE"))
+        connection.execute(sa.text("CREATE SCHEMA public"))
+    bare.dispose()
+    return postgresql
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
     """An empty store, once of each kind."""
     if request.param == "sqlite":
         engine = connect(f"sqlite:///{tmp_path / 'temper.db'}")
     else:
-        url = request.getfixturevalue("postgresql")
-        bare = sa.create_engine(url)
-        with bare.begin() as connection:
-            connection.execute(sa.text("DROP SCHEMA public CASCADE"))
-            connection.execute(sa.text("CREATE SCHEMA public"))
-        bare.dispose()
-        engine = connect(url)
+        engine = connect(request.getfixturevalue("empty_postgresql"))
     yield engine
     engine.dispose()
 

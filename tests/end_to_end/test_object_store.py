@@ -14,7 +14,6 @@ import httpx
 import numpy as np
 import pytest
 import s3fs
-import sqlalchemy as sa
 
 from store.errors import StorageFailed
 from store.objects import Objects
@@ -103,18 +102,14 @@ def test_files_and_directories_reach_another_machine_complete_or_not_at_all(tmp_
 
 @pytest.mark.slow
 def test_three_machines_exchange_data_sets_and_versions_through_a_bucket(
-    tmp_path: Path, bucket: Any, postgresql: str, digits: tuple[np.ndarray, np.ndarray]
+    tmp_path: Path, bucket: Any, empty_postgresql: str, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
     store, server = bucket
-    bare = sa.create_engine(postgresql)
-    with bare.begin() as connection:
-        connection.execute(sa.text("DROP SCHEMA public CASCADE"))
-        connection.execute(sa.text("CREATE SCHEMA public"))
-    bare.dispose()
     address, port = f"127.0.0.1:{free_port()}", free_port()
     shared = {
-        **SMALL, "TEMPER_STORE": postgresql, "TEMPER_OBJECTS": "s3://temper/house", "TEMPER_MODEL_SERVER": address,
-        "TEMPER_MODEL_ROOT": str(tmp_path / "server" / "models"), "TEMPER_PORT": str(port),
+        **SMALL, "TEMPER_STORE": empty_postgresql, "TEMPER_OBJECTS": "s3://temper/house",
+        "TEMPER_MODEL_SERVER": address, "TEMPER_PORT": str(port),
+        "TEMPER_MODEL_ROOT": str(tmp_path / "server" / "models"),
     }  # fmt: skip
     on = {name: {**shared, "TEMPER_HOME": str(tmp_path / name)} for name in ("gateway", "server", "one", "two")}
     upload = npz(images=digits[0][:60], labels=digits[1][:60])

@@ -40,16 +40,10 @@ async def told(event: asyncio.Event) -> None:
 
 
 @pytest.fixture
-def store(request: pytest.FixtureRequest) -> str:
-    """An empty PostgreSQL."""
-    url: str = request.getfixturevalue("postgresql")
-    bare = sa.create_engine(url)
-    with bare.begin() as connection:
-        connection.execute(sa.text("DROP SCHEMA public CASCADE"))
-        connection.execute(sa.text("CREATE SCHEMA public"))
-    bare.dispose()
-    connect(url).dispose()
-    return url
+def store(empty_postgresql: str) -> str:
+    """An empty store on PostgreSQL."""
+    connect(empty_postgresql).dispose()
+    return empty_postgresql
 
 
 def published(engine: sa.Engine) -> Registry:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from ray.cluster_utils import Cluster
 
 from store.engine import connect
@@ -114,16 +113,15 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.slow
 def test_a_job_goes_on_at_another_node_when_its_own_is_killed(
-    cluster: Cluster, place: Place, postgresql: str, tmp_path: Path
+    cluster: Cluster, place: Place, empty_postgresql: str, tmp_path: Path
 ) -> None:
-    bare = sa.create_engine(postgresql)
-    with bare.begin() as connection:
-        connection.execute(sa.text("DROP SCHEMA public CASCADE"))
-        connection.execute(sa.text("CREATE SCHEMA public"))
-    bare.dispose()
-    connect(postgresql).dispose()
+    connect(empty_postgresql).dispose()
     home = tmp_path / "shared"
-    environment = {"TEMPER_HOME": str(home), "TEMPER_STORE": postgresql, "TEMPER_MODEL_SERVER": place.servers[0].target}
+    environment = {
+        "TEMPER_HOME": str(home),
+        "TEMPER_STORE": empty_postgresql,
+        "TEMPER_MODEL_SERVER": place.servers[0].target,
+    }
     (home / "datasets").mkdir(parents=True)
     name = f"{place.dataset.id}.npz"
     (home / "datasets" / name).write_bytes((place.settings.datasets / name).read_bytes())
@@ -132,7 +130,7 @@ def test_a_job_goes_on_at_another_node_when_its_own_is_killed(
         asked = parse_asked(json.dumps({"epochs": 2, **spec})).described()
         return jobs.create(model=model, base="lenet5:1", spec=asked, dataset=place.dataset).id
 
-    with opened(postgresql) as engine, pool(cluster.address, environment, tmp_path / "log") as driver:
+    with opened(empty_postgresql) as engine, pool(cluster.address, environment, tmp_path / "log") as driver:
         jobs = Jobs(engine)
         eventually(lambda: list(jobs.worker_states().values()) == ["idle"] * 2, "both nodes have a warm worker", 180)
         both = set(jobs.worker_states())

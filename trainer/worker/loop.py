@@ -228,7 +228,7 @@ class Worker:
                 elif time.monotonic() >= sweep_at:
                     sweep_at = time.monotonic() + SWEEP_S
                     try:
-                        sweep_versions(self.settings, self.jobs, self.registry, self.library)
+                        sweep_versions(self.settings, self.registry)
                         sweep_datasets(self.settings, self.jobs, self.registry, self.library)
                         sweep_checkpoints(self.settings, self.jobs)
                         sweep_kept(self.settings, self.jobs, self.registry)

@@ -46,7 +46,10 @@ def retire_surplus(
 
 
 def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry, library: Library) -> None:
-    """Delete the files of data sets that no client keeps and that neither a job nor a live version needs."""
+    """Delete the files of data sets that no client keeps and that neither a job nor a live version needs.
+
+    Those that are needed, and were uploaded before there was an object store, are shared.
+    """
     needed = library.files()  # before the jobs: who deletes a data set has made sure that no job took it from there
     cards = [*jobs.needed_datasets(), *(version.manifest.dataset for version in registry.live())]
     needed |= {part.file for card in cards if card for part in card.parts}
@@ -55,12 +58,14 @@ def sweep_datasets(settings: Settings, jobs: Jobs, registry: Registry, library: 
             if path.name not in needed and time.time() - path.stat().st_mtime > UNUSED_S:
                 path.unlink()
     objects = objects_of(settings)
+    for name in needed:
+        objects.share_missing(settings.datasets / name)
     for path in objects.older_than(settings.datasets, UNUSED_S):
         if path.name not in needed:
             objects.remove_if_older(path, UNUSED_S)
 
 
-def sweep_versions(settings: Settings, jobs: Jobs, registry: Registry, library: Library) -> None:
+def sweep_versions(settings: Settings, registry: Registry) -> None:
     """Share what was made before there was an object store, and delete what this machine has fetched of versions that
     another one has deleted.
     """
@@ -69,9 +74,6 @@ def sweep_versions(settings: Settings, jobs: Jobs, registry: Registry, library: 
     objects = objects_of(settings)
     for version in registry.live():
         objects.share_missing(settings.version(version.model, version.version))
-    cards = [*jobs.needed_datasets(), *(version.manifest.dataset for version in registry.live())]
-    for name in {part.file for card in cards if card for part in card.parts} | library.files():
-        objects.share_missing(settings.datasets / name)
     remove_others(settings, registry)
     objects.sweep()
 
