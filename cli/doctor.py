@@ -1,7 +1,7 @@
 """`temper doctor`: what is wrong with an installation, and what to do about it.
 
 Every check looks at the real thing, whether or not the service runs, and changes nothing but for a small file in the
-home that it writes, renames and removes.
+home, and one in the object store, that it writes and removes.
 """
 
 import contextlib
@@ -38,9 +38,10 @@ from cli.supervisor import (
 from serving.registry import BASE, Registry
 from store.disk import LOW_BYTES, is_full
 from store.engine import now, reason
-from store.errors import TemperError
+from store.errors import ObjectStoreUnavailable, StorageFailed, TemperError
 from store.memory import available_bytes
 from store.migrations import HEAD, revision
+from store.objects import objects_of
 from store.processes import has_tensorflow
 from store.records import public_name
 from store.settings import ClientTLS, Settings, is_loopback, unknown_variables
@@ -56,6 +57,7 @@ EXPIRY_DAYS = 30
 CONNECT_S = 3.0
 IMPORT_S = 180.0
 MODELS = 50  # whose versions are looked for at a model server
+RESTORE = "stop the service, move the home away, and bring back a backup (docs/operations.md)"
 NVIDIA = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # a driver's devices, the latter within WSL
 LOOK = """
 import json
@@ -377,7 +379,10 @@ def _store(settings: Settings) -> Findings:
     except sa.exc.OperationalError as exc:
         yield fault(f"{shown} cannot be reached: {reason(exc)}", "start the database, or correct TEMPER_STORE")
     except sa.exc.DatabaseError as exc:
-        yield fault(f"{shown} is damaged: {reason(exc)}", "restore it from a backup (docs/reliability.md)")
+        if url.get_backend_name() == "sqlite":
+            yield fault(f"{shown} is damaged: {reason(exc)}", RESTORE)
+        else:
+            yield fault(f"{shown} refuses: {reason(exc)}", "let the user of TEMPER_STORE own the database it names")
 
 
 def _contents(connection: sa.Connection, shown: str) -> Findings:
@@ -387,7 +392,7 @@ def _contents(connection: sa.Connection, shown: str) -> Findings:
     if connection.dialect.name == "sqlite":
         said = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
         if said != "ok":
-            yield fault(f"{shown} is damaged: {said}", "restore it from a backup (docs/reliability.md)")
+            yield fault(f"{shown} is damaged: {said}", RESTORE)
             return
         kind = "SQLite"
     else:
@@ -496,7 +501,7 @@ def _unreachable(address: str, tls: ClientTLS | None, said: str) -> tuple[Level,
         socket.create_connection(where, CONNECT_S).close()
     except OSError as exc:
         text = f"nobody answers at {address}: {exc.strerror or exc}"
-        return fault(text, f"start it (python -m serving --address {address}), or correct TEMPER_MODEL_SERVER")
+        return fault(text, f"start it (temper model-server --address {address}), or correct TEMPER_MODEL_SERVER")
     encrypted = _handshake(where, None) is None
     if tls is None and encrypted:
         return fault(f"{address} speaks TLS", "set TEMPER_MODEL_SERVER_CA to the certificate of the CA of its own")
@@ -564,9 +569,24 @@ def _workers(settings: Settings) -> Findings:
         text = (
             f"{waiting} jobs are queued, the oldest for {found.oldest_queued_s:.0f} s, and no worker sends heartbeats"
         )
-        yield fault(text, "start one (`temper serve`, or python -m trainer), or see its log for why it ended")
+        yield fault(text, "start one (`temper serve`, or `temper worker`), or see its log for why it ended")
     else:
         yield warning("no worker sends heartbeats", "start one before somebody fine-tunes: `temper serve`")
+
+
+def _objects(settings: Settings) -> Findings:
+    """Whether the object store can be used."""
+    if not settings.objects:
+        yield ok("none: all machines share the home")
+        return
+    try:
+        objects_of(settings).probe()
+    except ObjectStoreUnavailable as exc:
+        yield fault(f"{settings.objects}: {exc.message}", "start it, or correct AWS_ENDPOINT_URL")
+    except StorageFailed as exc:
+        yield fault(f"{settings.objects}: {exc.message}", "correct TEMPER_OBJECTS, the key (AWS_*), or its policy")
+    else:
+        yield ok(f"{settings.objects} can be written, read and deleted from")
 
 
 def _traces(settings: Settings) -> Findings:
@@ -603,6 +623,7 @@ CHECKS: dict[str, Callable[[Settings], Findings]] = {
     "home": _home,
     "certificates": _certificates,
     "store": _store,
+    "object store": _objects,
     "model server": _model_servers,
     "workers": _workers,
     "traces": _traces,

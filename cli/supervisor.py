@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import json
 import logging as standard
 import math
 import os
@@ -141,12 +142,19 @@ def _relay(written: IO[bytes], name: str | None) -> None:
     for line in written:
         if INFO_LINE.match(line):
             continue
-        if name is not None and not line.startswith(b"{"):
+        if name is not None and not _is_record(line):
             if text := line.decode(errors="replace").strip():
                 log.warning(text, process=name)
             continue
         sys.stderr.buffer.write(line)
         sys.stderr.buffer.flush()
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _reason(code: int) -> str:

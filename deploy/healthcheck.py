@@ -38,8 +38,8 @@ def check_gateway(settings: Settings) -> None:
         raise Unhealthy(f"{url}: {exc or type(exc).__name__}") from exc
 
 
-def check_model_server(address: str) -> None:
-    """Ask the model server at `host:port` with gRPC's health protocol.
+def check_model_server(settings: Settings, address: str) -> None:
+    """Ask the model server at `host:port` with gRPC's health protocol, over TLS if TEMPER_MODEL_SERVER_CA is set.
 
     Raises:
         Unhealthy: it does not answer, or does not serve.
@@ -47,7 +47,10 @@ def check_model_server(address: str) -> None:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
+    from serving.client import credentials
+
+    secure = credentials(address, settings.model_server_tls)
+    with grpc.secure_channel(address, secure) if secure else grpc.insecure_channel(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         except grpc.RpcError as exc:
@@ -98,7 +101,7 @@ def main(process: str, address: str) -> None:
             case "trainer":
                 check_trainer(from_environment())
             case _:
-                check_model_server(address)
+                check_model_server(from_environment(), address)
     except (Unhealthy, ValueError) as exc:
         sys.exit(f"unhealthy: {exc}")
 

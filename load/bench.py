@@ -39,6 +39,10 @@ and how.
 Each comparison is one run in which the sides take turns, so that a noisy machine is noisy for all of them. Medians of
 {rounds} rounds, with the lowest and the highest; the bars of the pictures have the same. The ratio says how many times
 as fast Temper is as the alternative.
+
+The sides: `temper` is `POST /predict` with JSON, `temper-bytes` with raw bytes, `temper-v1` TensorFlow Serving's REST
+route; `plain` is a SavedModel behind FastAPI as most people would write it, `litserve` the same with LitServe's
+batches. `keras fit` trains the same net on the same batches.
 """
 
 
@@ -79,7 +83,7 @@ def main(rounds: int, only: Sequence[str]) -> None:
         (PAGE.parent / picture).parent.mkdir(exist_ok=True)
         draw(title, figures, PAGE.parent / picture)
         parts.append(f"\n## {title}\n\n![{title}]({picture})\n\n{table(figures)}\n")
-    parts.append("\n## Commands\n\n" + "".join(f"    {command}\n" for command in commands))
+    parts.append("\n## Commands\n\n" + "".join(f"- `{command}`\n" for command in commands))
     PAGE.write_text("".join(parts), encoding="utf-8")
     click.echo(f"wrote {PAGE.relative_to(ROOT)}", err=True)
 

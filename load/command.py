@@ -13,9 +13,9 @@ from pydantic_core import PydanticUndefined
 
 from load.images import choose_images
 from load.kit import follow_labels
-from load.scenarios import SCENARIOS, Call
+from load.scenarios import SCENARIOS, Call, WorkersNotStarted
 from load.settings import LoadSettings, read_settings
-from load.summary import AWAY, present
+from load.summary import AWAY, INVALID, present
 from load.target import RequestFailed, Target
 
 OWN_ACCURACY = 0.85  # of the base model on scikit-learn's digits, where 0.89 to 0.90 were measured
@@ -47,7 +47,7 @@ def main(scenario: str, **given: Any) -> None:
     Every option may also be set by a variable: --p99-ms by TEMPER_LOAD_P99_MS, --api-key by TEMPER_API_KEY.
 
     Exit codes: 0 all objectives kept, 1 one was missed, 2 wrong usage, 3 the service is away, 4 the load generator was
-    saturated, so that the run says nothing about the service.
+    saturated or did not start, so that the run says nothing about the service.
     """
     given = {name: value for name, value in given.items() if value is not None}
     try:
@@ -73,7 +73,12 @@ def main(scenario: str, **given: Any) -> None:
         except RequestFailed as exc:
             if exc.code == "unknown_model":
                 raise click.UsageError(f"--models {settings.models}: the service has no such model") from exc
+            if exc.status in (401, 403):
+                raise click.UsageError(f"--api-key: {exc}") from exc
             click.echo(f"Error: {url}: {exc}", err=True)
             sys.exit(AWAY)
+        except WorkersNotStarted as exc:
+            click.echo(f"Error: --workers: {exc}", err=True)
+            sys.exit(INVALID)
     run.notes += [f"no {kind} images: {why}" for kind, why in missing.items()]
     sys.exit(present(run))

@@ -36,6 +36,10 @@ GROWTH = 1.5  # from one rate to the next of find-max
 WORKERS_READY_S = 60.0
 
 
+class WorkersNotStarted(Exception):
+    """The processes that should send did not start, or ended."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What a scenario is called with."""
@@ -318,7 +322,7 @@ def _start_workers(environment: Any, stack: contextlib.ExitStack, settings: Load
     """Start processes that send, and a master for them on loopback; they end with the stack.
 
     Raises:
-        RuntimeError: one of them ended, or they were not ready in time.
+        WorkersNotStarted: one of them ended, or they were not ready in time.
     """
     from store.processes import end_with_parent, free_port
 
@@ -342,7 +346,7 @@ def _start_workers(environment: Any, stack: contextlib.ExitStack, settings: Load
     until = time.monotonic() + WORKERS_READY_S
     while len(runner.clients.ready) < settings.workers:
         if any(process.poll() is not None for process in processes) or time.monotonic() > until:
-            raise RuntimeError(f"{settings.workers - len(runner.clients.ready)} workers did not start")
+            raise WorkersNotStarted(f"{settings.workers - len(runner.clients.ready)} workers did not start")
         gevent.sleep(0.05)
 
 

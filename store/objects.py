@@ -52,6 +52,14 @@ class Objects:
     def _key(self, path: Path) -> str:
         return f"{self._root}/{path.resolve().relative_to(self._home)}"
 
+    def probe(self) -> None:
+        """Write an object, read it and delete it again."""
+        key = f"{self._root}/probe-{secrets.token_hex(8)}"
+        with _translated():
+            self._store.pipe_file(key, b"temper")
+            self._store.cat_file(key)
+            self._store.rm_file(key)
+
     def share(self, path: Path) -> None:
         """Share a file, or a directory with all its files."""
         if not self._root:

@@ -236,7 +236,7 @@ def test_why_a_model_server_cannot_be_reached_is_found_out(tmp_path: Path) -> No
         return one("model server", Settings(home=tmp_path, model_server=address).model_copy(update=files))
 
     level, text, advice = looked(f"127.0.0.1:{free_port()}")
-    assert (level, "nobody answers" in text, "python -m serving" in advice) == ("fault", True, True)
+    assert (level, "nobody answers" in text, "temper model-server" in advice) == ("fault", True, True)
     with model_server() as address:
         level, text, advice = looked(address, model_server_ca=cert)
         assert (level, "speaks plain text" in text, "--tls-cert" in advice) == ("fault", True, True)
@@ -261,7 +261,7 @@ def test_jobs_that_nobody_runs_are_a_fault(engine: sa.Engine) -> None:
     assert one("workers", settings)[0] == "warning"
     jobs.create(model="m", base="lenet5:1", spec={}, dataset=DatasetCard())
     level, text, advice = one("workers", settings)
-    assert (level, "1 jobs are queued" in text, "python -m trainer" in advice) == ("fault", True, True)
+    assert (level, "1 jobs are queued" in text, "temper worker" in advice) == ("fault", True, True)
     jobs.heartbeat("w", "idle")
     assert one("workers", settings)[:2] == ("ok", "1 idle; 1 jobs are queued")
 

@@ -78,7 +78,7 @@ from cli.supervisor import Sibling
 from store import logging
 
 logging.configure("supervisor")
-writes = "import os; os.write(1, b'from C++\\\\n'); os.write(2, b'{\\"event\\": \\"ours\\"}\\\\n\\\\n')"
+writes = "import os; os.write(1, b'{from} C++\\\\n'); os.write(2, b'{\\"event\\": \\"ours\\"}\\\\n\\\\n')"
 sibling = Sibling("worker 1", [sys.executable, "-c", writes], os.environ, lambda _: None)
 sibling.keep_running()
 assert sibling.process and sibling.process.wait(30) == 0
@@ -88,5 +88,5 @@ sibling.relay.join(30)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     foreign, ours = map(json.loads, done.stderr.splitlines())
-    assert (foreign["event"], foreign["process"], foreign["level"]) == ("from C++", "worker 1", "warning")
+    assert (foreign["event"], foreign["process"], foreign["level"]) == ("{from} C++", "worker 1", "warning")
     assert ours == {"event": "ours"}

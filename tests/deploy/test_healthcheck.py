@@ -4,12 +4,17 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 
 from store.processes import free_port
 from store.settings import Settings
+from tests.cli.test_doctor import self_signed
 from tests.conftest import Service
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +56,23 @@ def test_a_model_server_that_does_not_answer_is_not_healthy() -> None:
     code, said = check("model-server", "--address", address)
     assert code == 1
     assert said.startswith(f"unhealthy: {address}: UNAVAILABLE")
+
+
+def test_a_model_server_that_demands_certificates_is_asked_with_one(tmp_path: Path) -> None:
+    cert, key = self_signed(tmp_path, "server")
+    pair = [(key.read_bytes(), cert.read_bytes())]
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), server)
+    demanding = grpc.ssl_server_credentials(pair, cert.read_bytes(), require_client_auth=True)
+    address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', demanding)}"
+    server.start()
+    files = {"CA": cert, "CERT": cert, "KEY": key}
+    told = {f"TEMPER_MODEL_SERVER_{name}": str(path) for name, path in files.items()}
+    try:
+        assert check("model-server", "--address", address, **told) == (0, "")
+        assert check("model-server", "--address", address)[0] == 1
+    finally:
+        server.stop(None)
 
 
 def test_a_worker_that_is_ready_is_healthy(service: Service) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import s3fs
 
+from cli.doctor import CHECKS
 from store.errors import StorageFailed
 from store.objects import Objects
 from store.processes import free_port
@@ -94,8 +95,14 @@ def test_files_and_directories_reach_another_machine_complete_or_not_at_all(tmp_
     assert keys(store, "models/m/1") == []
     ours.share_missing(here)  # as after a restart with an object store that the version has never seen
     assert theirs.is_shared(there)
+    assert [level for level, *_ in CHECKS["object store"](homes[0])] == ["ok"]
+    assert keys(store, "probe") == []
+    ((level, text, _),) = CHECKS["object store"](Settings(home=tmp_path / "c", objects="s3://nowhere"))
+    assert (level, "lacks" in text) == ("fault", True)
     server.terminate()
     server.wait(30)
+    ((level, text, advice),) = CHECKS["object store"](homes[0])
+    assert (level, "cannot be reached" in text, "AWS_ENDPOINT_URL" in (advice or "")) == ("fault", True, True)
     with pytest.raises(StorageFailed, match="the object store cannot be reached"):
         ours.share(homes[0].datasets / "d.npz")
 

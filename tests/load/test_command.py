@@ -57,6 +57,16 @@ def test_wrong_options_and_an_absent_service_have_exit_codes_of_their_own(tmp_pa
     assert "expected images (n, 28, 28) uint8 and labels (n,), got (2, 8, 8) uint8" in images.stderr
 
 
+def test_processes_that_do_not_start_are_not_a_missed_objective(service: Service, tmp_path: Path) -> None:
+    lines = [
+        "import gevent.monkey", "gevent.monkey.patch_all()", "from load import command, scenarios",
+        "scenarios.WORKERS_READY_S = 0.0", "command.main()",
+    ]  # fmt: skip
+    (tmp_path / "impatient.py").write_text("\n".join(lines))
+    done = started(tmp_path, "impatient", "--url", service.url, "--workers", "1")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (4, "Error: --workers: 1 workers did not start")
+
+
 @pytest.mark.slow
 def test_two_workers_share_the_rate_and_their_samples_are_judged_together(service: Service, tmp_path: Path) -> None:
     command = ["load", "mixed", "--url", service.url, "--workers", "2", "--rate", "60", "--duration-s", "6"]
@@ -103,6 +113,8 @@ def test_every_user_works_with_a_key_over_grpc_and_leaves_nothing_behind(tmp_pat
     )  # fmt: skip
     key = next(value for value in json.loads(made.stdout).values() if str(value).startswith("tmp_"))
     with running_service(tmp_path / "home", key) as service:
+        refused = started(tmp_path, "load", "--url", service.url)
+        assert (refused.returncode, "--api-key: " in refused.stderr) == (2, True)
         socket = f"unix:{tmp_path / 'home' / 'run' / 'model_server.sock'}"
         command = [
             "load",

@@ -28,7 +28,7 @@ from trainer.export import export
 from trainer.jobs.library import Library, Upload
 from trainer.jobs.records import Jobs, LeaseLost
 from trainer.lenet import initial, logits
-from trainer.worker.retention import UNUSED_S, retire_surplus, sweep_datasets, sweep_leftovers
+from trainer.worker.retention import DEAD_S, UNUSED_S, retire_surplus, sweep_datasets, sweep_leftovers
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 784), np.uint8)
 IMAGES = (PIXELS / np.float32(255)).reshape(-1, 28, 28, 1)
@@ -417,7 +417,12 @@ def test_what_dead_workers_left_of_finished_jobs_is_removed(place: Place) -> Non
     place.jobs.finish(ended, "failed")
     gone = place.registry.reserve("o", None, Manifest(classes=("a",)), ReportCard())
     place.registry.remove("o", gone)  # by one that died before it deleted the files
+    dead, living = (place.settings.home / f"worker-{host}-1.pulse" for host in ("dead", "living"))
+    living.touch()
+    dead.touch()
+    os.utime(dead, (0, time.time() - DEAD_S - 60))
     sweep_leftovers(place.settings, place.jobs, place.registry, place.servers)
+    assert (dead.exists(), living.exists()) == (False, True)
     assert place.registry.wanted() == {"lenet5": [1], "n": [1]}
     assert place.registry.removed() == []
     assert not place.settings.version("m", 1).exists()

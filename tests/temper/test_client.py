@@ -39,7 +39,7 @@ from temper import (
 )
 from temper.client import EventStream, Verbs
 from temper.errors import from_answer
-from tests.conftest import Service, eventually, png, running_service
+from tests.conftest import Service, eventually, npz, png, running_service
 
 Digits = tuple[np.ndarray, np.ndarray]
 QUICK = {"method": "head", "epochs": 1}
@@ -86,21 +86,22 @@ def test_a_folder_a_zip_bytes_and_arrays_are_the_same_upload(temper: Client, dig
     with zipfile.ZipFile(tmp_path / "digits.zip", "w") as archive:
         for file in sorted((tmp_path / "folder").rglob("*.png")):
             archive.write(file, file.relative_to(tmp_path / "folder"))
-    content = (tmp_path / "digits.zip").read_bytes()
     slow = {"method": "full", "epochs": 1000}
     queued = [
         temper.finetune(tmp_path / "folder", "forms", slow),
         temper.finetune(str(tmp_path / "digits.zip"), "forms", slow),
+        temper.finetune((tmp_path / "digits.zip").read_bytes(), "forms", slow),
     ]
     with pytest.raises(TimeoutError, match="still"):
         temper.wait(queued[0].id, timeout_s=0.0)
     arrays = images, [str(label) for label in labels]
-    queued.append(temper.finetune(arrays, "forms", slow, validation=content))
+    others = npz(images=digits[0][40:80], labels=digits[1][40:80])
+    queued.append(temper.finetune(arrays, "forms", slow, validation=others))
     for one in queued:
         temper.cancel(one.id)
-    assert queued[0].dataset["id"] == queued[1].dataset["id"]
-    assert queued[0].dataset["classes"] == queued[2].dataset["classes"]
-    assert queued[2].dataset["validation"]["images"] == 40
+    assert len({one.dataset["id"] for one in queued[:3]}) == 1
+    assert queued[0].dataset["classes"] == queued[3].dataset["classes"]
+    assert queued[3].dataset["validation"]["images"] == 40
     with pytest.raises(JobFailed) as failure:
         temper.wait(queued[-1].id)
     assert failure.value.job.status == "cancelled"

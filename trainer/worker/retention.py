@@ -20,6 +20,7 @@ from trainer.jobs.records import FINISHED, Jobs
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("temper.worker")
 
+DEAD_S = 86400.0  # a worker touches its pulse file every second
 UNUSED_S = 3600.0  # age at which an unused data set is deleted; a younger one may be about to get its job
 
 
@@ -96,6 +97,10 @@ def sweep_leftovers(settings: Settings, jobs: Jobs, registry: Registry, servers:
         except UnknownJob:
             return False
 
+    for path in settings.home.glob("worker-*.pulse"):  # of containers that were killed; each has a name of its own
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > DEAD_S:
+                path.unlink()
     for path in settings.staging.glob("ftjob-*"):
         if has_ended(path.stem):
             shutil.rmtree(path, ignore_errors=True)
