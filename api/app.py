@@ -24,6 +24,8 @@ from api.http.pages import PageHeaders
 from api.http.tracing import Tracing
 from api.inference.batcher import MicroBatcher
 from api.inference.bodies import ImageDecoder
+from api.inference.explanations import Explanations
+from api.inference.neighbours import Neighbours
 from api.inference.router import Router
 from api.inference.server_pool import ServerPool
 from api.inference.service import InferenceService
@@ -80,14 +82,15 @@ def create_app(settings: Settings) -> ASGIApp:
         ):
             router = Router(registry)
             inference = InferenceService(router, MicroBatcher(pool), settings.predict_timeout_s)
+            explanations = Explanations(pool, Neighbours(settings, registry, pool), settings.predict_timeout_s)
             decoder, health_watch = ImageDecoder(settings), Health(engine, settings.home)
             keys = KeyRing(Keys(engine), settings)
             await keys.refresh()  # before the first request: whether keys are required is in the store
             owed = Webhooks(engine)
             courier = Courier(owed, Destinations(private=settings.webhook_private, http=settings.webhook_http))
             gateway = Gateway(
-                settings, engine, job_records, registry, pool, router, inference, decoder, uploads, health_watch,
-                reserve, keys, owed, courier, Estimates(job_records), Library(engine), Answers(engine),
+                settings, engine, job_records, registry, pool, router, inference, explanations, decoder, uploads,
+                health_watch, reserve, keys, owed, courier, Estimates(job_records), Library(engine), Answers(engine),
                 StoreMetrics(Statistics(engine)),
             )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())

@@ -14,6 +14,7 @@ from fastapi import Request
 from api.courier import Courier
 from api.http.keys import KeyRing
 from api.inference.bodies import ImageDecoder
+from api.inference.explanations import Explanations
 from api.inference.router import Router
 from api.inference.server_pool import PooledServer, ServerPool
 from api.inference.service import InferenceService
@@ -57,6 +58,7 @@ class Gateway:
     pool: ServerPool
     router: Router
     inference: InferenceService
+    explanations: Explanations
     images: ImageDecoder
     uploads: Uploads
     health: Health

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -21,7 +22,7 @@ PREDICT = "/tensorflow.serving.PredictionService/Predict"
 GET_MODEL_STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
 RELOAD_CONFIG = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
 
-DT_FLOAT, DT_UINT8 = 1, 4
+DTYPES = {"f": (1, "<f4"), "i": (3, "<i4"), "B": (4, "u1")}  # DT_FLOAT, DT_INT32 and DT_UINT8, by NumPy's characters
 WAIT_S = 0.5
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -47,16 +48,23 @@ class Prediction:
 
 def predict_request(model: str, version: int, images: np.ndarray) -> pb.PredictRequest:
     """Build a request from images: (n, 28, 28, 1) float32 in [0, 1], or (n, 784) uint8, a quarter of the size."""
-    dtype, kind, spec = DT_FLOAT, "<f4", _spec(model, version)
-    if images.dtype == np.uint8:
-        dtype, kind = DT_UINT8, "u1"
-        spec.signature_name = "serving_bytes"
-    tensor = pb.TensorProto(
+    return request_for(model, version, "serving_bytes" if images.dtype == np.uint8 else "", image=images)
+
+
+def request_for(model: str, version: int, signature: str, **inputs: np.ndarray) -> pb.PredictRequest:
+    """Build a request of a signature from its inputs: float32, int32 or uint8. "" is the default signature."""
+    spec = _spec(model, version)
+    spec.signature_name = signature
+    return pb.PredictRequest(model_spec=spec, inputs={name: _tensor(array) for name, array in inputs.items()})
+
+
+def _tensor(array: np.ndarray) -> pb.TensorProto:
+    dtype, kind = DTYPES.get(array.dtype.char, DTYPES["f"])
+    return pb.TensorProto(
         dtype=dtype,
-        tensor_shape=pb.TensorShapeProto(dim=[pb.TensorShapeProto.Dim(size=size) for size in images.shape]),
-        tensor_content=np.ascontiguousarray(images, kind).tobytes(),
+        tensor_shape=pb.TensorShapeProto(dim=[pb.TensorShapeProto.Dim(size=size) for size in array.shape]),
+        tensor_content=np.ascontiguousarray(array, kind).tobytes(),
     )
-    return pb.PredictRequest(model_spec=spec, inputs={"image": tensor})
 
 
 def prediction(response: pb.PredictResponse) -> Prediction:
@@ -101,6 +109,8 @@ def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
             return errors.Overloaded(f"the model server at {target} is overloaded")
         case grpc.StatusCode.NOT_FOUND:
             return errors.UnknownModel(text)
+        case grpc.StatusCode.FAILED_PRECONDITION if text.startswith("Serving signature key"):
+            return errors.NotExplainable("it was exported by a release without explanations; fine-tune it again")
         case _:
             return errors.ModelServerError(f"the model server at {target} answered {code.name}: {text}")
 
@@ -240,11 +250,24 @@ class Predictor:
 
     async def predict(self, model: str, version: int, images: np.ndarray, timeout_s: float) -> Prediction:
         """Run one version on images as in `predict_request`."""
-        request = predict_request(model, version, images)
+        return prediction(await self._answer(predict_request(model, version, images), model, version, timeout_s))
+
+    async def run(
+        self, model: str, version: int, signature: str, timeout_s: float, **inputs: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The outputs, all float32, of a signature of one version.
+
+        Raises:
+            NotExplainable: the version has no such signature.
+        """
+        response = await self._answer(request_for(model, version, signature, **inputs), model, version, timeout_s)
+        return {name: _array(tensor) for name, tensor in response.outputs.items()}
+
+    async def _answer(self, request: pb.PredictRequest, model: str, version: int, timeout_s: float) -> Any:
         try:
             if not traces.on():
-                return prediction(await self._predict(request, timeout=timeout_s))
+                return await self._predict(request, timeout=timeout_s)
             with traces.child(PREDICT[1:], "client", _called(self.target, model, version)):
-                return prediction(await self._predict(request, timeout=timeout_s, metadata=traces.metadata()))
+                return await self._predict(request, timeout=timeout_s, metadata=traces.metadata())
         except grpc.aio.AioRpcError as exc:
             raise translated(exc, self.target) from exc

@@ -183,6 +183,13 @@ class WrongState(TemperError):
     cure = "Look at the object's status, and wait for or undo what the message names."
 
 
+class NotExplainable(WrongState):
+    """The version was exported by a release that did not explain answers."""
+
+    code = "not_explainable"
+    cure = "Fine-tune again, or publish a kept checkpoint: versions of this release explain their answers."
+
+
 class GateFailed(WrongState):
     """The version has not fulfilled the conditions for a label; it can be moved with an override."""
 

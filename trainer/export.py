@@ -19,13 +19,18 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from store.records import GREY_28
 from trainer.abstention import FEATURES, PARTS, SIZE
-from trainer.lenet import Arrays, Tensor, logits
+from trainer.explain import EPSILONS, Explainer
+from trainer.lenet import HEAD, Arrays, Tensor, logits
 
 EXTRA = "assets.extra"  # which TensorFlow Serving ignores
 MANIFEST = f"{EXTRA}/manifest.json"
 PREFIX, SUFFIX = "layers/", "/.ATTRIBUTES/VARIABLE_VALUE"  # around a parameter's name in a checkpoint
 DETECTOR = "detector/"  # instead of `PREFIX`, before the arrays of a detector
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+SHAPES = {  # of the images, by signature
+    "serving_default": (-1, *GREY_28.shape), "serving_bytes": (-1, GREY_28.pixels),
+    "serving_explain": (-1, *GREY_28.shape), "serving_hidden": (-1, GREY_28.pixels),
+}  # fmt: skip
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -39,6 +44,7 @@ class _Served(tf.Module):  # type: ignore[misc]
         views = {f"{view}/{part}": size for view in ("features", "pixels") for part, size in PARTS.items()}
         self.detector = _variables({"scales": (2,), **views}.items()) if detects else {}
         self._sign, self._offset = (-1.0, 1.0) if invert else (1.0, 0.0)
+        self._explainer = Explainer(self._network, blank=self._offset)
 
     # The placeholders have no shape: otherwise graph optimizers would consider the checks proven and remove them.
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.float32, name="image")])
@@ -47,11 +53,42 @@ class _Served(tf.Module):  # type: ignore[misc]
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.uint8, name="image")])
     def serve_bytes(self, image: Tensor) -> dict[str, Tensor]:
-        image = tf.ensure_shape(image, (None, GREY_28.pixels))
-        return self._answer(tf.reshape(tf.cast(image, tf.float32) / 255.0, (-1, *GREY_28.shape)))
+        return self._answer(_unit(image))
+
+    @tf.function(
+        autograph=False,
+        input_signature=[tf.TensorSpec(None, tf.float32, name="image"), tf.TensorSpec(None, tf.int32, name="target")],
+    )
+    def explain(self, image: Tensor, target: Tensor) -> dict[str, Tensor]:
+        image = tf.ensure_shape(image, (None, *GREY_28.shape))
+        scores = self._network(image)
+        answers = tf.argmax(scores, axis=1, output_type=tf.int32)
+        known = (target >= 0) & (target < scores.shape[1])
+        targets = tf.where(known, tf.ensure_shape(target, (None,)), answers)
+        found = self._explainer.explain(image, targets)
+        return {
+            "logits": scores,
+            "probabilities": tf.nn.softmax(scores),
+            "hidden": self._hidden(image),
+            "epsilons": tf.constant(EPSILONS),
+            **found._asdict(),
+        }
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec(None, tf.uint8, name="image")])
+    def hidden(self, image: Tensor) -> dict[str, Tensor]:
+        return {"hidden": self._hidden(_unit(image))}
+
+    def _params(self) -> dict[str, Tensor]:
+        return {name: functools.reduce(operator.getitem, name.split("/"), self.layers) for name in self._names}
+
+    def _network(self, image: Tensor) -> Tensor:
+        return logits(self._params(), self._sign * image + self._offset)
+
+    def _hidden(self, image: Tensor) -> Tensor:
+        return logits(self._params(), self._sign * image + self._offset, until=HEAD)
 
     def _answer(self, image: Tensor) -> dict[str, Tensor]:
-        params = {name: functools.reduce(operator.getitem, name.split("/"), self.layers) for name in self._names}
+        params = self._params()
         pixels = self._sign * image + self._offset
         features = logits(params, pixels, until=FEATURES)
         scores = logits(params, features, entry=FEATURES)
@@ -65,6 +102,12 @@ class _Served(tf.Module):  # type: ignore[misc]
             )
             outputs["distance"] = tf.reduce_max(tf.stack(both, axis=1) * self.detector["scales"], axis=1)
         return outputs
+
+
+def _unit(image: Tensor) -> Tensor:
+    """Images (n, 784) uint8 as (n, 28, 28, 1) in [0, 1]."""
+    image = tf.ensure_shape(image, (None, GREY_28.pixels))
+    return tf.reshape(tf.cast(image, tf.float32) / 255.0, (-1, *GREY_28.shape))
 
 
 def _variables(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
@@ -88,15 +131,19 @@ def _template(shapes: Shapes, invert: bool, detects: bool) -> tuple[bytes, bytes
     """`saved_model.pb`, and the object graph of the checkpoint, for parameters of these shapes."""
     module = _Served(shapes, invert, detects)
     with tempfile.TemporaryDirectory() as folder:
-        signatures = {"serving_default": module.serve, "serving_bytes": module.serve_bytes}
+        signatures = {
+            "serving_default": module.serve, "serving_bytes": module.serve_bytes, "serving_explain": module.explain,
+            "serving_hidden": module.hidden,
+        }  # fmt: skip
         tf.saved_model.save(module, folder, signatures=signatures)
         saved = saved_model_pb2.SavedModel.FromString((Path(folder) / "saved_model.pb").read_bytes())
         objects: bytes = tf.train.load_checkpoint(f"{folder}/variables/variables").get_tensor(OBJECT_GRAPH)
-    for signature, sizes in (("serving_default", (-1, *GREY_28.shape)), ("serving_bytes", (-1, GREY_28.pixels))):
-        shape = saved.meta_graphs[0].signature_def[signature].inputs["image"].tensor_shape
-        shape.Clear()
-        for size in sizes:
-            shape.dim.add(size=size)
+    for signature, sizes in SHAPES.items():
+        inputs = saved.meta_graphs[0].signature_def[signature].inputs
+        for name, tensor in inputs.items():
+            tensor.tensor_shape.Clear()
+            for size in sizes if name == "image" else (-1,):
+                tensor.tensor_shape.dim.add(size=size)
     return saved.SerializeToString(deterministic=True), objects
 
 
@@ -117,8 +164,10 @@ def export(
 
     `serving_default(image float32 [n, 28, 28, 1] in [0, 1])` and `serving_bytes(image uint8 [n, 784])`, both with
     `-> logits, probabilities`, float32 [n, classes], and with a detector `distance`, float32 [n], which is above 1 for
-    images unlike those that were learned. The graph itself refuses other shapes before the first convolution, because a
-    tensor of the wrong rank that reaches one aborts the TensorFlow Serving process.
+    images unlike those that were learned. `serving_explain(image float32 [n, 28, 28, 1], target int32 [n])` gives an
+    `Explanation` of the target class, or of the answer where the target is none (-1); `serving_hidden(image uint8
+    [n, 784]) -> hidden`, float32 [n, 84], the input of the last layer. The graph itself refuses other shapes before the
+    first convolution, because a tensor of the wrong rank that reaches one aborts the TensorFlow Serving process.
 
     Args:
         directory: created by this call; must not exist.

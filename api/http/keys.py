@@ -2,7 +2,7 @@
 
 Scopes, and the routes that need them:
 
-    predict     predictions (/predict, /v1, /v2)
+    predict     predictions and their explanations (/predict, /explain, /v1, /v2)
     finetune    everything else: jobs, uploads and data sets, labels, deleting, downloading what a fine-tune has learned
     admin       all of that for any tenant (`X-Temper-Tenant` names it), and /metrics, which shows all tenants' models
 
@@ -26,7 +26,7 @@ from collections.abc import Mapping
 import sqlalchemy as sa
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.http.limits import refuse
+from api.http.limits import PREDICTIONS, refuse
 from api.http.turns import Turns
 from api.shared_read import SharedRead
 from store.errors import Forbidden, StoreUnavailable, TemperError, TooMany, Unauthorized
@@ -47,7 +47,7 @@ INDEX_BYTES = 8  # of a key's hash, by which it is looked up; the rest is compar
 
 def scope_of(method: str, path: str) -> str | None:
     """The scope that a request needs, `ANY`, or None where no key is needed."""
-    if path == "/predict" or path.startswith(("/v1/", "/v2")):
+    if path in PREDICTIONS or path.startswith(("/v1/", "/v2")):
         return PREDICT
     if path in OPEN:
         return None

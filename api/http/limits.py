@@ -9,12 +9,13 @@ from api.http import errors as http_errors
 from store.errors import Overloaded, TemperError, TooLarge, UnsupportedMediaType
 
 SMALL = 1 << 16  # bytes of a body that is neither an upload nor a prediction
+PREDICTIONS = ("/predict", "/explain")
 UPLOADS = ("/finetune", "/datasets", "/openai/v1/files")
 MAX_HELD = 32 << 20  # bytes of all larger predictions together
 
 
 def _predicts(path: str) -> bool:
-    return path == "/predict" or path.endswith((":predict", "/infer"))
+    return path in PREDICTIONS or path.endswith((":predict", "/infer"))
 
 
 async def refuse(

@@ -30,6 +30,16 @@ class ImageOptions(BaseModel):
         None, description="Also return this many of the most probable classes, best first."
     )
 
+    explain: bool = Field(
+        False, description="Also explain the answers, of at most 16 images: see `POST /explain`, which always does."
+    )
+    pictures: Literal["numbers", "png"] = Field(
+        "numbers", description="How the pictures of explanations are written: as 28x28 numbers, or as PNG in data URLs."
+    )
+    target: Annotated[str, Field(max_length=200)] | None = Field(
+        None, alias="class", description="Explain this class instead of the answer."
+    )
+
 
 class PredictOptions(ImageOptions):
     """Options in a JSON body, and how its images are written."""

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from store.records import public_name
 from store.settings import ClientTLS
 
 log = logging.getLogger("temper.gateway")
+T = TypeVar("T")
 
 HEDGE_S = 0.3  # after which another server is asked as well; several times what the largest batch takes
 HEDGE_LEAST_S, HEDGE_SHARE = 0.02, 1 / 3  # a call that has less time than that asks another after a third of it
@@ -27,7 +28,7 @@ class PooledServer:
 
     predictor: Predictor
     control: ModelServer
-    calls: set[asyncio.Task[Prediction]] = field(default_factory=set)  # under way
+    calls: set[asyncio.Task[Any]] = field(default_factory=set)  # under way
     up: bool = False  # it answers, and has been told what to serve
     silent: bool = False  # it did not answer when it was last looked at
     slow: bool = False  # another one, asked later, has answered first; it has not answered since
@@ -116,12 +117,28 @@ class ServerPool:
     async def predict(
         self, model: str, version: int, images: np.ndarray, timeout_s: float, hurry_s: float | None = None
     ) -> Prediction:
-        """Ask one server; another if it is away, overloaded or has not loaded the version.
+        """Have one server predict, as in `ask`.
+
+        Args:
+            images: as in `serving.client.predict_request`.
+        """
+
+        def call(predictor: Predictor, left_s: float) -> Coroutine[Any, Any, Prediction]:
+            return predictor.predict(model, version, images, left_s)
+
+        return await self.ask(model, version, call, timeout_s, hurry_s)
+
+    async def ask(
+        self, model: str, version: int, call: Callable[[Predictor, float], Coroutine[Any, Any, T]], timeout_s: float,
+        hurry_s: float | None = None,
+    ) -> T:  # fmt: skip
+        """Ask one server about a version; another if it is away, overloaded or has not loaded the version.
 
         A server that is up is also asked when the first one has not answered within `HEDGE_S`: it may be frozen. The
         first answer counts.
 
         Args:
+            call: asks a server, within so many seconds.
             hurry_s: the shortest time that anyone waits for the answer, if that is less than `timeout_s`.
 
         Raises:
@@ -136,42 +153,40 @@ class ServerPool:
         untried = [target for target in self.all if not target.silent]
         if not untried:
             raise ModelServerUnavailable(f"no model server answers ({', '.join(t.address for t in self.all)})")
-        asked: dict[asyncio.Task[Prediction], PooledServer] = {}
+        asked: dict[asyncio.Task[T], PooledServer] = {}
         try:
             while True:
                 if untried:
                     target = min(untried, key=self._rank)
                     untried.remove(target)
                     left_s = deadline - loop.time()
-                    call = asyncio.create_task(target.predictor.predict(model, version, images, left_s))
-                    target.calls.add(call)
-                    asked[call] = target
+                    task = asyncio.create_task(call(target.predictor, left_s))
+                    target.calls.add(task)
+                    asked[task] = target
                 wait_s = hedge_s if any(other.up for other in untried) else None
                 done, _ = await asyncio.wait(asked, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-                for call in done:
-                    target = asked.pop(call)
-                    target.calls.discard(call)
-                    failure = self._failure(target, call, model, version)
+                for task in done:
+                    target = asked.pop(task)
+                    target.calls.discard(task)
+                    failure = self._failure(target, task, model, version)
                     if failure is None:
                         target.slow = False
                         for other in asked.values():
                             other.was_overtaken()
-                        return call.result()
+                        return task.result()
                     if not asked and not untried:
                         raise failure
         finally:
-            for call, target in asked.items():
-                target.calls.discard(call)
-                if not call.cancel() and not call.cancelled():
-                    call.exception()  # or asyncio logs that nobody has seen it
+            for task, target in asked.items():
+                target.calls.discard(task)
+                if not task.cancel() and not task.cancelled():
+                    task.exception()  # or asyncio logs that nobody has seen it
 
     def _rank(self, target: PooledServer) -> tuple[bool, bool, float]:
         """The server with the least is asked first. One that stood by stays in place when the other comes back."""
         return not target.up, target.slow, target.passed_over_at if self._has_standby else len(target.calls)
 
-    def _failure(
-        self, target: PooledServer, call: asyncio.Task[Prediction], model: str, version: int
-    ) -> TemperError | None:
+    def _failure(self, target: PooledServer, call: asyncio.Task[Any], model: str, version: int) -> TemperError | None:
         """Why a call that is over brought no answer, if another server may be asked; None if it brought one.
 
         Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from api.inference.batcher import MicroBatcher
-from api.inference.router import Router, Target
+from api.inference.router import Router, Servable, Target
 from store.errors import InvalidRequest
 from store.records import DEFAULT_TENANT, Abstention
 
@@ -17,6 +17,7 @@ class Prediction:
 
     model: str
     version: int
+    servable: Servable
     classes: tuple[str, ...]
     outputs: dict[str, np.ndarray]  # by name; `logits` and `probabilities` (n, classes), `distance` (n,) float32
     abstention: Abstention | None = None  # when this version should rather not name one class
@@ -67,4 +68,6 @@ class InferenceService:
             on_resolved(target)
         limit_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         outputs = await self._batcher.predict(target.servable, images, limit_s, tenant)
-        return Prediction(target.model, target.version, target.classes, outputs, target.abstention)
+        return Prediction(
+            target.model, target.version, target.servable, target.classes, outputs, target.abstention
+        )  # fmt: skip

@@ -40,6 +40,63 @@ class Ranked(BaseModel):
     probability: float = Field(description="Its probability.")
 
 
+Picture = list[list[float]] | str
+
+
+class Attribution(BaseModel):
+    """How much each pixel adds to the logit of a class, compared with a blank image."""
+
+    picture: Picture = Field(description="28x28: what each pixel adds, in nats; as PNG, over the faded image.")
+    logit: float = Field(description="The class's logit for the image.")
+    baseline_logit: float = Field(description="The class's logit for a blank image. What pixels add sums to the rest.")
+
+
+class Stability(BaseModel):
+    """The smallest change that was found to change the answer."""
+
+    epsilon: float | None = Field(
+        description="Largest change of a pixel, of 1, that it takes; null if none was found up to `limit`. PGD with 10 "
+        "steps has looked for it: the true one may be smaller."
+    )
+    label: str | None = Field(description="The answer after it.")
+    limit: float = Field(description="The largest epsilon that was tried.")
+
+
+class Adversarial(BaseModel):
+    """The worst image that was found within a distance of the image."""
+
+    epsilon: float = Field(description="Largest change of a pixel.")
+    label: str = Field(description="The answer for it.")
+    probability: float = Field(description="The answer's probability.")
+    probabilities: list[float] = Field(description="In the order of `classes`.")
+    image: Picture = Field(description="28x28, from 0 to 1.")
+
+
+class Neighbour(BaseModel):
+    """A training image that is like the image for the last layer of the version."""
+
+    label: str = Field(description="Its class.")
+    name: str = Field(description="Its file, or its number.")
+    distance: float = Field(description="Euclidean, between inputs of the last layer.")
+    image: Picture = Field(description="28x28, from 0 to 1.")
+
+
+class Explanation(BaseModel):
+    """Why a version gives its answer for an image, and what would change it."""
+
+    explained: str = Field(alias="class", description="The class whose logit is explained: the answer, or `class`.")
+    image: Picture = Field(description="The image as the version sees it, 28x28, from 0 to 1.")
+    integrated_gradients: Attribution = Field(description="Integrated gradients (Sundararajan et al. 2017).")
+    smooth_grad: Picture = Field(
+        description="28x28: by how much the logit grows with each pixel, on average of noisy copies (Smilkov et al. "
+        "2017)."
+    )
+    stability: Stability = Field(description="How far the answer stands.")
+    adversarial: list[Adversarial] = Field(description="From the image itself to the limit, in equal steps of epsilon.")
+    nearest: list[Neighbour] | None = Field(description="The nearest training images, if its data set is still there.")
+    nearest_reason: str | None = Field(description="Why there are none.")
+
+
 class ClassPrediction(BaseModel):
     """The answer for one image."""
 
@@ -58,6 +115,7 @@ class ClassPrediction(BaseModel):
     probabilities: list[float] = Field(description="In the order of `classes`.")
     top_k: list[Ranked] | None = Field(None, description="If asked for: the most probable classes, best first.")
     file: str | None = Field(None, description="In a zip or a form: the image's name.")
+    explanation: Explanation | None = Field(None, description="If asked for: why.")
 
 
 class PredictResponse(BaseModel):
@@ -71,6 +129,17 @@ class PredictResponse(BaseModel):
 
 async def predict(request: Request) -> Response:
     """Classify images: JSON instances, raw bytes, an .npy, an image file, or many image files in a form or a zip."""
+    return await _answer(request, *await _read(request))
+
+
+async def explain(request: Request) -> Response:
+    """Classify at most 16 images as `POST /predict` does, and explain the answers."""
+    options, images, names = await _read(request)
+    return await _answer(request, options.model_copy(update={"explain": True}), images, names)
+
+
+async def _read(request: Request) -> tuple[ImageOptions, np.ndarray, list[str] | None]:
+    """Options, images, and the names of image files if there are some, of a request in any form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     gateway, names = gateway_of(request), None
     most = gateway.settings.max_instances
@@ -103,8 +172,18 @@ async def predict(request: Request) -> Response:
         options, images = parse_instances(body, most)
     if len(images) > most:
         raise TooLarge(f"{len(images)} images, more than the limit of {most}", param="body")
+    return options, images, names
+
+
+async def _answer(request: Request, options: ImageOptions, images: np.ndarray, names: list[str] | None) -> Response:
     found = await ask(request, images, options.model, options.version, options.label)
-    return Json(_body(found, options.top_k, names))
+    body = _body(found, options.top_k, names)
+    if options.explain:
+        explanations = gateway_of(request).explanations
+        explained = await explanations.explain(found, images, options.target, options.pictures)
+        for prediction, explanation in zip(body["predictions"], explained, strict=True):
+            prediction["explanation"] = explanation
+    return Json(body)
 
 
 async def ask(
@@ -182,10 +261,7 @@ _HEADERS = {
     TIMEOUT: {"type": "number", "description": "Seconds after which the answer is of no use (504)."},
     STICKY: {"type": "string", "description": "Requests with the same key follow the same label."},
 }
-router.add_api_route(
-    "/predict", predict, methods=["POST"], route_class_override=FastRoute,
-    response_model=PredictResponse, responses=errors(400, 404, 413, 415, 422, 429, 503, 504),
-    openapi_extra={
+_DOCUMENTED = {
         "requestBody": {
             "required": True,
             "content": {
@@ -198,5 +274,9 @@ router.add_api_route(
             {"name": name, "in": place, "schema": schema, "description": schema["description"]}
             for place, group in (("query", _OPTIONS), ("header", _HEADERS)) for name, schema in group.items()
         ],
-    },
-)  # fmt: skip
+}  # fmt: skip
+for path, endpoint in (("/predict", predict), ("/explain", explain)):
+    router.add_api_route(
+        path, endpoint, methods=["POST"], route_class_override=FastRoute, response_model=PredictResponse,
+        responses=errors(400, 404, 409, 413, 415, 422, 429, 503, 504), openapi_extra=_DOCUMENTED,
+    )  # fmt: skip
