@@ -33,6 +33,7 @@ from api.routes import (
     checkpoints,
     datasets,
     events,
+    feedback,
     health,
     jobs,
     models,
@@ -55,6 +56,7 @@ from store.settings import Settings
 from store.webhooks import Webhooks
 from trainer.jobs.answers import Answers
 from trainer.jobs.estimates import Estimates
+from trainer.jobs.feedback import Feedback
 from trainer.jobs.library import Library
 from trainer.jobs.records import Jobs
 from trainer.jobs.statistics import Statistics
@@ -91,7 +93,7 @@ def create_app(settings: Settings) -> ASGIApp:
             gateway = Gateway(
                 settings, engine, job_records, registry, pool, router, inference, explanations, decoder, uploads,
                 health_watch, reserve, keys, owed, courier, Estimates(job_records), Library(engine), Answers(engine),
-                StoreMetrics(Statistics(engine)),
+                StoreMetrics(Statistics(engine)), Feedback(engine, settings.feedback),
             )  # fmt: skip
             looking = asyncio.create_task(gateway.look_after())
             settle()
@@ -119,7 +121,8 @@ def create_app(settings: Settings) -> ASGIApp:
     app.add_middleware(PageHeaders)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
     managing = (
-        jobs.router, events.router, checkpoints.router, datasets.router, models.router, webhooks.router, openai.router,
+        jobs.router, events.router, checkpoints.router, datasets.router, models.router, feedback.router,
+        webhooks.router, openai.router,
     )  # fmt: skip
     for router in (*predicting, *managing, health.router):
         app.include_router(router)

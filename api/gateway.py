@@ -35,6 +35,7 @@ from store.settings import Settings
 from store.webhooks import Webhooks
 from trainer.jobs.answers import Answers
 from trainer.jobs.estimates import Estimates
+from trainer.jobs.feedback import Feedback
 from trainer.jobs.library import Library
 from trainer.jobs.records import Job, Jobs
 
@@ -70,6 +71,7 @@ class Gateway:
     library: Library
     answers: Answers
     store_metrics: StoreMetrics
+    feedback: Feedback
     streams: int = 0  # of events, that clients read
 
     async def look_after(self) -> None:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import IO, Any, Self
 from urllib.parse import parse_qsl
 
+import numpy as np
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
@@ -37,12 +38,15 @@ from store.errors import (
     TemperError,
     UnknownJob,
     UnsupportedMediaType,
+    WrongState,
 )
 from store.files import move
 from store.objects import objects_of
 from store.processes import ROOT, module_command
 from store.records import DEFAULT_TENANT, DatasetCard, DatasetReport
 from store.settings import Settings
+from trainer.jobs.datasets import Dataset
+from trainer.jobs.feedback import Correction
 from trainer.jobs.layouts import PARTS, TEST, TRAIN, VALIDATION, check_apart, file_of
 from trainer.jobs.library import KeptDataset, Upload
 from trainer.jobs.records import FINISHED, Jobs
@@ -66,6 +70,11 @@ class Form:
     files: dict[str, Path] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)  # file names as the client gave them, by field
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file, by field
+
+    def discard(self) -> None:
+        """Remove the files."""
+        for path in self.files.values():
+            path.unlink(missing_ok=True)
 
     def digest(self) -> str:
         """Return the SHA-256 of what the form says, whatever its boundary and the order of its fields."""
@@ -160,7 +169,9 @@ class Uploads:
         content_type = request.headers.get("content-type", "")
         with self.admitted(tenant), contextlib.ExitStack() as stack:
             if content_type.partition(";")[0].strip().lower() == URLENCODED:
-                yield await _receive_texts(request, texts, files)
+                form = await _receive_texts(request, texts, files)
+                stack.callback(form.discard)  # files that are made for it
+                yield form
                 return
             receiver = _Receiver(content_type, self._staging, texts, files)
             stack.callback(receiver.discard)
@@ -172,6 +183,32 @@ class Uploads:
                     await asyncio.to_thread(receiver.write)
             await asyncio.to_thread(receiver.finish)
             yield receiver.form
+
+    def with_corrections(self, card: DatasetCard, corrections: Sequence[Correction]) -> Path:
+        """Write a data set with corrected images at its end as an upload; whoever calls this removes the file.
+
+        Raises:
+            WrongState: its images are not kept any more.
+            StorageFull: no space is left.
+        """
+        if self._lock is None:  # the disk was full when the gateway started
+            self._take_place()
+        fetch, folder = objects_of(self._settings).fetch, self._settings.datasets
+        arrays: dict[str, np.ndarray] = {}
+        try:
+            for name, part in (("train", card), ("val", card.validation), ("test", card.test)):
+                if part:
+                    data = Dataset.load(fetch(folder / part.file))
+                    arrays |= {f"x_{name}": data.images, f"y_{name}": np.array(data.classes)[data.labels]}
+        except FileNotFoundError as exc:
+            text = "the images of the data set are not kept any more; upload them to /datasets, and give `dataset`"
+            raise WrongState(text, param="dataset") from exc
+        arrays["x_train"] = np.concatenate([arrays["x_train"], [one.image for one in corrections]])
+        arrays["y_train"] = np.concatenate([arrays["y_train"], [one.label for one in corrections]])
+        path = self._staging / f"{secrets.token_hex(8)}.upload"
+        with translated(), path.open("xb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take them for its own options
+        return path
 
     async def _take_decoder(self) -> Process:
         spare, self._spare = self._spare, asyncio.create_task(start_decoder())
@@ -386,8 +423,7 @@ class _Receiver:
     def discard(self) -> None:
         """Remove the files."""
         self._close()
-        for path in self.form.files.values():
-            path.unlink(missing_ok=True)
+        self.form.discard()
 
     def _close(self) -> None:
         for file in self._open.values():

@@ -139,6 +139,27 @@ class UnknownCheckpoint(NotFound):
     cure = "List those of the job with `temper checkpoints`; they are kept for 30 days."
 
 
+class UnknownPrediction(NotFound):
+    """No prediction has that id, or not any more: images are kept for an hour."""
+
+    code = "unknown_prediction"
+    cure = "Ask again with `feedback`, and correct the answer under the new id."
+
+
+class UnknownCorrection(NotFound):
+    """No correction has that id."""
+
+    code = "unknown_correction"
+    cure = "List those of a model with `GET /feedback?model=…`."
+
+
+class FeedbackOff(NotFound):
+    """No images of predictions and no corrections are kept here."""
+
+    code = "feedback_off"
+    cure = "Set TEMPER_FEEDBACK to the number of corrections that a model may keep."
+
+
 class UnknownDataset(NotFound):
     """No data set has that id."""
 

@@ -118,6 +118,7 @@ class DatasetCard(Record):
 
     findings: list[Finding] = Field(default_factory=list)  # what is wrong with images of any part
     excluded: int = 0  # images of the upload that were left out, as the client wished
+    corrections: list[str] = Field(default_factory=list)  # what each of the last images was taken for
 
     @property
     def warnings(self) -> list[str]:
@@ -353,6 +354,7 @@ class InspectionCard(Record):
     overlaps: list[dict[str, Any]] = Field(default_factory=list)  # pairs of classes that are taken for each other
     misclassified: list[dict[str, Any]] = Field(default_factory=list)  # the surest first
     least_certain: list[dict[str, Any]] = Field(default_factory=list)  # right ones
+    corrections: list[dict[str, Any]] = Field(default_factory=list)  # what was taken for another class `before`
 
 
 class CrossValidation(Score):
@@ -550,6 +552,15 @@ class GateCard(Record):
         return [one.message for one in self.conditions if not one.passed]
 
 
+class CorrectionsCard(Record):
+    """Images that users have corrected, and that were trained on: how many are classified right, now and before."""
+
+    images: int = 0
+    right: int = 0
+    right_before: int = 0
+    out_of_fold: bool = False  # by networks that were not trained on them
+
+
 class ReportCard(Record):
     """How good a version is. A pretrained model has a card of other fields, which are kept as they are."""
 
@@ -573,5 +584,6 @@ class ReportCard(Record):
     abstention: AbstentionCard | None = None
     inspection: InspectionCard | None = None
     gate: GateCard | None = None
+    corrections: CorrectionsCard | None = None
     device: str | None = None
     cost: Cost | None = None

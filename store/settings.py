@@ -99,6 +99,10 @@ class Settings(BaseSettings):
     keep_versions: int = Field(
         20, ge=0, description="Newest versions that are kept of a model, besides the labelled ones; 0 keeps all."
     )
+    feedback: int = Field(
+        1000, ge=0, le=100_000,
+        description="Most corrections of a model that are kept to learn from; 0: none, and no images of predictions.",
+    )  # fmt: skip
     attack_images: int = Field(
         ATTACK_IMAGES,
         ge=1,

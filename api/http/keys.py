@@ -2,7 +2,7 @@
 
 Scopes, and the routes that need them:
 
-    predict     predictions and their explanations (/predict, /explain, /v1, /v2)
+    predict     predictions, their explanations and corrections (/predict, /explain, POST /feedback, /v1, /v2)
     finetune    everything else: jobs, uploads and data sets, labels, deleting, downloading what a fine-tune has learned
     admin       all of that for any tenant (`X-Temper-Tenant` names it), and /metrics, which shows all tenants' models
 
@@ -47,7 +47,7 @@ INDEX_BYTES = 8  # of a key's hash, by which it is looked up; the rest is compar
 
 def scope_of(method: str, path: str) -> str | None:
     """The scope that a request needs, `ANY`, or None where no key is needed."""
-    if path in PREDICTIONS or path.startswith(("/v1/", "/v2")):
+    if path in PREDICTIONS or (method, path) == ("POST", "/feedback") or path.startswith(("/v1/", "/v2")):
         return PREDICT
     if path in OPEN:
         return None

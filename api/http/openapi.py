@@ -17,6 +17,7 @@ After = Annotated[str | None, Query(max_length=100, pattern=TEXT, description="T
 Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")]
 Name = Annotated[ModelName, Path()]
 DatasetId = Annotated[str, Path(max_length=100, pattern=TEXT, description="The data set's id.")]
+CorrectionId = Annotated[str, Path(max_length=100, pattern=TEXT, description="The correction's id.")]
 JobId = Annotated[str, Path(max_length=100, pattern=TEXT, description="The job's id.")]
 Number = Annotated[int, Path(ge=1, lt=2**63, description="A version.")]
 

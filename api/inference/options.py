@@ -39,6 +39,9 @@ class ImageOptions(BaseModel):
     target: Annotated[str, Field(max_length=200)] | None = Field(
         None, alias="class", description="Explain this class instead of the answer."
     )
+    feedback: bool = Field(
+        False, description="Keep the images, 16 at most, for an hour, so that `POST /feedback` can correct the answers."
+    )
 
 
 class PredictOptions(ImageOptions):

@@ -141,7 +141,7 @@ def report_page(
         spec = about.trained_with
         page = Page(
             title, _subtitle(manifest, spec, created_at), links, list(_tiles(report)),
-            [*_notices(report), *_about_data(about)], list(_figures(report, manifest)),
+            [*_notices(report), *_corrections(report), *_about_data(about)], list(_figures(report, manifest)),
             list(_galleries(report.get("inspection") or {}, images)), list(_tables(report, manifest)),
             json.dumps(spec, indent=2, ensure_ascii=False),
         )  # fmt: skip
@@ -237,6 +237,13 @@ def _notices(report: Json) -> Iterator[Notice]:
         yield Notice("note", "Not measured yet", [text])
 
 
+def _corrections(report: Json) -> Iterator[Notice]:
+    if found := report.get("corrections"):
+        how = "by networks that were not trained on them" if found["out_of_fold"] else "which it was trained on"
+        text = f"{found['right']:,} of {found['images']:,} are classified right now, {how}; {found['right_before']:,} "
+        yield Notice("note", "Corrected images", [f"{text}were before."])
+
+
 def _about_data(about: Manifest) -> Iterator[Notice]:
     if about.dataset and (warnings := about.dataset.warnings):
         yield Notice("poor", "About the data", warnings)
@@ -296,6 +303,11 @@ def _galleries(found: Json, images: Mapping[str, np.ndarray]) -> Iterator[Galler
             "Labels that are probably wrong", errors["listed"],
             lambda one: f"labelled {one['class']}, rather {one['suggested']} ({one['probability']:.0%})", note,
         )  # fmt: skip
+    yield from gallery(
+        "Corrected by users",
+        found.get("corrections") or (),
+        lambda one: f"{one['class']}, taken for {one['before']} before, for {one['predicted']} now",
+    )
     yield from gallery(
         "Copies of images that are trained on",
         (found.get("leaks") or {}).get("listed") or (),

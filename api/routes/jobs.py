@@ -17,9 +17,9 @@ from api.http.errors import invalid_request
 from api.http.openapi import After, JobId, Limit, errors
 from api.http.repeats import IdempotencyKey, Note, once
 from api.routes.examples import SPEC_EXAMPLE
-from api.uploads import URLENCODED
+from api.uploads import URLENCODED, Form
 from serving.registry import BASE, LABEL, STABLE, stored_name
-from store.errors import InvalidRequest, TooMany, UnknownModel
+from store.errors import InvalidRequest, TooMany, UnknownModel, WrongState
 from store.records import DatasetCard, public_name
 from store.validation import TEXT, in_words
 from trainer.asked import Asked, check_dataset, default_folds, parse_asked, refused
@@ -94,6 +94,11 @@ class FinetuneFields(BaseModel):
         "reports give them: files in the zip, or indices in the array of images.",
         examples=['["7/a.png", "7/b.png"]'],
     )  # fmt: skip
+    corrections: bool = Field(
+        False,
+        description="Learn from the corrections of the model (`POST /feedback`) as well: they are added to the kept "
+        "data set `dataset`, or without it to the one that `stable` was trained on.",
+    )
     label: str = Field(
         STABLE, pattern=LABEL, description="Label to move to the new version, such as `stable` or `canary`."
     )
@@ -289,17 +294,19 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
         for field, file in INSTEAD.items():
             if field in ids and file in form.files:
                 raise InvalidRequest(f"{field}: give either it or the file {file!r}", param=field)
-        if "data" not in form.files and "dataset" not in ids:
+        if "data" not in form.files and "dataset" not in ids and not fields.corrections:
             raise InvalidRequest("data: is required, or `dataset`", param="data")
         if fields.model == BASE:
             raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
-        asked = parse_asked(fields.spec)
+        asked, said = parse_asked(fields.spec), form.digest()
 
         async def prepare(*, keep: bool = True) -> tuple[str, DatasetCard]:
             base = await asyncio.to_thread(resolve_base, gateway, tenant, asked.fixed)
             kept = await asyncio.to_thread(_kept, gateway, tenant, ids)
+            corrected = await asyncio.to_thread(_corrected, gateway, tenant, fields, form, kept)
             check = await asyncio.to_thread(checker, gateway, tenant, fields.model, asked)
-            return base, await gateway.uploads.store(form, check, kept, exclude=fields.exclude or (), keep=keep)
+            dataset = await gateway.uploads.store(form, check, kept, exclude=fields.exclude or (), keep=keep)
+            return base, dataset.model_copy(update={"corrections": corrected}) if corrected else dataset
 
         async def create(note: Note) -> Answer:
             await asyncio.to_thread(check_quota, gateway, tenant)  # before all the work
@@ -314,7 +321,7 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
             base, dataset = await prepare(keep=False)
             plan = await asyncio.to_thread(_dry_run, gateway, fields.model, base, asked, dataset)
             return JSONResponse(plan.model_dump())
-        return await once(request, form.digest(), create)
+        return await once(request, said, create)
 
 
 def accepted(job: Job) -> Answer:
@@ -325,6 +332,50 @@ def accepted(job: Job) -> Answer:
 def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, KeptDataset]:
     """The data sets that stand for the files of the form."""
     return {INSTEAD[field]: gateway.library.get(tenant, name, field) for field, name in ids.items()}
+
+
+def _corrected(
+    gateway: Gateway, tenant: str, fields: FinetuneFields, form: Form, kept: dict[str, KeptDataset]
+) -> list[str]:
+    """Make the model's data set with its corrections the upload, if they are asked for.
+
+    Returns:
+        What each of the last images was taken for.
+
+    Raises:
+        InvalidRequest: there are no corrections, or they are asked for together with what they cannot be added to.
+        WrongState: the data set that they belong to is gone.
+    """
+    if not fields.corrections:
+        return []
+    for field, given in (("data", "data" in form.files), ("exclude", fields.exclude)):
+        if given:
+            raise InvalidRequest(f"corrections: cannot be given together with {field!r}; keep the data set first "
+                                 "(POST /datasets), and give it by `dataset`", param="corrections")  # fmt: skip
+    name = stored_name(tenant, fields.model)
+    found = gateway.feedback.of_model(name)
+    if not found:
+        raise InvalidRequest(f"corrections: there are none of {fields.model!r}", param="corrections")
+    card = kept.pop("data").card() if "data" in kept else stable_dataset(gateway, name)
+    form.files["data"] = gateway.uploads.with_corrections(card, found)
+    form.names["data"] = f"{card.filename or 'data set'} with {len(found)} corrections"
+    return [one.predicted for one in found]
+
+
+def stable_dataset(gateway: Gateway, model: str) -> DatasetCard:
+    """The data set that a model's `stable` version was trained on.
+
+    Raises:
+        UnknownModel: there is no such version.
+        WrongState: it was not trained here.
+    """
+    label = gateway.registry.labels(model).get(STABLE)
+    if label is None:
+        raise UnknownModel(f"model {public_name(model)!r} has no label {STABLE!r}; give `dataset`", param="dataset")
+    card = gateway.registry.find(model, label.version).manifest.dataset
+    if card is None:
+        raise WrongState(f"{public_name(model)}:{label.version} was not trained here; give `dataset`", param="dataset")
+    return card
 
 
 def checker(gateway: Gateway, tenant: str, model: str, asked: Asked) -> Callable[[DatasetCard], None]:

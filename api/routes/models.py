@@ -353,6 +353,8 @@ async def delete(gateway: Gateway, model: str, version: int | None, *, last_too:
     versions = await gateway.record_deletion(retire)
     log.info("%s: versions %s removed", model, versions)
     await gateway.align()
+    if version is None:
+        await asyncio.to_thread(gateway.feedback.forget, model)
     with contextlib.suppress(StorageFailed):  # the model is gone; workers sweep what is left
         await asyncio.to_thread(sweep_kept, gateway.settings, gateway.jobs, gateway.registry)
     await asyncio.to_thread(gateway.reserve.keep)

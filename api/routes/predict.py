@@ -18,6 +18,7 @@ from api.inference.json_body import parse_instances
 from api.inference.options import ImageOptions, PredictOptions, options_of
 from api.inference.service import Prediction
 from api.routes.examples import IMAGE_EXAMPLE
+from api.routes.feedback import keep
 from store.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from store.records import Abstention
 
@@ -124,6 +125,7 @@ class PredictResponse(BaseModel):
     model: str = Field(description="The model.")
     version: int = Field(description="The version that answered.")
     classes: list[str] = Field(description="Class names.")
+    id: str | None = Field(None, description="With `feedback`: what `POST /feedback` calls this prediction.")
     predictions: list[ClassPrediction] = Field(description="One for each image, in the order of the request.")
 
 
@@ -183,6 +185,8 @@ async def _answer(request: Request, options: ImageOptions, images: np.ndarray, n
         explained = await explanations.explain(found, images, options.target, options.pictures)
         for prediction, explanation in zip(body["predictions"], explained, strict=True):
             prediction["explanation"] = explanation
+    if options.feedback:
+        body["id"] = await keep(gateway_of(request), tenant_of(request), found, images)
     return Json(body)
 
 

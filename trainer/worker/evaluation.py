@@ -12,6 +12,7 @@ from trainer import evaluate, inspection, report
 from trainer.abstention import isolation
 from trainer.fit import Fitted, Split, Start
 from trainer.lenet import Arrays
+from trainer.network import Network
 from trainer.report import HeldOut
 from trainer.search import Found
 from trainer.spec import Spec, regularizes
@@ -78,8 +79,34 @@ class Evaluation:
             card["warnings"].append(f"its unregularized twin {why}")
         predictions = [*([across.logits] if across else ()), *(searched.predictions if searched else ())]
         card["inspection"] = self._inspected(spec, fitted.params, held_out, predictions)
+        if self.data.corrections:
+            learned = across.logits if across else None
+            card["corrections"], card["inspection"]["corrections"] = self._corrected(fitted.params, learned)
         card["warnings"] += inspection.warnings(card["inspection"])
         return fitted, held_out, card
+
+    def _corrected(self, params: Arrays, across: np.ndarray | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What a network makes of the images that users have corrected, and what an earlier version made of them.
+
+        Args:
+            across: out-of-fold logits of all images; without them the network has been trained on what it classifies.
+        """
+        everything, before = self.data.everything, self.data.corrections
+        numbers = np.arange(len(everything.labels) - len(before), len(everything.labels))
+        logits = Network(params).logits(self.data.all.images) if across is None else across
+        classes, answers = self.data.classes, logits[numbers].argmax(axis=1)
+        listed = [
+            {**everything.named(number), "class": classes[everything.labels[number]], "before": earlier,
+             "predicted": classes[answer]}
+            for number, earlier, answer in zip(numbers.tolist(), before, answers.tolist(), strict=True)
+        ]  # fmt: skip
+        figures = {
+            "images": len(before),
+            "right": sum(one["predicted"] == one["class"] for one in listed),
+            "right_before": sum(one["before"] == one["class"] for one in listed),
+            "out_of_fold": across is not None,
+        }
+        return figures, listed
 
     def _inspected(
         self, spec: Spec, params: Arrays, held_out: HeldOut, predictions: Sequence[np.ndarray]

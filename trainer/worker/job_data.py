@@ -52,6 +52,7 @@ class JobData:
     validation: Dataset | None  # where it was uploaded apart
     polarity: str
     test: Dataset | None = None  # on which nothing is trained or chosen
+    corrections: tuple[str, ...] = ()  # what each of the last images was taken for, before a user corrected it
     grouped: bool = True  # whether near copies are held out together
 
     @classmethod
@@ -63,7 +64,8 @@ class JobData:
 
         dataset = load(card)
         validation, test = (load(part) if part else None for part in (card.validation, card.test))
-        return cls(dataset, validation, card.polarity if spec.polarity == "auto" else spec.polarity, test, grouped)
+        polarity = card.polarity if spec.polarity == "auto" else spec.polarity
+        return cls(dataset, validation, polarity, test, tuple(card.corrections), grouped)
 
     @property
     def classes(self) -> tuple[str, ...]:
