@@ -72,6 +72,24 @@ def test_a_request_may_be_compressed(server: Server, served: str) -> None:
     assert response.model_spec.version.value == 2
 
 
+def test_answers_are_explained_by_the_graph_that_gives_them(server: Server, served: str) -> None:
+    answers = np.full(len(IMAGES), -1, np.int32)
+    response = server.predict(served, {"image": IMAGES, "target": answers}, signature="serving_explain")
+    found = {name: tf.make_ndarray(tensor) for name, tensor in response.outputs.items()}
+    np.testing.assert_allclose(found["logits"], expected(2), atol=1e-4)
+    best = found["logits"].argmax(axis=1)
+    gained = found["logits"].max(axis=1) - found["baseline_logits"][0, best]
+    np.testing.assert_allclose(found["integrated_gradients"].sum(axis=(1, 2, 3)), gained, rtol=0.03, atol=0.05)
+    assert found["smooth_grad"].shape == IMAGES.shape
+    moved = np.abs(found["adversarial"] - IMAGES[:, None]).max(axis=(2, 3, 4))
+    assert (moved <= found["epsilons"] + 1e-6).all()
+    changed = found["adversarial_probabilities"].argmax(axis=2) != best[:, None]
+    assert (changed == (found["epsilons"] >= found["smallest_epsilon"][:, None] - 1e-6)).all()
+    pixels = (255 * IMAGES).round().astype(np.uint8)
+    hidden = server.predict(served, {"image": pixels.reshape(-1, 784)}, signature="serving_hidden").outputs["hidden"]
+    np.testing.assert_allclose(tf.make_ndarray(hidden), found["hidden"], atol=0.05)
+
+
 def test_only_the_requested_outputs_are_returned(server: Server, served: str) -> None:
     assert set(server.predict(served, IMAGE, filter=("logits",)).outputs) == {"logits"}
 
