@@ -10,12 +10,13 @@ from api.inference.neighbours import Neighbours
 from api.inference.pictures import grey, overlay, png
 from api.inference.server_pool import ServerPool
 from api.inference.service import Prediction
-from store.errors import InvalidRequest, TooLarge
+from store.errors import InvalidRequest, Overloaded, TooLarge
 from store.records import GREY_28
 
 EXPLAIN = "serving_explain"
 MOST = 16  # images of a request; each takes the model server as long as hundreds of predictions
-AT_A_TIME = 2  # of them in one model server's hands
+AT_A_TIME = 2  # of them that this gateway asks for at once
+MAX_WAITING = 64  # of all requests
 
 Pictures = Literal["numbers", "png"]
 
@@ -25,7 +26,7 @@ class Explanations:
 
     def __init__(self, pool: ServerPool, neighbours: Neighbours, timeout_s: float) -> None:
         self._pool, self._neighbours, self._timeout_s = pool, neighbours, timeout_s
-        self._calls = asyncio.Semaphore(AT_A_TIME)
+        self._calls, self._waiting = asyncio.Semaphore(AT_A_TIME), 0
 
     async def explain(
         self, found: Prediction, images: np.ndarray, target: str | None, pictures: Pictures
@@ -41,6 +42,7 @@ class Explanations:
             InvalidRequest: there is no such class.
             NotExplainable: the version was exported by an earlier release.
             TooLarge: these are too many images.
+            Overloaded: too many wait already.
             ModelServerError: the model servers failed.
         """
         if len(images) > MOST:
@@ -50,7 +52,13 @@ class Explanations:
         if images.dtype == np.uint8:
             images = images.astype(np.float32).reshape(-1, *GREY_28.shape) / np.float32(255)
         number = -1 if target is None else found.classes.index(target)
-        return await asyncio.gather(*(self._one(found, image, number, pictures) for image in images))
+        if self._waiting + len(images) > MAX_WAITING:
+            raise Overloaded("too many explanations are waiting")
+        self._waiting += len(images)
+        try:
+            return await asyncio.gather(*(self._one(found, image, number, pictures) for image in images))
+        finally:
+            self._waiting -= len(images)
 
     async def _one(self, found: Prediction, image: np.ndarray, target: int, pictures: Pictures) -> dict[str, Any]:
         servable, targets = found.servable, np.array([target], np.int32)

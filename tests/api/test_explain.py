@@ -77,13 +77,12 @@ def test_concurrent_explanations_do_not_hold_up_predictions(service: Service, mo
 
     body = {"model": model, "range": "byte", "instances": digits[0][:16].tolist()}
     one = {**body, "instances": body["instances"][:1]}
-    with ThreadPoolExecutor(4) as clients:
-        asked = [clients.submit(service.api.post, "/explain", json=body, timeout=120) for _ in range(4)]
+    with ThreadPoolExecutor(6) as clients:
+        asked = [clients.submit(service.api.post, "/explain", json=body, timeout=120) for _ in range(6)]
         predicted = 0
         while not all(each.done() for each in asked):
             assert service.api.post("/predict", json=one).status_code == 200
             predicted += 1
     codes = {each.result().status_code for each in asked}
-    assert codes <= {200, 429, 504}
-    assert 200 in codes
+    assert {200, 429} <= codes <= {200, 429, 504}  # 96 images, more than may wait
     assert predicted > 3
