@@ -112,7 +112,7 @@ export function Bars({ classes, probabilities, best = null, most = 12, label = "
     ${order.map((index) => html`<li key=${classes[index]} class=${classes[index] === best ? "best" : ""}>
       <span class="name">${classes[index]}</span>
       <span class="track" aria-hidden="true"><span style=${{ transform: `scaleX(${probabilities[index]})` }}></span></span>
-      <span class="value">${percent(probabilities[index], 0)}</span>
+      <span class="value">${best != null && percent(probabilities[index], 0)}</span>
     </li>`)}
   </ul>`;
 }
