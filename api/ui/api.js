@@ -56,11 +56,12 @@ async function request(method, path, { body, headers = {}, signal } = {}) {
 }
 
 function errorOf(status, text) {
-  let error = { message: text.slice(0, 200) || `Status ${status}` };
+  let body = null;
   try {
-    error = JSON.parse(text).error ?? error;
+    body = JSON.parse(text);
   } catch { /* a proxy's page instead of JSON; its text will do */ }
-  return new ApiError(status, error);
+  const error = new ApiError(status, body?.error ?? { message: text.slice(0, 200) || `Status ${status}` });
+  return Object.assign(error, { body });
 }
 
 const parsed = async (answer) => (answer.status === 204 ? null : answer.json());

@@ -14,13 +14,13 @@ const exists = (models, target) => {
 };
 
 /** What to ask without being told: the first model of the user's own, or else the base. */
-function usual(models) {
-  const first = models.find((each) => each.name !== "lenet5") ?? models[0];
+function usual(models, wanted) {
+  const first = models.find((each) => each.name === wanted) ?? models.find((each) => each.name !== "lenet5") ?? models[0];
   if (!first) return [];
   return [first.labels.stable ? `${first.name}@stable` : `${first.name}:${first.versions[0]}`];
 }
 
-/** The targets, which the address remembers: #/draw?on=digits@stable,digits:3. */
+/** The targets, which the address remembers: #/draw?on=digits@stable,digits:3. #/draw?model=digits takes its usual one. */
 function useTargets(query, models) {
   const [chosen, setChosen] = useState(() => (query.get("on") ?? "").split(",").filter((each) => /.[:@]./.test(each)).slice(0, MOST));
   const wanted = query.get("on");
@@ -31,7 +31,7 @@ function useTargets(query, models) {
     setChosen(unique);
     history.replaceState(null, "", `#/draw?on=${unique.join(",")}`);
   };
-  return [valid.length ? valid : usual(models), choose];
+  return [valid.length ? valid : usual(models, query.get("model")), choose];
 }
 
 /** Take images that are dropped or pasted anywhere on the page. */
