@@ -1,0 +1,41 @@
+// The report card of a version inside the page: the gateway's own HTML, without its style sheet, which the page has.
+
+import { Busy, Notice, html, useEffect, useLayoutEffect, useRef, useResource, useState } from "./parts.js";
+import { download, text } from "./api.js";
+import { withoutStyle } from "./live.js";
+
+const LINK = /^\/models\/([^/]+)\/versions\/(\d+)\/report$/;
+const load = (path, options) => text(path, "text/html", options);
+
+/** What a report page shows, as elements of this document; links lead to places in this page. */
+function elementsOf(page) {
+  const { body } = new DOMParser().parseFromString(withoutStyle(page), "text/html");
+  for (const link of body.querySelectorAll("a[href]")) {
+    const [, model, version] = LINK.exec(link.getAttribute("href")) ?? [];
+    if (model) link.setAttribute("href", `#/models/${model}/${version}`);
+  }
+  for (const wide of body.querySelectorAll("pre, table")) if (wide.tagName === "PRE") wide.tabIndex = 0; // scrolls, also by keyboard
+  body.querySelector("h1")?.remove(); // the page has it above
+  return [...body.childNodes].map((node) => document.adoptNode(node));
+}
+
+export function Report({ model, version }) {
+  const path = `/models/${model}/versions/${version}/report`;
+  const { data, error } = useResource(path, 0, load);
+  const place = useRef(null), [failure, setFailure] = useState(null);
+  useLayoutEffect(() => {
+    if (data) place.current.replaceChildren(...elementsOf(data));
+  }, [data]);
+  useEffect(() => {
+    const open = () => place.current?.querySelectorAll("details").forEach((one) => (one.open = true)); // paper cannot be unfolded
+    addEventListener("beforeprint", open);
+    return () => removeEventListener("beforeprint", open);
+  }, []);
+  const save = () => download(path, `${model}-${version}-report.html`, "text/html").catch(setFailure);
+  return html`<header class="viewhead"><div><p class="crumbs"><a href="#/models">Models</a> <a href="#/models/${model}">${model}</a></p>
+      <h1>${model}:${version}</h1></div>
+      <p class="headactions"><button onClick=${() => print()}>Print</button><button onClick=${save} disabled=${!data}>Download</button></p></header>
+    ${(error ?? failure) && html`<${Notice} kind="bad" title="The report card cannot be shown." error=${error ?? failure} />`}
+    ${!data && !error && html`<${Busy} label="Drawing the report card" />`}
+    <article class="report" ref=${place}></article>`;
+}
