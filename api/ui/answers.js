@@ -1,7 +1,7 @@
 // The answers of several versions to one picture, side by side.
 
-import { ApiError, get, onReachable, send } from "./api.js";
-import { Bars, Notice, html, percent, useEffect, useLayoutEffect, useRef, useState } from "./parts.js";
+import { ApiError, get, send } from "./api.js";
+import { Bars, Notice, html, percent, useEffect, useLayoutEffect, useReachable, useRef, useState } from "./parts.js";
 import { encode } from "./strokes.js";
 
 export const MOST = 4;
@@ -53,6 +53,7 @@ export function useAnswers(picture, targets, models) {
   const [answers, setAnswers] = useState({});
   const lanes = useRef({}); // by target: {busy, next}
   const current = useRef(null);
+  const reachable = useReachable();
   current.current = picture;
 
   const answer = async (target, asked) => {
@@ -79,10 +80,9 @@ export function useAnswers(picture, targets, models) {
 
   useEffect(() => targets.forEach((target) => isDarkOnLight(target, models).catch(() => {})), [targets.join(), models.length]);
   useLayoutEffect(() => { // not after the next frame, as useEffect would
-    if (picture && models.length) targets.forEach(ask);
-    else setAnswers({});
-  }, [picture, targets.join(), models.length]);
-  useEffect(() => onReachable((now) => now && current.current && targets.forEach(ask)), [targets.join()]);
+    if (!picture) setAnswers({});
+    else if (models.length && reachable) targets.forEach(ask);
+  }, [picture, targets.join(), models.length, reachable]);
   return picture ? answers : {};
 }
 

@@ -1,7 +1,7 @@
 // The shell: which view the address asks for, who is signed in, and whether the service answers.
 
-import { Busy, Notice, Session, html, render, useEffect, useState } from "./parts.js";
-import { isReachable, onReachable, onRefused, signIn, signOut } from "./api.js";
+import { Busy, Notice, Session, html, render, useEffect, useReachable, useState } from "./parts.js";
+import { onRefused, signIn, signOut } from "./api.js";
 
 // Views are loaded when they are first shown: the first paint waits for none of the others.
 const VIEWS = {
@@ -84,19 +84,12 @@ function Header({ session, current, onSignOut }) {
 function App() {
   const [session, setSession] = useState(null);
   const [problem, setProblem] = useState(null);
-  const [reachable, setReachable] = useState(isReachable());
+  const reachable = useReachable();
   const { name, parts, query } = useRoute();
 
   const ask = () => signIn(null).then((found) => (setSession(found), setProblem(null)), setProblem);
-  useEffect(() => {
-    const stopRefused = onRefused((error) => (setSession(null), setProblem(error)));
-    ask();
-    return stopRefused;
-  }, []);
-  useEffect(() => onReachable((now) => {
-    setReachable(now);
-    if (now && !session) ask();
-  }), [session]);
+  useEffect(() => onRefused((error) => (setSession(null), setProblem(error))), []);
+  useEffect(() => void (reachable && !session && ask()), [reachable]);
 
   const first = session && Object.keys(VIEWS).find((each) => may(session, VIEWS[each]));
   const current = session && (name && may(session, VIEWS[name]) ? name : first);

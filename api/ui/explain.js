@@ -1,7 +1,7 @@
 // Why each version answers as it does, and how little would change its mind.
 
 import { send } from "./api.js";
-import { Busy, Notice, Pixels, html, percent, useEffect, useMemo, useState } from "./parts.js";
+import { Busy, Notice, Pixels, html, percent, useEffect, useMemo, useReachable, useState } from "./parts.js";
 import { bodyFor, nameOf, queryOf } from "./answers.js";
 
 const CALM_MS = 350; // without a new stroke, after which explanations are worth their time
@@ -10,14 +10,15 @@ let missing = null; // why this service explains nothing; asking again for every
 const reasonOf = (error) => {
   if (error.code === "not_explainable") return "This version was made before versions could be explained. Fine-tune it again to see why it answers so.";
   if (error.code === "not_found") return (missing = "This service does not explain its answers.");
-  return error.message;
+  return error.status ? error.message : null; // when the service is back, it is asked again
 };
 
 /** The explanation of each target: {explanation, label, reason}; of the picture at `at`. */
 function useExplanations(picture, targets, models) {
   const [found, setFound] = useState({ picture: null });
+  const reachable = useReachable();
   useEffect(() => {
-    if (!picture?.final || missing || !models.length) return undefined;
+    if (!picture?.final || missing || !models.length || !reachable) return undefined;
     const aborting = new AbortController();
     const explain = async (target) => {
       try {
@@ -35,7 +36,7 @@ function useExplanations(picture, targets, models) {
       if (!aborting.signal.aborted) setFound({ picture, of: Object.fromEntries([first, ...others].map((each, at) => [targets[at], each])) });
     }, CALM_MS);
     return () => (clearTimeout(timer), aborting.abort());
-  }, [picture, targets.join(), models.length]);
+  }, [picture, targets.join(), models.length, reachable]);
   return found;
 }
 

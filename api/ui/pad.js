@@ -16,7 +16,6 @@ export function Pad({ picture, onPicture, hint }) {
   const strokes = useRef([]);
   const frame = useRef(0);
   const [pen, setPen] = useState(null); // the keyboard's: {x, y, down}
-  strokes.current = picture?.strokes ?? [];
 
   const show = () => {
     const { current: node } = canvas;
@@ -27,7 +26,10 @@ export function Pad({ picture, onPicture, hint }) {
     context.strokeStyle = getComputedStyle(node).color;
     paint(context, strokes.current, side);
   };
-  useLayoutEffect(show, [picture]);
+  useLayoutEffect(() => { // not at every render: the pen may be ahead of the picture
+    strokes.current = picture?.strokes ?? [];
+    show();
+  }, [picture]);
   useEffect(() => {
     const resized = new ResizeObserver(show);
     resized.observe(canvas.current);

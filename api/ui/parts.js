@@ -71,6 +71,13 @@ export function useResource(path, everyMs = 0, load = get) {
   return { data: fresh.data, error: fresh.error, loading: Boolean(path) && !fresh.data && !fresh.error, reload };
 }
 
+/** Whether the service answers. */
+export function useReachable() {
+  const [reachable, setReachable] = useState(isReachable());
+  useEffect(() => onReachable(setReachable), []);
+  return reachable;
+}
+
 /** Load uPlot when the first chart needs it: it is most of what the page weighs. */
 let plotting = null;
 export function loadPlot() {
@@ -141,8 +148,13 @@ export function Pixels({ image, alt, size = 84, className = "" }) {
 export function Confirm({ title, action = "Delete", danger = true, onConfirm, onClose, children }) {
   const dialog = useRef(null);
   useEffect(() => dialog.current.showModal(), []);
+  const submit = (event) => { // what is confirmed may take the dialog away, and with it a form under way
+    event.preventDefault();
+    dialog.current.close();
+    onConfirm(event);
+  };
   return html`<dialog ref=${dialog} class="confirm" aria-labelledby="confirm-title" onClose=${onClose}>
-    <form method="dialog" onSubmit=${onConfirm}>
+    <form onSubmit=${submit}>
       <h2 id="confirm-title">${title}</h2>
       ${children}
       <p class="actions">
