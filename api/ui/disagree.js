@@ -1,21 +1,14 @@
 // Images on which two versions disagree: the telling ones of both report cards, answered by both versions.
 
 import { Busy, Notice, Pixels, html, percent, plural, useEffect, useMay, useState } from "./parts.js";
-import { send, text } from "./api.js";
-import { withoutStyle } from "./live.js";
+import { send } from "./api.js";
 import { pixelsAt } from "./pictures.js";
+import { galleryOf } from "./report.js";
 
 const MOST = 200;
 
-/** The pictures in the galleries of a report card: {url, name, note}, each once. */
-async function galleriesOf(model, version) {
-  const page = await text(`/models/${model}/versions/${version}/report`, "text/html");
-  const items = new DOMParser().parseFromString(withoutStyle(page), "text/html").querySelectorAll(".gallery li");
-  return [...items].map((item) => ({ url: item.querySelector("img")?.getAttribute("src"), name: item.querySelector("span")?.textContent })).filter(({ url }) => url);
-}
-
 async function answersOf(model, versions) {
-  const galleries = await Promise.all(versions.map(({ version }) => galleriesOf(model, version)));
+  const galleries = await Promise.all(versions.map(({ version }) => galleryOf(`/models/${model}/versions/${version}`)));
   const images = [...new Map(galleries.flat().map((one) => [one.url, one])).values()].slice(0, MOST);
   if (!images.length) return { looked: 0, found: [] };
   const instances = await Promise.all(images.map(({ url }) => pixelsAt(url)));

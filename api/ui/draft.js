@@ -6,6 +6,9 @@ const EMPTY = { file: null, pictures: null, dataset: null, excluded: new Set(), 
 let draft = EMPTY;
 const listeners = new Set();
 
+/** The draft as it is now, which a component may not have drawn yet. */
+export const current = () => draft;
+
 /** Change some fields. */
 export function change(fields) {
   draft = { ...draft, ...fields };

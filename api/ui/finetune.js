@@ -4,9 +4,8 @@
 import { Busy, Notice, duration, html, useEffect, useResource, useState } from "./parts.js";
 import { upload } from "./api.js";
 import { DatasetReport } from "./dataset_report.js";
-import { change, formOf, reset, useDraft } from "./draft.js";
-import { JobList } from "./job_list.js";
-import { Job } from "./job.js";
+import { change, current, formOf, reset, useDraft } from "./draft.js";
+import { Job, JobList } from "./job.js";
 import { SpecForm, reasonsOf } from "./spec_form.js";
 import { Kept, Upload } from "./upload.js";
 
@@ -45,7 +44,7 @@ function Start({ draft, plan, error }) {
     event.preventDefault();
     setState({ busy: true });
     try {
-      const job = await upload("/finetune", formOf(draft));
+      const job = await upload("/finetune", formOf(current()));
       reset();
       location.hash = `#/finetune/${job.id}`;
     } catch (failure) {

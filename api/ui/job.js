@@ -1,12 +1,91 @@
-// One job: its stages, curves and search as they happen, what can be done to it, and what it has become.
+// The jobs there are; and one, put together from its events: its stages, curves and search as they happen, what can be done
+// to it, and what it has become.
 
-import { Busy, Confirm, Notice, duration, html, useEffect, useMay, useState } from "./parts.js";
-import { send } from "./api.js";
+import { Busy, Confirm, Notice, ago, duration, html, useEffect, useMay, useRef, useResource, useState } from "./parts.js";
+import { get, send, stream } from "./api.js";
 import { Curves } from "./curves.js";
-import { useJob } from "./follow.js";
-import { FINISHED, STAGES, Status, wordsOf } from "./job_list.js";
 import { Live } from "./live.js";
 import { SearchView } from "./search_view.js";
+
+const STAGES = ["validating", "previewing", "searching", "training", "evaluating", "exporting", "publishing", "warming"];
+const FINISHED = ["succeeded", "failed", "cancelled"];
+const EVERY_MS = 2000;
+
+const Status = ({ status }) => html`<span class="status ${status}"><i aria-hidden="true"></i>${status}</span>`;
+
+/** Where a job stands, in a few words. */
+function wordsOf(job) {
+  const { progress } = job;
+  if (job.status === "queued") return job.queue_position ? `number ${job.queue_position} in the queue` : "in the queue";
+  if (job.status === "failed") return job.error?.message ?? "";
+  if (job.status !== "running") return job.version ? `version ${job.version}` : "";
+  if (job.stage === "searching" && progress.trial) return `searching, ${progress.tried} of ${progress.trials} recipes`;
+  if (job.stage === "training" && progress.epoch) return `training, epoch ${progress.epoch} of ${progress.epochs}`;
+  return job.stage ?? "";
+}
+
+export function JobList() {
+  const { data, error, loading } = useResource("/finetune?limit=12", EVERY_MS);
+  if (error && !data) return html`<${Notice} kind="bad" title="The jobs cannot be listed." error=${error} />`;
+  if (loading) return html`<${Busy} />`;
+  if (!data.data.length) return null;
+  return html`<section aria-labelledby="jobs-title"><h2 id="jobs-title">Jobs</h2>
+    <ul class="rows">${data.data.map((job) => html`<li key=${job.id}><a class="row" href="#/finetune/${job.id}">
+      <strong>${job.model}</strong><${Status} status=${job.status} />
+      <span class="quiet words">${wordsOf(job)}</span><span class="quiet when">${ago(job.created_at)}</span></a></li>`)}</ul>
+  </section>`;
+}
+
+const NOTHING = { runs: [], trials: [], best: null, resolved: null, preview: null, seq: 0 };
+
+/** What is known after one more event. `runs` are trainings, of a fold or the final one, each with its epochs. */
+function after(state, { seq, type, data }) {
+  if (seq <= state.seq) return state; // a stream that is resumed may repeat one
+  const next = { ...state, seq };
+  if (type === "epoch") next.runs = withEpoch(state.runs, data);
+  if (type === "trial") [next.trials, next.best] = [[...state.trials, data], data.best];
+  if (type === "resolved") next.resolved = data.spec;
+  if (type === "preview") next.preview = data.version;
+  return next;
+}
+
+function withEpoch(runs, record) {
+  const at = runs.findIndex((run) => run.fold === (record.fold ?? null));
+  const run = at < 0 ? { fold: record.fold ?? null, of: record.folds, epochs: [] } : runs[at];
+  const epochs = [...run.epochs.filter((one) => one.epoch < record.epoch), record]; // an attempt may repeat some
+  const next = { ...run, total: record.epochs, epochs };
+  return at < 0 ? [...runs, next] : runs.map((one, index) => (index === at ? next : one));
+}
+
+/** {job, events, error, reload}: the job is asked for again whenever something has happened to it. */
+function useJob(id) {
+  const [job, setJob] = useState(null), [events, setEvents] = useState(NOTHING), [error, setError] = useState(null);
+  const asking = useRef({});
+  const reload = () => {
+    const state = asking.current;
+    if (state.busy) return (state.again = true);
+    Object.assign(state, { busy: true, again: false });
+    return get(`/finetune/${id}`).then(setJob, setError).finally(() => (state.busy = false, state.again && reload()));
+  };
+  useEffect(() => {
+    const ending = new AbortController();
+    let waiting = [];
+    const settle = () => { // many events come at once, when a job is opened late: draw once for all of them
+      const some = waiting;
+      waiting = [];
+      setEvents((old) => some.reduce(after, old));
+      if (some.some((event) => event.type !== "epoch")) reload();
+    };
+    const onEvent = ({ data }) => {
+      waiting.push(data);
+      if (waiting.length === 1) setTimeout(settle, 30);
+    };
+    reload();
+    stream(`/finetune/${id}/events`, onEvent, ending.signal).then(reload, setError);
+    return () => ending.abort();
+  }, [id]);
+  return { job, events, error, reload };
+}
 
 function useNow(isRunning) {
   const [now, setNow] = useState(Date.now() / 1000);

@@ -1,8 +1,10 @@
-// Labels to drag from version to version with a mouse, a finger or the arrow keys, and the shares of the traffic.
+// Labels to drag from version to version with a mouse, a finger or the arrow keys, the shares of the traffic, and what the
+// gate says.
 
-import { html, percent, useEffect, useRef, useState } from "./parts.js";
+import { Confirm, Notice, html, percent, useEffect, useMay, useRef, useState } from "./parts.js";
 
 const NEAR = 4; // pixels that a pointer moves before it drags
+const REST_MS = 350; // after which a slider has come to rest
 
 export const LabelMark = ({ label, text = label }) => html`<span class="mark ${label === "stable" ? "stable" : ""}">${text}</span>`;
 
@@ -57,13 +59,23 @@ export function LabelChip({ label, version, versions, weight, onTarget, onMove }
     onKeyDown=${press} onBlur=${() => target !== null && end(false)}><span class="grip" aria-hidden="true"></span>${label}${share}</button>`;
 }
 
-/** A slider for the share of a label; the share changes when the slider is let go. */
+/** A slider for the share of a label, which changes a moment after the slider came to rest. */
 function Share({ label, version, weight, most, onShare, onDrop }) {
-  const [value, setValue] = useState(weight), id = `share-${label}`;
-  useEffect(() => setValue(weight), [weight]);
+  const [value, setValue] = useState(weight), id = `share-${label}`, timer = useRef(null);
+  useEffect(() => timer.current === null && setValue(weight), [weight]);
+  const slide = (event) => {
+    const next = Math.min(most, event.target.value / 100);
+    setValue(next);
+    clearTimeout(timer.current);
+    const mine = setTimeout(async () => {
+      await onShare(label, version, next);
+      if (timer.current === mine) timer.current = null;
+    }, REST_MS);
+    timer.current = mine;
+  };
   return html`<li class="share"><label for=${id}><${LabelMark} label=${label} text=${`${label} ${version}`} /></label>
     <input id=${id} type="range" min="0" max="100" step="1" value=${Math.round(100 * value)} aria-valuetext=${percent(value, 0)}
-      onInput=${(event) => setValue(Math.min(most, event.target.value / 100))} onChange=${() => value !== weight && onShare(label, version, value)} />
+      onInput=${slide} />
     <output for=${id}>${percent(value, 0)}</output>
     ${onDrop && html`<button class="plain" onClick=${() => onDrop(label)} aria-label=${`Remove the label ${label}`}>Remove</button>`}</li>`;
 }
@@ -92,4 +104,25 @@ export function Traffic({ labels, weights, versions, may, onShare, onMove, onDro
       <label>Version <select name="version">${versions.map((version) => html`<option key=${version}>${version}</option>`)}</select></label>
       <button>Set</button></form></details>`}
   </section>`;
+}
+
+/** The conditions that failed: `gate` is a job's or a report card's. `onOverride` moves the label; it may throw. */
+export function GateRefusal({ gate, label, onOverride }) {
+  const [state, setState] = useState({}), may = useMay("finetune");
+  const failed = (gate?.conditions ?? []).filter((one) => !one.passed);
+  const override = async () => {
+    try {
+      await onOverride();
+      setState({});
+    } catch (error) {
+      setState({ error });
+    }
+  };
+  return html`<div class="notice bad" role="alert"><strong>The gate refused it.</strong>
+    <ul>${failed.map((one) => html`<li key=${one.condition}><b>${one.condition.replaceAll("_", " ")}</b>: ${one.message}</li>`)}</ul>
+    ${may && html`<p><button onClick=${() => setState({ asks: true })}>Give it ${label} all the same…</button></p>`}
+    ${state.asks && html`<${Confirm} title=${`Override the gate?`} action=${`Move ${label}`} onConfirm=${override} onClose=${() => setState((old) => ({ ...old, asks: false }))}>
+      <p>Requests will be answered by a version that did not fulfil its conditions. Its report card will say that it got <b>${label}</b> by an override.</p><//>`}
+    ${state.error && html`<${Notice} kind="bad" title="That did not work." error=${state.error} />`}
+  </div>`;
 }

@@ -1,27 +1,24 @@
 // What a job has become: the version, whether it has its label, and what the training has found out about the images.
 
 import { Notice, html, percent, useEffect, useMay, useResource, useState } from "./parts.js";
-import { get, send, text } from "./api.js";
+import { get, send } from "./api.js";
 import { Findings } from "./dataset_report.js";
 import { change } from "./draft.js";
-import { GateRefusal } from "./gate.js";
+import { GateRefusal } from "./labels.js";
+import { galleryOf } from "./report.js";
 
 /** Pictures by the names of their images, from the galleries of the version's report card. */
 function usePictures(path, isWanted) {
   const [pictures, setPictures] = useState(null);
   useEffect(() => {
     if (!isWanted) return;
-    text(`${path}/report`, "text/html").then((page) => {
-      const found = new DOMParser().parseFromString(withoutStyle(page), "text/html");
-      const urls = new Map([...found.querySelectorAll(".gallery li")].map((item) => [item.querySelector("span")?.textContent, item.querySelector("img")?.src]));
+    galleryOf(path).then((images) => {
+      const urls = new Map(images.map((image) => [image.name, image.url]));
       setPictures({ url: async (name) => urls.get(typeof name === "number" ? `image ${name}` : name) ?? null });
     }).catch(() => {}); // the names will do
   }, [path, isWanted]);
   return pictures;
 }
-
-/** A report card without its style sheet, which the page's policy would refuse. */
-export const withoutStyle = (page) => page.replace(/<style>[\s\S]*?<\/style>/, "");
 
 function LabelErrors({ job, path, errors }) {
   const pictures = usePictures(path, errors.listed.length > 0), [excluded, setExcluded] = useState(new Set());

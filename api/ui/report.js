@@ -2,19 +2,28 @@
 
 import { Busy, Notice, html, useEffect, useLayoutEffect, useRef, useResource, useState } from "./parts.js";
 import { download, text } from "./api.js";
-import { withoutStyle } from "./live.js";
 
 const LINK = /^\/models\/([^/]+)\/versions\/(\d+)\/report$/;
 const load = (path, options) => text(path, "text/html", options);
 
+/** The body of a report page without its style sheet, which the policy of this page would refuse. */
+const bodyOf = (page) => new DOMParser().parseFromString(page.replace(/<style>[\s\S]*?<\/style>/, ""), "text/html").body;
+
+/** The pictures that the report card of a version shows: [{name, url}], where the images are still there. */
+export async function galleryOf(path) {
+  const items = bodyOf(await load(`${path}/report`)).querySelectorAll(".gallery li");
+  const images = [...items].map((item) => ({ name: item.querySelector("span")?.textContent, url: item.querySelector("img")?.getAttribute("src") }));
+  return images.filter(({ url }) => url);
+}
+
 /** What a report page shows, as elements of this document; links lead to places in this page. */
 function elementsOf(page) {
-  const { body } = new DOMParser().parseFromString(withoutStyle(page), "text/html");
+  const body = bodyOf(page);
   for (const link of body.querySelectorAll("a[href]")) {
     const [, model, version] = LINK.exec(link.getAttribute("href")) ?? [];
     if (model) link.setAttribute("href", `#/models/${model}/${version}`);
   }
-  for (const wide of body.querySelectorAll("pre, table")) if (wide.tagName === "PRE") wide.tabIndex = 0; // scrolls, also by keyboard
+  for (const wide of body.querySelectorAll("pre")) wide.tabIndex = 0; // it scrolls, also by keyboard
   body.querySelector("h1")?.remove(); // the page has it above
   return [...body.childNodes].map((node) => document.adoptNode(node));
 }

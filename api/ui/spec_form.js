@@ -1,9 +1,8 @@
 // How to train: a form made from the JSON schema of the spec, in which everything may stay automatic.
 
 import { html, plural, useResource, useMemo } from "./parts.js";
-import { change, specOf } from "./draft.js";
-import { Field, Fields } from "./spec_fields.js";
-import { fieldOf, grouped } from "./spec_schema.js";
+import { change, current, specOf } from "./draft.js";
+import { Field, Fields, fieldOf, grouped, withValue } from "./spec_fields.js";
 
 /** Reasons by the path of their field, `l2` or `search.trials`, of an error of the API. */
 export function reasonsOf(error) {
@@ -25,7 +24,7 @@ export function SpecForm({ draft, auto, error }) {
   };
   // A few fields are "auto" by default without being searched.
   const searched = draft.automatic && schemas ? new Set([...auto].filter((name) => schemas.Spec.properties[name]?.default !== "auto")) : new Set();
-  const form = { given: draft.given, auto: searched, errors, schemas, onGiven: (given) => change({ given }) };
+  const form = { given: draft.given, auto: searched, errors, schemas, onValue: (path, value) => change({ given: withValue(current().given, path, value) }) };
   const spec = specOf(draft);
   const groups = schemas ? grouped(schemas.Spec).filter(([title]) => draft.automatic || title !== "Search") : [];
   return html`<div class="specform">

@@ -67,7 +67,7 @@ def test_an_upload_becomes_a_live_version_while_its_curves_grow(
 ) -> None:
     choose(tuning, "digits.zip", digits_zip, "grown")
     assert tuning.locator(".classes li").count() == 10
-    assert tuning.locator(".classes .strip img").count() >= 50
+    eventually(lambda: tuning.locator(".classes .strip img").count() >= 50, "pictures of each class are shown")
     tuning.locator(".start .go", has_text="about").wait_for()
     job = start(tuning, epochs=40)
     tuning.locator(".chart").first.wait_for()
@@ -104,7 +104,7 @@ def test_copies_are_shown_and_can_be_left_out(tuning: "Page", service: Service, 
     copy = f"{labels[300]}/copy.png"
     choose(tuning, "copies.zip", zipped({**files, copy: png(images[300])}), "without-copies")
     findings = tuning.locator(".findings", has_text="Copies")
-    assert findings.locator("img").count() == 2
+    eventually(lambda: findings.locator("img").count() == 2, "both are shown")
     findings.get_by_role("button", name="Leave out 1 copy").click()
     assert findings.locator("[aria-pressed=true]", has_text=copy).is_visible()
     tuning.get_by_text("1 left out").wait_for()
@@ -222,7 +222,7 @@ def test_what_was_prepared_survives_a_look_at_another_view(tuning: "Page", digit
     tuning.get_by_role("heading", name="Models").wait_for()
     tuning.get_by_role("link", name="Fine-tune", exact=True).click()
     assert tuning.get_by_label("Model", exact=True).input_value() == "kept-draft"
-    assert tuning.locator(".classes .strip img").count() >= 50
+    eventually(lambda: tuning.locator(".classes .strip img").count() >= 50, "its pictures are there again")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
