@@ -17,7 +17,7 @@ from tests.ui.conftest import SEVEN, Gateway, answer, draw, opened
 from trainer.jobs.images import decode
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page, Route
+    from playwright.sync_api import Browser, FilePayload, Page, Route
 
 QUICK_MS = 50  # from the pen's lift to the answer
 
@@ -145,9 +145,9 @@ def test_an_image_is_opened_pasted_or_dropped_and_goes_as_it_is(
     }"""
     with opened(browser, f"{studio.url}/#/draw?on=lenet5@stable", expected=("422", "ERR_FILE_NOT_FOUND")) as page:
         page.locator(".pad").wait_for()
-        upload = {"name": "three.png", "mimeType": "image/png", "buffer": image}
+        upload: FilePayload = {"name": "three.png", "mimeType": "image/png", "buffer": image}
         ways = (
-            lambda: page.set_input_files("input[type=file]", [upload]),  # type: ignore[list-item]
+            lambda: page.set_input_files("input[type=file]", upload),
             lambda: page.evaluate(give, ["paste", list(image)]),
             lambda: page.evaluate(give, ["drop", list(image)]),
         )
@@ -157,7 +157,7 @@ def test_an_image_is_opened_pasted_or_dropped_and_goes_as_it_is(
             assert page.locator(".pad .given").count() == 1
             page.get_by_role("button", name="Clear").click()
             page.locator(".pad .hint").wait_for()
-        page.set_input_files("input[type=file]", [{"name": "a.txt", "mimeType": "image/png", "buffer": b"no image"}])
+        page.set_input_files("input[type=file]", {**upload, "buffer": b"no image"})
         page.get_by_role("alert").filter(has_text="not an image").wait_for()
 
 
@@ -185,7 +185,7 @@ PICTURE = f"data:image/png;base64,{base64.b64encode(png(np.zeros((28, 28), np.ui
 
 def explained(falls: float | None) -> dict[str, Any]:
     """What POST /explain answers for a seven that turns into a one at an ε."""
-    path = [
+    path: list[dict[str, Any]] = [
         {"epsilon": at / 32, "label": "1" if falls is not None and at / 32 >= falls else "7", "probability": 0.9,
          "probabilities": [], "image": PICTURE}
         for at in range(17)

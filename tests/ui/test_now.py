@@ -55,11 +55,15 @@ def test_a_model_server_that_is_lost_shows(browser: "Browser", service: Service)
     with opened(browser, f"{service.url}/#/now", expected=("503",)) as page:
         server = page.locator(".states li", has_text="Model server").first
         server.filter(has_text="ok").wait_for()
-        seen: list[str] = []
-        page.expose_function("noteState", seen.append)
-        page.evaluate("""() => new MutationObserver(() => noteState(document.querySelector(".states").innerText))
-            .observe(document.querySelector(".states"), { subtree: true, characterData: true, childList: true })""")
+        page.evaluate(
+            """() => {
+                window.seen = [];
+                const states = document.querySelector(".states");
+                const note = () => window.seen.push(states.innerText);
+                new MutationObserver(note).observe(states, { subtree: true, characterData: true, childList: true });
+            }"""
+        )
         service.kill("serving")
-        eventually(lambda: page.wait_for_timeout(50) or any("unavailable" in text for text in seen), "its loss shows")
+        page.wait_for_function("() => seen.some((text) => text.includes('unavailable'))")
         server.filter(has_text="ok").wait_for()
         eventually(service.ready, "the service is ready again")
