@@ -100,7 +100,7 @@ export default function Draw({ query }) {
       <div class="tools">
         <button onClick=${() => show(null)} disabled=${!picture}>Clear</button>
         <button onClick=${undo} disabled=${!picture?.strokes}>Undo</button>
-        <label class="button file"><span>Open<span class="more"> image</span></span><input type="file" class="sr-only" accept="image/png,image/jpeg,image/webp,image/bmp"
+        <label class="button file"><span>Open<span class="wide-only"> image</span></span><input type="file" class="sr-only" accept="image/png,image/jpeg,image/webp,image/bmp"
           onChange=${(event) => event.target.files[0] && (bring(event.target.files[0]), (event.target.value = ""))} /></label>
         <button class="plain" onClick=${watch}>Show me</button>
       </div>

@@ -1,6 +1,6 @@
 // Now: what the service does at this moment, for those who keep an eye on it.
 
-import { ApiError, text } from "./api.js";
+import { text } from "./api.js";
 import { Jobs } from "./feed.js";
 import { hits, quantile, rate, reading } from "./metrics.js";
 import { Busy, Notice, count, duration, html, percent, plural, useEffect, useMay, useResource, useState } from "./parts.js";
@@ -84,9 +84,8 @@ const State = ({ name, state }) => html`<li><span class="dot ${GOOD.has(state) ?
   <span class="what">${name}</span><span class="quiet">${state}</span></li>`;
 
 function Parts() {
-  // Not ready is an answer, too: 503 with the same body.
-  const { data, error } = useResource("/readyz", 1500);
-  const found = data ?? (error instanceof ApiError ? error.body : null);
+  const { data, error } = useResource("/readyz", 1000);
+  const found = error?.body?.status ? error.body : error ? null : data; // "not ready" is an answer, too: 503 with the same body
   if (!found) return error ? html`<p class="quiet">Nobody answers.</p>` : html`<${Busy} />`;
   const workers = Object.entries(found.workers ?? {});
   return html`<ul class="states">
