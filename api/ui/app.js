@@ -61,7 +61,7 @@ function SignIn({ onSession }) {
         aria-describedby="signin-error" autofocus />
     </label>
     <button class="primary" disabled=${busy}>Sign in</button>
-    <div id="signin-error">${error && html`<${Notice} kind="bad" title="That did not work." error=${error} />`}</div>
+    <div id="signin-error">${error && html`<${Notice} kind="bad" title="That did not work:" error=${error} />`}</div>
   </form>`;
 }
 

@@ -41,10 +41,10 @@ function Batches({ now, before }) {
   const found = hits(now.batches, before.batches), total = found.reduce((all, { count: each }) => all + each, 0);
   const name = ({ upTo }, at) => (upTo === Infinity ? "more" : upTo - (found[at - 1]?.upTo ?? 0) > 1 ? `${found[at - 1].upTo + 1}–${upTo}` : `${upTo}`);
   return html`<section aria-labelledby="batches-title"><h2 id="batches-title">Images in a call</h2>
-    <ul class="bars">${found.map((bucket, at) => html`<li key=${bucket.upTo}><span class="name">${name(bucket, at)}</span>
-      <span class="track" aria-hidden="true"><span style=${{ transform: `scaleX(${total ? bucket.count / total : 0})` }}></span></span>
-      <span class="value">${total ? percent(bucket.count / total, 0) : ""}</span></li>`)}</ul>
-    <p class="quiet">${total ? `${plural(total, "call")} to model servers in two minutes` : "No calls to model servers in the last two minutes"}</p></section>`;
+    ${total > 0 && html`<ul class="bars">${found.map((bucket, at) => html`<li key=${bucket.upTo}><span class="name">${name(bucket, at)}</span>
+      <span class="track" aria-hidden="true"><span style=${{ transform: `scaleX(${bucket.count / total})` }}></span></span>
+      <span class="value">${percent(bucket.count / total, 0)}</span></li>`)}</ul>`}
+    <p class="quiet">${total ? plural(total, "call") : "No calls"} to model servers in the last two minutes.</p></section>`;
 }
 
 function Served({ now, before }) {
@@ -62,13 +62,14 @@ function Traffic({ readings }) {
   if (!now) return html`<${Busy} label="Reading the metrics" />`;
   const slow = (share) => (each, earlier) => quantile(share, each.latency, earlier.latency);
   const calls = rate(now, before, (each) => each.calls);
+  const late = slow(0.95)(now, before);
   const failing = rate(now, before, (each) => each.failed);
   const others = rate(now, before, (each) => each.others);
   return html`
     <dl class="tiles traffics">
       <${Figure} name="Predictions a second" value=${perSecond(rate(now, before, (each) => each.predictions))} more=${others ? `and ${perSecond(others)} other requests` : ""}
         values=${series(readings, (each, earlier) => rate(each, earlier, (one) => one.predictions))} />
-      <${Figure} name="Latency" value=${duration(quantile(0.5, now.latency, before.latency))} more="median; 95% within ${duration(quantile(0.95, now.latency, before.latency))}"
+      <${Figure} name="Latency" value=${duration(quantile(0.5, now.latency, before.latency))} more=${late ? `median; 95% within ${duration(late)}` : "no predictions"}
         values=${series(readings, slow(0.95), 6)} least=${0.005} />
       <${Figure} name="Images in a call" value=${calls ? (rate(now, before, (each) => each.images) / calls).toFixed(1) : "–"} more="${now.inFlight} under way, ${count(now.waiting)} waiting"
         values=${series(readings, (each, earlier) => (each.calls > earlier.calls ? (each.images - earlier.images) / (each.calls - earlier.calls) : null))} />

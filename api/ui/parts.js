@@ -36,6 +36,9 @@ export function ago(at, now = Date.now() / 1000) {
   return new Date(1000 * at).toLocaleDateString("en", { day: "numeric", month: "short", year: "numeric" });
 }
 
+/** The service's messages begin in lower case, since the command puts words before them. */
+const sentence = (message) => message.charAt(0).toUpperCase() + message.slice(1);
+
 // ---- hooks
 
 /**
@@ -98,7 +101,7 @@ export function Notice({ kind = "note", title, error, children }) {
   const details = error?.details ?? [];
   return html`<aside class="notice ${kind}" role=${kind === "note" ? "status" : "alert"}>
     ${title && html`<strong>${title} </strong>`}
-    ${error && html`<span>${error.message}</span>`}
+    ${error && html`<span>${sentence(error.message)}</span>`}
     ${children}
     ${details.length > 0 && html`<ul>${details.slice(0, 20).map((each) => html`
       <li>${each.file ?? each.index}: ${each.reason}</li>`)}</ul>`}
