@@ -1,10 +1,13 @@
 // Line charts on uPlot, in the colours of the page, light and dark, with legends in HTML, which can be read aloud; and the
-// curves of a training while it runs: losses, accuracy, and how much of the loss each penalty is.
+// curves of a training while it runs: losses, accuracy, and how much of the loss each penalty is. Also drawings so small that
+// they stand in a line of text.
 
-import { html, loadPlot, useEffect, useMemo, useRef, useState } from "./parts.js";
+import { html, loadPlot, percent, useEffect, useMemo, useRef, useState } from "./parts.js";
 
 const HEIGHT = 230, WIDE = 6;
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+const fill = (name) => ({ fill: `var(--${name})` }), stroke = (name) => ({ stroke: `var(--${name})` });
 
 const FORMATS = {
   percent: (value) => `${(100 * value).toFixed(0)}%`,
@@ -17,7 +20,8 @@ function optionsOf({ series, log, format, range, stacked, xLabel }, width) {
     grid: { stroke: colour("rule"), width: 1 }, ticks: { show: false }, ...values,
   });
   const lines = series.map(({ label, colour: name, dash }) => ({
-    label, stroke: colour(name), width: stacked ? 1 : 2, dash, fill: stacked ? `${colour(name)}b3` : undefined, spanGaps: true, points: { show: series[0].values.length < 3 && !stacked, size: 5 },
+    label, stroke: colour(name), width: stacked ? 1 : 2, dash, fill: stacked ? `${colour(name)}b3` : undefined, spanGaps: true,
+    points: { show: series[0].values.length < 3 && !stacked, size: 5 },
   }));
   const shown = FORMATS[format];
   const round = (_, ticks) => ticks.map((tick) => ([1, 2, 5].includes(Math.round(tick / 10 ** Math.floor(Math.log10(tick) + 1e-9))) ? tick : null));
@@ -35,7 +39,8 @@ function optionsOf({ series, log, format, range, stacked, xLabel }, width) {
 }
 
 /** Values drawn on one another: the last series reaches the sum of all, and is drawn first. */
-const stack = (series) => series.map((_, at) => series[0].values.map((__, index) => series.slice(0, series.length - at).reduce((sum, one) => sum + (one.values[index] ?? 0), 0)));
+const stack = (series) => series.map((_, at) => series[0].values.map((__, index) =>
+  series.slice(0, series.length - at).reduce((sum, one) => sum + (one.values[index] ?? 0), 0)));
 
 /** Whether values are so far apart that a log scale shows them better. */
 function isWide(series) {
@@ -70,15 +75,18 @@ export function Chart({ title, note, x, series, log: wantsLog = false, format = 
     media.addEventListener("change", look);
     return () => media.removeEventListener("change", look);
   }, []);
-  const shown = FORMATS[format], index = at ?? x.length - 1;
+  const index = at ?? x.length - 1;
   const last = ({ values }) => values[index] ?? values.findLast((value) => value != null);
-  const told = series.map((one) => `${one.label} ${last(one) == null ? "–" : one.label && (format === "percent" ? `${(100 * last(one)).toFixed(1)}%` : Number(last(one).toPrecision(3)))}`);
+  const said = (value) => (value == null ? "–" : format === "percent" ? percent(value) : Number(value.toPrecision(3)));
+  const told = series.map((one) => `${one.label} ${said(last(one))}`);
   return html`<figure class="chart" data-points=${x.length}>
     <figcaption><h3>${title}</h3><span class="quiet">${note}${log && ", log scale"}</span></figcaption>
-    <div ref=${place} class="plotarea" role="img" aria-label=${`${title}: ${told.join(", ")}`} style=${{ height: `${HEIGHT}px` }}></div>
+    <div ref=${place} class="plotarea" role="img" aria-label=${`${title}: ${told.join(", ")}`}
+      style=${{ height: `${HEIGHT}px` }}></div>
     <ul class="chartlegend">${series.map((one, number) => html`<li key=${one.label}>
-      <svg width="22" height="10" aria-hidden="true">${stacked ? html`<rect x="4" width="12" height="10" rx="2" class=${`fill-${one.colour}`} />`
-        : html`<path d="M0 5H22" class=${`stroke-${one.colour}`} stroke-dasharray=${one.dash?.join(" ")} />`}</svg>
+      <svg width="22" height="10" aria-hidden="true">
+        ${stacked ? html`<rect x="4" width="12" height="10" rx="2" style=${fill(one.colour)} />`
+        : html`<path d="M0 5H22" class="thin" style=${stroke(one.colour)} stroke-dasharray=${one.dash?.join(" ")} />`}</svg>
       ${told[number].slice(0, one.label.length)} <b>${told[number].slice(one.label.length + 1)}</b></li>`)}
       ${at !== null && html`<li class="quiet">${xLabel} ${x[at]}</li>`}</ul>
   </figure>`;
@@ -123,14 +131,47 @@ export function Curves({ runs, isOpen }) {
   const lowest = Math.min(...drawn.accuracies.flatMap(({ values }) => values.filter((value) => value !== null)));
   const range = [Math.max(0, Math.floor(10 * Math.min(lowest, 0.9)) / 10), 1];
   return html`<section class="curves" aria-labelledby="curves-title">
-    <header><h2 id="curves-title">Training <span class="quiet" role="status">epoch ${shown.epochs.at(-1).epoch} of ${shown.total}</span></h2>
-      ${runs.length > 1 && html`<div class="chips" role="group" aria-label="Trainings">${runs.map((run) => html`<button key=${nameOf(run)} class="chip"
+    <header><h2 id="curves-title">Training <span class="quiet"
+      role="status">epoch ${shown.epochs.at(-1).epoch} of ${shown.total}</span></h2>
+      ${runs.length > 1 && html`<div class="chips" role="group" aria-label="Trainings">
+        ${runs.map((run) => html`<button key=${nameOf(run)} class="chip"
         aria-pressed=${run === shown} onClick=${() => setChosen(nameOf(run))}>${nameOf(run)}</button>`)}</div>`}
     </header>
     <div class="charts">
       <${Chart} title="Loss" note="nats" x=${drawn.x} series=${drawn.losses} log />
-      ${drawn.accuracies.length > 0 && html`<${Chart} key=${range[0]} title="Accuracy" note="on images held out" x=${drawn.x} series=${drawn.accuracies} format="percent" range=${range} />`}
-      ${drawn.shares.length > 1 && html`<${Chart} title="Share of the loss" note="each penalty beside the data" x=${drawn.x} series=${drawn.shares} format="percent" range=${[0, 1]} stacked />`}
+      ${drawn.accuracies.length > 0 && html`<${Chart} key=${range[0]} title="Accuracy" note="on images held out"
+        x=${drawn.x} series=${drawn.accuracies} format="percent" range=${range} />`}
+      ${drawn.shares.length > 1 && html`<${Chart} title="Share of the loss" note="each penalty beside the data"
+        x=${drawn.x} series=${drawn.shares} format="percent" range=${[0, 1]} stacked />`}
     </div>
   </section>`;
+}
+
+/** A line without axes. */
+export function Spark({ values, label, width = 96, height = 28, tint = "blue" }) {
+  if (!values || values.length < 2) return html`<span class="spark" style=${{ width: `${width}px` }}></span>`;
+  const least = Math.min(...values), span = Math.max(...values) - least || 1;
+  const places = values.map((value, at) => [3 + (at / (values.length - 1)) * (width - 6), height - 4 - ((value - least) / span) * (height - 8)]);
+  const [x, y] = places.at(-1);
+  return html`<svg class="spark" width=${width} height=${height} role="img" aria-label=${label}>
+    <path class="thin" style=${stroke(tint)}
+      d=${`M${places.map((place) => place.map((one) => one.toFixed(1)).join(" ")).join("L")}`} />
+    <circle style=${fill(tint)} cx=${x} cy=${y} r="2.5" /></svg>`;
+}
+
+/** Where an axis for the accuracies of these versions and their intervals begins. */
+export function lowest(versions) {
+  const bounds = versions.flatMap(({ report }) => [report.validation, report.test].map((score) => score?.accuracy_interval[0] ?? 1));
+  return Math.max(0, Math.floor(10 * Math.min(0.95, ...bounds)) / 10);
+}
+
+/** A share with its interval on a line from `low` to 1. */
+export function Interval({ value, interval, low = 0, width = 120, tint = "blue" }) {
+  const x = (share) => 4 + (Math.max(0, share - low) / (1 - low)) * (width - 8);
+  if (value == null) return null;
+  const [from, to] = interval ?? [value, value];
+  return html`<svg class="interval" width=${width} height="14" aria-hidden="true">
+    <path class="gridline" d=${`M4 7H${width - 4}`} />
+    <path class="band" style=${stroke(tint)} d=${`M${x(from)} 7H${x(to)}`} />
+      <circle style=${fill(tint)} cx=${x(value)} cy="7" r="4" /></svg>`;
 }

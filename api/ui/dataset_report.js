@@ -38,7 +38,8 @@ function Classes({ classes, pictures }) {
       <span class="track" aria-hidden="true"><span style=${{ transform: `scaleX(${classes[name] / most})` }}></span></span>
       <span class="value">${count(classes[name])}</span>
       <span class="strip" aria-hidden="true">
-        ${(samples.get(name) ?? []).map((each) => html`<${Thumbnail} key=${each} pictures=${pictures} name=${each} size=${28} />`)}
+        ${(samples.get(name) ?? []).map((each) => html`<${Thumbnail} key=${each} pictures=${pictures}
+          name=${each} size=${28} />`)}
       </span>
     </li>`)}
   </ul>
@@ -58,18 +59,21 @@ export function Findings({ title, note, images, say, suggested = images, picture
     for (const name of names) out ? next.add(name) : next.delete(name);
     onExclude(next);
   };
+  const all = images.length === 1 ? "this one" : `all ${images.length}`;
+  const which = suggested.length === images.length ? all : plural(suggested.length, "copy", "copies");
   const names = suggested.map(nameOf), allOut = names.every((name) => excluded.has(name));
   return html`<section class="findings">
     <header><h4>${title}</h4>
       ${onExclude && html`<button class="plain" onClick=${() => toggle(names, !allOut)}>
-        ${allOut ? "Keep them" : `Leave out ${suggested.length === images.length ? (names.length === 1 ? "this one" : `all ${names.length}`) : plural(names.length, "copy", "copies")}`}</button>`}
+        ${allOut ? "Keep them" : `Leave out ${which}`}</button>`}
     </header>
     <p class="quiet">${note}</p>
     <ul class="thumbs">
       ${images.slice(0, SHOWN).map((image) => {
         const name = nameOf(image), out = excluded.has(name);
         const shown = html`<${Thumbnail} pictures=${pictures} name=${name} size=${56} />
-          <span class="file" title=${name}>${typeof name === "number" ? `image ${name}` : name}</span><span>${say(image)}</span>`;
+          <span class="file" title=${name}>${typeof name === "number" ? `image ${name}` : name}</span><span>
+            ${say(image)}</span>`;
         return html`<li key=${name}>${onExclude
           ? html`<button class="thumbcard" aria-pressed=${out} title=${out ? "Left out; keep it" : "Leave it out"}
               onClick=${() => toggle([name], !out)}>${shown}</button>`
@@ -93,20 +97,26 @@ export function DatasetReport({ dataset, pictures, excluded, onExclude }) {
   const sizes = report.sizes > 1 ? `${width}×${height} to ${wide}×${high}` : `${width}×${height}`;
   return html`<div class="dataset">
     <dl class="tiles">
-      <div><dt>Images</dt><dd><b>${count(report.images)}</b> ${parts.map(([to, images]) => `${count(images)} ${to}`).join(", ") || "to train and measure on"}</dd></div>
+      <div><dt>Images</dt><dd><b>${count(report.images)}
+        </b> ${parts.map(([to, images]) => `${count(images)} ${to}`).join(", ") || "to train and measure on"}</dd></div>
       <div><dt>Classes</dt><dd><b>${count(Object.keys(report.classes).length)}</b> ${balance(report.classes)}</dd></div>
       <div><dt>Size</dt><dd><b>${sizes}</b> each becomes 28×28, grey</dd></div>
-      <div><dt>Polarity</dt><dd><b class="words">${dataset.polarity.replaceAll("_", " ")}</b> decided from the borders</dd></div>
+      <div><dt>Polarity</dt><dd><b class="words">${dataset.polarity.replaceAll("_", " ")}
+        </b> decided from the borders</dd></div>
     </dl>
     <${Classes} classes=${report.classes} pictures=${pictures} />
     ${clean && html`<p class="clean">Every file could be read, no image is there twice, and none is empty.</p>`}
-    <${Findings} ...${shared} title="The same picture in different classes" images=${conflicts} say=${(image) => image.class}
+    <${Findings} ...${shared} title="The same picture in different classes" images=${conflicts}
+      say=${(image) => image.class}
       note="Nobody can learn these: keep each picture in one class." />
-    <${Findings} ...${shared} title="Copies" images=${copies.flat()} say=${(image) => image.class} suggested=${copies.flatMap((group) => group.slice(1))}
+    <${Findings} ...${shared} title="Copies" images=${copies.flat()} say=${(image) => image.class}
+      suggested=${copies.flatMap((group) => group.slice(1))}
       note="Equal at 28×28 pixels. They are held out together, so they flatter no figure; more of the same teaches little." />
-    <${Findings} ...${shared} title="Next to nothing on them" images=${report.near_constant_images ?? []} say=${(image) => image.class}
+    <${Findings} ...${shared} title="Next to nothing on them" images=${report.near_constant_images ?? []}
+      say=${(image) => image.class}
       note="Leave them out unless an empty image is what you mean." />
-    <${Findings} ...${shared} title="Blank once their transparency is white" images=${report.blank_after_alpha_images ?? []} say=${(image) => image.class}
+    <${Findings} ...${shared} title="Blank once their transparency is white"
+      images=${report.blank_after_alpha_images ?? []} say=${(image) => image.class}
       note="What they show is white on a transparent ground." />
   </div>`;
 }

@@ -51,21 +51,27 @@ function Start({ draft, plan, error }) {
       setState({ error: failure });
     }
   };
-  const field = (name) => ({ value: draft[name], onInput: (event) => change({ [name]: event.target.value }), "aria-invalid": Boolean(reasons[name]), "aria-describedby": `start-${name}` });
+  const field = (name) => ({
+    value: draft[name], onInput: (event) => change({ [name]: event.target.value }),
+    "aria-invalid": Boolean(reasons[name]), "aria-describedby": `start-${name}`,
+  });
   const exists = models.includes(draft.model), general = state.error ?? (error && !error.param?.match(/^(spec|model|label)/) && error);
   const { estimate } = plan ?? {};
   return html`<form class="start" onSubmit=${start}>
     <div class="field ${reasons.model ? "wrong" : ""}"><label for="start-model-input">Model</label>
       <input id="start-model-input" list="models" autocomplete="off" spellcheck="false" required ...${field("model")} />
       <datalist id="models">${models.map((name) => html`<option key=${name} value=${name} />`)}</datalist>
-      <p id="start-model" class=${reasons.model ? "error" : "quiet"}>${reasons.model ?? (exists ? "gets a new version" : "a new model")}</p></div>
+      <p id="start-model" class=${reasons.model ? "error" : "quiet"}>
+        ${reasons.model ?? (exists ? "gets a new version" : "a new model")}</p></div>
     <div class="field ${reasons.label ? "wrong" : ""}"><label for="start-label-input">Label</label>
       <input id="start-label-input" list="labels" autocomplete="off" spellcheck="false" required ...${field("label")} />
       <datalist id="labels">${labels.map((name) => html`<option key=${name} value=${name} />`)}</datalist>
-      <p id="start-label" class=${reasons.label ? "error" : "quiet"}>${reasons.label ?? "moves to it if it passes its gate"}</p></div>
+      <p id="start-label" class=${reasons.label ? "error" : "quiet"}>
+        ${reasons.label ?? "moves to it if it passes its gate"}</p></div>
     <div class="go">
       <button class="primary big" disabled=${state.busy || !draft.model}>${state.busy ? "Starting…" : "Fine-tune"}</button>
-      <p class="quiet" role="status">${estimate ? `about ${duration(estimate.seconds)}${estimate.jobs ? "" : ", a first guess"}` : "…"}</p></div>
+      <p class="quiet" role="status">
+        ${estimate ? `about ${duration(estimate.seconds)}${estimate.jobs ? "" : ", a first guess"}` : "…"}</p></div>
     ${general && html`<${Notice} kind="bad" title="It cannot start." error=${general} />`}
   </form>`;
 }
@@ -78,10 +84,13 @@ function Prepare({ draft }) {
       <p class="quiet">Look through it, or start at once: everything is automatic unless you say otherwise.</p></div>
       <button class="plain" onClick=${reset}>Other images</button></header>
     <${Start} draft=${draft} plan=${plan} error=${error} />
-    <section class="step" aria-labelledby="images-title"><h2 id="images-title">Images${excluded > 0 && html` <span class="badge">${excluded} left out</span>`}</h2>
-      <${DatasetReport} dataset=${draft.dataset} pictures=${draft.pictures} excluded=${draft.excluded} onExclude=${(names) => change({ excluded: names })} /></section>
+    <section class="step" aria-labelledby="images-title">
+      <h2 id="images-title">Images${excluded > 0 && html` <span class="badge">${excluded} left out</span>`}</h2>
+      <${DatasetReport} dataset=${draft.dataset} pictures=${draft.pictures} excluded=${draft.excluded}
+        onExclude=${(names) => change({ excluded: names })} /></section>
     <section class="step" aria-labelledby="recipe-title"><h2 id="recipe-title">Recipe</h2>
-      ${plan?.warnings.filter((text) => !isFinding(text, plan)).map((text) => html`<${Notice} key=${text} kind="poor">${text}<//>`)}
+      ${plan?.warnings.filter((text) => !isFinding(text, plan)).map((text) => html`<${Notice} key=${text} kind="poor">
+        ${text}<//>`)}
       <${SpecForm} draft=${draft} auto=${auto} error=${error} /></section>`;
 }
 
@@ -92,6 +101,7 @@ export default function Finetune({ parts }) {
   if (parts[0]) return html`<${Job} key=${parts[0]} id=${parts[0]} />`;
   if (draft.dataset) return html`<div class="finetune"><${Prepare} draft=${draft} /></div>`;
   return html`<div class="finetune">
-    <header class="viewhead"><div><h1>Fine-tune</h1><p class="quiet">From labelled images to a model that answers, in about a minute.</p></div></header>
+    <header class="viewhead"><div><h1>Fine-tune</h1>
+      <p class="quiet">From labelled images to a model that answers, in about a minute.</p></div></header>
     <${Upload} /><${Kept} /><${JobList} /></div>`;
 }

@@ -6,7 +6,8 @@ import { Confirm, Notice, html, percent, useEffect, useMay, useRef, useState } f
 const NEAR = 4; // pixels that a pointer moves before it drags
 const REST_MS = 350; // after which a slider has come to rest
 
-export const LabelMark = ({ label, text = label }) => html`<span class="mark ${label === "stable" ? "stable" : ""}">${text}</span>`;
+export const LabelMark = ({ label, text = label }) => html`<span class="mark ${label === "stable" ? "stable" : ""}">
+  ${text}</span>`;
 
 const versionAt = (x, y) => {
   const row = document.elementsFromPoint(x, y).map((element) => element.closest("[data-version]")).find(Boolean);
@@ -54,9 +55,12 @@ export function LabelChip({ label, version, versions, weight, onTarget, onMove }
   };
   const share = weight ? ` ${percent(weight, 0)}` : "";
   return html`<button class="mark chip-label ${label === "stable" ? "stable" : ""} ${offset ? "dragged" : ""}" aria-describedby="label-help"
-    aria-label=${`Label ${label}${share}, of version ${version}`} style=${offset && { transform: `translate(${offset[0]}px, ${offset[1]}px)` }}
-    onPointerDown=${down} onPointerMove=${move} onPointerUp=${() => end(Boolean(drag.current?.far))} onPointerCancel=${() => end(false)}
-    onKeyDown=${press} onBlur=${() => target !== null && end(false)}><span class="grip" aria-hidden="true"></span>${label}${share}</button>`;
+    aria-label=${`Label ${label}${share}, of version ${version}`}
+      style=${offset && { transform: `translate(${offset[0]}px, ${offset[1]}px)` }}
+    onPointerDown=${down} onPointerMove=${move} onPointerUp=${() => end(Boolean(drag.current?.far))}
+      onPointerCancel=${() => end(false)}
+    onKeyDown=${press} onBlur=${() => target !== null && end(false)}><span class="grip" aria-hidden="true"></span>
+      ${label}${share}</button>`;
 }
 
 /** A slider for the share of a label, which changes a moment after the slider came to rest. */
@@ -74,10 +78,12 @@ function Share({ label, version, weight, most, onShare, onDrop }) {
     timer.current = mine;
   };
   return html`<li class="share"><label for=${id}><${LabelMark} label=${label} text=${`${label} ${version}`} /></label>
-    <input id=${id} type="range" min="0" max="100" step="1" value=${Math.round(100 * value)} aria-valuetext=${percent(value, 0)}
+    <input id=${id} type="range" min="0" max="100" step="1" value=${Math.round(100 * value)}
+      aria-valuetext=${percent(value, 0)}
       onInput=${slide} />
     <output for=${id}>${percent(value, 0)}</output>
-    ${onDrop && html`<button class="plain" onClick=${() => onDrop(label)} aria-label=${`Remove the label ${label}`}>Remove</button>`}</li>`;
+    ${onDrop && html`<button class="plain" onClick=${() => onDrop(label)}
+      aria-label=${`Remove the label ${label}`}>Remove</button>`}</li>`;
 }
 
 /** Who answers requests that name neither version nor label. */
@@ -92,16 +98,22 @@ export function Traffic({ labels, weights, versions, may, onShare, onMove, onDro
   };
   return html`<section class="traffic" aria-labelledby="traffic-title"><h2 id="traffic-title">Traffic</h2>
     <div class="split" aria-hidden="true"><span class="stable" style=${{ flexGrow: Math.max(0, 1 - taken) }}></span>
-      ${others.filter(([label]) => weights[label]).map(([label]) => html`<span key=${label} style=${{ flexGrow: weights[label] }}></span>`)}</div>
+      ${others.filter(([label]) => weights[label]).map(([label]) => html`<span key=${label}
+        style=${{ flexGrow: weights[label] }}></span>`)}</div>
     <ul class="shares">
-      ${labels.stable && html`<li class="share"><${LabelMark} label="stable" text=${`stable ${labels.stable}`} /><span class="quiet">everything else</span><output>${percent(Math.max(0, 1 - taken), 0)}</output></li>`}
-      ${others.map(([label, version]) => may ? html`<${Share} key=${label} label=${label} version=${version} weight=${weights[label] ?? 0}
+      ${labels.stable && html`<li class="share"><${LabelMark} label="stable" text=${`stable ${labels.stable}`} />
+        <span class="quiet">everything else</span><output>${percent(Math.max(0, 1 - taken), 0)}</output></li>`}
+      ${others.map(([label, version]) => may ? html`<${Share} key=${label} label=${label} version=${version}
+        weight=${weights[label] ?? 0}
           most=${1 - taken + (weights[label] ?? 0)} onShare=${onShare} onDrop=${onDrop} />`
-        : html`<li key=${label} class="share"><${LabelMark} label=${label} text=${`${label} ${version}`} /><span></span><output>${percent(weights[label] ?? 0, 0)}</output></li>`)}
+        : html`<li key=${label} class="share"><${LabelMark} label=${label} text=${`${label} ${version}`} /><span>
+          </span><output>${percent(weights[label] ?? 0, 0)}</output></li>`)}
     </ul>
     ${may && html`<details class="more"><summary>Set a label of your own</summary><form class="newlabel" onSubmit=${add}>
-      <label>Label <input name="label" required pattern="[a-z0-9][a-z0-9._\\-]*" autocomplete="off" placeholder="canary" /></label>
-      <label>Version <select name="version">${versions.map((version) => html`<option key=${version}>${version}</option>`)}</select></label>
+      <label>Label <input name="label" required pattern="[a-z0-9][a-z0-9._\\-]*" autocomplete="off"
+        placeholder="canary" /></label>
+      <label>Version <select name="version">${versions.map((version) => html`<option key=${version}>${version}
+        </option>`)}</select></label>
       <button>Set</button></form></details>`}
   </section>`;
 }
@@ -119,9 +131,11 @@ export function GateRefusal({ gate, label, onOverride }) {
     }
   };
   return html`<div class="notice bad" role="alert"><strong>The gate refused it.</strong>
-    <ul>${failed.map((one) => html`<li key=${one.condition}><b>${one.condition.replaceAll("_", " ")}</b>: ${one.message}</li>`)}</ul>
+    <ul>${failed.map((one) => html`<li key=${one.condition}><b>${one.condition.replaceAll("_", " ")}
+      </b>: ${one.message}</li>`)}</ul>
     ${may && html`<p><button onClick=${() => setState({ asks: true })}>Give it ${label} all the same…</button></p>`}
-    ${state.asks && html`<${Confirm} title=${`Override the gate?`} action=${`Move ${label}`} onConfirm=${override} onClose=${() => setState((old) => ({ ...old, asks: false }))}>
+    ${state.asks && html`<${Confirm} title=${`Override the gate?`} action=${`Move ${label}`}
+      onConfirm=${override} onClose=${() => setState((old) => ({ ...old, asks: false }))}>
       <p>Requests will be answered by a version that did not fulfil its conditions. Its report card will say that it got <b>${label}</b> by an override.</p><//>`}
     ${state.error && html`<${Notice} kind="bad" title="That did not work." error=${state.error} />`}
   </div>`;

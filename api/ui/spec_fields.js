@@ -95,13 +95,15 @@ export function Field({ name, path, schema, form }) {
     ${error && html`<p class="error" id=${wrong}>${error}</p>`}
     <p class="quiet about" id=${about}>${field.description?.replaceAll("`", "")}</p>
     ${nested && field.kind === "object" && html`<${Fields} schema=${field.schema} path=${path} form=${form} />`}
-    ${nested && field.kind === "variants" && html`<${Fields} schema=${field.variants[value[field.tag]]} path=${path} form=${form} without=${field.tag} />`}
+    ${nested && field.kind === "variants" && html`<${Fields} schema=${field.variants[value[field.tag]]}
+      path=${path} form=${form} without=${field.tag} />`}
   </div>`;
 }
 
 /** The fields of an object. */
 export function Fields({ schema, path, form, without }) {
-  return html`<div class="fields">${Object.entries(schema.properties).filter(([name]) => name !== without).map(([name, inner]) =>
+  return html`<div class="fields">
+    ${Object.entries(schema.properties).filter(([name]) => name !== without).map(([name, inner]) =>
     html`<${Field} key=${name} name=${name} path=${[...path, name]} schema=${inner} form=${form} />`)}</div>`;
 }
 
@@ -121,7 +123,8 @@ function NumberControl({ id, field, value, fallback, set, described, invalid }) 
     set(text === "" ? undefined : field.nullable && text === "off" ? null : Number.isFinite(number) ? number : text);
   };
   const { least, most } = field, hint = least != null && most != null ? `${least} to ${most < 1e6 ? most : "2³¹"}` : "";
-  return html`<input id=${id} inputmode="decimal" autocomplete="off" value=${typed ?? (value === null ? "off" : value ?? "")}
+  return html`<input id=${id} inputmode="decimal" autocomplete="off"
+    value=${typed ?? (value === null ? "off" : value ?? "")}
     placeholder=${fallback} aria-describedby=${described} aria-invalid=${invalid} onInput=${type}
     onBlur=${() => setTyped(null)} /><span class="quiet hint">${hint}</span>`;
 }
@@ -151,8 +154,10 @@ function Several({ id, field, value, set, described }) {
     const next = field.choices.filter((each) => (each === choice ? !chosen.includes(each) : chosen.includes(each)));
     set(JSON.stringify(next) === JSON.stringify(field.default) ? undefined : next);
   };
-  return html`<span class="several" id=${id} role="group" aria-describedby=${described}>${field.choices.map((choice) => html`<label key=${choice}>
-    <input type="checkbox" checked=${chosen.includes(choice)} onChange=${() => toggle(choice)} />${shown(choice)}</label>`)}</span>`;
+  return html`<span class="several" id=${id} role="group" aria-describedby=${described}>
+    ${field.choices.map((choice) => html`<label key=${choice}>
+    <input type="checkbox" checked=${chosen.includes(choice)} onChange=${() => toggle(choice)} />${shown(choice)}
+      </label>`)}</span>`;
 }
 
 function Text({ id, field, value, fallback, set, described, invalid }) {
@@ -168,6 +173,7 @@ function Text({ id, field, value, fallback, set, described, invalid }) {
     set(found);
   };
   const text = value === undefined ? "" : isJson && typeof value !== "string" ? JSON.stringify(value) : value;
-  return html`<input id=${id} autocomplete="off" spellcheck="false" value=${typed ?? text} placeholder=${isJson ? "JSON" : fallback}
+  return html`<input id=${id} autocomplete="off" spellcheck="false" value=${typed ?? text}
+    placeholder=${isJson ? "JSON" : fallback}
     aria-describedby=${described} aria-invalid=${invalid} onInput=${type} onBlur=${() => setTyped(null)} />`;
 }

@@ -40,13 +40,17 @@ export function SpecForm({ draft, auto, error }) {
       const wrong = Object.keys(errors).filter((path) => names.some((name) => covers(name, path)));
       const given = names.filter((name) => draft.given[name] !== undefined);
       return html`<details key=${title} class="group" ref=${(node) => node && wrong.length && (node.open = true)}>
-        <summary>${title}<span class="quiet">${wrong.length ? plural(wrong.length, "problem") : given.length ? `${given.length} set` : names.some((name) => searched.has(name)) ? "automatic" : ""}</span></summary>
+        <summary>${title}<span class="quiet">
+          ${wrong.length ? plural(wrong.length, "problem") : given.length ? `${given.length} set` : names.some((name) => searched.has(name)) ? "automatic" : ""}</span></summary>
         <div class="fields">${names.map((name) => name === "search"
-          ? html`<${Fields} key=${name} schema=${fieldOf(schemas.Spec.properties.search, schemas).schema} path=${["search"]} form=${form} />`
-          : isShown(name, draft) && html`<${Field} key=${name} name=${name} path=${[name]} schema=${schemas.Spec.properties[name]} form=${form} />`)}
+          ? html`<${Fields} key=${name} schema=${fieldOf(schemas.Spec.properties.search, schemas).schema}
+            path=${["search"]} form=${form} />`
+          : isShown(name, draft) && html`<${Field} key=${name} name=${name} path=${[name]}
+            schema=${schemas.Spec.properties[name]} form=${form} />`)}
         </div></details>`;
     })}
-    ${spec && Object.keys(spec).length > 0 && html`<details class="group"><summary>As JSON<span class="quiet">what will be sent</span></summary>
+    ${spec && Object.keys(spec).length > 0 && html`<details class="group">
+      <summary>As JSON<span class="quiet">what will be sent</span></summary>
       <pre tabindex="0">${JSON.stringify(spec, null, 2)}</pre>
       <p><button class="plain" onClick=${() => change({ given: {} })}>Back to ${draft.automatic ? "automatic" : "the defaults"}</button></p></details>`}
   </div>`;

@@ -52,13 +52,15 @@ async function packed(all) {
   return new File([zip], `${deep ? top : "images"}.zip`, { type: "application/zip" });
 }
 
+/** A model's name after a file's. */
+const modelOf = (name) => name.replace(/\.\w+$/, "").toLowerCase().replace(/[^a-z0-9._-]+/g, "-").replace(/^[^a-z0-9]+/, "").slice(0, 64) || "model";
+
 /** Send a file and take what the gateway says of it into the draft. */
 async function send(file, pictures, onProgress, signal) {
   const form = new FormData();
   form.set("data", file, file.name);
   const dataset = await upload("/datasets", form, onProgress, signal);
-  const model = file.name.replace(/\.\w+$/, "").toLowerCase().replace(/[^a-z0-9._-]+/g, "-").replace(/^[^a-z0-9]+/, "").slice(0, 64);
-  change({ file, pictures, dataset, excluded: new Set(), model: model || "model" });
+  change({ file, pictures, dataset, excluded: new Set(), model: modelOf(file.name) });
 }
 
 function Refusal({ error, pictures, onWithout }) {
@@ -68,7 +70,8 @@ function Refusal({ error, pictures, onWithout }) {
   return html`<div class="notice bad refusal" role="alert">
     <strong>${details.length ? `${plural(details.length, "file")} cannot be used` : "This upload cannot be used"}</strong>
     ${details.length ? html`<table><tbody>${details.slice(0, LISTED).map((each) => html`<tr key=${each.file ?? each.index}>
-        <th scope="row">${each.file ?? (each.index == null ? "" : `image ${each.index}`)}</th><td>${each.reason}</td></tr>`)}</tbody></table>`
+        <th scope="row">${each.file ?? (each.index == null ? "" : `image ${each.index}`)}</th><td>${each.reason}</td>
+          </tr>`)}</tbody></table>`
       : html`<p>${error.message}</p>`}
     ${details.length > LISTED && html`<p>and ${count(details.length - LISTED)} more</p>`}
     ${canLeaveOut && html`<p><button class="primary" onClick=${() => onWithout(rest)}>
@@ -111,7 +114,8 @@ export function Upload() {
   };
   const without = (entries) => take(async () => new File([await writeZip(entries)], state.file.name));
 
-  return html`<section class="dropzone ${over ? "over" : ""}" aria-labelledby="drop-title" onDragEnter=${enter(1)} onDragLeave=${enter(-1)}
+  return html`<section class="dropzone ${over ? "over" : ""}" aria-labelledby="drop-title"
+    onDragEnter=${enter(1)} onDragLeave=${enter(-1)}
       onDragOver=${(event) => event.preventDefault()} onDrop=${drop}>
     ${state.busy ? html`<div class="sending"><${Busy} label=${state.busy} />
         <progress value=${state.share} max="1" aria-label="Sent"></progress>
@@ -119,12 +123,15 @@ export function Upload() {
       : html`<div class="invite">
         <span class="stack" aria-hidden="true"><i></i><i></i><i></i></span>
         <h2 id="drop-title">Drop your images here</h2>
-        <p class="quiet">A folder or a zip with one folder per class, as in <code>seven/a.png</code>,<br />or an <code>.npz</code> of <code>images</code> and <code>labels</code>. A few hundred images are plenty.</p>
+        <p class="quiet">A folder or a zip with one folder per class, as in <code>seven/a.png</code>,<br />
+          or an <code>.npz</code> of <code>images</code> and <code>labels</code>. A few hundred images are plenty.</p>
         <p class="actions"><button class="primary" onClick=${() => folder.current.click()}>Choose a folder</button>
           <button onClick=${() => files.current.click()}>Choose a zip or npz</button></p>
       </div>`}
-    <input ref=${folder} class="hidden" type="file" webkitdirectory multiple tabindex="-1" aria-hidden="true" onChange=${choose(folder)} />
-    <input ref=${files} class="hidden" type="file" accept=".zip,.npz" tabindex="-1" aria-hidden="true" onChange=${choose(files)} />
+    <input ref=${folder} class="hidden" type="file" webkitdirectory multiple tabindex="-1" aria-hidden="true"
+      onChange=${choose(folder)} />
+    <input ref=${files} class="hidden" type="file" accept=".zip,.npz" tabindex="-1" aria-hidden="true"
+      onChange=${choose(files)} />
   </section>
   ${state.error && html`<${Refusal} error=${state.error} pictures=${state.pictures} onWithout=${without} />`}`;
 }
@@ -135,10 +142,11 @@ export function Kept() {
   if (error) return html`<${Notice} kind="bad" title="The data sets cannot be listed." error=${error} />`;
   if (!data?.data.length) return null;
   const take = (dataset) => change({
-    dataset, file: null, pictures: null, excluded: new Set(), model: dataset.filename.replace(/\.\w+$/, "").toLowerCase().replace(/[^a-z0-9._-]+/g, "-"),
+    dataset, file: null, pictures: null, excluded: new Set(), model: modelOf(dataset.filename),
   });
   return html`<section aria-labelledby="kept-title"><h2 id="kept-title">Your data sets</h2>
-    <ul class="cards">${data.data.map((dataset) => html`<li key=${dataset.id}><button class="card" onClick=${() => take(dataset)}>
+    <ul class="cards">${data.data.map((dataset) => html`<li key=${dataset.id}>
+      <button class="card" onClick=${() => take(dataset)}>
       <strong>${dataset.filename || "data set"}</strong>
       <span class="quiet">${plural(dataset.report.images, "image")} of ${plural(Object.keys(dataset.report.classes).length, "class", "classes")}, ${ago(dataset.created_at)}</span>
     </button></li>`)}</ul>
