@@ -52,7 +52,7 @@ setup(
     package_dir={prefix + room: room.replace(".", "/") for room in rooms},
     package_data={
         "temper": ["py.typed"],
-        f"{prefix}api": ["report/templates/*"],
+        f"{prefix}api": ["report/templates/*", "ui/*", "ui/vendor/*"],
         f"{prefix}trainer": ["base/*"],
     },
     entry_points={"console_scripts": [f"temper = {prefix}cli.main:main"]},

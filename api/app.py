@@ -39,6 +39,7 @@ from api.routes import (
     models,
     open_inference,
     openai,
+    page,
     predict,
     tensorflow_rest,
     webhooks,
@@ -117,6 +118,7 @@ def create_app(settings: Settings) -> ASGIApp:
         dependencies=[Security(HTTPBearer(auto_error=False, description="An API key, where keys are required."))],
     )  # the dependency documents what `Guard` does
     add_webhooks(app)
+    page.files()  # read and compressed before the first visitor comes
     errors.install(app)
     app.add_middleware(PageHeaders)
     predicting = (predict.router, tensorflow_rest.router, open_inference.router)
@@ -124,7 +126,7 @@ def create_app(settings: Settings) -> ASGIApp:
         jobs.router, events.router, checkpoints.router, datasets.router, models.router, feedback.router,
         webhooks.router, openai.router,
     )  # fmt: skip
-    for router in (*predicting, *managing, health.router):
+    for router in (*predicting, *managing, health.router, page.router):
         app.include_router(router)
     fast = fast_path(app, itertools.chain.from_iterable(router.routes for router in predicting))
     limited = BodyLimit(fast, uploads=settings.max_upload_bytes, predictions=settings.max_predict_bytes)

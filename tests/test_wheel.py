@@ -71,7 +71,8 @@ def test_everything_is_inside_temper_and_imports_itself_from_there(wheel: Path) 
         modules = {name: archive.read(name).decode() for name in names if name.endswith(".py")}
     assert {name.partition("/")[0] for name in names} == {"temper", f"{wheel.name.rpartition('-py3')[0]}.dist-info"}
     for needed in (
-        "trainer/base/lenet5.npz", "api/report/templates/report.html", "py.typed",
+        "trainer/base/lenet5.npz", "api/report/templates/report.html", "api/ui/index.html", "api/ui/app.js",
+        "api/ui/vendor/htm-preact.js", "api/ui/vendor/htm-LICENSE", "py.typed",
         "store/migrations/versions/m0001_before_migrations.py",
     ):  # fmt: skip
         assert f"temper/{needed}" in names

@@ -26,7 +26,7 @@ from trainer.lenet import Arrays
 from trainer.network import Network
 from trainer.objectives import Extra, combined, measure
 from trainer.parallel import Check, Paused, at_once, side_by_side
-from trainer.recipes import Recipe, augmentation_kind, candidates, fallback, recipe_of, variants
+from trainer.recipes import Recipe, augmentation_kind, candidates, fallback, phrase, recipe_of, variants
 from trainer.spec import FEWEST_OF_A_CLASS, Choose, Search, Spec
 from trainer.trials import (
     Choice,
@@ -219,6 +219,7 @@ class _Rounds:
         self._folds = folds  # which images each holds out, (n,) bool
         self._parts = [(problem.part(~fold), problem.part(fold)) for fold in self._folds]
         self._number = 0
+        self._dropped: list[int] = []  # trials, since the last record
         self._places: list[Callable[[Spec], bool]] = [lambda spec: spec.augmentation is not None]
         if problem.same_classes:
             self._places.append(lambda spec: spec.head == "keep")
@@ -283,9 +284,11 @@ class _Rounds:
                 if not known.issuperset(key(trial, fold) for fold in range(rung.folds)):
                     self._on_trial(
                         {"round": self._number, "trial": trial.number, "trials": len(trials), "tried": len(done),
-                         "epochs": score.epochs, "folds": rung.folds,
-                         "best": {"trial": best.number, **best.scores[-1].headline()}}
+                         "recipe": phrase(trial.spec), "accuracy": float(score.right.mean()),
+                         "cross_entropy": score.cross_entropy, "epochs": score.epochs, "folds": rung.folds,
+                         "dropped": self._dropped, "best": {"trial": best.number, **best.scores[-1].headline()}}
                     )  # fmt: skip
+                    self._dropped = []
         except Paused:
             self._memory.stop(self._clock.elapsed_s, ended=False)
             raise
@@ -304,6 +307,7 @@ class _Rounds:
         for trial in done:
             if trial not in kept:
                 trial.dropped = f"{loss_of(trial) - loss_of(done[0]):.3f} nats behind the best"
+        self._dropped += [trial.number for trial in trials if trial.dropped]
         return kept
 
     def in_order(self, held_out: np.ndarray) -> np.ndarray:

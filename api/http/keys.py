@@ -6,8 +6,8 @@ Scopes, and the routes that need them:
     finetune    everything else: jobs, uploads and data sets, labels, deleting, downloading what a fine-tune has learned
     admin       all of that for any tenant (`X-Temper-Tenant` names it), and /metrics, which shows all tenants' models
 
-Reading models, versions, report cards and the documentation needs a key of any scope. /healthz and /readyz are open,
-the latter without details.
+Reading models, versions, report cards, the documentation and what the key itself may do needs a key of any scope.
+/healthz, /readyz and the files of the page are open, readiness without details.
 
 A request brings its key as `Authorization: Bearer tmp_...`, as `X-API-Key`, or as the password of HTTP Basic, which is
 what a browser can send when it opens a report card.
@@ -36,7 +36,7 @@ from store.settings import Settings, is_loopback
 
 OPEN = ("/healthz", "/readyz")
 ANY = ""  # scope of what every key may do
-DOCUMENTS = ("/", "/docs", "/openapi.json")
+DOCUMENTS = ("/docs", "/openapi.json", "/key")
 READING = re.compile(r"/models(/[^/]+(/versions/[^/]+(/report)?)?)?")
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PAUSE_S = 0.1  # between two looks for keys, however many unknown ones are presented
@@ -49,7 +49,7 @@ def scope_of(method: str, path: str) -> str | None:
     """The scope that a request needs, `ANY`, or None where no key is needed."""
     if path in PREDICTIONS or (method, path) == ("POST", "/feedback") or path.startswith(("/v1/", "/v2")):
         return PREDICT
-    if path in OPEN:
+    if path in OPEN or (method in SAFE and (path == "/" or path.startswith("/ui/"))):
         return None
     if method in SAFE and (READING.fullmatch(path) or path in DOCUMENTS or path.startswith("/static-offline-docs/")):
         return ANY

@@ -14,6 +14,10 @@ DOCUMENTATION = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     f"script-src 'self' {{scripts}}; {NO_MORE}"
 )
+APPLICATION = (  # our page: only what this gateway serves, and images that the user brings
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    f"connect-src 'self'; {NO_MORE}"
+)
 SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
 

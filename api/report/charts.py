@@ -15,7 +15,7 @@ Points = list[tuple[float, float]]
 WIDTH, HEIGHT = 480, 290  # of a plot, in units of about a pixel
 LEFT, RIGHT, TOP, BOTTOM = 60, 470, 26, 246  # where its axes lie
 MANY = 30  # most classes that have numbers in the matrix and a table that is not folded
-LOOKS = {  # name in the report -> name on the page, colour, dashes
+LOOKS = {  # name in the report -> name on the page, colour (a class of report.css), dashes
     "data_loss": ("data loss", "blue", "none"),
     "adversarial_loss": ("adversarial loss", "red", "8 3"),
     "l1": ("L1", "green", "2 3"),
@@ -41,7 +41,6 @@ LOOKS = {  # name in the report -> name on the page, colour, dashes
     "best": ("best so far in the round", "ink", "4 2"),
     "front": ("Pareto front", "ink", "4 2"),
 }
-COLOURS = tuple(sorted({colour for _, colour, _ in LOOKS.values()}))  # each a class of the style sheet
 
 
 @dataclass(frozen=True)
@@ -285,7 +284,7 @@ def _plot(title: str, told: Iterable[str], x: Axis, y: Axis, drawing: str) -> Ma
 
 def _svg(title: str, told: str, width: float, height: float, drawing: str) -> Markup:
     label = escape(f"{title}: {told}")
-    size = f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px"'
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}"'
     return Markup(f'<svg class="plot" {size} role="img" aria-label="{label}">{drawing}</svg>')  # noqa: S704 (escaped) # nosec B704
 
 

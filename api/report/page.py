@@ -19,7 +19,6 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from api.report.charts import (
-    COLOURS,
     LOOKS,
     MANY,
     Figure,
@@ -116,7 +115,6 @@ class Page:
     galleries: Sequence[Gallery] = ()
     tables: Sequence[Table] = ()
     spec: str = ""
-    colours: Sequence[str] = COLOURS
 
 
 def report_page(

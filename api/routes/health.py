@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
@@ -34,12 +34,6 @@ class Ready(Readiness):
         description="Each of them, by address; `loading` while it does not serve all live versions yet."
     )
     workers: dict[str, str] = Field(description="State of every live worker: warming, idle, busy or reporting.")
-
-
-@router.get("/", include_in_schema=False)
-async def front() -> RedirectResponse:
-    """Redirect to the documentation."""
-    return RedirectResponse("/docs")
 
 
 @router.get("/healthz", openapi_extra=OPEN)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from api.report.charts import BOTTOM, LEFT, RIGHT, TOP
+from api.report.charts import BOTTOM, LEFT, LOOKS, RIGHT, TOP
 from api.report.page import report_page
 from store.records import Manifest, ReportCard
 from trainer.asked import parse_spec
@@ -273,6 +273,13 @@ def test_every_line_stays_inside_its_plot(epochs: int) -> None:
     places = [[float(number) for number in place.split()] for line in lines for place in line.split("L")]
     assert len(places) == 8 * epochs + 2  # five losses, three accuracies, and the diagonal
     assert all(LEFT <= x <= RIGHT and TOP <= y <= BOTTOM for x, y in places)
+
+
+def test_every_colour_of_a_plot_has_its_class_in_the_style_sheet() -> None:
+    style = (Path(report_page.__code__.co_filename).parent / "templates/report.css").read_text(encoding="utf-8")
+    for colour in {colour for _, colour, _ in LOOKS.values()}:
+        assert f".report .{colour} {{ color: var(--{colour}) }}" in style
+        assert f"--{colour}:" in style
 
 
 def test_nothing_less_than_all_is_called_100_percent() -> None:

@@ -110,12 +110,15 @@ def test_progress_and_report_tell_of_every_trial_and_why_it_was_dropped(place: P
     trials = [event.data for event in events if event.type == "trial"]
     assert [record["tried"] for record in trials if record["round"] == 1] == [1, 2, 3, 4]
     assert all(record["best"]["cross_entropy"] > 0 for record in trials)
+    assert all(record["recipe"] and record["cross_entropy"] >= record["best"]["cross_entropy"] for record in trials)
+    told = {number for record in trials for number in record["dropped"]}
     stages = [event.data["stage"] for event in events if event.type == "status"]
     assert stages.index("searching") == stages.index("training") - 1
     found = place.registry.find("m").report.search
     assert found is not None
     assert [trial.trial for trial in found.trials] == [1, 2, 3, 4]
     assert [trial.trial for trial in found.trials if trial.dropped is None] == [found.chosen]
+    assert told <= {trial.trial for trial in found.trials if trial.dropped}
     assert "Chose `" in found.sentence
 
 

@@ -1,0 +1,134 @@
+// The answers of several versions to one picture, side by side.
+
+import { ApiError, get, send } from "./api.js";
+import { Bars, Notice, html, percent, useEffect, useLayoutEffect, useReachable, useRef, useState } from "./parts.js";
+import { encode } from "./strokes.js";
+
+export const MOST = 4;
+const GAP_MS = 40; // between two requests for one target while the pen moves
+
+/** A target is "model@label" or "model:version". */
+export function parse(target) {
+  const [, model, kind, name] = target.match(/^(.+?)([:@])(.+)$/);
+  return kind === ":" ? { model, version: Number(name) } : { model, label: name };
+}
+
+/** A target in words: "digits stable", "digits version 3". */
+export const nameOf = (target) => target.replace("@", " ").replace(":", " version ");
+
+/** The query of a prediction by a target. */
+export const queryOf = (target, more = {}) => new URLSearchParams({ ...parse(target), ...more }).toString();
+
+const polarities = new Map(); // by model and version: a version never changes
+
+/** Whether a version learned dark figures on light ground. */
+async function isDarkOnLight(target, models) {
+  const { model, version = models.find((each) => each.name === model)?.labels[parse(target).label] } = parse(target);
+  const path = `/models/${model}/versions/${version}`;
+  if (!polarities.has(path)) polarities.set(path, get(path).then((found) => found.manifest.polarity === "dark_on_light"));
+  return polarities.get(path).catch((failure) => {
+    polarities.delete(path);
+    throw failure;
+  });
+}
+
+/** The body for a picture, as the target's version wants it. */
+export const bodyFor = async (picture, target, models) =>
+  encode(picture, !picture.file && (await isDarkOnLight(target, models)));
+
+async function answerTo(target, picture, models) {
+  try {
+    const answer = await send("POST", `/predict?${queryOf(target)}`, await bodyFor(picture, target, models));
+    return { answer, error: null, at: picture.at, ms: performance.now() - picture.at };
+  } catch (error) {
+    return { error, at: picture.at };
+  }
+}
+
+/**
+ * The latest answer of every target: {answer, error, ms}. While the pen moves, one request for each target is under way
+ * at a time, and only the newest drawing is sent when it is back. When the pen lifts, nothing is waited for.
+ */
+export function useAnswers(picture, targets, models) {
+  const [answers, setAnswers] = useState({});
+  const lanes = useRef({}); // by target: {busy, next}
+  const current = useRef(null);
+  const reachable = useReachable();
+  current.current = picture;
+
+  const answer = async (target, asked) => {
+    const found = await answerTo(target, asked, models);
+    if (!current.current) return; // it has been cleared meanwhile
+    setAnswers((old) => (old[target]?.at > found.at ? old : { ...old, [target]: { ...old[target], ...found } }));
+  };
+  const follow = async (target, asked) => {
+    const lane = (lanes.current[target] ??= { busy: false, next: null });
+    lane.next = asked;
+    if (lane.busy) return;
+    lane.busy = true;
+    for (let newest; (newest = lane.next); ) {
+      lane.next = null;
+      await Promise.all([answer(target, newest), new Promise((done) => setTimeout(done, GAP_MS))]);
+    }
+    lane.busy = false;
+  };
+  const ask = (target) => {
+    if (!current.current.final) return follow(target, current.current);
+    if (lanes.current[target]) lanes.current[target].next = null;
+    return answer(target, current.current);
+  };
+
+  useEffect(() => targets.forEach((target) => isDarkOnLight(target, models).catch(() => {})), [targets.join(), models.length]);
+  useLayoutEffect(() => { // not after the next frame, as useEffect would
+    if (!picture) setAnswers({});
+    else if (models.length && reachable) targets.forEach(ask);
+  }, [picture, targets.join(), models.length, reachable]);
+  return picture ? answers : {};
+}
+
+function Choice({ target, models, onChange, label }) {
+  return html`<select class="choice" aria-label=${label} value=${target} onChange=${(event) => onChange(event.target.value)}>
+    ${!target && html`<option value="">Compare with…</option>`}
+    ${models.map(({ name, labels, versions }) => html`<optgroup key=${name} label=${name}>
+      ${Object.entries(labels).map(([each, version]) => html`<option value="${name}@${each}">${name} ${each} (version ${version})</option>`)}
+      ${versions.map((version) => html`<option value="${name}:${version}">${name} version ${version}</option>`)}
+    </optgroup>`)}
+  </select>`;
+}
+
+export const AddTarget = ({ models, onAdd }) => html`<label class="add">
+  <${Choice} target="" models=${models} label="Compare with another version" onChange=${(value) => value && onAdd(value)} />
+</label>`;
+
+function Verdict({ found, classes }) {
+  if (found?.error) {
+    const { error } = found;
+    if (!(error instanceof ApiError && error.status === 0)) return html`<${Notice} kind="bad" error=${error} />`;
+  }
+  const prediction = found?.answer?.predictions[0];
+  if (!prediction) return html`<p class="verdict idle"><span class="class" aria-hidden="true">?</span></p>`;
+  const most = Math.max(...prediction.probabilities);
+  return html`<div class="verdict">
+    <span class="class ${prediction.label.length > 3 ? "long" : ""}">${prediction.label}</span>
+    <span class="sure"><b>${percent(most)}</b><span class="quiet">version ${found.answer.version}, ${Math.max(1, Math.round(found.ms))} ms</span></span>
+  </div>
+  ${prediction.none_of_these && html`<p class="flag">Unlike the images it learned from.</p>`}
+  ${prediction.set?.length > 1 && html`<p class="quiet">Plausible: ${prediction.set.join(", ")}</p>`}`;
+}
+
+/** One target's answer. */
+export function Answer({ target, found, models, onChange, onRemove, children }) {
+  const model = models.find((each) => each.name === parse(target).model);
+  const answer = found?.answer;
+  const classes = answer?.classes ?? model?.classes ?? [];
+  const prediction = answer?.predictions[0];
+  return html`<article class="answer card" aria-label="Answer of ${nameOf(target)}">
+    <header>
+      <${Choice} target=${target} models=${models} onChange=${onChange} label="Version that answers" />
+      ${onRemove && html`<button class="plain close" aria-label="Remove ${nameOf(target)}" onClick=${onRemove}>×</button>`}
+    </header>
+    <${Verdict} found=${found} />
+    <${Bars} classes=${classes} probabilities=${prediction?.probabilities ?? classes.map(() => 0)} best=${prediction?.label} most=${10} />
+    ${children}
+  </article>`;
+}

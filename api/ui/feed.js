@@ -1,0 +1,70 @@
+// Jobs that are under way, and what happens to them.
+
+import { get } from "./api.js";
+import { ago, count, html, percent, plural, useEffect, useRef, useResource, useState } from "./parts.js";
+
+const SHOWN = 40; // events
+const FIRST = 3; // jobs whose past is read, too
+
+const SAID = {
+  status: ({ status, stage, version, error }) => (version ? `succeeded: version ${version} is live`
+    : error ? `failed: ${error.message}` : stage && status === "running" ? `is ${stage}` : `is ${status}`),
+  preview: ({ version }) => `has a preview: version ${version}`,
+  trial: ({ trial, trials }) => `has finished trial ${trial}${trials ? ` of ${trials}` : ""}`,
+  resolved: () => "has chosen its recipe",
+  publishing: ({ step }) => `is being published: ${step}`,
+  report: ({ report_status: status }) => (status === "complete" ? "has its complete report card" : `has a ${status} report card`),
+  epoch: ({ epoch, epochs, validation_accuracy: accuracy }) =>
+    `has finished epoch ${epoch} of ${epochs}${accuracy == null ? "" : `, accuracy ${percent(accuracy)}`}`,
+};
+const kindOf = ({ type, data }) => (data.error ? "bad" : data.version && type === "status" ? "good" : "");
+
+/** The newest events of the jobs. Pages, not streams: a browser has six connections for all tabs of a service. */
+function useEvents(jobs) {
+  const [events, setEvents] = useState([]);
+  const known = useRef({}); // by job: the last event's number, or true if nothing more will come
+  useEffect(() => {
+    let ended = false;
+    const look = async (job, at) => {
+      const after = known.current[job.id] ?? 0;
+      const over = job.finished_at && job.report_status !== "quick";
+      if (after === true || (after === 0 && at >= FIRST && over)) return [];
+      const page = await get(`/finetune/${job.id}/events?after=${after}&limit=1000`);
+      known.current[job.id] = over && !page.has_more ? true : page.data.at(-1)?.seq ?? after;
+      return page.data.map((event) => ({ ...event, job }));
+    };
+    Promise.all(jobs.map(look)).then((found) => {
+      const fresh = found.flat();
+      if (!ended && fresh.length) setEvents((old) => [...fresh, ...old].sort((a, b) => b.created_at - a.created_at || b.seq - a.seq).slice(0, SHOWN));
+    }, () => {}); // the next look asks again
+    return () => (ended = true);
+  }, [jobs]);
+  return events;
+}
+
+function Share({ job }) {
+  const { epoch, epochs, trial, trials } = job.progress;
+  const share = trials ? trial / trials : epochs ? epoch / epochs : 0;
+  return html`<span class="meter" role="img" aria-label=${`${percent(share, 0)} of this stage`}><span style=${{ transform: `scaleX(${share})` }}></span></span>`;
+}
+
+const NONE = [];
+
+export function Jobs() {
+  const { data } = useResource("/finetune?limit=10", 1500);
+  const jobs = data?.data ?? NONE;
+  const events = useEvents(jobs);
+  const active = jobs.filter((job) => !job.finished_at);
+  return html`<section aria-labelledby="jobs-title"><h2 id="jobs-title">Fine-tunes</h2>
+    ${active.length === 0 && html`<p class="quiet">None is under way.</p>`}
+    <ul class="underway">${active.map((job) => html`<li key=${job.id}><a href="#/finetune/${job.id}">${job.model}</a>
+      <span class="quiet">${job.queue_position ? `number ${count(job.queue_position)} in the queue` : job.stage ?? job.status}</span><${Share} job=${job} /></li>`)}</ul>
+  </section>
+  <section aria-labelledby="events-title"><h2 id="events-title">Events</h2>
+    ${events.length === 0 && html`<p class="quiet">Nothing has happened yet.</p>`}
+    <ol class="feed">${events.map((event) => html`<li key=${event.id} class=${kindOf(event)}>
+      <time class="quiet" dateTime=${new Date(1000 * event.created_at).toISOString()}>${ago(event.created_at)}</time>
+      <span><a href="#/finetune/${event.job.id}">${event.job.model}</a> ${SAID[event.type]?.(event.data) ?? event.type}</span></li>`)}</ol>
+    ${data?.has_more && html`<p class="quiet">Of the newest ${plural(jobs.length, "job")}.</p>`}
+  </section>`;
+}
