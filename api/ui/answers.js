@@ -80,8 +80,10 @@ export function useAnswers(picture, targets, models) {
 
   useEffect(() => targets.forEach((target) => isDarkOnLight(target, models).catch(() => {})), [targets.join(), models.length]);
   useLayoutEffect(() => { // not after the next frame, as useEffect would
-    if (!picture) setAnswers({});
-    else if (models.length && reachable) targets.forEach(ask);
+    if (!picture) {
+      for (const lane of Object.values(lanes.current)) lane.next = null;
+      setAnswers({});
+    } else if (models.length && reachable) targets.forEach(ask);
   }, [picture, targets.join(), models.length, reachable]);
   return picture ? answers : {};
 }

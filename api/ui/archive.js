@@ -1,5 +1,5 @@
-// Zip files and NumPy arrays, read and written in the browser: an upload shows its own pictures, and files that
-// cannot be used can be left out, without asking the gateway for anything.
+// What is in an upload: zip files and NumPy arrays, read and written in the browser, and the pictures in them. So an upload
+// shows its own pictures, and files that cannot be used can be left out, without asking the gateway for anything.
 
 const LOCAL = 0x04034b50, CENTRAL = 0x02014b50, END = 0x06054b50;
 const STORED = 0, DEFLATED = 8;
@@ -9,7 +9,7 @@ const LONGEST_END = 22 + 0xffff; // the end record with the longest comment
 let table;
 
 /** CRC-32 of bytes, as zip files have it. */
-export function crc32(bytes) {
+function crc32(bytes) {
   table ??= Uint32Array.from({ length: 256 }, (_, at) => {
     for (let bit = 0; bit < 8; bit++) at = at & 1 ? (at >>> 1) ^ 0xedb88320 : at >>> 1;
     return at;
@@ -23,7 +23,7 @@ export function crc32(bytes) {
  * The entries of a zip: [{name, method, crc, size, packed, data() → Promise<Uint8Array> as packed, bytes() → unpacked}].
  * Throws if this is no zip, or one of more than 4 GB, which uploads never are.
  */
-export async function readZip(blob) {
+async function readZip(blob) {
   const tail = new DataView(await blob.slice(Math.max(0, blob.size - LONGEST_END)).arrayBuffer());
   let at = tail.byteLength - 22;
   while (at >= 0 && tail.getUint32(at, true) !== END) at--;
@@ -99,7 +99,7 @@ const KINDS = {
 };
 
 /** The array in an .npy: {shape, values}. Throws for what it cannot read: Fortran order, big endian, objects, text. */
-export function readNpy(bytes) {
+function readNpy(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset);
   const wide = bytes[6] > 1;
   const length = wide ? view.getUint32(8, true) : view.getUint16(8, true);
@@ -110,4 +110,85 @@ export function readNpy(bytes) {
   const Kind = KINDS[kind];
   if (!Kind || order === ">" || /'fortran_order':\s*True/.test(header)) throw new Error("an array that is not shown here");
   return { shape, values: new Kind(bytes.slice(start).buffer, 0, shape.reduce((all, one) => all * one, 1)) };
+}
+
+const IMAGE = /\.(png|jpe?g|webp|bmp)$/i;
+const IGNORED = /(^|\/)(\.[^./][^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(\/|$)/i; // as the gateway ignores them
+const ARRAY = /^(images|x|x_train)\.npy$/, LABELS = /^(labels|y|y_train)\.npy$/;
+const SIDE = 28; // pixels of the arrays that uploads have
+
+export const isIgnored = (name) => IGNORED.test(name);
+
+/**
+ * What an upload shows: {names, entries, classOf(name), url(name)}. `names` are those by which the gateway lists its
+ * images: paths in a zip, or indices in an array; `entries` are those of a zip that can be packed anew; `url` gives a
+ * promise of a URL for an <img>, or of null where there is nothing to show.
+ */
+export async function picturesOf(file) {
+  try {
+    const entries = await readZip(file);
+    const array = entries.find((entry) => ARRAY.test(entry.name));
+    return array ? await ofArray(array, entries.find((entry) => LABELS.test(entry.name))) : ofFiles(entries);
+  } catch {
+    return { names: [], entries: null, classOf: () => null, url: async () => null }; // the gateway says what is wrong with it
+  }
+}
+
+function ofFiles(entries) {
+  const images = entries.filter((entry) => IMAGE.test(entry.name) && !isIgnored(entry.name));
+  const byName = new Map(images.map((entry) => [entry.name, entry]));
+  const url = async (name) => {
+    const entry = byName.get(name);
+    return entry ? URL.createObjectURL(new Blob([await entry.bytes()])) : null;
+  };
+  return { names: [...byName.keys()], entries, classOf: (name) => name.split("/").at(-2) ?? null, url: remembered(url) };
+}
+
+async function ofArray(entry, labelled) {
+  const { shape, values } = readNpy(await entry.bytes());
+  const [count, height, width] = shape.length === 2 ? [shape[0], SIDE, SIDE] : shape;
+  const size = height * width, names = Array.from({ length: count }, (_, index) => index);
+  const labels = labelled ? readNpy(await labelled.bytes()).values : [];
+  let most = 0;
+  for (const value of values) most = Math.max(most, Number(value));
+  const full = values instanceof Uint8Array ? 255 : most > 1 ? 255 : 1; // as the gateway takes floats up to 1 for shares
+  const url = async (index) => {
+    if (!(index < count) || values.length < count * size) return null;
+    return pictureOf(values.subarray(index * size, (index + 1) * size), height, width, 255 / full);
+  };
+  return { names, entries: null, classOf: (index) => String(labels[index]), url: remembered(url) };
+}
+
+/** Grey values as a data URL. */
+function pictureOf(values, height = SIDE, width = SIDE, scale = 1) {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [width, height];
+  const context = canvas.getContext("2d"), image = context.createImageData(width, height);
+  for (let at = 0; at < height * width; at++) {
+    image.data.fill(Number(values[at]) * scale, 4 * at, 4 * at + 3);
+    image.data[4 * at + 3] = 255;
+  }
+  context.putImageData(image, 0, 0);
+  return canvas.toDataURL();
+}
+
+/** The 28x28 grey values, 0 to 255, of a picture of that size at a URL. */
+export async function pixelsAt(url) {
+  const image = new Image();
+  image.src = url;
+  await image.decode();
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [SIDE, SIDE];
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0, SIDE, SIDE);
+  const { data } = context.getImageData(0, 0, SIDE, SIDE);
+  return Array.from({ length: SIDE }, (_, y) => Array.from({ length: SIDE }, (_, x) => data[4 * (y * SIDE + x)]));
+}
+
+function remembered(make) {
+  const made = new Map();
+  return (name) => {
+    if (!made.has(name)) made.set(name, make(name).catch(() => null));
+    return made.get(name);
+  };
 }

@@ -3,8 +3,8 @@
 
 import { Busy, Notice, Pixels, html, percent, plural, useEffect, useLayoutEffect, useMay, useRef, useResource, useState } from "./parts.js";
 import { download, send, text } from "./api.js";
+import { pixelsAt } from "./archive.js";
 import { Interval, Spark } from "./curves.js";
-import { pixelsAt } from "./pictures.js";
 
 const LINK = /^\/models\/([^/]+)\/versions\/(\d+)\/report$/;
 const load = (path, options) => text(path, "text/html", options);

@@ -2,9 +2,8 @@
 
 import { Busy, Notice, ago, count, html, plural, useResource, useRef, useState } from "./parts.js";
 import { upload } from "./api.js";
-import { entriesOf, writeZip } from "./archive.js";
+import { entriesOf, isIgnored, picturesOf, writeZip } from "./archive.js";
 import { change } from "./draft.js";
-import { isIgnored, picturesOf } from "./pictures.js";
 
 const LISTED = 50; // files of an error that are shown
 const ARCHIVE = /\.(zip|npz)$/i;

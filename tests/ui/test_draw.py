@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import png
+from tests.conftest import eventually, png
 from tests.ui.conftest import SEVEN, Gateway, answer, draw, opened
 from trainer.jobs.images import decode
 
@@ -93,17 +93,19 @@ def test_up_to_four_versions_answer_side_by_side_and_the_address_remembers_them(
 
 def test_a_drawing_is_prepared_exactly_as_an_upload_is(browser: "Browser", studio: Gateway) -> None:
     with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
-        draw(page)
-        draw(page, [(0.4, 0.5), (0.6, 0.5)])
-        page.locator(".correct button").wait_for()
-        (sent,) = bodies(page, lambda: page.get_by_role("button", name="Undo").click())
-        page.wait_for_function("() => document.querySelector('canvas.network')?.width === 28")
-        shown = page.evaluate("""() => [...document.querySelector("canvas.network").getContext("2d")
-            .getImageData(0, 0, 28, 28).data].filter((_, at) => at % 4 === 0)""")
-        prepared = decode(sent, 10**6)
+        page.locator(".pad canvas").focus()
+        (sent,) = bodies(page, lambda: page.keyboard.press("8"))
+        prepared = decode(sent, 10**6).astype(int)
         assert prepared.max() > 100
-        difference = np.abs(np.array(shown).reshape(28, 28) - prepared.astype(int))
-        assert difference.max() <= 2, "what is shown is not what the service sees"
+
+        def shown() -> bool:
+            pixels = page.evaluate(
+                """() => [...document.querySelector("canvas.network").getContext("2d").getImageData(0, 0, 28, 28).data]
+                    .filter((_, at) => at % 4 === 0)"""
+            )
+            return bool(np.abs(np.reshape(pixels, (28, 28)) - prepared).max() <= 2)
+
+        eventually(shown, "the page shows what the service sees")
 
 
 def bodies(page: "Page", act: Callable[[], object]) -> list[bytes]:
@@ -114,9 +116,13 @@ def bodies(page: "Page", act: Callable[[], object]) -> list[bytes]:
         found.append(route.request.post_data_buffer or b"")
         route.continue_()
 
+    def look() -> list[bytes]:
+        page.wait_for_timeout(20)  # in which Playwright calls `note`
+        return found
+
     page.route("**/predict?*", note)
-    with page.expect_response("**/predict?*"):
-        act()
+    act()
+    eventually(look, "a prediction is asked for")
     page.unroute("**/predict?*")
     return found
 
