@@ -15,6 +15,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -210,8 +211,10 @@ def _port(settings: Settings) -> Findings:
             yield ok(f"a gateway answers on {where}")
         else:
             holder = _listener(settings.port)
-            taken = f"{where} is taken by {holder or 'another program'}, which is not a gateway that answers"
-            yield fault(taken, "stop that program, or choose another port with TEMPER_PORT")
+            taken = f"{where} is taken by {holder or 'another program'}, which does not answer as a gateway"
+            what = "HTTPS" if settings.tls_cert else "plain HTTP"
+            advice = "choose another port with TEMPER_PORT; if it is a gateway, run the doctor with its TEMPER_TLS_CERT"
+            yield fault(f"{taken} over {what}", advice)
     else:
         yield ok(f"{where} is free")
 
@@ -242,12 +245,21 @@ def _listener(port: int) -> str | None:
     return None
 
 
+def _is_writable(folder: Path) -> bool:
+    """Tell whether files can be made in a directory; permissions alone say yes to root everywhere."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def _home(settings: Settings) -> Findings:
     """Whether the home can be written, has space, and is one file system, as publishing by rename needs."""
     home = settings.home.resolve()
     if not home.exists():
         parent = next(path for path in home.parents if path.exists())
-        if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and not os.statvfs(parent).f_flag & os.ST_RDONLY:
+        if _is_writable(parent):
             yield ok(f"{home} does not exist yet; the service creates it")
         else:
             yield fault(f"{home} cannot be created: {parent} is not writable", "correct TEMPER_HOME or the permissions")
@@ -369,7 +381,11 @@ def _store(settings: Settings) -> Findings:
         shown = url.render_as_string(hide_password=True)
         with _opened(settings) as connection:
             if connection is None:
-                yield ok(f"{shown} does not exist yet; the service creates it")
+                folder = Path(url.database or "").parent
+                if folder in (settings.home, settings.home.resolve()) or _is_writable(folder):
+                    yield ok(f"{shown} does not exist yet; the service creates it")
+                else:
+                    yield fault(f"{shown} cannot be created in {folder}", "correct TEMPER_STORE or the permissions")
                 return
             yield from _contents(connection, shown)
     except sa.exc.ArgumentError as exc:
@@ -377,7 +393,7 @@ def _store(settings: Settings) -> Findings:
     except ImportError as exc:
         yield fault(f"the driver for TEMPER_STORE is not installed: {exc}", "pip install 'temper[postgres]'")
     except sa.exc.OperationalError as exc:
-        yield fault(f"{shown} cannot be reached: {reason(exc)}", "start the database, or correct TEMPER_STORE")
+        yield fault(f"{shown} cannot be used: {reason(exc)}", "correct TEMPER_STORE, or start the database")
     except sa.exc.DatabaseError as exc:
         if url.get_backend_name() == "sqlite":
             yield fault(f"{shown} is damaged: {reason(exc)}", RESTORE)
@@ -445,7 +461,13 @@ def _model_servers(settings: Settings) -> Findings:
         return
     kind = binary or "the embedded server"
     if not _is_served(settings.home):
-        yield ok(f"`temper serve` does not run in this home; it would start {kind}")
+        if binary is None and not has_tensorflow():
+            text = "there is no model server to start: TensorFlow is not installed"
+            yield warning(text, "set TEMPER_MODEL_SERVER to the host:port of one, or pip install 'temper[trainer]'")
+        elif binary and "model_server" not in Path(binary).name:
+            yield warning(f"{binary} does not look like TensorFlow Serving", "name its tensorflow_model_server")
+        else:
+            yield ok(f"`temper serve` does not run in this home; it would start {kind}")
         return
     folder = socket_folder(settings)
     sockets = sorted(folder.glob("*.sock")) if folder else []

@@ -1,6 +1,9 @@
 """`python -m load` (`make load`): load a service, and judge it."""
 
-import gevent.monkey
+try:
+    import gevent.monkey
+except ImportError:
+    raise SystemExit("the load kit is not installed: pip install 'temper[bench]'") from None
 
 gevent.monkey.patch_all()  # before anything imports ssl or opens a socket
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import tempfile
 from collections.abc import Callable
 from types import NoneType
 from typing import Any, get_args
@@ -55,8 +56,13 @@ def main(scenario: str, **given: Any) -> None:
         if not settings.url and settings.accuracy is None and not settings.images and settings.models == "lenet5":
             settings = read_settings(given | {"accuracy": OWN_ACCURACY})
         images, missing = choose_images(settings)
+        settings.out.mkdir(parents=True, exist_ok=True)  # before the load: results must not be lost
+        with tempfile.TemporaryFile(dir=settings.out):
+            pass
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
+    except OSError as exc:
+        raise click.UsageError(f"--out {settings.out}: {exc.strerror or exc}") from exc
     say = functools.partial(click.echo, err=True)
     with contextlib.ExitStack() as stack:
         url = settings.url

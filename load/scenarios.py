@@ -27,6 +27,7 @@ from load.objectives import Objective, at_least, at_most, error_share, inspect_g
 from load.samples import Samples
 from load.settings import LoadSettings, variables
 from load.summary import Run, Step
+from load.target import RequestFailed
 
 USERS = 10  # at least so many Predictors share the rate
 STREAM_IMAGES = 8  # in a query of MultiStream
@@ -311,9 +312,15 @@ def _with_users(call: Call, name: str, phases: Callable[[Callable[[float], None]
             runner.start(fixed + round(predictors * factor), spawn_rate=100)
 
         set_factor(1)
-        phases(set_factor)
+        interrupted = None
+        try:
+            phases(set_factor)
+        except KeyboardInterrupt:
+            interrupted = "the run was interrupted; this is what was measured until then"
         runner.stop()
-        assert session.run, "the run has begun"
+        if session.run is None:
+            raise RequestFailed("the service went away as the run began")
+        session.run.notes += [interrupted] if interrupted else []
         session.run.scenario = name
         return session.run
 

@@ -281,7 +281,6 @@ def text(run: Run) -> str:
 def present(run: Run) -> int:
     """Print the outcome, write the files, and return the exit code."""
     out = run.settings.out
-    out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(run.record(), indent=2) + "\n", encoding="utf-8")
     (out / "seconds.csv").write_text(csv_text(run), encoding="utf-8")
     (out / "report.html").write_text(page(run), encoding="utf-8")

@@ -5,6 +5,7 @@ reads a directory. A mirror beside the model server fetches what the registry na
 proven, and deletes what it no longer names.
 """
 
+import importlib.util
 import os
 import signal
 import time
@@ -42,6 +43,8 @@ def main() -> None:
         settings = from_environment()
         if not settings.objects:
             raise ValueError("TEMPER_OBJECTS is not set: all machines share the home, and there is nothing to mirror")
+        if importlib.util.find_spec("s3fs") is None:
+            raise ValueError("TEMPER_OBJECTS needs s3fs: pip install 'temper[s3]'")
         settings.make_home()
         registry = Registry(connect(settings.store_url))
     except (ValueError, OSError) as exc:

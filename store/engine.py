@@ -173,6 +173,12 @@ def unpooled(engine: sa.Engine) -> sa.Engine:
     return sa.create_engine(engine.url, poolclass=sa.pool.NullPool, connect_args=connect_options(engine.url))
 
 
+def _connect_bounded(_: Any, __: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
+    from store.bounded import BoundedConnection
+
+    return BoundedConnection.connect(*arguments, **options)
+
+
 def _stored_revision(engine: sa.Engine) -> str | None:
     from store.migrations import revision
 
@@ -187,7 +193,9 @@ def _engine(url: str) -> sa.Engine:
             engine = sa.create_engine(parsed)
             sa.event.listen(engine, "connect", _prepare_sqlite)
             return engine
-        return sa.create_engine(parsed, pool_pre_ping=True, connect_args=connect_options(parsed))
+        engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=connect_options(parsed))
+        sa.event.listen(engine, "do_connect", _connect_bounded)
+        return engine
     except sa.exc.ArgumentError as exc:  # NoSuchModuleError is one
         raise StoreUnavailable(f"TEMPER_STORE is not a valid database URL: {reason(exc)}") from exc
     except ImportError as exc:

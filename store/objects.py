@@ -196,8 +196,11 @@ def _translated() -> Iterator[None]:
     except ImportError as exc:
         raise StorageFailed(f"TEMPER_OBJECTS: {exc}; pip install 'temper[s3]'") from exc
     except FileNotFoundError as exc:
-        raise StorageFailed(f"the object store lacks {exc}") from exc
+        raise StorageFailed(f"the object store lacks what was asked for: {exc}") from exc
     except PermissionError as exc:
         raise StorageFailed("the object store refuses this key; its policy must allow to list, read and write") from exc
     except Exception as exc:
-        raise ObjectStoreUnavailable("the object store cannot be reached") from exc
+        if type(exc).__name__ in ("NoCredentialsError", "PartialCredentialsError"):  # botocore's, which may be absent
+            raise StorageFailed("there is no key for the object store: set AWS_ACCESS_KEY_ID and its secret") from exc
+        said = " ".join(str(exc).split()) or type(exc).__name__
+        raise ObjectStoreUnavailable(f"the object store cannot be reached: {said}") from exc

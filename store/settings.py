@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -33,6 +34,9 @@ class ClientTLS:
     ca: Path
     cert: Path | None = None
     key: Path | None = None
+
+
+STORE_EXAMPLE = "postgresql+psycopg://user@host:5432/name"
 
 
 class Settings(BaseSettings):
@@ -210,6 +214,25 @@ class Settings(BaseSettings):
         for target in value.split(","):
             if not re.fullmatch(r"\s*((\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}|unix:/[^,]+)\s*", target):
                 raise ValueError(f"{target!r} must be auto, embedded, a path, host:port or unix:/path")
+        return value
+
+    @field_validator("tls_cert", "tls_key", "model_server_ca", "model_server_cert", "model_server_key")
+    @classmethod
+    def _make_absolute(cls, value: Path | None) -> Path | None:
+        return value and value.absolute()  # processes that are started with these settings work elsewhere
+
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("sqlite", "postgresql", "postgresql+psycopg"):
+            raise ValueError(f"must be a URL as in {STORE_EXAMPLE}, or sqlite:///path")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError(f"its port is not a number; as in {STORE_EXAMPLE}") from None
         return value
 
     @field_validator("objects")

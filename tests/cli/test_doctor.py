@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from cli import doctor
 from cli.doctor import CHECKS, TENSORFLOW
@@ -200,10 +201,14 @@ def test_a_store_is_named_with_its_schema_and_not_changed(tmp_path: Path) -> Non
 
 def test_a_database_that_is_away_or_misspelt_is_a_fault_without_its_password() -> None:
     level, text, advice = one("store", Settings(store="postgresql+psycopg://temper:secret@127.0.0.1:1/t"))
-    assert (level, "cannot be reached" in text, "start the database" in advice) == ("fault", True, True)
+    assert (level, "cannot be used" in text, "start the database" in advice) == ("fault", True, True)
     assert "secret" not in text + advice
-    level, _, advice = one("store", Settings(store="postgres"))
-    assert (level, "postgresql+psycopg://" in advice) == ("fault", True)
+    for wrong in ("postgres", "postgres://u:secret@h/n", "mysql://h/n", "postgresql+psycopg://u:secret@h:port/n"):
+        with pytest.raises(ValidationError, match=r"as in postgresql\+psycopg://") as exc:
+            Settings(store=wrong)
+        assert "secret" not in str([each["msg"] for each in exc.value.errors()])
+    level, text, _ = one("store", Settings(store="sqlite:////proc/none/temper.db"))
+    assert (level, "cannot be created in /proc/none" in text) == ("fault", True)
 
 
 def test_the_release_and_the_clock_of_postgresql_are_told(engine: sa.Engine) -> None:
@@ -320,4 +325,4 @@ def test_without_tensorflow_the_rest_is_checked(tmp_path: Path) -> None:
     findings = json.loads(done.stdout)["findings"]
     (tensorflow,) = [finding for finding in findings if finding["check"] == "tensorflow"]
     assert (tensorflow["level"], "temper[trainer]" in tensorflow["advice"]) == ("warning", True)
-    assert [finding["check"] for finding in findings if finding["level"] == "fault"] == ["store"]
+    assert [finding["check"] for finding in findings if finding["level"] == "fault"] == ["settings"]

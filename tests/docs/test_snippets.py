@@ -123,7 +123,7 @@ EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
         "TEMPER_OBJECTS=s3://bucket/prefix": BUCKET,
     },
     "docs/how-to/ray.md": {
-        "ray start --head --port 6379": RAY,
+        ".venv/bin/ray start --head --port 6379": RAY,
         ".venv/bin/temper worker --engine ray --address 127.0.0.1:6379 --cpus 2 --gpus 0.25": RAY,
     },
     "docs/how-to/tensorflow-serving.md": {

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -65,6 +66,37 @@ def test_processes_that_do_not_start_are_not_a_missed_objective(service: Service
     (tmp_path / "impatient.py").write_text("\n".join(lines))
     done = started(tmp_path, "impatient", "--url", service.url, "--workers", "1")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (4, "Error: --workers: 1 workers did not start")
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_load(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, why in ((tmp_path / "file", "File exists"), (Path("/proc/none"), "No such file or directory")):
+        refused = CliRunner().invoke(main, ["--url", service.url, "--kinds", "clean", "--out", str(out)])
+        assert (refused.exit_code, f"--out {out}: {why}" in refused.stderr) == (2, True), refused.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_reports_what_it_has_measured(service: Service, tmp_path: Path) -> None:
+    command = ["load", "mixed", "--url", service.url, "--rate", "40", "--duration-s", "600", "--finetuners", "0"]
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "TEMPER_LOAD_OUT": str(tmp_path / "out"), **QUIET}
+    before = predicted(service)
+    running = subprocess.Popen([sys.executable, "-m", *command], cwd=tmp_path, env=given)
+    try:
+        eventually(lambda: predicted(service) > before + 100, "it has sent requests", 60)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) in (0, 1)
+    finally:
+        running.kill()
+    found = summary(tmp_path)
+    assert found["predictions"]["count"] >= 100
+    assert any("interrupted" in note for note in found["notes"])
+
+
+def predicted(service: Service) -> float:
+    """Predictions that the gateway has answered."""
+    lines = service.api.get("/metrics").text.splitlines()
+    mine = (line for line in lines if line.startswith("temper_requests_total") and 'route="/predict"' in line)
+    return sum(float(line.split()[-1]) for line in mine)
 
 
 @pytest.mark.slow

@@ -74,6 +74,8 @@ def main(engine: str, address: str, workers: int | None, cpus: float, gpus: floa
         traces.configure("worker", settings.traces)
     except ValueError as exc:
         logging.fail(COMMAND, str(exc))
+    if engine == "local" and (workers or cpus != 1.0 or gpus or gpu_memory):
+        raise click.UsageError("--workers, --cpus, --gpus and --gpu-memory are of --engine ray; start several workers")
     if engine == "ray":
         _run_pool(settings, address, workers, cpus, gpus, gpu_memory)
         return
