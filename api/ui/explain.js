@@ -62,7 +62,7 @@ function Why({ target, found, epsilon }) {
         <figcaption class="now"><b>${point.label}</b> ${percent(point.probability, 0)}</figcaption></figure>
       <figure><${Pixels} image=${explanation.integrated_gradients.picture} size=${112} alt="Which pixels speak for and against ${explanation.class}" />
         <figcaption>What speaks for ${explanation.class}, and against</figcaption></figure>
-      ${explanation.nearest?.length > 0 && html`<figure class="nearest"><ul>${explanation.nearest.slice(0, 6).map((each) => html`
+      ${explanation.nearest?.length > 0 && html`<figure class="nearest"><ul>${explanation.nearest.slice(0, 5).map((each) => html`
         <li><${Pixels} image=${each.image} size=${48} alt="Labelled ${each.label}" /><span>${each.label}</span></li>`)}</ul>
         <figcaption>The most similar images that it learned from</figcaption></figure>`}
       ${explanation.nearest_reason && html`<p class="quiet">${explanation.nearest_reason}</p>`}

@@ -53,8 +53,7 @@ def opened(browser: "Browser", url: str, expected: tuple[str, ...] = (), **optio
     def note(message: "ConsoleMessage") -> None:
         where = message.location["url"]
         text = f"{message.text} {where}"
-        # Until this gateway can explain, the page finds that out by asking once.
-        if message.type in ("error", "warning") and "/explain" not in where and not any(e in text for e in expected):
+        if message.type in ("error", "warning") and not any(e in text for e in expected):
             problems.append(text)
 
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})

@@ -7,9 +7,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.conftest import eventually, png
@@ -167,23 +165,12 @@ def test_an_image_is_opened_pasted_or_dropped_and_goes_as_it_is(
         page.get_by_role("alert").filter(has_text="not an image").wait_for()
 
 
-def explains(studio: Gateway) -> bool:
-    """Whether this gateway explains answers; until it does, the page says that it does not."""
-    return "/explain" in httpx.get(f"{studio.url}/openapi.json").json()["paths"]
-
-
-def test_where_nothing_is_explained_the_page_says_so(browser: "Browser", studio: Gateway) -> None:
-    if explains(studio):
-        pytest.skip("this gateway has POST /explain")
-    with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url) if "/explain?" in request.url else None)
+def test_versions_that_cannot_be_explained_say_so(browser: "Browser", studio: Gateway) -> None:
+    refusal = {"error": {"code": "not_explainable", "message": "it was exported by a release without explanations"}}
+    with opened(browser, f"{studio.url}/#/draw?on=digits@stable", expected=("/explain",)) as page:
+        page.route("**/explain?*", lambda route: route.fulfill(status=409, body=json.dumps(refusal)))
         draw(page)
-        page.get_by_text("This service does not explain its answers.").wait_for()
-        page.get_by_role("button", name="Clear").click()
-        draw(page)
-        page.get_by_text("This service does not explain its answers.").wait_for()
-        assert len(asked) == 1
+        page.get_by_text("This version was made before versions could be explained.").wait_for()
 
 
 PICTURE = f"data:image/png;base64,{base64.b64encode(png(np.zeros((28, 28), np.uint8))).decode()}"
@@ -225,13 +212,15 @@ def test_the_slider_shows_when_each_version_falls(browser: "Browser", studio: Ga
 
 
 def test_where_corrections_are_off_the_page_says_so(browser: "Browser", studio: Gateway) -> None:
-    if "/feedback" in httpx.get(f"{studio.url}/openapi.json").json()["paths"]:
-        pytest.skip("this gateway takes corrections")
-    with opened(browser, f"{studio.url}/#/draw?on=digits@stable", expected=("feedback",)) as page:
-        draw(page)
-        page.get_by_role("button", name="Wrong answer?").click()
-        page.get_by_role("group", name="What is it really?").get_by_role("button", name="1", exact=True).click()
-        page.get_by_text("Corrections are switched off").wait_for()
+    gateway = Gateway(studio.place, TEMPER_FEEDBACK="0")
+    try:
+        with opened(browser, f"{gateway.url}/#/draw?on=digits@stable", expected=("feedback",)) as page:
+            draw(page)
+            page.get_by_role("button", name="Wrong answer?").click()
+            page.get_by_role("group", name="What is it really?").get_by_role("button", name="1", exact=True).click()
+            page.get_by_text("Corrections are switched off").wait_for()
+    finally:
+        gateway.stop()
 
 
 def test_the_demonstration_writes_a_digit_that_is_recognized(browser: "Browser", studio: Gateway) -> None:
