@@ -217,7 +217,7 @@ def curls(script: str) -> Iterator[Curl]:
                     forms[name] = value
                 case "-d" | "--data-binary":
                     body = next(rest)
-                case "-H":
+                case "-H" | "-o":
                     next(rest)
                 case _:
                     assert not word.startswith("-"), f"an option that this test does not know: {line}"
