@@ -1,0 +1,70 @@
+"""`python -m load.bench_page`: how soon the page is there, and how soon it answers once the pen lifts.
+
+In a headless Chromium on this machine, in front of a service of its own: the first contentful paint of a page that is
+loaded anew, and the time from the end of a stroke until the answers of one and of two versions are there.
+"""
+
+import shutil
+from statistics import median
+
+import click
+from playwright.sync_api import Browser, sync_playwright
+
+from demo import service
+from load.figures import note
+from tests.ui.conftest import CHROMIUM, draw
+
+PAINT_MS, ANSWER_MS = 300.0, 50.0  # goals
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
+def main(rounds: int) -> None:
+    """Measure, and print medians beside the goals."""
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if chromium is None:
+        raise click.ClickException("no Chromium on this machine (Debian: apt-get install chromium)")
+    with service() as api, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        url = str(api.base_url).rstrip("/")
+        rows = {
+            "first contentful paint": ([paint(browser, url) for _ in range(rounds)], PAINT_MS),
+            "answer after the pen lifts": (answers(browser, f"{url}/#/draw?on=lenet5@stable", rounds), ANSWER_MS),
+            "both of two answers": (answers(browser, f"{url}/#/draw?on=lenet5@stable,lenet5:1", rounds), ANSWER_MS),
+        }
+        browser.close()
+    click.echo(f"{'':<28}{'median':>8}{'lowest':>8}{'highest':>9}{'goal':>9}")
+    for name, (values, goal) in rows.items():
+        note("The page", name, values, "ms")
+        click.echo(f"{name:<28}{median(values):>5.0f} ms{min(values):>5.0f} ms{max(values):>6.0f} ms{goal:>7.0f} ms")
+
+
+def paint(browser: Browser, url: str) -> float:
+    """Milliseconds from the request to the first contentful paint, with nothing in the cache."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(url)
+    page.locator(".pad").wait_for()
+    found = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    context.close()
+    return float(found)
+
+
+def answers(browser: Browser, url: str, rounds: int) -> list[float]:
+    """Milliseconds that the slowest answer says it took after a stroke has ended."""
+    page = browser.new_page()
+    page.goto(url)
+    page.locator(".pad canvas").wait_for()
+    found = []
+    for _ in range(rounds):
+        draw(page)
+        page.locator(".correct button").last.wait_for()  # which is for finished drawings
+        texts = page.locator(".sure .quiet").all_inner_texts()
+        found.append(max(float(text.rpartition(",")[2].removesuffix("ms")) for text in texts))
+        page.get_by_role("button", name="Clear").click()
+    page.close()
+    return found
+
+
+if __name__ == "__main__":
+    main()
