@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from temper.records import (
         Checkpoint,
         ClassPrediction,
+        Correction,
+        CorrectionDeleted,
         Dataset,
         DatasetDeleted,
         Deleted,
@@ -54,12 +56,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "AsyncClient", "BadRequest", "Checkpoint", "ClassPrediction", "Client", "Conflict", "Dataset", "DatasetDeleted",
-    "Deleted", "Delivery", "DryRun", "Estimate", "Event", "Failure", "Forbidden", "Gate", "GateFailed", "Health",
-    "IdempotencyMismatch", "InvalidDataset", "InvalidImage", "InvalidInstances", "InvalidRequest", "InvalidSpec",
-    "Job", "JobFailed", "Label", "Model", "ModelSummary", "NotFound", "NotTemper", "Prediction", "ServerError",
-    "StorageFull", "TemperError", "TimedOut", "TooLarge", "TooManyRequests", "Unauthorized", "Unavailable",
-    "Unreachable", "UnsupportedMediaType", "Verification", "Version", "Webhook", "WebhookDeleted",
+    "AsyncClient", "BadRequest", "Checkpoint", "ClassPrediction", "Client", "Conflict", "Correction",
+    "CorrectionDeleted", "Dataset", "DatasetDeleted", "Deleted", "Delivery", "DryRun", "Estimate", "Event", "Failure",
+    "Forbidden", "Gate", "GateFailed", "Health", "IdempotencyMismatch", "InvalidDataset", "InvalidImage",
+    "InvalidInstances", "InvalidRequest", "InvalidSpec", "Job", "JobFailed", "Label", "Model", "ModelSummary",
+    "NotFound", "NotTemper", "Prediction", "ServerError", "StorageFull", "TemperError", "TimedOut", "TooLarge",
+    "TooManyRequests", "Unauthorized", "Unavailable", "Unreachable", "UnsupportedMediaType", "Verification",
+    "Version", "Webhook", "WebhookDeleted",
 ]  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from temper.bodies import Data, Image
 from temper.errors import Conflict, JobFailed, NotFound, TooManyRequests, Unavailable, Unreachable
 from temper.records import (
     Checkpoint,
+    Correction,
+    CorrectionDeleted,
     Dataset,
     DatasetDeleted,
     Deleted,
@@ -179,6 +181,7 @@ class Verbs(Driver):
         dataset: str | None = None,
         validation: Data | None = None,
         exclude: Sequence[str | int] = (),
+        corrections: bool = False,
         label: str | None = None,
         priority: int = 0,
         metadata: Mapping[str, str] | None = None,
@@ -199,6 +202,8 @@ class Verbs(Driver):
             validation: images to measure on, in the same form.
             exclude: images to leave out, by the names that `findings` of the job's data set and reports give them:
                 files in the zip or directory, or indices in the array.
+            corrections: learn from the model's corrections as well; without `dataset` they are added to the data set
+                that `stable` was trained on.
             label: moves to the new version; `stable` if not given.
             priority: from -100 to 100; the highest of the queued jobs is next.
             metadata: of your own, to find the job by; up to 16 strings.
@@ -211,7 +216,9 @@ class Verbs(Driver):
             InvalidSpec: the spec is wrong.
             JobFailed: `wait` was given, and the job failed or was cancelled.
         """
-        fields, files = _asked(data, model, spec, dataset, validation, exclude, label, priority, metadata)
+        fields, files = _asked(
+            data, model, spec, dataset, validation, exclude, corrections, label, priority, metadata
+        )  # fmt: skip
         job = (yield from self._upload("/finetune", fields, files, idempotency_key)).read(Job)
         return (yield from self._wait(job.id, on_progress, None)) if wait else job
 
@@ -225,6 +232,7 @@ class Verbs(Driver):
         dataset: str | None = None,
         validation: Data | None = None,
         exclude: Sequence[str | int] = (),
+        corrections: bool = False,
         label: str | None = None,
         priority: int = 0,
         metadata: Mapping[str, str] | None = None,
@@ -235,7 +243,9 @@ class Verbs(Driver):
             InvalidDataset: the images cannot be trained on.
             InvalidSpec: the spec is wrong.
         """
-        fields, files = _asked(data, model, spec, dataset, validation, exclude, label, priority, metadata)
+        fields, files = _asked(
+            data, model, spec, dataset, validation, exclude, corrections, label, priority, metadata
+        )  # fmt: skip
         return (yield from self._upload("/finetune", fields | {"dry_run": "true"}, files)).read(DryRun)
 
     @Verb
@@ -421,8 +431,9 @@ class Verbs(Driver):
 
     @Verb
     def predict(
-        self, image: Image, model: str, version: int | None = None, label: str | None = None, top_k: int | None = None
-    ) -> Steps[Prediction]:
+        self, image: Image, model: str, version: int | None = None, label: str | None = None,
+        top_k: int | None = None, *, feedback: bool = False,
+    ) -> Steps[Prediction]:  # fmt: skip
         """Classify an image, or many.
 
         Args:
@@ -432,14 +443,64 @@ class Verbs(Driver):
             version: one of its versions.
             label: the label of one; without both, `stable` or a label with a share of the requests.
             top_k: also return so many of the most probable classes, best first.
+            feedback: keep the images, 16 at most, for an hour, so that `correct` can name the right classes.
 
         Raises:
             InvalidImage, InvalidInstances: the image or array cannot be read.
         """
-        kind, content = yield Work(functools.partial(bodies.prediction, image))
         options = {"model": model, "version": version, "label": label, "top_k": top_k}
-        request = Request("POST", "/predict", options, headers={"Content-Type": kind}, content=content, repeatable=True)
+        return (yield from self._predict("/predict", image, options | ({"feedback": "true"} if feedback else {})))
+
+    @Verb
+    def explain(
+        self, image: Image, model: str, version: int | None = None, label: str | None = None, *,
+        target: str | None = None, pictures: str = "numbers", feedback: bool = False,
+    ) -> Steps[Prediction]:  # fmt: skip
+        """Classify up to 16 images, and explain the answers.
+
+        Args:
+            image, model, version, label, feedback: as for `predict`.
+            target: explain this class instead of the answers.
+            pictures: `numbers`, or `png` for data URLs.
+
+        Returns:
+            Predictions with an `explanation` each.
+
+        Raises:
+            Conflict: the version was exported by a release that did not explain.
+        """
+        options = {"model": model, "version": version, "label": label, "class": target, "pictures": pictures}
+        return (yield from self._predict("/explain", image, options | ({"feedback": "true"} if feedback else {})))
+
+    def _predict(self, path: str, image: Image, options: Mapping[str, Any]) -> Steps[Prediction]:
+        kind, content = yield Work(functools.partial(bodies.prediction, image))
+        request = Request("POST", path, options, headers={"Content-Type": kind}, content=content, repeatable=True)
         return (yield from self._ask(request)).read(Prediction)
+
+    @Verb
+    def correct(self, prediction: str, label: str, index: int = 0) -> Steps[Correction]:
+        """Name the right class of an image that was predicted with `feedback`, in place of an earlier correction.
+
+        Args:
+            prediction: its `id`.
+            label: the right class.
+            index: which of its images.
+
+        Raises:
+            NotFound: there is no such prediction, or not any more.
+        """
+        new = {"id": prediction, "index": index, "label": label}
+        return (yield from self._ask(Request("POST", "/feedback", json=new, repeatable=True))).read(Correction)
+
+    @Verb
+    def corrections(self, model: str) -> Steps[list[Correction]]:
+        """The corrections of a model, the oldest first. `finetune` learns from them with `corrections=True`."""
+        return (yield from self._get("/feedback", model=model)).page(Correction)[0]
+
+    @Verb
+    def delete_correction(self, correction: str) -> Steps[CorrectionDeleted]:
+        """Delete a correction."""
+        return (yield from self._ask(Request("DELETE", at("feedback", correction)))).read(CorrectionDeleted)
 
     @Lister
     def models(self, limit: int | None = None) -> Listing[ModelSummary]:
@@ -598,14 +659,16 @@ class Verbs(Driver):
 
 def _asked(
     data: Data | None, model: str, spec: Mapping[str, Any] | None, dataset: str | None, validation: Data | None,
-    exclude: Sequence[str | int], label: str | None, priority: int, metadata: Mapping[str, str] | None,
+    exclude: Sequence[str | int], corrections: bool, label: str | None, priority: int,
+    metadata: Mapping[str, str] | None,
 ) -> tuple[dict[str, str], dict[str, Data | None]]:  # fmt: skip
     """The fields and files of a form that asks for a fine-tune."""
-    if (data is None) is (dataset is None):
+    if (data is None) is (dataset is None) and not (corrections and data is None):
         raise ValueError("give either data or dataset")
     fields = {"model": model} | ({"spec": jsons.dumps(spec)} if spec is not None else {})
     fields |= ({"label": label} if label else {}) | ({"dataset": dataset} if dataset else {})
     fields |= {"priority": str(priority)} if priority else {}
+    fields |= {"corrections": "true"} if corrections else {}
     fields |= {"exclude": jsons.dumps(list(exclude))} if exclude else {}
     fields |= {"metadata": jsons.dumps(metadata)} if metadata else {}
     return fields, {"data": data, "validation": validation}

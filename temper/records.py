@@ -169,6 +169,26 @@ class Event(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Correction(Record):
+    """An image whose class a user has named, to learn from."""
+
+    id: str
+    model: str
+    version: int  # that answered
+    predicted: str
+    label: str  # the right class
+    created_at: float  # Unix seconds
+    image: str  # PNG in a data URL
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionDeleted(Record):
+    """A correction that was deleted."""
+
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Webhook(Record):
     """An endpoint that is told what happens. Times are in Unix seconds."""
 
@@ -290,6 +310,7 @@ class ClassPrediction(Record):
     top_k: list[dict[str, Any]] | None = None
     set: list[str] | None = None  # the classes that are plausible; None where the version has no coverage
     none_of_these: bool | None = None  # whether the image is unlike those that were learned; None without a detector
+    explanation: dict[str, Any] | None = None  # of `explain`; docs/how-to/explain.md describes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +323,7 @@ class Prediction(Record):
     version: int
     classes: list[str]
     predictions: tuple[ClassPrediction, ...]
+    id: str | None = None  # with `feedback`: what `correct` calls it
 
     @property
     def labels(self) -> list[str]:

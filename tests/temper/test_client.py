@@ -108,6 +108,22 @@ def test_a_folder_a_zip_bytes_and_arrays_are_the_same_upload(temper: Client, dig
     assert failure.value.code == "cancelled"
 
 
+def test_answers_are_explained_corrected_and_learned_from(temper: Client, digits: Digits) -> None:
+    images, labels = digits[0][:40], [str(label) for label in digits[1][:40]]
+    temper.finetune((images, labels), "explains", {"method": "head", "epochs": 1}, wait=True)
+    found = temper.explain(images[:2], "explains", target="3", feedback=True)
+    assert [one.explanation["class"] for one in found.predictions if one.explanation] == ["3", "3"]
+    assert found.id
+    correction = temper.correct(found.id, "5", 1)
+    assert (correction.model, correction.label, correction.predicted) == ("explains", "5", found.labels[1])
+    assert temper.corrections("explains") == [correction]
+    planned = temper.dry_run(None, "explains", {"method": "head"}, corrections=True)
+    assert planned.dataset["images"] == 41
+    assert temper.delete_correction(correction.id).id == correction.id
+    with pytest.raises(NotFound):
+        temper.correct("pred-none", "5")
+
+
 def test_what_is_wrong_with_images_is_told_and_they_can_be_excluded(temper: Client, digits: Digits) -> None:
     arrays = np.concatenate([digits[0][:40], digits[0][:1]]), [*digits[1][:40], (digits[1][0] + 1) % 10]
     dry = temper.dry_run(arrays, "excluding", {"method": "head"})
