@@ -85,7 +85,7 @@ def create_app(settings: Settings) -> ASGIApp:
         ):
             router = Router(registry)
             inference = InferenceService(router, MicroBatcher(pool), settings.predict_timeout_s)
-            explanations = Explanations(pool, Neighbours(settings, registry, pool), settings.predict_timeout_s)
+            explanations = Explanations(pool, Neighbours(settings, registry, pool))
             decoder, health_watch = ImageDecoder(settings), Health(engine, settings.home)
             keys = KeyRing(Keys(engine), settings)
             await keys.refresh()  # before the first request: whether keys are required is in the store

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -60,6 +61,9 @@ MAX_TEXT_BYTES = 1 << 20  # of a form field that is no file
 WRITE_BYTES = 1 << 20  # that are collected before they are written
 LOCK = "lock"
 URLENCODED = "application/x-www-form-urlencoded"
+
+
+MOST_CORRECTED = 50_000  # images of a data set that is copied to add corrections; they take 100 MB
 
 
 @dataclass
@@ -184,13 +188,21 @@ class Uploads:
             await asyncio.to_thread(receiver.finish)
             yield receiver.form
 
-    def with_corrections(self, card: DatasetCard, corrections: Sequence[Correction]) -> Path:
-        """Write a data set with corrected images at its end as an upload; whoever calls this removes the file.
+    def add_corrections(self, form: Form, card: DatasetCard, corrections: Sequence[Correction]) -> None:
+        """Make a data set with corrected images at its end the file `data` of a form.
+
+        Those that it was given in an earlier fine-tune are replaced.
 
         Raises:
+            InvalidRequest: a correction is of a class that the data set lacks, or the data set is too large.
             WrongState: its images are not kept any more.
             StorageFull: no space is left.
         """
+        if strange := sorted({one.label for one in corrections} - card.classes.keys()):
+            raise InvalidRequest(f"corrections: the data set has no class {strange[0]!r}", param="corrections")
+        if card.images > MOST_CORRECTED:
+            text = f"corrections: the data set has {card.images} images, more than the {MOST_CORRECTED} that are copied"
+            raise InvalidRequest(text, param="corrections")
         if self._lock is None:  # the disk was full when the gateway started
             self._take_place()
         fetch, folder = objects_of(self._settings).fetch, self._settings.datasets
@@ -203,12 +215,13 @@ class Uploads:
         except FileNotFoundError as exc:
             text = "the images of the data set are not kept any more; upload them to /datasets, and give `dataset`"
             raise WrongState(text, param="dataset") from exc
-        arrays["x_train"] = np.concatenate([arrays["x_train"], [one.image for one in corrections]])
-        arrays["y_train"] = np.concatenate([arrays["y_train"], [one.label for one in corrections]])
-        path = self._staging / f"{secrets.token_hex(8)}.upload"
-        with translated(), path.open("xb") as file:
+        own = len(arrays["x_train"]) - len(card.corrections)
+        arrays["x_train"] = np.concatenate([arrays["x_train"][:own], [one.image for one in corrections]])
+        arrays["y_train"] = np.concatenate([arrays["y_train"][:own], [one.label for one in corrections]])
+        path = form.files.setdefault("data", self._staging / f"{secrets.token_hex(8)}.upload")
+        form.names["data"] = f"{plain_name(card.filename)} with {len(corrections)} corrections"
+        with translated(), path.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take them for its own options
-        return path
 
     async def _take_decoder(self) -> Process:
         spare, self._spare = self._spare, asyncio.create_task(start_decoder())
@@ -305,6 +318,11 @@ class Uploads:
         places = {file_of(prepared, part): card.file for part, card in parts.items() if card}
         named = {"filename": source.filename} | ({"kept": source.kept} if source.kept else {})
         return dataset.model_copy(update=named), report, places
+
+
+def plain_name(filename: str) -> str:
+    """A data set's file name without the corrections that it was given."""
+    return re.sub(r" with \d+ corrections$", "", filename) or "data set"
 
 
 async def _pieces(request: Request) -> AsyncIterator[bytes]:

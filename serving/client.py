@@ -110,7 +110,7 @@ def translated(exc: grpc.RpcError, target: str) -> errors.TemperError:
         case grpc.StatusCode.NOT_FOUND:
             return errors.UnknownModel(text)
         case grpc.StatusCode.FAILED_PRECONDITION if text.startswith("Serving signature key"):
-            return errors.NotExplainable("it was exported by a release without explanations; fine-tune it again")
+            return errors.NotExplainable("it was exported by a release without explanations")
         case _:
             return errors.ModelServerError(f"the model server at {target} answered {code.name}: {text}")
 

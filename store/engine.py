@@ -65,7 +65,8 @@ def connect(url: str) -> sa.Engine:
         if not is_current(engine):
             from store.migrations import upgrade
 
-            upgrade(engine)
+            # A statement of a migration may take long.
+            upgrade(unpooled(engine) if engine.driver == "psycopg" else engine)
     except BaseException as exc:
         engine.dispose()
         if isinstance(exc, sa.exc.DBAPIError):
@@ -194,7 +195,8 @@ def _engine(url: str) -> sa.Engine:
             sa.event.listen(engine, "connect", _prepare_sqlite)
             return engine
         engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=connect_options(parsed))
-        sa.event.listen(engine, "do_connect", _connect_bounded)
+        if engine.driver == "psycopg":
+            sa.event.listen(engine, "do_connect", _connect_bounded)
         return engine
     except sa.exc.ArgumentError as exc:  # NoSuchModuleError is one
         raise StoreUnavailable(f"TEMPER_STORE is not a valid database URL: {reason(exc)}") from exc

@@ -153,13 +153,6 @@ class UnknownCorrection(NotFound):
     cure = "List those of a model with `GET /feedback?model=…`."
 
 
-class FeedbackOff(NotFound):
-    """No images of predictions and no corrections are kept here."""
-
-    code = "feedback_off"
-    cure = "Set TEMPER_FEEDBACK to the number of corrections that a model may keep."
-
-
 class UnknownDataset(NotFound):
     """No data set has that id."""
 
@@ -204,11 +197,18 @@ class WrongState(TemperError):
     cure = "Look at the object's status, and wait for or undo what the message names."
 
 
+class FeedbackOff(WrongState):
+    """No images of predictions and no corrections are kept here."""
+
+    code = "feedback_off"
+    cure = "Set TEMPER_FEEDBACK to the number of corrections that a model may keep."
+
+
 class NotExplainable(WrongState):
     """The version was exported by a release that did not explain answers."""
 
     code = "not_explainable"
-    cure = "Fine-tune again, or publish a kept checkpoint: versions of this release explain their answers."
+    cure = "Fine-tune again: versions of this release explain. The base of an earlier release's home does not."
 
 
 class GateFailed(WrongState):

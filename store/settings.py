@@ -104,8 +104,9 @@ class Settings(BaseSettings):
         20, ge=0, description="Newest versions that are kept of a model, besides the labelled ones; 0 keeps all."
     )
     feedback: int = Field(
-        1000, ge=0, le=100_000,
-        description="Most corrections of a model that are kept to learn from; 0: none, and no images of predictions.",
+        1000, ge=0, le=10_000,
+        description="Most corrections of a model that are kept to learn from; 0: no more of them, and no images of "
+        "predictions.",
     )  # fmt: skip
     attack_images: int = Field(
         ATTACK_IMAGES,

@@ -10,13 +10,14 @@ from api.inference.neighbours import Neighbours
 from api.inference.pictures import grey, overlay, png
 from api.inference.server_pool import ServerPool
 from api.inference.service import Prediction
-from store.errors import InvalidRequest, Overloaded, TooLarge
+from store.errors import InvalidRequest, ModelServerTimeout, Overloaded, TooLarge
 from store.records import GREY_28
 
 EXPLAIN = "serving_explain"
 MOST = 16  # images of a request; each takes the model server as long as hundreds of predictions
 AT_A_TIME = 2  # of them that this gateway asks for at once
 MAX_WAITING = 64  # of all requests
+PATIENCE_S = 30.0  # for all that a request asks for
 
 Pictures = Literal["numbers", "png"]
 
@@ -24,19 +25,21 @@ Pictures = Literal["numbers", "png"]
 class Explanations:
     """Asks for explanations, a few at a time."""
 
-    def __init__(self, pool: ServerPool, neighbours: Neighbours, timeout_s: float) -> None:
-        self._pool, self._neighbours, self._timeout_s = pool, neighbours, timeout_s
+    def __init__(self, pool: ServerPool, neighbours: Neighbours) -> None:
+        self._pool, self._neighbours = pool, neighbours
         self._calls, self._waiting = asyncio.Semaphore(AT_A_TIME), 0
 
     async def explain(
-        self, found: Prediction, images: np.ndarray, target: str | None, pictures: Pictures
-    ) -> list[dict[str, Any]]:
+        self, found: Prediction, images: np.ndarray, target: str | None, pictures: Pictures,
+        timeout_s: float | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """An explanation of each answer, as JSON (see `api.routes.explain`).
 
         Args:
             found: the answers.
             images: that they are about, as for `InferenceService.predict`.
             target: the class to explain instead of the answers.
+            timeout_s: `PATIENCE_S` unless this is shorter.
 
         Raises:
             InvalidRequest: there is no such class.
@@ -55,21 +58,31 @@ class Explanations:
         if self._waiting + len(images) > MAX_WAITING:
             raise Overloaded("too many explanations are waiting")
         self._waiting += len(images)
+        limit_s = PATIENCE_S if timeout_s is None else min(timeout_s, PATIENCE_S)
+        tasks = [asyncio.create_task(self._one(found, image, number, pictures, limit_s)) for image in images]
         try:
-            return await asyncio.gather(*(self._one(found, image, number, pictures) for image in images))
+            async with asyncio.timeout(limit_s):
+                return await asyncio.gather(*tasks)
+        except TimeoutError as exc:
+            raise ModelServerTimeout(f"no explanation within {limit_s:g} s") from exc
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._waiting -= len(images)
 
-    async def _one(self, found: Prediction, image: np.ndarray, target: int, pictures: Pictures) -> dict[str, Any]:
+    async def _one(
+        self, found: Prediction, image: np.ndarray, target: int, pictures: Pictures, limit_s: float
+    ) -> dict[str, Any]:
         servable, targets = found.servable, np.array([target], np.int32)
         async with self._calls:
             rows = await self._pool.ask(
                 *servable,
                 lambda predictor, left_s: predictor.run(*servable, EXPLAIN, left_s, image=image[None], target=targets),
-                self._timeout_s,
+                limit_s, hedge=False,
             )  # fmt: skip
-            near = await self._neighbours.nearest(servable, rows["hidden"][0], self._timeout_s)
-        return explanation(found.classes, image[..., 0], rows, target, near, pictures)
+            near = await self._neighbours.nearest(servable, rows["hidden"][0], limit_s)
+        return await asyncio.to_thread(explanation, found.classes, image[..., 0], rows, target, near, pictures)
 
 
 def explanation(

@@ -2,11 +2,13 @@
 
 import asyncio
 import functools
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 
 from api.inference.router import Servable
 from api.inference.server_pool import ServerPool
@@ -21,6 +23,7 @@ HIDDEN = "serving_hidden"
 NEAREST = 6
 MOST = 4000  # training images that are looked at
 BATCH = 500  # of a call
+FRESH_S, GONE_S = 600.0, 30.0  # how long what was read, or that nothing is there, is believed
 KEPT = 4  # versions whose training images stay in memory, at most 5 MB each
 
 
@@ -35,8 +38,10 @@ class Neighbours:
 
     def __init__(self, settings: Settings, registry: Registry, pool: ServerPool) -> None:
         self._settings, self._registry, self._pool = settings, registry, pool
-        self._learned: OrderedDict[Servable, _Learned] = OrderedDict()  # the one that was used last at the end
-        self._lock = asyncio.Lock()  # reading a data set takes a while, and is done once
+        self._known: OrderedDict[Servable, tuple[_Learned | str, float]] = (
+            OrderedDict()
+        )  # with its time; last used last
+        self._reading: dict[Servable, asyncio.Lock] = {}  # reading a data set takes a while, and is done once
 
     async def nearest(self, servable: Servable, hidden: np.ndarray, timeout_s: float) -> list[dict[str, Any]] | str:
         """The nearest images, nearest first: `label`, `name`, `distance` and `image`, (28, 28) uint8.
@@ -47,17 +52,16 @@ class Neighbours:
         Returns:
             Why there are none, if there are none.
         """
-        try:
-            async with self._lock:
-                known = self._learned.get(servable) or await self._read(servable, timeout_s)
-                self._learned[servable] = known
-                self._learned.move_to_end(servable)
-                while len(self._learned) > KEPT:
-                    self._learned.popitem(last=False)
-        except FileNotFoundError:
-            return "its data set is not kept any more"
-        except _NotFineTuned:
-            return "it was not fine-tuned"
+        known = self._recent(servable)
+        if known is None:
+            async with self._reading.setdefault(servable, asyncio.Lock()):
+                known = self._recent(servable) or await self._read(servable, timeout_s)
+                self._known[servable] = known, time.monotonic()
+                while len(self._known) > KEPT:
+                    self._known.popitem(last=False)
+            self._reading.pop(servable, None)
+        if isinstance(known, str):
+            return known
         distances = np.linalg.norm(known.hidden - hidden, axis=1)
         data = known.dataset
         return [
@@ -68,24 +72,40 @@ class Neighbours:
             for number in np.argsort(distances, kind="stable")[:NEAREST].tolist()
         ]  # fmt: skip
 
-    async def _read(self, servable: Servable, timeout_s: float) -> _Learned:
-        data = await asyncio.to_thread(self._dataset, servable)
-        flat = data.images.reshape(len(data.images), -1)
-        found = []
-        for start in range(0, len(flat), BATCH):
-            call = functools.partial(_see, servable, flat[start : start + BATCH])
-            found.append(await self._pool.ask(*servable, call, timeout_s))
+    def _recent(self, servable: Servable) -> _Learned | str | None:
+        """What is known of a version, unless it was read too long ago: its data set may have been deleted since."""
+        known, read_at = self._known.get(servable, (None, 0.0))
+        if known is None or time.monotonic() - read_at > (GONE_S if isinstance(known, str) else FRESH_S):
+            return None
+        self._known.move_to_end(servable)
+        return known
+
+    async def _read(self, servable: Servable, timeout_s: float) -> _Learned | str:
+        """The training images of a version, or why there are none."""
+        try:
+            data = await asyncio.to_thread(self._dataset, servable)
+            if data is None:
+                return "it was not fine-tuned"
+            flat, found = data.images.reshape(len(data.images), -1), []
+            for start in range(0, len(flat), BATCH):
+                call = functools.partial(_hidden, servable, flat[start : start + BATCH])
+                found.append(await self._pool.ask(*servable, call, timeout_s, hedge=False))
+        except FileNotFoundError:
+            return "its data set is not kept any more"
+        except (TemperError, OSError, sa.exc.SQLAlchemyError):
+            return "its training images cannot be read now"
         return _Learned(data, np.concatenate(found))
 
-    def _dataset(self, servable: Servable) -> Dataset:
-        """The images that a version was trained on, `MOST` of them at random if there are more."""
+    def _dataset(self, servable: Servable) -> Dataset | None:
+        """The images that a version was trained on, `MOST` of them at random if there are more.
+
+        Raises:
+            FileNotFoundError: they are not kept.
+        """
         card = self._registry.find(*servable).manifest.dataset
         if card is None:
-            raise _NotFineTuned
-        try:
-            data = Dataset.load(objects_of(self._settings).fetch(self._settings.datasets / card.file))
-        except TemperError as exc:
-            raise FileNotFoundError(card.file) from exc
+            return None
+        data = Dataset.load(objects_of(self._settings).fetch(self._settings.datasets / card.file))
         if len(data.images) <= MOST:
             return data
         chosen = np.sort(np.random.default_rng(0).choice(len(data.images), MOST, replace=False))
@@ -93,10 +113,6 @@ class Neighbours:
         return Dataset(data.images[chosen], data.labels[chosen], data.classes, names)
 
 
-async def _see(servable: Servable, images: np.ndarray, predictor: Predictor, left_s: float) -> np.ndarray:
-    """What the last layer sees of images (n, 784) uint8: (n, 84) float32."""
+async def _hidden(servable: Servable, images: np.ndarray, predictor: Predictor, left_s: float) -> np.ndarray:
+    """Hidden activations (n, 84) float32 of images (n, 784) uint8."""
     return (await predictor.run(*servable, HIDDEN, left_s, image=images))["hidden"]
-
-
-class _NotFineTuned(Exception):
-    """A version has no data set."""

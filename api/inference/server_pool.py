@@ -130,7 +130,7 @@ class ServerPool:
 
     async def ask(
         self, model: str, version: int, call: Callable[[Predictor, float], Coroutine[Any, Any, T]], timeout_s: float,
-        hurry_s: float | None = None,
+        hurry_s: float | None = None, *, hedge: bool = True,
     ) -> T:  # fmt: skip
         """Ask one server about a version; another if it is away, overloaded or has not loaded the version.
 
@@ -139,6 +139,7 @@ class ServerPool:
 
         Args:
             call: asks a server, within so many seconds.
+            hedge: whether to ask another server as well; not for what takes longer than a prediction by itself.
             hurry_s: the shortest time that anyone waits for the answer, if that is less than `timeout_s`.
 
         Raises:
@@ -163,7 +164,7 @@ class ServerPool:
                     task = asyncio.create_task(call(target.predictor, left_s))
                     target.calls.add(task)
                     asked[task] = target
-                wait_s = hedge_s if any(other.up for other in untried) else None
+                wait_s = hedge_s if hedge and any(other.up for other in untried) else None
                 done, _ = await asyncio.wait(asked, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     target = asked.pop(task)

@@ -72,13 +72,7 @@ async def keep(gateway: Gateway, tenant: str, found: Prediction, images: np.ndar
     Args:
         images: as for `InferenceService.predict`.
 
-    Raises:
-        FeedbackOff: nothing is kept here.
-        TooLarge: these are too many images.
     """
-    _check_on(gateway)
-    if len(images) > IMAGES:
-        raise TooLarge(f"{len(images)} images, more than the {IMAGES} of a prediction with `feedback`", param="body")
     pixels = images if images.dtype == np.uint8 else grey(images)
     labels = [found.classes[top] for top in found.outputs["probabilities"].argmax(axis=1).tolist()]
     return await asyncio.to_thread(
@@ -87,16 +81,24 @@ async def keep(gateway: Gateway, tenant: str, found: Prediction, images: np.ndar
     )  # fmt: skip
 
 
-def _check_on(gateway: Gateway) -> None:
+def check_feedback(gateway: Gateway, images: int = 0) -> None:
+    """Refuse what cannot be kept.
+
+    Raises:
+        FeedbackOff: nothing is kept here.
+        TooLarge: these are too many images of a prediction.
+    """
+    if images > IMAGES:
+        raise TooLarge(f"{images} images, more than the {IMAGES} of a prediction with `feedback`", param="body")
     if not gateway.settings.feedback:
         raise FeedbackOff("feedback is off: TEMPER_FEEDBACK is 0")
 
 
-@router.post("/feedback", status_code=201, responses=errors(400, 404, 422, 429, 503, 507))
+@router.post("/feedback", status_code=201, responses=errors(400, 404, 409, 422, 429, 503, 507))
 def correct(request: Request, correction: NewCorrection, response: Response) -> CorrectionView:
     """Name the right class of an image that was predicted with `feedback`; another time replaces it."""
     gateway = gateway_of(request)
-    _check_on(gateway)
+    check_feedback(gateway)
     found = gateway.feedback.correct(tenant_of(request), correction.id, correction.index, correction.label)
     response.headers["Location"] = f"/feedback/{found.id}"
     return CorrectionView.of(found)
@@ -107,7 +109,7 @@ def list_corrections(
     request: Request, model: Annotated[ModelName, Query(description="The model that was corrected.")]
 ) -> CorrectionList:
     """The corrections of a model, which a fine-tune with `corrections` learns from."""
-    found = gateway_of(request).feedback.of_model(stored(request, model))
+    found = gateway_of(request).feedback.of_model(tenant_of(request), stored(request, model))
     return CorrectionList(data=[CorrectionView.of(one) for one in found])
 
 

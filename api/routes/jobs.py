@@ -296,6 +296,9 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
                 raise InvalidRequest(f"{field}: give either it or the file {file!r}", param=field)
         if "data" not in form.files and "dataset" not in ids and not fields.corrections:
             raise InvalidRequest("data: is required, or `dataset`", param="data")
+        for field in {"data", "exclude"} & {*form.files, *form.texts} if fields.corrections else ():
+            text = f"corrections: not together with {field!r}; keep the data set (POST /datasets) and give `dataset`"
+            raise InvalidRequest(text, param="corrections")
         if fields.model == BASE:
             raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")
         asked, said = parse_asked(fields.spec), form.digest()
@@ -303,7 +306,9 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
         async def prepare(*, keep: bool = True) -> tuple[str, DatasetCard]:
             base = await asyncio.to_thread(resolve_base, gateway, tenant, asked.fixed)
             kept = await asyncio.to_thread(_kept, gateway, tenant, ids)
-            corrected = await asyncio.to_thread(_corrected, gateway, tenant, fields, form, kept)
+            corrected = []
+            if fields.corrections:
+                corrected = await asyncio.to_thread(_corrected, gateway, tenant, fields.model, form, kept)
             check = await asyncio.to_thread(checker, gateway, tenant, fields.model, asked)
             dataset = await gateway.uploads.store(form, check, kept, exclude=fields.exclude or (), keep=keep)
             return base, dataset.model_copy(update={"corrections": corrected}) if corrected else dataset
@@ -334,31 +339,22 @@ def _kept(gateway: Gateway, tenant: str, ids: Mapping[str, str]) -> dict[str, Ke
     return {INSTEAD[field]: gateway.library.get(tenant, name, field) for field, name in ids.items()}
 
 
-def _corrected(
-    gateway: Gateway, tenant: str, fields: FinetuneFields, form: Form, kept: dict[str, KeptDataset]
-) -> list[str]:
-    """Make the model's data set with its corrections the upload, if they are asked for.
+def _corrected(gateway: Gateway, tenant: str, model: str, form: Form, kept: dict[str, KeptDataset]) -> list[str]:
+    """Make the model's data set with its corrections the upload.
 
     Returns:
         What each of the last images was taken for.
 
     Raises:
-        InvalidRequest: there are no corrections, or they are asked for together with what they cannot be added to.
+        InvalidRequest: there are no corrections, or they cannot be added.
         WrongState: the data set that they belong to is gone.
     """
-    if not fields.corrections:
-        return []
-    for field, given in (("data", "data" in form.files), ("exclude", fields.exclude)):
-        if given:
-            raise InvalidRequest(f"corrections: cannot be given together with {field!r}; keep the data set first "
-                                 "(POST /datasets), and give it by `dataset`", param="corrections")  # fmt: skip
-    name = stored_name(tenant, fields.model)
-    found = gateway.feedback.of_model(name)
+    name = stored_name(tenant, model)
+    found = gateway.feedback.of_model(tenant, name)
     if not found:
-        raise InvalidRequest(f"corrections: there are none of {fields.model!r}", param="corrections")
+        raise InvalidRequest(f"corrections: there are none of {model!r}", param="corrections")
     card = kept.pop("data").card() if "data" in kept else stable_dataset(gateway, name)
-    form.files["data"] = gateway.uploads.with_corrections(card, found)
-    form.names["data"] = f"{card.filename or 'data set'} with {len(found)} corrections"
+    gateway.uploads.add_corrections(form, card, found)
     return [one.predicted for one in found]
 
 

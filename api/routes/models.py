@@ -352,9 +352,9 @@ async def delete(gateway: Gateway, model: str, version: int | None, *, last_too:
 
     versions = await gateway.record_deletion(retire)
     log.info("%s: versions %s removed", model, versions)
-    await gateway.align()
-    if version is None:
+    if not await asyncio.to_thread(gateway.registry.has_live, model):
         await asyncio.to_thread(gateway.feedback.forget, model)
+    await gateway.align()
     with contextlib.suppress(StorageFailed):  # the model is gone; workers sweep what is left
         await asyncio.to_thread(sweep_kept, gateway.settings, gateway.jobs, gateway.registry)
     await asyncio.to_thread(gateway.reserve.keep)

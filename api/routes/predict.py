@@ -18,7 +18,7 @@ from api.inference.json_body import parse_instances
 from api.inference.options import ImageOptions, PredictOptions, options_of
 from api.inference.service import Prediction
 from api.routes.examples import IMAGE_EXAMPLE
-from api.routes.feedback import keep
+from api.routes.feedback import check_feedback, keep
 from store.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from store.records import Abstention
 
@@ -178,11 +178,16 @@ async def _read(request: Request) -> tuple[ImageOptions, np.ndarray, list[str] |
 
 
 async def _answer(request: Request, options: ImageOptions, images: np.ndarray, names: list[str] | None) -> Response:
+    if options.feedback:
+        check_feedback(gateway_of(request), len(images))
     found = await ask(request, images, options.model, options.version, options.label)
     body = _body(found, options.top_k, names)
     if options.explain:
-        explanations = gateway_of(request).explanations
-        explained = await explanations.explain(found, images, options.target, options.pictures)
+        explanations, limit_s = (
+            gateway_of(request).explanations,
+            _timeout(dict(request.scope["headers"]).get(b"x-request-timeout")),
+        )
+        explained = await explanations.explain(found, images, options.target, options.pictures, limit_s)
         for prediction, explanation in zip(body["predictions"], explained, strict=True):
             prediction["explanation"] = explanation
     if options.feedback:

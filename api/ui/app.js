@@ -12,10 +12,18 @@ const VIEWS = {
 };
 const may = (session, view) => view.scope === null || session.scopes.includes(view.scope);
 
+const decoded = (text) => {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // a lone %
+  }
+};
+
 /** The address after the #: {name, parts, query}. `#/models/digits/3` is {name: "models", parts: ["digits", "3"]}. */
 function route() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  const [name, ...parts] = path.split("/").filter(Boolean).map(decodeURIComponent);
+  const [name, ...parts] = path.split("/").filter(Boolean).map(decoded);
   return { name: name in VIEWS ? name : null, parts, query: new URLSearchParams(query) };
 }
 
@@ -100,7 +108,7 @@ function App() {
 
   return html`<${Session.Provider} value=${session ?? { scopes: [] }}>
     <a class="skip" href="#main" onClick=${(event) => (event.preventDefault(), document.getElementById("main").focus())}>Skip to content</a>
-    <${Header} session=${session} current=${current} onSignOut=${() => (signOut(), setSession(null), ask())} />
+    <${Header} session=${session} current=${current} onSignOut=${() => (signOut(), location.reload())} />
     ${!reachable && html`<p class="lost" role="alert">The service does not answer. This page goes on by itself when it is back.</p>`}
     <main id="main" tabindex="-1">${content}</main>
   <//>`;

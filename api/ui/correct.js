@@ -22,8 +22,7 @@ export function Correct({ target, picture, answer, models }) {
       const kept = await get(`/feedback?model=${model}`);
       setState({ label, number: kept.data.length, more: kept.has_more });
     } catch (error) {
-      const off = error.status === 404 || error.param === "feedback";
-      setState({ error: off ? { message: OFF } : error });
+      setState({ error: error.code === "feedback_off" ? { message: OFF } : error });
     }
   };
   const train = async () => {
@@ -41,7 +40,7 @@ export function Correct({ target, picture, answer, models }) {
   if (!picture?.final || !answer) return html`<div class="correct"></div>`;
   if (state.label) {
     return html`<div class="correct" role="status"><p>Noted: <b>${state.label}</b>, not ${predicted}.</p>
-      <button class="primary" disabled=${state.busy} onClick=${train}>Fine-tune with ${plural(state.number, "correction")}${state.more ? " or more" : ""}</button>
+      ${model !== "lenet5" && html`<button class="primary" disabled=${state.busy} onClick=${train}>Fine-tune with ${plural(state.number, "correction")}${state.more ? " or more" : ""}</button>`}
       ${state.error && html`<${Notice} kind="bad" error=${state.error} />`}</div>`;
   }
   return html`<div class="correct">

@@ -101,7 +101,7 @@ def test_explanations_do_not_hold_up_predictions(service: Service, model: str, d
 def test_so_many_explanations_may_wait_and_no_more(tmp_path: Path) -> None:
     pool = ServerPool([], lambda *_: True)
     registry = Registry(connect(f"sqlite:///{tmp_path / 'temper.db'}"))
-    explanations = Explanations(pool, Neighbours(Settings(home=tmp_path), registry, pool), 1.0)
+    explanations = Explanations(pool, Neighbours(Settings(home=tmp_path), registry, pool))
     found = Prediction("m", 1, Servable("m", 1), ("0", "1"), {})
     images = np.zeros((16, 784), np.uint8)
 

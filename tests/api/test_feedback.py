@@ -100,7 +100,11 @@ def test_a_fine_tune_learns_from_corrections_and_its_report_says_what_they_chang
     page = service.api.get(f"/models/{model}/versions/{job['version']}/report").text
     assert "Corrected by users" in page
     assert f"{figures['right']} of 10 are classified right now, by networks that were not trained on them" in page
-    for one in service.api.get("/feedback", params={"model": model}).json()["data"]:
+    kept = service.api.get("/feedback", params={"model": model}).json()["data"]
+    service.api.delete(f"/feedback/{kept[0]['id']}")
+    again = service.api.post("/finetune", data={**form, "dry_run": "true"}).json()
+    assert again["dataset"]["images"] == 129  # the others are there once
+    for one in kept[1:]:
         service.api.delete(f"/feedback/{one['id']}")
 
 
@@ -117,7 +121,7 @@ def test_feedback_that_is_off_keeps_nothing(tmp_path: Path, digits: Digits) -> N
     with running_service(tmp_path / "home", TEMPER_FEEDBACK="0") as service:
         body = {"model": "lenet5", "range": "byte", "feedback": True, "instances": digits[0][:1].tolist()}
         for answer in (service.api.post("/predict", json=body), corrected(service, id="pred-1", label="3")):
-            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "feedback_off")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "feedback_off")
 
 
 def test_corrections_are_bounded_and_belong_to_a_tenant(engine: sa.Engine) -> None:
@@ -128,13 +132,18 @@ def test_corrections_are_bounded_and_belong_to_a_tenant(engine: sa.Engine) -> No
     with pytest.raises(InvalidRequest, match="label"):
         feedback.correct("a", kept[0], 0, "eleven")
     made = [feedback.correct("a", name, 0, "1") for name in kept]
-    assert [one.id for one in feedback.of_model("m")] == [one.id for one in made[2:]]
-    np.testing.assert_array_equal(feedback.of_model("m")[0].image, image.reshape(28, 28))
+    assert [one.id for one in feedback.of_model("a", "m")] == [one.id for one in made[2:]]
+    np.testing.assert_array_equal(feedback.of_model("a", "m")[0].image, image.reshape(28, 28))
     with pytest.raises(UnknownCorrection):
         feedback.delete("b", made[-1].id)
     feedback.delete("a", made[-1].id)
-    feedback.forget("m")
-    assert feedback.of_model("m") == []
+    theirs = feedback.correct("b", feedback.keep("b", "m", 1, CLASSES, ["7"], image), 0, "1")
+    assert [one.id for one in feedback.of_model("b", "m")] == [theirs.id]
+    assert len(feedback.of_model("a", "m")) == 2  # several tenants correct the base, and see their own corrections
+    feedback.sweep({"m": True}.__contains__)
+    assert len(feedback.of_model("a", "m")) == 2
+    feedback.sweep(lambda model: False)
+    assert feedback.of_model("a", "m") == []
 
 
 def test_a_prediction_can_be_corrected_for_an_hour(engine: sa.Engine) -> None:
@@ -144,6 +153,6 @@ def test_a_prediction_can_be_corrected_for_an_hour(engine: sa.Engine) -> None:
         connection.execute(predictions.update().values(created_at=now() - KEPT_S - 1))
     with pytest.raises(UnknownPrediction, match="within an hour"):
         feedback.correct("a", old, 0, "1")
-    feedback.keep("a", "m", 1, CLASSES, ["7"], image)
+    feedback.sweep(lambda model: True)
     with engine.connect() as connection:
-        assert connection.execute(sa.select(sa.func.count()).select_from(predictions)).scalar_one() == 1
+        assert connection.execute(sa.select(sa.func.count()).select_from(predictions)).scalar_one() == 0

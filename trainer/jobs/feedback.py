@@ -1,17 +1,17 @@
-"""What users say of answers: predictions whose images are kept for an hour, and corrections to learn from.
+"""Feedback of users: predictions whose images are kept for an hour, and corrections to learn from.
 
 A correction is an image with the class that a version named and the right one. Each model keeps a bounded number.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
-from store.engine import metadata, now
+from store.engine import insert_of, metadata, now
 from store.errors import InvalidRequest, UnknownCorrection, UnknownPrediction
 
 KEPT_S = 3600.0  # how long the images of a prediction are kept
@@ -42,7 +42,7 @@ corrections = sa.Table(
     sa.Column("predicted", sa.String, nullable=False),
     sa.Column("label", sa.String, nullable=False),
     sa.Column("image", sa.LargeBinary, nullable=False),
-    sa.Index("ix_corrections_model", "model", "created_at"),
+    sa.Index("ix_corrections_model", "model", "tenant", "created_at"),
 )
 
 
@@ -63,7 +63,7 @@ class Feedback:
     """Reads and writes predictions and corrections.
 
     Args:
-        most: corrections that a model keeps; the oldest go.
+        most: corrections of a model that a tenant keeps; the oldest are deleted.
     """
 
     def __init__(self, engine: sa.Engine, most: int) -> None:
@@ -121,19 +121,19 @@ class Feedback:
                 "created_at": connection.execute(sa.select(now())).scalar_one(), "predicted": row.labels[index],
                 "label": label, "image": row.images[784 * index : 784 * (index + 1)],
             }  # fmt: skip
-            connection.execute(corrections.delete().where(corrections.c.id == found["id"]))
-            connection.execute(corrections.insert().values(tenant=tenant, **found))
+            insert = insert_of(connection.dialect.name)(corrections).values(tenant=tenant, **found)
+            again = {"label": label, "created_at": found["created_at"]}
+            connection.execute(insert.on_conflict_do_update(index_elements=["id"], set_=again))
             surplus = (
-                sa.select(corrections.c.id).where(corrections.c.model == row.model)
+                sa.select(corrections.c.id).where(_of(tenant, row.model))
                 .order_by(corrections.c.created_at.desc(), corrections.c.id).offset(self._most)
             )  # fmt: skip
-            ids = connection.execute(surplus).scalars().all()
-            connection.execute(corrections.delete().where(corrections.c.id.in_(ids)))
+            connection.execute(corrections.delete().where(corrections.c.id.in_(surplus)))
         return _correction(found)
 
-    def of_model(self, model: str) -> list[Correction]:
-        """The corrections of a model by its stored name, the oldest first."""
-        query = sa.select(*_COLUMNS).where(corrections.c.model == model)
+    def of_model(self, tenant: str, model: str) -> list[Correction]:
+        """A tenant's corrections of a model by its stored name, the oldest first; the base is corrected by several."""
+        query = sa.select(*_COLUMNS).where(_of(tenant, model))
         with self._engine.connect() as connection:
             rows = connection.execute(query.order_by(corrections.c.created_at, corrections.c.id)).mappings()
             return [_correction(row) for row in rows]
@@ -149,11 +149,24 @@ class Feedback:
             if not connection.execute(found).rowcount:
                 raise UnknownCorrection(f"there is no correction {id!r}", param="id")
 
+    def sweep(self, has_live: Callable[[str], bool]) -> None:
+        """Forget predictions that have expired, and corrections of models that are gone."""
+        with self._engine.begin() as connection:
+            connection.execute(predictions.delete().where(predictions.c.created_at <= now() - KEPT_S))
+            models = connection.execute(sa.select(corrections.c.model).distinct()).scalars().all()
+        for model in models:
+            if not has_live(model):
+                self.forget(model)
+
     def forget(self, model: str) -> None:
         """Forget all that is kept of a model, by its stored name."""
         with self._engine.begin() as connection:
             for table in (predictions, corrections):
                 connection.execute(table.delete().where(table.c.model == model))
+
+
+def _of(tenant: str, model: str) -> sa.ColumnElement[bool]:
+    return (corrections.c.tenant == tenant) & (corrections.c.model == model)
 
 
 _COLUMNS = [column for column in corrections.c if column is not corrections.c.tenant]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from store.records import Abstention
 from store.settings import Settings
@@ -17,6 +18,8 @@ from trainer.report import HeldOut
 from trainer.search import Found
 from trainer.spec import Spec, regularizes
 from trainer.worker.job_data import JobData
+
+LISTED = 100  # corrections that a report lists
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ class Evaluation:
         """
         everything, before = self.data.everything, self.data.corrections
         numbers = np.arange(len(everything.labels) - len(before), len(everything.labels))
-        logits = Network(params).logits(self.data.all.images) if across is None else across
-        classes, answers = self.data.classes, logits[numbers].argmax(axis=1)
+        images = tf.gather(self.data.all.images, numbers)
+        logits = Network(params).logits(images) if across is None else across[numbers]
+        classes, answers = self.data.classes, logits.argmax(axis=1)
         listed = [
             {**everything.named(number), "class": classes[everything.labels[number]], "before": earlier,
              "predicted": classes[answer]}
@@ -106,7 +110,7 @@ class Evaluation:
             "right_before": sum(one["before"] == one["class"] for one in listed),
             "out_of_fold": across is not None,
         }
-        return figures, listed
+        return figures, listed[:LISTED]
 
     def _inspected(
         self, spec: Spec, params: Arrays, held_out: HeldOut, predictions: Sequence[np.ndarray]

@@ -31,6 +31,7 @@ from store.health import Notice
 from store.records import public_name
 from store.settings import Settings, from_environment, warn_of_unknown_variables
 from trainer.jobs import records
+from trainer.jobs.feedback import Feedback
 from trainer.jobs.kept import sweep_kept
 from trainer.jobs.library import Library
 from trainer.jobs.records import Job, Jobs, LeaseLost, WorkerState
@@ -121,6 +122,7 @@ class Worker:
         self.id = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         engine = connect(settings.store_url)
         self.jobs, self.registry, self.library = Jobs(engine), Registry(engine), Library(engine)
+        self.feedback = Feedback(engine, settings.feedback)
         self.state: WorkerState = "warming"
         self._stopped = threading.Event()
         self._contact = _StoreContact()
@@ -209,6 +211,7 @@ class Worker:
             retire_surplus,
             sweep_checkpoints,
             sweep_datasets,
+            sweep_feedback,
             sweep_leftovers,
             sweep_versions,
         )
@@ -235,6 +238,7 @@ class Worker:
                         sweep_checkpoints(self.settings, self.jobs)
                         sweep_kept(self.settings, self.jobs, self.registry)
                         sweep_leftovers(self.settings, self.jobs, self.registry, servers)
+                        sweep_feedback(self.feedback, self.registry)
                         self._sweeping.worked()
                     except (StorageFailed, StorageFull) as exc:
                         self._sweeping.failed(exc)

@@ -15,6 +15,7 @@ from store.errors import TemperError, UnknownJob
 from store.files import remove_tree
 from store.objects import objects_of
 from store.settings import Settings
+from trainer.jobs.feedback import Feedback
 from trainer.jobs.library import Library
 from trainer.jobs.records import FINISHED, Jobs
 
@@ -86,6 +87,11 @@ def sweep_checkpoints(settings: Settings, jobs: Jobs) -> None:
     for path in found:
         if path.name not in needed:
             remove_tree(path)
+
+
+def sweep_feedback(feedback: Feedback, registry: Registry) -> None:
+    """Delete the images of predictions after their hour, and corrections of models that are gone."""
+    feedback.sweep(registry.has_live)
 
 
 def sweep_leftovers(settings: Settings, jobs: Jobs, registry: Registry, servers: Sequence[ModelServer]) -> None:

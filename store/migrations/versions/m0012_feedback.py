@@ -34,4 +34,4 @@ def upgrade() -> None:
         sa.Column("image", sa.LargeBinary, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_corrections"),
     )
-    op.create_index("ix_corrections_model", "corrections", ["model", "created_at"])
+    op.create_index("ix_corrections_model", "corrections", ["model", "tenant", "created_at"])
