@@ -40,13 +40,14 @@ from store.records import SCOPES, public_name
 from store.settings import ClientTLS, Settings, from_environment
 from tests.conftest import Place, eventually, opened, png, zipped
 from tests.trainer.test_datasets import DOT
+from trainer.jobs.feedback import Feedback
 
 DEFAULT, ACME = "default", "acme"
 RAW = {"Content-Type": "application/octet-stream"}
 UPLOAD = zipped({f"{name}/{i}.png": png(DOT) for name in "ab" for i in range(2)})
 ABSENT = {  # nobody's
     "model": "absent", "job": "ftjob-00000000000aaaaaaaaaa", "dataset": 64 * "0", "webhook": "webhook-00000",
-    "delivery": "msg_00000",
+    "delivery": "msg_00000", "prediction": "pred-00000", "correction": "fb-00000",
 }  # fmt: skip
 
 
@@ -147,7 +148,12 @@ FILLED = {
     "model": BASE, "name": BASE, "version": "1", "label": "stable", "id": ABSENT["job"],
     "delivery": ABSENT["delivery"], "epoch": "1",
 }  # fmt: skip
-IDS = {"/datasets": "dataset", "/webhooks": "webhook", "/openai/v1/files": "dataset"}  # others are of jobs
+IDS = {
+    "/feedback": "correction",
+    "/datasets": "dataset",
+    "/webhooks": "webhook",
+    "/openai/v1/files": "dataset",
+}  # others are of jobs
 CREATE = {"/datasets", "/webhooks", "/openai/v1/files"}  # make and list one's own, and name nothing
 
 
@@ -340,8 +346,10 @@ def body_for(method: str, path: str, things: Mapping[str, str], version: str) ->
         return {"json": {"accuracy": 0.5}}
     if method == "PUT":
         return {"json": {"version": int(version)}}
-    if path == "/predict":
+    if path in ("/predict", "/explain"):
         return {"json": {"model": model, **IMAGES}}
+    if path == "/feedback":
+        return {"json": {"id": things["prediction"], "label": "a"}}
     if path.startswith("/v1/"):
         return {"json": IMAGES}
     if path.endswith("/infer"):
@@ -382,7 +390,12 @@ class Strangers(RuleBasedStateMachine):
         self.guarded.job(tenant)
         deliveries = api.get(f"/webhooks/{webhook}/deliveries").json()["data"]
         model = "hidden" if tenant == DEFAULT else "secret"
-        return {"model": model, "dataset": dataset, "webhook": webhook, "delivery": deliveries[0]["id"]}
+        feedback, blank = Feedback(self.guarded.place.engine, 10), np.zeros((1, 784), np.uint8)
+        predictions = [feedback.keep(tenant, BASE, 1, ("a", "b"), ["b"], blank) for _ in range(2)]
+        return {
+            "model": model, "dataset": dataset, "webhook": webhook, "delivery": deliveries[0]["id"],
+            "prediction": predictions[0], "correction": feedback.correct(tenant, predictions[1], 0, "a").id,
+        }  # fmt: skip
 
     def teardown(self) -> None:
         for client in getattr(self, "clients", {}).values():
@@ -452,7 +465,8 @@ class Strangers(RuleBasedStateMachine):
             shown = self.clients[tenant].get("/finetune", params={"limit": 100}).json()["data"]
             assert {job["id"] for job in shown}.isdisjoint(self.jobs[other])
             assert shown[0]["model"] == "digits"
-            for path, kind in (("/datasets", "dataset"), ("/webhooks", "webhook"), ("/openai/v1/files", "dataset")):
+            lists = ("/datasets", "dataset"), ("/webhooks", "webhook"), ("/openai/v1/files", "dataset")
+            for path, kind in (*lists, (f"/feedback?model={BASE}", "correction")):
                 listed = {one["id"] for one in self.clients[tenant].get(path).json()["data"]}
                 assert self.kept[tenant][kind] in listed
                 assert self.kept[other][kind] not in listed

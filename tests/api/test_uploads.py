@@ -180,7 +180,7 @@ DATA, MODEL = part("data", GOOD, "d.zip"), part("model", "formed")
             [MODEL, DATA, part("sepc", "{}")],
             422,
             "sepc",
-            "known are data, dataset, dry_run, exclude, label, metadata, model, priority, spec, validation",
+            "known are corrections, data, dataset, dry_run, exclude, label, metadata, model, priority, spec",
         ),
         ([MODEL, DATA, part("validation", "none")], 422, "validation", "must be a file"),
         ([MODEL, part("data", "text")], 422, "data", "must be a file"),

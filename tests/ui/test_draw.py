@@ -81,6 +81,21 @@ def test_up_to_four_versions_answer_side_by_side_and_the_address_remembers_them(
         assert page.url.endswith("#/draw?on=digits@stable,digits:1,lenet5:1")
 
 
+def test_the_longest_names_fit_a_phone(browser: "Browser", studio: Gateway) -> None:
+    name = "n" * 64
+    studio.publish(name)
+    with opened(browser, f"{studio.url}/#/draw?on={name}@stable", viewport={"width": 360, "height": 800}) as page:
+        page.locator(".answer").wait_for()
+        page.locator("option", has_text=name).first.wait_for(state="attached")
+        for view in ("draw", "models", f"models/{name}"):
+            page.goto(f"{studio.url}/#/{view}")
+            page.get_by_role("main").wait_for()
+            page.get_by_text(name).first.wait_for(state="attached")
+            assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0, (
+                view
+            )
+
+
 def test_a_drawing_is_prepared_exactly_as_an_upload_is(browser: "Browser", studio: Gateway) -> None:
     with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
         page.locator(".pad canvas").focus()

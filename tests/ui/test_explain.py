@@ -12,6 +12,8 @@ from tests.ui.conftest import opened
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.slow
+
 Digits = tuple[np.ndarray, np.ndarray]
 SPECS: dict[str, dict[str, Any]] = {
     "undefended": {"method": "full", "epochs": 12, "learning_rate": 0.003},

@@ -15,6 +15,8 @@ from tests.ui.conftest import opened
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.slow
+
 Digits = tuple[np.ndarray, np.ndarray]
 ZIPS = "input[accept='.zip,.npz']"
 FOLDERS = "input[webkitdirectory]"

@@ -13,6 +13,8 @@ from tests.ui.conftest import Gateway, opened
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
+pytestmark = pytest.mark.slow
+
 MODEL = "routed"
 QUICK = {"epochs": 3}
 CONFLICT = "status of 409"  # a browser notes every refusal in its console
@@ -200,7 +202,7 @@ def test_every_view_of_a_model_is_accessible_and_fits_a_phone(browser: "Browser"
     options = {"viewport": {"width": 360, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
     job = tuned.api.get("/finetune", params={"model": MODEL}).json()["data"][-1]["id"]
     views = {
-        "models": ".card.model .spark path", f"models/{MODEL}": ".version",
+        "models": ".card.model", f"models/{MODEL}": ".version",
         f"models/{MODEL}?compare=1,3": ".disagree p.quiet", f"models/{MODEL}/3": ".report svg.plot",
         f"finetune/{job}": ".live .tiles",
     }  # fmt: skip

@@ -3,11 +3,15 @@
 import re
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.conftest import Service, eventually
 from tests.ui.conftest import opened
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.slow
 
 NONE = "\N{EN DASH}"
 BODY = {"model": "lenet5", "instances": [[0] * 784] * 3}
