@@ -492,10 +492,10 @@ class Verbs(Driver):
         new = {"id": prediction, "index": index, "label": label}
         return (yield from self._ask(Request("POST", "/feedback", json=new, repeatable=True))).read(Correction)
 
-    @Verb
-    def corrections(self, model: str) -> Steps[list[Correction]]:
+    @Lister
+    def corrections(self, model: str, limit: int | None = None) -> Listing[Correction]:
         """The corrections of a model, the oldest first. `finetune` learns from them with `corrections=True`."""
-        return (yield from self._get("/feedback", model=model)).page(Correction)[0]
+        yield from self._pages("/feedback", Correction, "id", limit, model=model)
 
     @Verb
     def delete_correction(self, correction: str) -> Steps[CorrectionDeleted]:

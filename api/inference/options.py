@@ -84,9 +84,20 @@ def options_in(document: simdjson.Object) -> PredictOptions:
     except KeyError:  # a name that holds a NUL is not found
         fields = tuple((name, value.__class__, value) for name, value in document.items() if name != "instances")
     try:
+        if any(kind in (simdjson.Array, simdjson.Object) for _, kind, _ in fields):  # which no option is
+            PredictOptions.model_validate({name: _plain(value) for name, _, value in fields})
         return _validated(fields)
     except ValidationError as exc:
         raise invalid_request(exc.errors(include_url=False), PredictOptions) from exc
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case simdjson.Array():
+            return value.as_list()
+        case simdjson.Object():
+            return value.as_dict()
+    return value
 
 
 @functools.lru_cache(maxsize=1024)  # clients repeat everything but the images

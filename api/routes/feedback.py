@@ -8,11 +8,11 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway import Gateway, gateway_of, stored, tenant_of
-from api.http.openapi import CorrectionId, errors
+from api.http.openapi import After, CorrectionId, Limit, errors
 from api.inference.options import ModelName
 from api.inference.pictures import grey, png
 from api.inference.service import Prediction
-from store.errors import FeedbackOff, TooLarge
+from store.errors import FeedbackOff, TooLarge, UnknownCorrection
 from store.records import public_name
 from store.validation import TEXT
 from trainer.jobs.feedback import IMAGES, Correction
@@ -52,11 +52,11 @@ class CorrectionView(BaseModel):
 
 
 class CorrectionList(BaseModel):
-    """All corrections of a model, the oldest first."""
+    """Corrections of a model, the oldest first."""
 
     object: Literal["list"] = Field("list", description="Kind of this object.")
     data: list[CorrectionView] = Field(description="The corrections.")
-    has_more: Literal[False] = Field(False, description="Always false.")
+    has_more: bool = Field(description="Are there more? Ask with `after` = the last id.")
 
 
 class CorrectionDeleted(BaseModel):
@@ -104,13 +104,20 @@ def correct(request: Request, correction: NewCorrection, response: Response) -> 
     return CorrectionView.of(found)
 
 
-@router.get("/feedback", responses=errors(422, 503))
+@router.get("/feedback", responses=errors(404, 422, 503))
 def list_corrections(
-    request: Request, model: Annotated[ModelName, Query(description="The model that was corrected.")]
+    request: Request,
+    model: Annotated[ModelName, Query(description="The model that was corrected.")],
+    after: After = None,
+    limit: Limit = 20,
 ) -> CorrectionList:
     """The corrections of a model, which a fine-tune with `corrections` learns from."""
     found = gateway_of(request).feedback.of_model(tenant_of(request), stored(request, model))
-    return CorrectionList(data=[CorrectionView.of(one) for one in found])
+    ids = [one.id for one in found]
+    if after is not None and after not in ids:
+        raise UnknownCorrection(f"there is no correction {after!r}", param="after")
+    later = found if after is None else found[ids.index(after) + 1 :]
+    return CorrectionList(data=[CorrectionView.of(one) for one in later[:limit]], has_more=len(later) > limit)
 
 
 @router.delete("/feedback/{id}", responses=errors(404, 422, 503))

@@ -297,7 +297,8 @@ async def finetune(request: Request, idempotency_key: IdempotencyKey = None) -> 
         if "data" not in form.files and "dataset" not in ids and not fields.corrections:
             raise InvalidRequest("data: is required, or `dataset`", param="data")
         for field in {"data", "exclude"} & {*form.files, *form.texts} if fields.corrections else ():
-            text = f"corrections: not together with {field!r}; keep the data set (POST /datasets) and give `dataset`"
+            instead = "keep the data set (POST /datasets), and give `dataset`" if field == "data" else "leave it out"
+            text = f"corrections: not together with {field!r}; {instead}"
             raise InvalidRequest(text, param="corrections")
         if fields.model == BASE:
             raise InvalidRequest(f"model: {BASE!r} is the base model; choose another name", param="model")

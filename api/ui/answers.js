@@ -41,7 +41,7 @@ async function answerTo(target, picture, models) {
     const answer = await send("POST", `/predict?${queryOf(target)}`, await bodyFor(picture, target, models));
     return { answer, error: null, at: picture.at, ms: performance.now() - picture.at };
   } catch (error) {
-    return { error, at: picture.at };
+    return { error, at: picture.at, ...(error.status >= 400 && error.status < 500 && { answer: null }) }; // of this picture
   }
 }
 

@@ -89,8 +89,12 @@ export function upload(path, form, onProgress = () => {}, signal) {
       call.setRequestHeader(name, value);
     }
     call.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded / event.total);
-    call.onload = () => (call.status < 300 ? resolve(JSON.parse(call.responseText))
-      : reject(errorOf(call.status, call.responseText)));
+    call.onload = () => {
+      if (call.status < 300) return resolve(JSON.parse(call.responseText));
+      const error = errorOf(call.status, call.responseText);
+      if (call.status === 401) for (const listener of [...listeners.refused]) listener(error);
+      return reject(error);
+    };
     call.onerror = () => reject(new ApiError(0, { code: "unreachable", message: "The upload broke off." }));
     call.onabort = () => reject(new DOMException("The upload was cancelled.", "AbortError"));
     signal?.addEventListener("abort", () => call.abort());

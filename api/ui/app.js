@@ -1,6 +1,6 @@
 // The shell: which view the address asks for, who is signed in, and whether the service answers.
 
-import { Busy, Notice, Session, html, render, useEffect, useReachable, useState } from "./parts.js";
+import { Busy, Notice, Session, html, render, useEffect, useErrorBoundary, useReachable, useState } from "./parts.js";
 import { onRefused, signIn, signOut } from "./api.js";
 
 // Views are loaded when they are first shown: the first paint waits for none of the others.
@@ -12,19 +12,12 @@ const VIEWS = {
 };
 const may = (session, view) => view.scope === null || session.scopes.includes(view.scope);
 
-const decoded = (text) => {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text; // a lone %
-  }
-};
-
 /** The address after the #: {name, parts, query}. `#/models/digits/3` is {name: "models", parts: ["digits", "3"]}. */
 function route() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  const [name, ...parts] = path.split("/").filter(Boolean).map(decoded);
-  return { name: name in VIEWS ? name : null, parts, query: new URLSearchParams(query) };
+  const [name, ...parts] = path.split("/").filter(Boolean);
+  const named = parts.every((part) => /^\w[\w.-]*$/.test(part)); // what can name something; it becomes part of paths
+  return { name: named && Object.hasOwn(VIEWS, name) ? name : null, parts, query: new URLSearchParams(query) };
 }
 
 function useRoute() {
@@ -39,10 +32,15 @@ function useRoute() {
 
 function View({ name, parts, query }) {
   const [state, setState] = useState({});
+  const [broken, mend] = useErrorBoundary();
+  useEffect(() => {
+    if (broken) mend(); // another place may work
+  }, [name, parts.join(), query.toString()]);
   useEffect(() => {
     document.title = `${VIEWS[name].title} · Temper`;
     VIEWS[name].load().then((module) => setState({ name, Shown: module.default }), (error) => setState({ name, error }));
   }, [name]);
+  if (broken) return html`<${Notice} kind="bad" title="This view failed." error=${broken} />`;
   if (state.name !== name) return html`<${Busy} />`;
   if (state.error) return html`<${Notice} kind="bad" title="This view did not load." error=${state.error} />`;
   return html`<${state.Shown} parts=${parts} query=${query} />`;

@@ -18,13 +18,14 @@ export function Correct({ target, picture, answer, models }) {
     try {
       // Asked once more, now with `feedback`: only pictures that are corrected are kept, not every stroke.
       const asked = await send("POST", `/predict?${queryOf(target, { feedback: true })}`, await bodyFor(picture, target, models));
-      await send("POST", "/feedback", { id: asked.id, index: 0, label });
-      const kept = await get(`/feedback?model=${model}`);
-      setState({ label, number: kept.data.length, more: kept.has_more });
+      const { id } = await send("POST", "/feedback", { id: asked.id, index: 0, label });
+      const kept = await get(`/feedback?limit=100&model=${model}`);
+      setState({ id, label, number: kept.data.length, more: kept.has_more });
     } catch (error) {
       setState({ error: error.code === "feedback_off" ? { message: OFF } : error });
     }
   };
+  const undo = () => send("DELETE", `/feedback/${state.id}`).then(() => setState({}), (error) => setState({ ...state, error }));
   const train = async () => {
     setState({ ...state, busy: true });
     const form = new FormData();
@@ -39,7 +40,7 @@ export function Correct({ target, picture, answer, models }) {
 
   if (!picture?.final || !answer) return html`<div class="correct"></div>`;
   if (state.label) {
-    return html`<div class="correct" role="status"><p>Noted: <b>${state.label}</b>, not ${predicted}.</p>
+    return html`<div class="correct" role="status"><p>Noted: <b>${state.label}</b>, not ${predicted}. <button class="plain" onClick=${undo}>Undo</button></p>
       ${model !== "lenet5" && html`<button class="primary" disabled=${state.busy} onClick=${train}>Fine-tune with ${plural(state.number, "correction")}${state.more ? " or more" : ""}</button>`}
       ${state.error && html`<${Notice} kind="bad" error=${state.error} />`}</div>`;
   }

@@ -10,7 +10,7 @@ import { seen } from "./strokes.js";
 const exists = (models, target) => {
   const { model, version, label } = parse(target) ?? {};
   const found = models.find((each) => each.name === model);
-  return found && (label ? label in found.labels : found.versions.includes(version));
+  return found && (label ? Object.hasOwn(found.labels, label) : found.versions.includes(version));
 };
 
 /** What to ask without being told: the first model of the user's own, or else the base. */

@@ -8,8 +8,8 @@ const CALM_MS = 350; // without a new stroke, after which explanations are worth
 let missing = null; // why this service explains nothing; asking again for every drawing would not change it
 
 const reasonOf = (error) => {
-  if (error.code === "not_explainable") return "This version was made before versions could be explained. Fine-tune it again to see why it answers so.";
-  if (error.code === "not_found") return (missing = "This service does not explain its answers.");
+  if (error.code === "not_explainable") return "This version was made before versions could be explained.";
+  if (error.code === "not_found") return (missing = "Nothing is explained here.");
   return error.status ? error.message : null; // when the service is back, it is asked again
 };
 

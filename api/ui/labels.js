@@ -112,8 +112,7 @@ export function Traffic({ labels, weights, versions, may, onShare, onMove, onDro
     ${may && html`<details class="more"><summary>Set a label of your own</summary><form class="newlabel" onSubmit=${add}>
       <label>Label <input name="label" required pattern="[a-z0-9][a-z0-9._\\-]*" autocomplete="off"
         placeholder="canary" /></label>
-      <label>Version <select name="version">${versions.map((version) => html`<option key=${version}>${version}
-        </option>`)}</select></label>
+      <label>Version <select name="version">${versions.map((version) => html`<option key=${version} value=${version}>${version}</option>`)}</select></label>
       <button>Set</button></form></details>`}
   </section>`;
 }

@@ -101,11 +101,11 @@ function Parts() {
 export default function Now() {
   const [mayAdmin, mayTrain] = [useMay("admin"), useMay("finetune")];
   const readings = useReadings(mayAdmin);
-  return html`<h1>Now</h1>
+  return html`<div><h1>Now</h1>
     ${mayAdmin && html`<${Traffic} readings=${readings} />`}
     <div class="halves">
       <section aria-labelledby="parts-title"><h2 id="parts-title">Parts</h2><${Parts} /></section>
       ${mayTrain && html`<div class="side"><${Jobs} /></div>`}
     </div>
-    ${!mayAdmin && html`<p class="quiet">Figures of the traffic need a key with the scope admin.</p>`}`;
+    ${!mayAdmin && html`<p class="quiet">Figures of the traffic need a key with the scope admin.</p>`}</div>`;
 }

@@ -20,7 +20,7 @@ export const plural = (number, one, many = `${one}s`) => `${count(number)} ${num
 /** Seconds, in three significant digits and the unit that suits them. */
 export function duration(seconds) {
   if (seconds == null || !Number.isFinite(seconds)) return "–";
-  if (seconds < 1) return `${(1000 * seconds).toPrecision(seconds < 0.001 ? 1 : 2).replace(/\.0$/, "")} ms`;
+  if (seconds < 1) return `${seconds < 0.01 ? (1000 * seconds).toPrecision(seconds < 0.001 ? 1 : 2).replace(/\.0$/, "") : Math.round(1000 * seconds)} ms`;
   if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
   return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
@@ -104,7 +104,7 @@ export function Notice({ kind = "note", title, error, children }) {
     ${error && html`<span>${sentence(error.message)}</span>`}
     ${children}
     ${details.length > 0 && html`<ul>${details.slice(0, 20).map((each) => html`
-      <li>${each.file ?? each.index}: ${each.reason}</li>`)}</ul>`}
+      <li>${[each.file ?? each.class ?? each.index ?? each.field, each.reason].filter((part) => part != null).join(": ")}</li>`)}</ul>`}
   </aside>`;
 }
 

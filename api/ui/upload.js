@@ -65,11 +65,12 @@ async function send(file, pictures, onProgress, signal) {
 function Refusal({ error, pictures, onWithout }) {
   const { details } = error, bad = new Set(details.map((each) => each.file));
   const rest = pictures?.entries?.filter((entry) => !bad.has(entry.name));
-  const canLeaveOut = rest?.length && details.length && details.every((each) => each.file && !each.file.endsWith("/"));
+  const areFiles = details.every((each) => each.file);
+  const canLeaveOut = rest?.length > 0 && details.length > 0 && details.every((each) => each.file && !each.file.endsWith("/"));
   return html`<div class="notice bad refusal" role="alert">
-    <strong>${details.length ? `${plural(details.length, "file")} cannot be used` : "This upload cannot be used"}</strong>
-    ${details.length ? html`<table><tbody>${details.slice(0, LISTED).map((each) => html`<tr key=${each.file ?? each.index}>
-        <th scope="row">${each.file ?? (each.index == null ? "" : `image ${each.index}`)}</th><td>${each.reason}</td>
+    <strong>${details.length ? areFiles ? `${plural(details.length, "file")} cannot be used` : error.message : "This upload cannot be used"}</strong>
+    ${details.length ? html`<table><tbody>${details.slice(0, LISTED).map((each) => html`<tr key=${each.file ?? each.class ?? each.index}>
+        <th scope="row">${each.file ?? each.class ?? (each.index == null ? each.field : `image ${each.index}`)}</th><td>${each.reason}</td>
           </tr>`)}</tbody></table>`
       : html`<p>${error.message}</p>`}
     ${details.length > LISTED && html`<p>and ${count(details.length - LISTED)} more</p>`}

@@ -126,14 +126,16 @@ def test_feedback_that_is_off_keeps_nothing(tmp_path: Path, digits: Digits) -> N
 
 def test_corrections_are_bounded_and_belong_to_a_tenant(engine: sa.Engine) -> None:
     feedback, image = Feedback(engine, 3), np.arange(784, dtype=np.uint8)[None]
-    kept = [feedback.keep("a", "m", 1, CLASSES, ["7"], image) for _ in range(5)]
+    kept = [feedback.keep("a", "m", 1, CLASSES, ["7"], image + np.uint8(shade)) for shade in range(5)]
     with pytest.raises(UnknownPrediction):
         feedback.correct("b", kept[0], 0, "1")
     with pytest.raises(InvalidRequest, match="label"):
         feedback.correct("a", kept[0], 0, "eleven")
     made = [feedback.correct("a", name, 0, "1") for name in kept]
     assert [one.id for one in feedback.of_model("a", "m")] == [one.id for one in made[2:]]
-    np.testing.assert_array_equal(feedback.of_model("a", "m")[0].image, image.reshape(28, 28))
+    np.testing.assert_array_equal(feedback.of_model("a", "m")[0].image, (image + np.uint8(2)).reshape(28, 28))
+    again = feedback.correct("a", feedback.keep("a", "m", 1, CLASSES, ["7"], image + np.uint8(2)), 0, "4")
+    assert [one.id for one in feedback.of_model("a", "m")] == [made[3].id, made[4].id, again.id]  # the same image
     with pytest.raises(UnknownCorrection):
         feedback.delete("b", made[-1].id)
     feedback.delete("a", made[-1].id)

@@ -466,7 +466,7 @@ class Strangers(RuleBasedStateMachine):
             assert {job["id"] for job in shown}.isdisjoint(self.jobs[other])
             assert shown[0]["model"] == "digits"
             lists = ("/datasets", "dataset"), ("/webhooks", "webhook"), ("/openai/v1/files", "dataset")
-            for path, kind in (*lists, (f"/feedback?model={BASE}", "correction")):
+            for path, kind in (*lists, (f"/feedback?limit=100&model={BASE}", "correction")):
                 listed = {one["id"] for one in self.clients[tenant].get(path).json()["data"]}
                 assert self.kept[tenant][kind] in listed
                 assert self.kept[other][kind] not in listed

@@ -116,7 +116,7 @@ def test_answers_are_explained_corrected_and_learned_from(temper: Client, digits
     assert found.id
     correction = temper.correct(found.id, "5", 1)
     assert (correction.model, correction.label, correction.predicted) == ("explains", "5", found.labels[1])
-    assert temper.corrections("explains") == [correction]
+    assert list(temper.corrections("explains")) == [correction]
     planned = temper.dry_run(None, "explains", {"method": "head"}, corrections=True)
     assert planned.dataset["images"] == 41
     assert temper.delete_correction(correction.id).id == correction.id

@@ -75,6 +75,15 @@ def test_a_label_dragged_to_a_version_moves_there_and_back(model: "Page", tuned:
     assert labels(tuned) == {"stable": 2}
 
 
+def test_a_label_of_ones_own_is_set(model: "Page", tuned: Service) -> None:
+    model.get_by_text("Set a label of your own").click()
+    model.get_by_role("textbox", name="Label").fill("night")
+    model.get_by_label("Version").select_option("1")
+    model.get_by_role("button", name="Set", exact=True).click()
+    eventually(lambda: "night" in tuned.api.get(f"/models/{MODEL}").json()["labels"], "the label is set")
+    tuned.api.delete(f"/models/{MODEL}/labels/night")
+
+
 def test_a_label_let_go_beside_the_versions_stays(model: "Page", tuned: Service) -> None:
     box = chip(model, "stable", 2).bounding_box()
     assert box is not None

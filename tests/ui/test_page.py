@@ -137,6 +137,23 @@ def test_every_view_works_without_errors_and_is_accessible_and_fits(screen: "Pag
         assert not serious, [(each["id"], [node["target"] for node in each["nodes"]]) for each in serious]
 
 
+def test_odd_addresses_lead_to_a_view_that_works(browser: "Browser", service: Service) -> None:
+    with opened(browser, service.url, expected=("/models/nope",)) as page:
+        for odd in (
+            "#/%",
+            "#/models/..%2F..%2Fkey",
+            "#/models/../../key",
+            "#/nowhere",
+            "#/constructor",
+            "#/models/nope",
+        ):
+            page.goto(f"{service.url}/{odd}")
+            page.get_by_role("main").wait_for()
+        page.get_by_text("There is nothing to show.").wait_for()
+        page.get_by_role("link", name="Now").click()
+        page.get_by_role("heading", name="Now").wait_for()
+
+
 def test_the_keyboard_alone_draws_and_goes_everywhere(page: "Page") -> None:
     page.locator(".pad").wait_for()
     page.keyboard.press("Tab")

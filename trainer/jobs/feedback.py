@@ -124,6 +124,8 @@ class Feedback:
             insert = insert_of(connection.dialect.name)(corrections).values(tenant=tenant, **found)
             again = {"label": label, "created_at": found["created_at"]}
             connection.execute(insert.on_conflict_do_update(index_elements=["id"], set_=again))
+            same = _of(tenant, row.model) & (corrections.c.image == found["image"]) & (corrections.c.id != found["id"])
+            connection.execute(corrections.delete().where(same))  # another prediction of the same image
             surplus = (
                 sa.select(corrections.c.id).where(_of(tenant, row.model))
                 .order_by(corrections.c.created_at.desc(), corrections.c.id).offset(self._most)
