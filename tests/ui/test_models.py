@@ -78,7 +78,7 @@ def test_a_label_dragged_to_a_version_moves_there_and_back(model: "Page", tuned:
 def test_a_label_of_ones_own_is_set(model: "Page", tuned: Service) -> None:
     model.get_by_text("Set a label of your own").click()
     model.get_by_role("textbox", name="Label").fill("night")
-    model.get_by_label("Version").select_option("1")
+    model.locator("select[name=version]").select_option("1")
     model.get_by_role("button", name="Set", exact=True).click()
     eventually(lambda: "night" in tuned.api.get(f"/models/{MODEL}").json()["labels"], "the label is set")
     tuned.api.delete(f"/models/{MODEL}/labels/night")
