@@ -33,7 +33,7 @@ class Explanations:
         self, found: Prediction, images: np.ndarray, target: str | None, pictures: Pictures,
         timeout_s: float | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """An explanation of each answer, as JSON (see `api.routes.explain`).
+        """An explanation of each answer, as JSON (see `Explanation` of `api.routes.predict`).
 
         Args:
             found: the answers.

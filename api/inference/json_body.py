@@ -61,16 +61,6 @@ def is_object(value: Any) -> bool:
     return isinstance(value, simdjson.Object)
 
 
-def plain(value: Any) -> Any:
-    """A field as Python objects: simdjson's own live no longer than their document."""
-    match value:
-        case simdjson.Array():
-            return value.as_list()
-        case simdjson.Object():
-            return value.as_dict()
-    return value
-
-
 def images_of(body: bytes, document: Any, field: str, max_instances: int, top: float) -> np.ndarray:
     """The images in the array `field` of a parsed body, whose pixels go from 0 to `top`, as `parse_instances` does."""
     instances = document.get(field)

@@ -38,9 +38,8 @@ class Neighbours:
 
     def __init__(self, settings: Settings, registry: Registry, pool: ServerPool) -> None:
         self._settings, self._registry, self._pool = settings, registry, pool
-        self._known: OrderedDict[Servable, tuple[_Learned | str, float]] = (
-            OrderedDict()
-        )  # with its time; last used last
+        # With the time at which it was read; the one that was used last is at the end.
+        self._known: OrderedDict[Servable, tuple[_Learned | str, float]] = OrderedDict()
         self._reading: dict[Servable, asyncio.Lock] = {}  # reading a data set takes a while, and is done once
 
     async def nearest(self, servable: Servable, hidden: np.ndarray, timeout_s: float) -> list[dict[str, Any]] | str:

@@ -84,14 +84,17 @@ def options_in(document: simdjson.Object) -> PredictOptions:
     except KeyError:  # a name that holds a NUL is not found
         fields = tuple((name, value.__class__, value) for name, value in document.items() if name != "instances")
     try:
-        if any(kind in (simdjson.Array, simdjson.Object) for _, kind, _ in fields):  # which no option is
-            PredictOptions.model_validate({name: _plain(value) for name, _, value in fields})
         return _validated(fields)
+    except ValidationError:
+        given = {name: plain(value) for name, _, value in fields}
+    try:
+        return PredictOptions.model_validate(given)  # once more, so that the error shows Python's objects
     except ValidationError as exc:
         raise invalid_request(exc.errors(include_url=False), PredictOptions) from exc
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field as Python objects: simdjson's own live no longer than their document."""
     match value:
         case simdjson.Array():
             return value.as_list()

@@ -16,7 +16,8 @@ from api.gateway import gateway_of, stored
 from api.http.errors import invalid_request
 from api.http.fast_path import Json
 from api.http.openapi import NAME, PLAIN_ERRORS, VERSION, Name, Number, add_fast_routes
-from api.inference.json_body import PIXELS, SHAPES, as_images, check_range, is_array, is_object, numbers, parse, plain
+from api.inference.json_body import PIXELS, SHAPES, as_images, check_range, is_array, is_object, numbers, parse
+from api.inference.options import plain
 from api.inference.router import parse_version
 from api.routes.predict import ask
 from store.errors import InvalidInstances, InvalidRequest, TooLarge

@@ -183,11 +183,10 @@ async def _answer(request: Request, options: ImageOptions, images: np.ndarray, n
     found = await ask(request, images, options.model, options.version, options.label)
     body = _body(found, options.top_k, names)
     if options.explain:
-        explanations, limit_s = (
-            gateway_of(request).explanations,
-            _timeout(dict(request.scope["headers"]).get(b"x-request-timeout")),
+        limit_s = _timeout(dict(request.scope["headers"]).get(b"x-request-timeout"))
+        explained = await gateway_of(request).explanations.explain(
+            found, images, options.target, options.pictures, limit_s
         )
-        explained = await explanations.explain(found, images, options.target, options.pictures, limit_s)
         for prediction, explanation in zip(body["predictions"], explained, strict=True):
             prediction["explanation"] = explanation
     if options.feedback:

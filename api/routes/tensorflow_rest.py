@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field
 from api.gateway import gateway_of, stored
 from api.http.fast_path import Json
 from api.http.openapi import LABEL, NAME, PLAIN_ERRORS, VERSION, Instance, Name, Number, add_fast_routes
-from api.inference.json_body import as_images, images_of, is_array, is_object, one_by_one, parse, plain
+from api.inference.json_body import as_images, images_of, is_array, is_object, one_by_one, parse
+from api.inference.options import plain
 from api.inference.router import parse_version
 from api.routes.predict import ask
 from store.errors import InvalidRequest, TooLarge, UnknownModel
