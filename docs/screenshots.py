@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx
 import numpy as np
 from playwright.sync_api import Browser, sync_playwright
@@ -28,8 +29,9 @@ SPECS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@click.command()
 def main() -> None:
-    """Take them all."""
+    """Write the pictures of every view, light and dark, to docs/page."""
     FOLDER.mkdir(exist_ok=True)
     images, labels = all_digits()
     order = np.random.default_rng(1).permutation(len(labels))[:600]

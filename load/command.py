@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import sys
-import tempfile
 from collections.abc import Callable
 from types import NoneType
 from typing import Any, get_args
@@ -15,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from load.images import choose_images
 from load.kit import follow_labels
 from load.scenarios import SCENARIOS, Call, WorkersNotStarted
-from load.settings import LoadSettings, read_settings
+from load.settings import LoadSettings, make_folder, read_settings
 from load.summary import AWAY, INVALID, present
 from load.target import RequestFailed, Target
 
@@ -56,13 +55,9 @@ def main(scenario: str, **given: Any) -> None:
         if not settings.url and settings.accuracy is None and not settings.images and settings.models == "lenet5":
             settings = read_settings(given | {"accuracy": OWN_ACCURACY})
         images, missing = choose_images(settings)
-        settings.out.mkdir(parents=True, exist_ok=True)  # before the load: results must not be lost
-        with tempfile.TemporaryFile(dir=settings.out):
-            pass
+        make_folder(settings.out)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-    except OSError as exc:
-        raise click.UsageError(f"--out {settings.out}: {exc.strerror or exc}") from exc
     say = functools.partial(click.echo, err=True)
     with contextlib.ExitStack() as stack:
         url = settings.url

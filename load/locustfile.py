@@ -29,7 +29,7 @@ from load.images import Labelled, choose_images, query
 from load.kit import Kit, Watch
 from load.objectives import judge
 from load.samples import Outcome
-from load.settings import LoadSettings, read_settings
+from load.settings import LoadSettings, make_folder, read_settings
 from load.summary import AWAY, Run, present
 from load.target import RequestFailed, headers
 
@@ -338,6 +338,11 @@ class Session:
 def prepare(environment: Any, **_: Any) -> None:
     """Set up a process that the `locust` command started."""
     settings = read_settings()
+    if not isinstance(environment.runner, WorkerRunner):
+        try:
+            make_folder(settings.out)
+        except ValueError as exc:
+            sys.exit(f"Error: {exc}")
     unused = {user for user, is_used in (
         (GrpcPredictor, settings.model_server), (Finetuner, settings.finetuners), (Operator, settings.operators)
     ) if not is_used}  # fmt: skip

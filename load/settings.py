@@ -1,5 +1,6 @@
 """What a load test does and what it demands: options of the command, or `TEMPER_LOAD_*` variables."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,20 @@ def read_settings(given: Mapping[str, Any] | None = None) -> LoadSettings:
     except ValidationError as exc:
         found = ((_option(str(e["loc"][0])), e["input"], e["msg"].removeprefix("Value error, ")) for e in exc.errors())
         raise ValueError("; ".join(f"{name} {value}: {why}" for name, value, why in found)) from exc
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the results before the load, so that they are not lost.
+
+    Raises:
+        ValueError: no file can be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as exc:
+        raise ValueError(f"--out {out}: {exc.strerror or exc}") from exc
 
 
 def variables(settings: LoadSettings) -> dict[str, str]:

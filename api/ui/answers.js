@@ -2,7 +2,7 @@
 
 import { ApiError, get, send } from "./api.js";
 import { Bars, Notice, html, percent, useEffect, useLayoutEffect, useReachable, useRef, useState } from "./parts.js";
-import { encode } from "./strokes.js";
+import { seen } from "./strokes.js";
 
 export const MOST = 4;
 const GAP_MS = 40; // between two requests for one target while the pen moves
@@ -32,9 +32,12 @@ async function isDarkOnLight(target, models) {
   });
 }
 
-/** The body for a picture, as the target's version wants it. */
-export const bodyFor = async (picture, target, models) =>
-  encode(picture, !picture.file && (await isDarkOnLight(target, models)));
+/** The body for a picture: a file as it is, a drawing as 784 bytes, in the polarity that the target's version learned. */
+export async function bodyFor(picture, target, models) {
+  if (picture.file) return picture.file;
+  const isDark = await isDarkOnLight(target, models);
+  return new Blob([seen(picture).map((value) => (isDark ? 255 - value : value))], { type: "application/octet-stream" });
+}
 
 async function answerTo(target, picture, models) {
   try {

@@ -52,11 +52,9 @@ function useBrought(onFile) {
   return over;
 }
 
-/** The picture in 28×28 pixels. Computed after the answers have been asked for. */
+/** The picture in 28×28 pixels. */
 function Seen({ picture }) {
-  const [small, setSmall] = useState(null);
-  useEffect(() => setSmall(picture?.strokes ? seen(picture.strokes) : null), [picture]);
-  return html`<${Pixels} image=${picture?.url ?? (picture && small)} size=${84} className="network" alt="The picture at 28 by 28 pixels" />`;
+  return html`<${Pixels} image=${picture && (picture.url ?? seen(picture))} size=${84} className="network" alt="The picture at 28 by 28 pixels" />`;
 }
 
 export default function Draw({ query }) {

@@ -127,17 +127,15 @@ export function Bars({ classes, probabilities, best = null, most = 12, label = "
   </ul>`;
 }
 
-/** A small grey image with crisp pixels: `image` is a data URL, or rows of numbers from 0 to 1. */
+/** A small grey image with crisp pixels: `image` is a URL, or 784 bytes. */
 export function Pixels({ image, alt, size = 84, className = "" }) {
   const canvas = useRef(null);
   const isUrl = typeof image === "string";
   useEffect(() => {
     if (!image || isUrl) return;
-    const rows = Array.isArray(image[0]) ? image : Array.from({ length: 28 }, (_, y) => image.slice(28 * y, 28 * y + 28));
-    const [height, width] = [rows.length, rows[0].length];
-    const data = new ImageData(width, height);
-    rows.flat().forEach((value, at) => data.data.set([255 * value, 255 * value, 255 * value, 255], 4 * at));
-    Object.assign(canvas.current, { width, height });
+    const data = new ImageData(28, 28);
+    image.forEach((value, at) => data.data.set([value, value, value, 255], 4 * at));
+    Object.assign(canvas.current, { width: 28, height: 28 });
     canvas.current.getContext("2d").putImageData(data, 0, 0);
   }, [image]);
   const style = { width: `${size}px`, height: `${size}px` };

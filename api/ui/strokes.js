@@ -1,6 +1,6 @@
 // Drawings as lists of strokes, each a list of points [x, y] from 0 to 1; how they become pixels.
 
-export const SIDE = 280; // of the picture that is sent: ten pixels for each of the network's
+const SIDE = 280; // of a drawing: ten pixels for each of the network's
 const SEEN = 28;
 const WIDTH = 0.078; // of a stroke, in sides: about two of the network's pixels, as in MNIST
 
@@ -20,45 +20,47 @@ export function paint(context, strokes, side) {
   }
 }
 
-/** A canvas with the strokes in white on black, or in black on white, as a version learned its images. */
-function canvasOf(strokes, isDarkOnLight) {
+/** The strokes in white on a black canvas. */
+export function canvasOf(strokes) {
   const canvas = Object.assign(document.createElement("canvas"), { width: SIDE, height: SIDE });
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.fillStyle = isDarkOnLight ? "#fff" : "#000";
-  context.strokeStyle = isDarkOnLight ? "#000" : "#fff";
   context.fillRect(0, 0, SIDE, SIDE);
+  context.strokeStyle = "#fff";
   paint(context, strokes, SIDE);
   return canvas;
 }
 
-/** A picture as the body of a request: a drawing as a PNG, a file as it is. */
-export function encode(picture, isDarkOnLight) {
-  if (picture.file) return Promise.resolve(picture.file);
-  return new Promise((resolve) => canvasOf(picture.strokes, isDarkOnLight).toBlob(resolve, "image/png"));
+const prepared = new WeakMap(); // by picture
+
+/** A drawing as the network sees it, 784 bytes: what the service would make of its canvas, to the bit. */
+export function seen(picture) {
+  if (!prepared.has(picture)) prepared.set(picture, scaled(canvasOf(picture.strokes)));
+  return prepared.get(picture);
 }
 
-/** A drawing as the network sees it: 28 rows of 28 numbers from 0 to 1. */
-export function seen(strokes) {
-  const { data } = canvasOf(strokes, false).getContext("2d").getImageData(0, 0, SIDE, SIDE);
-  const across = new Float32Array(SIDE * SEEN); // one direction after the other, as Pillow does
-  for (let y = 0; y < SIDE; y++) {
-    for (let x = 0; x < SEEN; x++) {
-      const { first, weights } = WEIGHTS[x];
-      let sum = 0;
-      for (let at = 0; at < weights.length; at++) sum += weights[at] * data[4 * (y * SIDE + first + at)];
-      across[y * SEEN + x] = sum / 255;
-    }
-  }
-  return Array.from({ length: SEEN }, (_, y) => Array.from({ length: SEEN }, (_, x) =>
-    WEIGHTS[y].weights.reduce((sum, weight, at) => sum + weight * across[(WEIGHTS[y].first + at) * SEEN + x], 0)));
+/** A canvas in 28×28 pixels. One direction after the other, each rounded to bytes, as Pillow does. */
+function scaled(canvas) {
+  const { data } = canvas.getContext("2d").getImageData(0, 0, SIDE, SIDE);
+  const across = new Uint8Array(SIDE * SEEN), pixels = new Uint8Array(SEEN * SEEN);
+  const sum = (source, start, step, { weights }) => {
+    let total = 1 << (BITS - 1);
+    for (let at = 0; at < weights.length; at++) total += weights[at] * source[start + at * step];
+    return total >> BITS;
+  };
+  for (let y = 0; y < SIDE; y++) for (let x = 0; x < SEEN; x++)
+    across[y * SEEN + x] = sum(data, 4 * (y * SIDE + WEIGHTS[x].first), 4, WEIGHTS[x]);
+  for (let y = 0; y < SEEN; y++) for (let x = 0; x < SEEN; x++)
+    pixels[y * SEEN + x] = sum(across, WEIGHTS[y].first * SEEN + x, SEEN, WEIGHTS[y]);
+  return pixels;
 }
 
-// The service scales images with Pillow's bilinear filter, a triangle over twice the scale.
+// Pillow's bilinear filter: a triangle over twice the scale, in fixed point.
+const BITS = 22;
 const WEIGHTS = Array.from({ length: SEEN }, (_, at) => {
   const scale = SIDE / SEEN, centre = (at + 0.5) * scale, first = Math.max(0, centre - scale), weights = [];
   for (let from = first; from < Math.min(SIDE, centre + scale); from++) weights.push(1 - Math.abs(from + 0.5 - centre) / scale);
   const total = weights.reduce((sum, weight) => sum + weight);
-  return { first, weights: weights.map((weight) => weight / total) };
+  return { first, weights: weights.map((weight) => Math.round((weight / total) * 2 ** BITS)) };
 });
 
 /** An ellipse's arc from one angle to another, in degrees clockwise from the right. */
