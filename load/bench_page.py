@@ -1,17 +1,21 @@
 """`python -m load.bench_page`: how soon the page is there, and how soon it answers once the pen lifts.
 
 In a headless Chromium on this machine, in front of a service of its own: the first contentful paint of a page that is
-loaded anew, and the time from the end of a stroke until the answers of one and of two versions are there.
+loaded anew, and the time from the end of a stroke until the answers of one, two and four versions are there.
 """
 
 import shutil
+import time
 from statistics import median
 
 import click
+import httpx
 from playwright.sync_api import Browser, sync_playwright
 
 from demo import service
 from load.figures import note
+from quality.digits import all_digits
+from tests.conftest import npz
 from tests.ui.conftest import CHROMIUM, draw
 
 PAINT_MS, ANSWER_MS = 300.0, 50.0  # goals
@@ -27,16 +31,39 @@ def main(rounds: int) -> None:
     with service() as api, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         url = str(api.base_url).rstrip("/")
+        targets = ["lenet5@stable", *(f"digits:{version}" for version in versions(api, 3))]
         rows = {
             "first contentful paint": ([paint(browser, url) for _ in range(rounds)], PAINT_MS),
-            "answer after the pen lifts": (answers(browser, f"{url}/#/draw?on=lenet5@stable", rounds), ANSWER_MS),
-            "both of two answers": (answers(browser, f"{url}/#/draw?on=lenet5@stable,lenet5:1", rounds), ANSWER_MS),
-        }
+            **{
+                f"{number} answer{'s' * (number > 1)} after the pen lifts": (
+                    answers(browser, f"{url}/#/draw?on={','.join(targets[:number])}", rounds), ANSWER_MS,
+                )
+                for number in (1, 2, 4)
+            },
+        }  # fmt: skip
         browser.close()
     click.echo(f"{'':<28}{'median':>8}{'lowest':>8}{'highest':>9}{'goal':>9}")
     for name, (values, goal) in rows.items():
         note("The page", name, values, "ms")
         click.echo(f"{name:<28}{median(values):>5.0f} ms{min(values):>5.0f} ms{max(values):>6.0f} ms{goal:>7.0f} ms")
+
+
+def versions(api: httpx.Client, number: int) -> list[int]:
+    """Versions of a model of digits, fine-tuned at the same time."""
+    images, labels = all_digits()
+    spec, upload = '{"method": "head", "epochs": 1}', npz(images=images[:200], labels=labels[:200])
+    ids = [
+        api.post("/finetune", data={"model": "digits", "spec": spec}, files={"data": upload}).json()["id"]
+        for _ in range(number)
+    ]
+    found = []
+    for job_id in ids:
+        while (job := api.get(f"/finetune/{job_id}").json())["report_status"] != "complete":
+            if job["status"] in ("failed", "cancelled"):
+                raise click.ClickException(f"{job_id}: {job['error']}")
+            time.sleep(0.5)
+        found.append(int(job["version"]))
+    return found
 
 
 def paint(browser: Browser, url: str) -> float:

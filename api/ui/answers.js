@@ -5,7 +5,7 @@ import { Bars, Notice, html, percent, useEffect, useLayoutEffect, useReachable, 
 import { seen } from "./strokes.js";
 
 export const MOST = 4;
-const GAP_MS = 40; // between two requests for one target while the pen moves
+const GAP_MS = 40; // times the number of targets: between two requests for one of them while the pen moves
 
 /** A target is "model@label" or "model:version". */
 export function parse(target) {
@@ -36,7 +36,7 @@ async function isDarkOnLight(target, models) {
 export async function bodyFor(picture, target, models) {
   if (picture.file) return picture.file;
   const isDark = await isDarkOnLight(target, models);
-  return new Blob([seen(picture).map((value) => (isDark ? 255 - value : value))], { type: "application/octet-stream" });
+  return seen(picture).map((value) => (isDark ? 255 - value : value));
 }
 
 async function answerTo(target, picture, models) {
@@ -56,13 +56,23 @@ export function useAnswers(picture, targets, models) {
   const [answers, setAnswers] = useState({});
   const lanes = useRef({}); // by target: {busy, next}
   const current = useRef(null);
+  const fresh = useRef({}); // what has come since the last frame
   const reachable = useReachable();
   current.current = picture;
 
   const answer = async (target, asked) => {
     const found = await answerTo(target, asked, models);
-    if (!current.current) return; // it has been cleared meanwhile
-    setAnswers((old) => (old[target]?.at > found.at ? old : { ...old, [target]: { ...old[target], ...found } }));
+    if (!Object.keys(fresh.current).length) requestAnimationFrame(show); // all that come before it at once
+    if (!(fresh.current[target]?.at > found.at)) fresh.current[target] = found;
+  };
+  const show = () => {
+    const found = fresh.current;
+    fresh.current = {};
+    if (current.current) setAnswers((old) => { // else it has been cleared meanwhile
+      const all = { ...old };
+      for (const target in found) if (!(old[target]?.at > found[target].at)) all[target] = { ...old[target], ...found[target] };
+      return all;
+    });
   };
   const follow = async (target, asked) => {
     const lane = (lanes.current[target] ??= { busy: false, next: null });
@@ -71,7 +81,7 @@ export function useAnswers(picture, targets, models) {
     lane.busy = true;
     for (let newest; (newest = lane.next); ) {
       lane.next = null;
-      await Promise.all([answer(target, newest), new Promise((done) => setTimeout(done, GAP_MS))]);
+      await Promise.all([answer(target, newest), new Promise((done) => setTimeout(done, GAP_MS * targets.length))]);
     }
     lane.busy = false;
   };

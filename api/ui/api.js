@@ -73,11 +73,11 @@ export const get = async (path, options) => parsed(await request("GET", path, op
 export const text = async (path, accept = "text/plain", options = {}) =>
   (await request("GET", path, { ...options, headers: { Accept: accept } })).text();
 
-/** Send an object as JSON, or a Blob or FormData as it is; returns the JSON of the answer. */
+/** Send an object as JSON, bytes, or a Blob or FormData as it is; returns the JSON of the answer. */
 export async function send(method, path, body, options = {}) {
-  const raw = body === undefined || body instanceof Blob || body instanceof FormData;
-  const headers = raw ? {} : { "Content-Type": "application/json" };
-  return parsed(await request(method, path, { ...options, headers, body: raw ? body : JSON.stringify(body) }));
+  const bytes = body instanceof Uint8Array, raw = !body || body instanceof Blob || body instanceof FormData;
+  const headers = raw ? {} : { "Content-Type": bytes ? "application/octet-stream" : "application/json" };
+  return parsed(await request(method, path, { ...options, headers, body: raw || bytes ? body : JSON.stringify(body) }));
 }
 
 /** Send a form; `onProgress` gets the share that is sent, 0 to 1. fetch cannot tell that, so this is an XMLHttpRequest. */
