@@ -23,7 +23,7 @@ router = APIRouter(tags=["page"])
 
 API = Path(__file__).parent.parent
 UI, INDEX, STYLES = API / "ui", "index.html", "page.css"
-SHEETS = (API / "report/templates/report.css", UI / "style.css", UI / "views.css")  # what `page.css` consists of
+SHEETS = [API / "report/templates/report.css", UI / "style.css", UI / "views.css", UI / "vendor/uplot.css"]
 BLOCK = re.compile(rb"^[ \t]*/\*.*?\*/", re.MULTILINE | re.DOTALL)  # a comment that begins a line
 LINE = re.compile(rb"^[ \t]*//.*|^[ \t]+|(?<=[;{}(),]) // .*", re.MULTILINE)  # one to a line's end, or indentation
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

@@ -39,10 +39,10 @@ export async function bodyFor(picture, target, models) {
   return seen(picture).map((value) => (isDark ? 255 - value : value));
 }
 
-async function answerTo(target, picture, models) {
+async function answerTo(target, picture, models, from) {
   try {
     const answer = await send("POST", `/predict?${queryOf(target)}`, await bodyFor(picture, target, models));
-    return { answer, error: null, at: picture.at, ms: performance.now() - picture.at };
+    return { answer, error: null, at: picture.at, ms: performance.now() - from };
   } catch (error) {
     return { error, at: picture.at, ...(error.status >= 400 && error.status < 500 && { answer: null }) }; // of this picture
   }
@@ -55,13 +55,13 @@ async function answerTo(target, picture, models) {
 export function useAnswers(picture, targets, models) {
   const [answers, setAnswers] = useState({});
   const lanes = useRef({}); // by target: {busy, next}
-  const current = useRef(null);
+  const current = useRef(null), last = useRef(null); // the picture now, and the last that was asked for
   const fresh = useRef({}); // what has come since the last frame
   const reachable = useReachable();
   current.current = picture;
 
-  const answer = async (target, asked) => {
-    const found = await answerTo(target, asked, models);
+  const answer = async (target, asked, from = asked.at) => {
+    const found = await answerTo(target, asked, models, from);
     if (!Object.keys(fresh.current).length) requestAnimationFrame(show); // all that come before it at once
     if (!(fresh.current[target]?.at > found.at)) fresh.current[target] = found;
   };
@@ -86,9 +86,9 @@ export function useAnswers(picture, targets, models) {
     lane.busy = false;
   };
   const ask = (target) => {
-    if (!current.current.final) return follow(target, current.current);
+    if (!picture.final) return follow(target, picture);
     if (lanes.current[target]) lanes.current[target].next = null;
-    return answer(target, current.current);
+    return answer(target, picture, last.current === picture ? performance.now() : picture.at); // new targets, old picture
   };
 
   useEffect(() => targets.forEach((target) => isDarkOnLight(target, models).catch(() => {})), [targets.join(), models.length]);
@@ -96,7 +96,10 @@ export function useAnswers(picture, targets, models) {
     if (!picture) {
       for (const lane of Object.values(lanes.current)) lane.next = null;
       setAnswers({});
-    } else if (models.length && reachable) targets.forEach(ask);
+    } else if (models.length && reachable) {
+      targets.forEach(ask);
+      last.current = picture;
+    }
   }, [picture, targets.join(), models.length, reachable]);
   return picture ? answers : {};
 }

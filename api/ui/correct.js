@@ -4,6 +4,7 @@ import { get, send } from "./api.js";
 import { Notice, html, plural, useEffect, useState } from "./parts.js";
 import { bodyFor, parse, queryOf } from "./answers.js";
 
+const focus = (node) => node?.focus();
 const OFF = "Corrections are switched off on this service.";
 
 export function Correct({ target, picture, answer, models }) {
@@ -40,7 +41,7 @@ export function Correct({ target, picture, answer, models }) {
 
   if (!picture?.final || !answer) return html`<div class="correct"></div>`;
   if (state.label) {
-    return html`<div class="correct" role="status"><p>Noted: <b>${state.label}</b>, not ${predicted}. <button class="plain" onClick=${undo}>Undo</button></p>
+    return html`<div class="correct" role="status"><p>Noted: <b>${state.label}</b>, not ${predicted}. <button class="plain" ref=${focus} onClick=${undo}>Undo</button></p>
       ${model !== "lenet5" && html`<button class="primary" disabled=${state.busy} onClick=${train}>Fine-tune with ${plural(state.number, "correction")}${state.more ? " or more" : ""}</button>`}
       ${state.error && html`<${Notice} kind="bad" error=${state.error} />`}</div>`;
   }

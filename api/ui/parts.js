@@ -85,11 +85,10 @@ export function useReachable() {
 let plotting = null;
 export function loadPlot() {
   plotting ??= new Promise((resolve, reject) => {
-    const style = Object.assign(document.createElement("link"), { rel: "stylesheet", href: "/ui/vendor/uplot.css" });
     const script = Object.assign(document.createElement("script"), { src: "/ui/vendor/uplot.js" });
     script.onload = () => resolve(window.uPlot);
     script.onerror = () => (plotting = null, reject(new Error("uplot.js did not load")));
-    document.head.append(style, script);
+    document.head.append(script);
   });
   return plotting;
 }
