@@ -28,7 +28,7 @@ function optionsOf({ series, log, format, range, stacked, xLabel }, width) {
   const bands = stacked ? series.slice(1).map((_, at) => ({ series: [at + 1, at + 2] })) : undefined;
   return {
     width, height: HEIGHT, legend: { show: false }, cursor: { show: true, drag: { x: false, y: false }, points: { size: 6 } },
-    padding: [8, 8, 0, 0],
+    padding: [8, 12, 0, 0],
     bands, scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: log ? (_, low, high) => [low / 1.15, high * 1.15] : range } },
     axes: [axis(xLabel, { size: 26, space: 60, ...(xLabel === "epoch" && { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500] }) }), axis("", {
       size: 48, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : shown(tick))),

@@ -80,6 +80,7 @@ def test_data_sets_that_differ_in_a_part_are_two_and_each_keeps_its_files(servic
         service.api.delete(f"/datasets/{one['id']}")
 
 
+@pytest.mark.slow
 def test_images_are_excluded_from_an_upload_and_from_a_kept_data_set_alike(lone: Any) -> None:
     api, _, settings = lone
     same = png(noise())

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -125,6 +126,7 @@ def _fuzz(service: Service, path: str, send: Callable[[httpx.Client, Any], httpx
     assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.slow
 def test_a_mutated_upload_is_taken_or_refused_with_its_field(service: Service) -> None:
     def send(api: httpx.Client, data: bytes) -> httpx.Response:
         return api.post("/finetune", files={"data": ("d", data)}, data={"model": "fuzz", "dry_run": "true"})

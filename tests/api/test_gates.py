@@ -68,6 +68,7 @@ def test_an_override_moves_the_label_and_nothing_else_does(service: Service, fai
     assert "the calibration error is" in page
 
 
+@pytest.mark.slow
 def test_a_model_whose_only_version_failed_answers_by_version(service: Service, digits_zip: bytes) -> None:
     job = finetuned(service, digits_zip, "barred", gate=IMPOSSIBLE)
     assert (job["status"], job["gate"]["passed"]) == ("succeeded", False)
@@ -76,6 +77,7 @@ def test_a_model_whose_only_version_failed_answers_by_version(service: Service, 
     assert predicted(service, model="barred") == 404
 
 
+@pytest.mark.slow
 def test_a_models_gate_is_set_shown_and_taken_away(service: Service, digits_zip: bytes) -> None:
     url = "/models/ruled/gate"
     assert service.api.put(url, json={}).status_code == 404
@@ -94,6 +96,7 @@ def test_a_models_gate_is_set_shown_and_taken_away(service: Service, digits_zip:
     assert service.api.get("/models/ruled").json()["labels"] == {"stable": 3}
 
 
+@pytest.mark.slow
 def test_a_gate_for_a_class_that_the_data_lacks_is_refused(service: Service, digits_zip: bytes) -> None:
     answer = service.finetune(digits_zip, "classy", json.dumps({"gate": {"class_recall": {"ten": 0.5}}}))
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "spec.gate.class_recall")
@@ -107,6 +110,7 @@ def test_a_gate_for_a_class_that_the_data_lacks_is_refused(service: Service, dig
     assert finetuned(service, digits_zip, "classy", gate={})["status"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_list_of_models_has_the_classes_of_stable(service: Service, digits_zip: bytes) -> None:
     finetuned(service, digits_zip, "listed")
     with zipfile.ZipFile(io.BytesIO(digits_zip)) as archive:

@@ -27,6 +27,7 @@ def client(service: Service) -> Iterator[OpenAI]:
         yield client
 
 
+@pytest.mark.slow
 def test_the_whole_loop_of_fine_tuning(client: OpenAI, digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits
     train, apart = (npz(images=images[part], labels=labels[part]) for part in (slice(400, 500), slice(500, 560)))

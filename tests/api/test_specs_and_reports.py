@@ -84,6 +84,7 @@ def test_train_val_and_test_folders_are_trained_on_validated_on_and_scored_apart
     assert "Test accuracy" in page
 
 
+@pytest.mark.slow
 def test_a_test_part_leaves_the_report_out_of_fold_and_no_one_looks_at_it(service: Service, digits: Digits) -> None:
     """The same training images give the same weights, whatever there is to test on."""
     images, labels = digits
@@ -162,6 +163,7 @@ def test_a_spec_that_the_data_do_not_allow_is_refused_at_upload(service: Service
         assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_spec", field)
 
 
+@pytest.mark.slow
 def test_five_folds_estimate_from_every_image(service: Service, digits: Digits) -> None:
     images, labels = digits
     spec = '{"folds": 5, "method": "head", "epochs": 3}'
@@ -174,6 +176,7 @@ def test_five_folds_estimate_from_every_image(service: Service, digits: Digits) 
     assert low < across["accuracy"] < high
 
 
+@pytest.mark.slow
 def test_an_adapter_version_is_served_and_can_be_continued(service: Service, digits_zip: bytes) -> None:
     grown = service.finished(service.finetune(digits_zip, "grown", '{"method": "adapter", "epochs": 3}').json()["id"])
     assert grown["status"] == "succeeded", grown["error"]

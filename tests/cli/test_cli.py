@@ -374,6 +374,7 @@ def test_a_file_replaces_a_file_and_nothing_else(service: Service, job: str, tmp
     assert "name a file" in called(service, "download", LONG, "--output", "-", code=2).stderr
 
 
+@pytest.mark.slow
 def test_a_version_is_downloaded_as_tflite_with_its_classes(
     service: Service, job: str, upload: Path, tmp_path: Path
 ) -> None:
@@ -390,6 +391,7 @@ def test_a_version_is_downloaded_as_tflite_with_its_classes(
     assert zipfile.ZipFile(file).read("labels.txt").decode().splitlines() == classes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("tf2onnx") is not None, reason="tf2onnx is installed, so nothing is missing"
 )
@@ -403,6 +405,7 @@ def test_a_conversion_that_fails_is_one_line_and_leaves_no_file(service: Service
     assert "savedmodel" in called(service, "download", LONG, "--format", "keras", code=2).stderr
 
 
+@pytest.mark.slow
 def test_tables_fit_a_terminal_of_80_columns(service: Service, job: str, upload: Path) -> None:
     wild = ("--method", "full", "--optimizer", "sgd", "--learning-rate", "1.0", "--l2", "10.0")
     failed = json_of(service, "finetune", str(upload), "--model", LONG, *wild, "--wait", code=1)
@@ -490,6 +493,7 @@ def test_labels_are_promoted_and_rolled_back(service: Service, job: str) -> None
         called(service, "promote", wrong, code=2)
 
 
+@pytest.mark.slow
 def test_a_version_that_failed_its_gate_is_said_to_be_live_without_its_label(service: Service, upload: Path) -> None:
     spec = json.dumps({"method": "head", "epochs": 1})
     ask = ("finetune", str(upload), "--model", "gate-cli", "--wait")

@@ -244,7 +244,7 @@ CHECKS = {
 RUN = {page: [found for found in SNIPPETS if found.page == page and not is_exception(found)] for page in SOURCES}
 
 
-SLOW = {"docs/how-to/jobs.md"}  # trains for long enough to be paused
+SLOW = {"docs/tutorial.md", *(f"docs/how-to/{name}.md" for name in ("canary", "images", "jobs"))}  # train for long
 PARAMETERS = [
     pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page, found in RUN.items() if found
 ]

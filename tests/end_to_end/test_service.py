@@ -124,6 +124,7 @@ def test_a_version_answers_as_soon_as_its_job_says_so(service: Service, digits: 
     assert predicted(service, "fresh", images[:3])["classes"] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_dark_on_light_uploads_and_predictions_agree(service: Service, digits: Digits) -> None:
     images, labels = digits
     answer = service.finetune(npz(images=255 - images[:200], labels=labels[:200]), "dark", ROBUST).json()

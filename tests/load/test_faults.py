@@ -140,11 +140,13 @@ def test_a_fault_of_the_service_breaks_its_objective(
     assert set(samples.predictions.text("name")) == {f"POST /predict {form}" for form in ("json", "png", "bytes")}
 
 
+@pytest.mark.slow
 def test_too_few_requests_break_the_objective_for_their_number(service: Service, images: dict[str, Labelled]) -> None:
     _, objectives = measured(service.url, images, requests=100_000)
     assert {name for name, one in objectives.items() if not one.is_kept} == {"requests"}
 
 
+@pytest.mark.slow
 def test_a_version_that_had_to_answer_and_did_not_is_skew(between: Between, images: dict[str, Labelled]) -> None:
     between.fault = "stale"
     _, objectives = measured(between.url, images, version=1)

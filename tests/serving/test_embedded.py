@@ -145,6 +145,7 @@ def asked(models: Models, name: str, version: int | None = None) -> int:
     return models.find(predict_request(name, {}, version=version).model_spec)[0]
 
 
+@pytest.mark.slow
 def test_a_version_that_is_asked_for_is_loaded_before_those_that_wait(tmp_path: Path) -> None:
     models = Models()
     with ThreadPoolExecutor() as pool:

@@ -78,6 +78,7 @@ def test_a_finetune_that_is_waited_for_tells_its_progress_and_returns_the_versio
     assert all(earlier != later for earlier, later in itertools.pairwise(states))
 
 
+@pytest.mark.slow
 def test_a_folder_a_zip_bytes_and_arrays_are_the_same_upload(temper: Client, digits: Digits, tmp_path: Path) -> None:
     images, labels = digits[0][:40], digits[1][:40]
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -312,6 +313,7 @@ def test_labels_move_forth_and_back(temper: Client, job: Job) -> None:
         temper.rollback("typed", label="canary")
 
 
+@pytest.mark.slow
 def test_a_version_that_failed_its_gate_needs_an_override(temper: Client, digits: Digits) -> None:
     upload = digits[0][:60], [str(label) for label in digits[1][:60]]
     quick: dict[str, Any] = {"method": "head", "epochs": 1}

@@ -219,6 +219,7 @@ def test_the_same_data_again_takes_the_label(place: Place) -> None:
     assert (last.type, last.data["gate"]) == ("status", job.gate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [False, True], ids=["the same images", "other images"])
 @pytest.mark.parametrize("spec", [{}, {"folds": None, "validation_split": 0.2}], ids=["folds", "split"])
 def test_wrongly_labelled_data_does_not_take_stable(
@@ -255,6 +256,7 @@ def test_more_data_is_compared_without_the_images_that_stable_was_trained_on(
     assert f"of {len(new.images) - left_out} held-out images" in condition(job, "not_worse")["message"]
 
 
+@pytest.mark.slow
 def test_networks_are_asked_for_some_of_many_images(
     place: Place, digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +267,7 @@ def test_networks_are_asked_for_some_of_many_images(
     assert "of 50 held-out images" in condition(ran(place), "not_worse")["message"]
 
 
+@pytest.mark.slow
 def test_what_stables_base_was_trained_on_is_left_out(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     ran(place)
     uploaded(place, digits[0][100:200], digits[1][100:200])
@@ -276,6 +279,7 @@ def test_what_stables_base_was_trained_on_is_left_out(place: Place, digits: tupl
     assert "100 are left out because one of them has learned them" in condition(job, "not_worse")["message"]
 
 
+@pytest.mark.slow
 def test_what_its_own_base_was_trained_on_is_left_out_too(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     ran(place)
     uploaded(place, digits[0][100:200], digits[1][100:200])
@@ -283,6 +287,7 @@ def test_what_its_own_base_was_trained_on_is_left_out_too(place: Place, digits: 
     assert "of 100 held-out images" in condition(job, "not_worse")["message"]  # of the new ones alone
 
 
+@pytest.mark.slow
 def test_what_the_base_has_held_out_is_not_what_it_has_learned(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -298,6 +303,7 @@ def test_what_the_base_has_held_out_is_not_what_it_has_learned(
     assert "80 are left out because one of them has learned them" in condition(job, "not_worse")["message"]
 
 
+@pytest.mark.slow
 def test_an_image_and_its_near_copies_count_once(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     images = digits[0][:60]
     uploaded(place, np.concatenate([images, images, images - (images > 200)]), np.tile(digits[1][:60], 3))
@@ -305,6 +311,7 @@ def test_an_image_and_its_near_copies_count_once(place: Place, digits: tuple[np.
     assert "of 60 held-out images" in condition(ran(place), "not_worse")["message"]
 
 
+@pytest.mark.slow
 def test_near_copies_are_the_same_picture_to_versions_with_folds(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -317,6 +324,7 @@ def test_near_copies_are_the_same_picture_to_versions_with_folds(
     assert " of 100 held-out images" in condition(job, "not_worse")["message"]
 
 
+@pytest.mark.slow
 def test_near_copies_of_what_stable_was_trained_on_are_left_out(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -328,6 +336,7 @@ def test_near_copies_of_what_stable_was_trained_on_are_left_out(
     assert f"of {len(old.images)} held-out images" in condition(job, "not_worse")["message"]
 
 
+@pytest.mark.slow
 def test_other_images_with_shifted_labels_do_not_take_stable(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -343,6 +352,7 @@ def test_other_images_with_shifted_labels_do_not_take_stable(
     assert not gate_of(job)["passed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0, 8], ids=["the same images", "noisy ones"])
 def test_two_classes_that_are_swapped_do_not_take_stable(
     place: Place, digits: tuple[np.ndarray, np.ndarray], noise: int
@@ -362,6 +372,7 @@ def test_two_classes_that_are_swapped_do_not_take_stable(
     assert place.registry.labels("m")["stable"].version == 1
 
 
+@pytest.mark.slow
 def test_corrected_labels_take_stable_with_a_doubt_and_spoilt_ones_do_not(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -380,6 +391,7 @@ def test_corrected_labels_take_stable_with_a_doubt_and_spoilt_ones_do_not(
     assert not gate_of(ran(place))["passed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["the base", "the upload"])
 def test_having_learned_the_images_of_stable_does_not_excuse_wrong_labels(
     place: Place, digits: tuple[np.ndarray, np.ndarray], by: str
@@ -421,6 +433,7 @@ def test_copies_of_training_images_do_not_pass_a_gate(place: Place, digits: tupl
         with_validation(copies, labels)
 
 
+@pytest.mark.slow
 def test_a_version_of_dark_images_does_not_take_stable_from_one_of_light_ones(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -437,6 +450,7 @@ def test_a_version_of_dark_images_does_not_take_stable_from_one_of_light_ones(
     assert card.validation.accuracy > 0.7
 
 
+@pytest.mark.slow
 def test_other_classes_do_not_take_the_label_by_themselves(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     ran(place)
     few = digits[1][:200] < 5
@@ -494,6 +508,7 @@ def test_what_is_usually_measured_later_is_measured_for_the_gate(
     assert attacked == [(images, report.QUICK_STEPS)]
 
 
+@pytest.mark.slow
 def test_a_preview_that_misses_a_limit_is_not_published(place: Place) -> None:
     search = {"search": {"trials": 2}, "epochs": 2, "method": "head"}
     job = place.run(place.claimed(search | {"gate": {"accuracy": 1.0}}))

@@ -188,6 +188,7 @@ def test_forgetting_of_another_task_asks_the_bases_classifier(place: Place) -> N
     assert report.forgetting(broken, base, sample, same_classes=False)["lost"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "head", "bias", "lora", "adapter", "ia3"])
 def test_the_delta_applied_to_the_base_is_the_version(place: Place, method: str, tmp_path: Path) -> None:
     job = place.run(place.claimed({"method": method, "epochs": 1}))

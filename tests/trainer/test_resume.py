@@ -83,6 +83,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     return Trained(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saved_always")
 @pytest.mark.parametrize(
     ("spec", "moments"), [(SEARCH, (0.1, 0.5, 0.95)), (STOPPING, (0.6,))], ids=["searched", "stopped early"]

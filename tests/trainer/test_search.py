@@ -51,6 +51,7 @@ def asked(**given: Any) -> Asked:
     return parse_asked(json.dumps(given))
 
 
+@pytest.mark.slow
 def test_a_search_that_is_sent_back_as_a_spec_gives_the_same_weights_and_report(place: Place) -> None:
     place.run(job := place.claimed(QUICK))
     done = place.jobs.get(job.id)
@@ -122,6 +123,7 @@ def test_progress_and_report_tell_of_every_trial_and_why_it_was_dropped(place: P
     assert "Chose `" in found.sentence
 
 
+@pytest.mark.slow
 def test_uploaded_validation_images_are_what_the_report_rests_on_and_the_search_does_not_see_them(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -153,6 +155,7 @@ def test_a_cancelled_search_ends_at_its_next_run(place: Place, monkeypatch: pyte
     assert list(place.registry.wanted()) == ["lenet5"]
 
 
+@pytest.mark.slow
 def test_a_model_without_a_version_gets_a_preview_that_the_choice_replaces(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +509,7 @@ def test_a_finalist_that_diverges_in_the_longer_run_is_not_chosen(
         search(asked(epochs=40, search={"trials": 4, "folds": 2}), problem(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hopeless", [1.0, 1e9])
 def test_augmentation_of_every_kind_and_the_classifier_of_the_base_have_a_place_in_the_last_round(
     problem: Callable[..., Problem], hopeless: float

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 from tests.conftest import eventually, png
 from tests.ui.conftest import SEVEN, Gateway, answer, draw, opened
@@ -222,6 +223,7 @@ def test_the_slider_shows_when_each_version_falls(browser: "Browser", studio: Ga
         assert page.locator(".fall").count() == 1
 
 
+@pytest.mark.slow
 def test_where_corrections_are_off_the_page_says_so(browser: "Browser", studio: Gateway) -> None:
     gateway = Gateway(studio.place, TEMPER_FEEDBACK="0")
     try:

@@ -24,7 +24,10 @@ VIEWS = {
     "models": "main h1",
     "now": "main h1",
 }  # and what shows that one is there
-SCREENS = [(1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")]
+SCREENS = [
+    (1280, "light"), (360, "dark"),
+    *(pytest.param(screen, marks=pytest.mark.slow) for screen in ((1280, "dark"), (360, "light"))),
+]  # fmt: skip
 WEIGHT = 100_000  # bytes over the wire, all files together
 LINES = 200
 FORBIDDEN = re.compile(r"\beval\(|new Function|\.(inner|outer)HTML|insertAdjacentHTML|document\.write|localStorage")
@@ -232,6 +235,7 @@ def test_a_key_sees_only_what_it_may_do(browser: "Browser", guarded: Gateway) ->
     }
 
 
+@pytest.mark.slow
 def test_a_key_that_is_revoked_leads_back_to_the_sign_in(browser: "Browser", guarded: Gateway) -> None:
     key, token = guarded.keys.create("short-lived", scopes=["predict"])
     with opened(browser, guarded.url, expected=("401",)) as page:
@@ -250,6 +254,7 @@ def sign_in(page: "Page", token: str) -> None:
 # ---- when the service goes away
 
 
+@pytest.mark.slow
 def test_the_page_recovers_by_itself_when_the_gateway_is_killed_and_comes_back(
     browser: "Browser", guarded: Gateway
 ) -> None:
