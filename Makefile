@@ -36,7 +36,7 @@ test: $(READY) ## Run the tests
 test-slow: $(READY) ## Run the tests that kill and freeze processes, or train for long
 	$(BIN)/pytest -m slow $(TWO)
 
-test-exhaustive: $(READY) ## Run the tests that take minutes each: thousands of histories, every failing write
+test-exhaustive: $(READY) ## Run the tests that take half a minute or more each: kills in every stage, thousands of histories
 	$(BIN)/pytest -m exhaustive $(TWO)
 
 test-contract: $(READY) ## Run the contract suite against the embedded server or TEMPER_TFS_BINARY

@@ -84,6 +84,7 @@ def test_everything_is_inside_temper_and_imports_itself_from_there(wheel: Path) 
                 assert words[1].partition(".")[0] not in rooms, f"{name}: {line}"
 
 
+@pytest.mark.exhaustive
 def test_alone_in_an_empty_environment_it_is_a_gateway(wheel: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "venv")
     locked = ["--require-hashes", "-r", str(ROOT / "requirements/gateway.txt")]

@@ -42,7 +42,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_a_full_disk_uploads_are_507_and_deleting_a_model_works(small_disk: Path, digits_zip: bytes) -> None:
     with running_service(small_disk) as service:
         for model in ("one", "two"):

@@ -190,6 +190,7 @@ def test_a_version_whose_files_are_gone_is_reported_as_such(one: Behind, tmp_pat
     eventually(lambda: one.raw().status_code == 200, "it is back")
 
 
+@pytest.mark.exhaustive
 def test_a_service_with_a_standby_fails_no_request_while_its_servers_die_and_freeze(
     tmp_path: Path, digits_zip: bytes
 ) -> None:

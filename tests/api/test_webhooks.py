@@ -751,7 +751,7 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_gateway_killed_between_what_happens_and_its_delivery_loses_nothing(
     tmp_path: Path, receiver: Receiver, digits_zip: bytes
 ) -> None:

@@ -118,7 +118,7 @@ def status(service: Service, job_id: str) -> dict[str, Any]:
     return job
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_killed_in_any_stage_costs_no_bit_of_the_weights(own: Service, digits_zip: bytes) -> None:
     def begin(model: str) -> str:
         job_id: str = own.finetune(digits_zip, model, RESUMED).json()["id"]
@@ -150,7 +150,7 @@ def test_a_worker_killed_in_any_stage_costs_no_bit_of_the_weights(own: Service, 
         assert [path.name for path in (own.home / "models" / model).iterdir()] == [str(done["version"])]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_cancelled_job_ends_within_a_second_in_every_stage(own: Service, digits: Digits) -> None:
     """Epochs of seconds, and a report of many attacks. Prints how long it took in each stage."""
     many = npz(images=np.tile(digits[0], (4, 1, 1)), labels=np.tile(digits[1], 4))
@@ -175,7 +175,7 @@ def test_a_cancelled_job_ends_within_a_second_in_every_stage(own: Service, digit
     assert max(took.values()) < 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_report_yields_to_queued_jobs_and_survives_its_worker(own: Service, digits: Digits) -> None:
     images, labels = digits
     upload = npz(images=images[:600], labels=labels[:600])
@@ -238,7 +238,7 @@ def test_a_second_service_in_the_same_home_is_refused(own: Service) -> None:
     assert "another `temper serve` runs" in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_supervisor_leaves_no_orphans_and_a_new_one_finds_everything(
     tmp_path: Path, digits_zip: bytes, digits: Digits
 ) -> None:
@@ -262,7 +262,7 @@ def test_the_whole_line_works_on_postgresql(postgresql: str, tmp_path: Path, dig
     assert not (tmp_path / "temper.db").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_service_sweeps_what_uploads_have_left_behind(tmp_path: Path, digits_zip: bytes) -> None:
     (tmp_path / "staging").mkdir()
     left = [tmp_path / "staging" / name for name in ("0123.upload", "uploads-0123", "ftjob-of-nobody")]

@@ -197,7 +197,7 @@ def finish(settings: Settings, engine: sa.Engine, server: ModelServer, job_id: s
     assert jobs.get(job_id).version in registry.routes()["m"].classes
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_after_a_power_failure_at_any_moment_nothing_acknowledged_is_lost(
     tmp_path: Path, model_server: str, upload: bytes
 ) -> None:

@@ -197,7 +197,7 @@ def test_the_documented_examples_work(service: Service) -> None:
     assert service.finetune(b"", "m", json.dumps(example)).json()["error"]["code"] == "invalid_dataset"  # not the spec
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_frozen_processes_are_replaced(tmp_path: Path) -> None:
     with running_service(tmp_path) as service:
         eventually(lambda: "idle" in service.api.get("/readyz").json()["workers"].values(), "the worker is ready")

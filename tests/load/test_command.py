@@ -136,7 +136,7 @@ def test_locust_itself_runs_the_users_with_a_master_and_two_workers(service: Ser
     assert found["predictions"]["failed"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_user_works_with_a_key_over_grpc_and_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = {**os.environ, "TEMPER_HOME": str(tmp_path / "home"), **SMALL}
     made = subprocess.run(
@@ -175,7 +175,7 @@ def test_every_user_works_with_a_key_over_grpc_and_leaves_nothing_behind(tmp_pat
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_our_p99_of_a_frozen_gateway_is_that_of_an_independent_open_loop_generator(tmp_path: Path) -> None:
     with running_service(tmp_path / "home") as service:
         (gateway,) = service.children("api")
@@ -189,7 +189,7 @@ def test_our_p99_of_a_frozen_gateway_is_that_of_an_independent_open_loop_generat
     assert waiting[1] < 0.5 * ours[1]  # a p95 without the stall
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_https_service_is_loaded_if_its_certificate_is_trusted(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path)
     port = free_port()

@@ -135,7 +135,7 @@ def listeners(pid: int) -> list[str]:
     return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_home_with_a_long_path_gets_a_socket_elsewhere(tmp_path: Path) -> None:
     home = tmp_path / ("long" * 25)
     with running_service(home) as service:

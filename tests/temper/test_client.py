@@ -567,7 +567,7 @@ def test_importing_the_client_loads_nothing_heavy() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_events_are_followed_across_a_killed_gateway(tmp_path: Path, digits_zip: bytes) -> None:
     with running_service(tmp_path) as service, Client(service.url) as temper:
         job = temper.finetune(digits_zip, "m", {"epochs": 40})

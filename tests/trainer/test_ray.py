@@ -111,7 +111,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_job_goes_on_at_another_node_when_its_own_is_killed(
     cluster: Cluster, place: Place, empty_postgresql: str, tmp_path: Path
 ) -> None:

@@ -386,7 +386,7 @@ def test_weights_and_limits_choose_among_several_objectives(choose: dict[str, An
     assert choice.beside(trials[3]) == "another is as good in every objective, and better in one"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_for_robustness_and_sparsity_tries_what_serves_them(problem: Callable[..., Problem]) -> None:
     bounds = {
         "trials": 1, "folds": 2, "objective": ["accuracy", "robust_accuracy", "sparsity", "calibration"],
