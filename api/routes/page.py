@@ -26,6 +26,7 @@ UI, INDEX, STYLES = API / "ui", "index.html", "page.css"
 SHEETS = [API / "report/templates/report.css", UI / "style.css", UI / "views.css", UI / "vendor/uplot.css"]
 BLOCK = re.compile(rb"^[ \t]*/\*.*?\*/", re.MULTILINE | re.DOTALL)  # a comment that begins a line
 LINE = re.compile(rb"^[ \t]*//.*|^[ \t]+|(?<=[;{}(),]) // .*", re.MULTILINE)  # one to a line's end, or indentation
+SPACE = re.compile(rb"\s*([{};,>])\s*|(?<=:)\s+")  # that a style sheet does not need
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
@@ -44,8 +45,10 @@ def files() -> dict[str, File]:
     """Every file of the page by its path below `/ui`; style sheets as one, which is smaller."""
     paths = [path for path in UI.rglob("*") if path.suffix in KINDS and path not in SHEETS]
     texts = {path.relative_to(UI).as_posix(): path.read_bytes() for path in paths}
-    texts[STYLES] = b"".join(sheet.read_bytes() for sheet in SHEETS)
-    return {name: _file(name, text if name.startswith("vendor/") else _lean(text)) for name, text in texts.items()}
+    lean = {name: text if name.startswith("vendor/") else _lean(text) for name, text in texts.items()}
+    sheet = b"".join(_lean(sheet.read_bytes()) for sheet in SHEETS)
+    lean[STYLES] = SPACE.sub(lambda found: found[1] or b"", sheet)
+    return {name: _file(name, text) for name, text in lean.items()}
 
 
 def _file(name: str, plain: bytes) -> File:

@@ -3,6 +3,7 @@
 
 import { Busy, Confirm, Notice, ago, html, percent, plural, useMay, useResource, useState } from "./parts.js";
 import { send } from "./api.js";
+import { Corrections } from "./correct.js";
 import { Compare } from "./compare.js";
 import { Spark, lowest } from "./curves.js";
 import { GateRefusal, LabelChip, LabelMark, Traffic } from "./labels.js";
@@ -139,6 +140,7 @@ function Model({ name, query }) {
       isTarget=${target?.version === version.version} isCompared=${compared.includes(version.version)}
         onCompare=${choose} onPut=${put} onChanged=${reload}
       low=${low} chips=${chips(version.version)} />`)}</ul></section>
+    ${may && name !== BASE && html`<${Corrections} model=${name} />`}
     ${compared.length === 2 && compared.every((one) => numbers.includes(one)) && html`<${Compare}
       key=${compared} model=${name}
       versions=${compared.map((one) => data.versions.find((each) => each.version === one))} />`}`;

@@ -78,5 +78,9 @@ def test_a_correction_is_one_click_from_a_fine_tune(browser: "Browser", models: 
         job = models.api.get(f"/finetune/{page.url.rpartition('/')[2]}").json()
         assert (job["model"], job["dataset"]["images"]) == ("undefended", 401)
         models.api.post(f"/finetune/{job['id']}/cancel")
-    for one in models.api.get("/feedback", params={"model": "undefended"}).json()["data"]:
-        models.api.delete(f"/feedback/{one['id']}")
+        page.goto(f"{models.url}/#/models/undefended")
+        corrections = page.get_by_role("region", name="Corrections")
+        corrections.get_by_role("button", name="Fine-tune with 1 correction").wait_for()
+        corrections.get_by_role("button", name="Remove the correction to").click()
+        corrections.wait_for(state="detached")
+    assert models.api.get("/feedback", params={"model": "undefended"}).json()["data"] == []
