@@ -34,7 +34,7 @@ test: $(READY) ## Run the tests
 	$(BIN)/pytest $(TWO)
 
 test-slow: $(READY) ## Run the tests that kill and freeze processes, or train for long
-	$(BIN)/pytest -m slow $(TWO)
+	$(BIN)/pytest -m 'slow and not exhaustive' $(TWO)
 
 test-exhaustive: $(READY) ## Run the tests that take half a minute or more each: kills in every stage, thousands of histories
 	$(BIN)/pytest -m exhaustive $(TWO)

@@ -117,7 +117,7 @@ def test_corrections_that_cannot_be_learned_from_are_refused(service: Service, m
     assert (both.status_code, both.json()["error"]["param"]) == (422, "corrections")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_feedback_that_is_off_keeps_nothing(tmp_path: Path, digits: Digits) -> None:
     with running_service(tmp_path / "home", TEMPER_FEEDBACK="0") as service:
         body = {"model": "lenet5", "range": "byte", "feedback": True, "instances": digits[0][:1].tolist()}

@@ -126,7 +126,7 @@ def _fuzz(service: Service, path: str, send: Callable[[httpx.Client, Any], httpx
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mutated_upload_is_taken_or_refused_with_its_field(service: Service) -> None:
     def send(api: httpx.Client, data: bytes) -> httpx.Response:
         return api.post("/finetune", files={"data": ("d", data)}, data={"model": "fuzz", "dry_run": "true"})

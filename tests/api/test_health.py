@@ -124,7 +124,7 @@ def test_readyz_says_that_the_store_is_damaged_and_the_log_stays_short(
     assert 1 <= len(lines) <= 6, lines
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_version_whose_files_are_gone_gets_no_label(service: Service, digits_zip: bytes) -> None:
     for _ in range(2):
         assert service.finished(service.finetune(digits_zip, "hollow", QUICK).json()["id"])["status"] == "succeeded"

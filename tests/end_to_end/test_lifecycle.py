@@ -189,7 +189,7 @@ def test_a_report_yields_to_queued_jobs_and_survives_its_worker(own: Service, di
     own.completed(second["id"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_model_server_comes_back_with_all_it_served(own: Service, digits_zip: bytes, digits: Digits) -> None:
     done = own.finished(own.finetune(digits_zip, "back", QUICK).json()["id"])
     assert done["status"] == "succeeded"

@@ -217,7 +217,7 @@ def test_reconcile_repairs_a_server_that_lost_everything(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("stop", ["renamed", "available", "proven", "warmed"])
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_model_server_that_dies_at_any_step_costs_no_fine_tune(tmp_path: Path, stop: str) -> None:
     port = free_port()
     settings = Settings(home=tmp_path, model_server=f"127.0.0.1:{port}")
