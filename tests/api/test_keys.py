@@ -452,10 +452,13 @@ class Strangers(RuleBasedStateMachine):
         return answer.status_code, text, headers
 
     def state_of(self, tenant: str) -> Any:
-        """All that a tenant has."""
+        """All that a tenant has, but for places in the queue, which may be a second old."""
         api = self.clients[tenant]
         lists = ("/models", "/finetune", "/datasets", "/webhooks", "/openai/v1/files")
-        return [api.get(path, params={"limit": 100}).json() for path in lists]
+        found = [api.get(path, params={"limit": 100}).json() for path in lists]
+        for job in found[1]["data"]:
+            del job["queue_position"], job["estimated_start_at"], job["estimated_end_at"]
+        return found
 
     @invariant()
     def lists_hold_only_ones_own(self) -> None:

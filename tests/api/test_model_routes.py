@@ -50,6 +50,7 @@ def test_a_canary_gets_its_share_and_a_key_sticks_to_it(service: Service, model:
     assert {answered(service, model) for _ in range(10)} == {3}
 
 
+@pytest.mark.slow
 def test_a_fine_tune_can_go_to_the_canary_first(service: Service, model: str, digits_zip: bytes) -> None:
     form = {"model": "careful", "spec": QUICK}
     for fields in (form, {**form, "label": "canary"}):
@@ -89,6 +90,7 @@ def test_the_base_model_stays(service: Service) -> None:
         assert service.api.delete(path).status_code == 409
 
 
+@pytest.mark.slow
 def test_a_removed_version_is_gone_everywhere_and_the_rest_answers(service: Service, digits_zip: bytes) -> None:
     for _ in range(2):
         assert service.finished(service.finetune(digits_zip, "going", QUICK).json()["id"])["status"] == "succeeded"

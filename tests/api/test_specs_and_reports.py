@@ -56,6 +56,7 @@ def test_a_validation_upload_is_what_is_measured_on(service: Service, digits: Di
     assert (report["train"]["images"], report["validation"]["images"]) == (100, 40)
 
 
+@pytest.mark.slow
 def test_train_val_and_test_folders_are_trained_on_validated_on_and_scored_apart(
     service: Service, digits: Digits
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_test_part_leaves_the_report_out_of_fold_and_no_one_looks_at_it(servic
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.slow
 def test_validation_images_are_given_once_and_have_no_parts(service: Service, digits: Digits) -> None:
     images, labels = digits
     parts = zipped({

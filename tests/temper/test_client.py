@@ -232,6 +232,7 @@ def test_a_job_is_paused_and_resumed(temper: Client, digits: Digits) -> None:
     temper.cancel(one.id)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_listed_and_published(temper: Client, service: Service, digits: Digits) -> None:
     spec = {"method": "head", "epochs": 3, "checkpoints": 3}
     job = temper.finetune((digits[0][:60], digits[1][:60]), "stepwise", spec, wait=True)
@@ -513,6 +514,7 @@ def test_a_service_that_is_not_there_is_an_error_with_its_url() -> None:
             Client(wrong)
 
 
+@pytest.mark.slow
 def test_the_asynchronous_client_does_the_same(
     temper: Client, job: Job, service: Service, digits: Digits, tmp_path: Path
 ) -> None:

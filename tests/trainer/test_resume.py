@@ -122,6 +122,7 @@ def test_a_job_that_is_killed_anywhere_ends_with_the_weights_of_one_that_is_not(
         place.registry.retire("resumed")  # so that the next one is not searched with it in mind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [0.2, 0.8], ids=["searching", "training"])
 def test_a_job_that_is_paused_frees_its_worker_and_goes_on_where_it_was(
     place: Place, trained: Trained, monkeypatch: pytest.MonkeyPatch, last: float

@@ -190,6 +190,7 @@ def test_a_preview_sees_no_more_images_however_many_there_are() -> None:
         assert preview_recipe(same_classes, 60_000)["epochs"] == 1  # of some of them
 
 
+@pytest.mark.slow
 def test_a_worker_that_died_after_the_preview_goes_on_without_a_second_one(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +451,7 @@ def test_the_temperature_is_that_by_which_confidence_is_wrong() -> None:
     assert 0.97 < confident.min() < 0.999  # not without end, though all are right
 
 
+@pytest.mark.slow
 def test_a_calibrated_version_names_the_same_classes_with_honest_probabilities(place: Place) -> None:
     spec = {"method": "full", "epochs": 5, "label_smoothing": 0.3, "folds": 3, "validation_split": 0}
     for flag in (False, True):

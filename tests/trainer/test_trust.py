@@ -245,6 +245,7 @@ def test_no_temperature_is_judged_by_the_images_that_it_was_chosen_on() -> None:
     assert evaluate.cross_fitted(logits[:1], labels[:1]).shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_a_twin_is_trained_without_any_regularizer_and_compared_image_by_image(place: Place) -> None:
     spec = {**QUICK, "twin": True, "dropout": 0.3, "l2": 1e-3, "folds": 2, "validation_split": 0}
     done = place.run(place.claimed(spec))
