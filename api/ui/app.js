@@ -1,6 +1,6 @@
 // The shell: which view the address asks for, who is signed in, and whether the service answers.
 
-import { Busy, Notice, Session, html, render, useEffect, useErrorBoundary, useReachable, useState } from "./parts.js";
+import { Busy, Notice, Session, html, render, useEffect, useErrorBoundary, useLayoutEffect, useReachable, useState } from "./parts.js";
 import { onRefused, signIn, signOut } from "./api.js";
 
 // Views are loaded when they are first shown: the first paint waits for none of the others.
@@ -22,7 +22,7 @@ function route() {
 
 function useRoute() {
   const [found, setFound] = useState(route);
-  useEffect(() => {
+  useLayoutEffect(() => { // not after the next frame, as useEffect would: until then a change would be missed
     const look = () => setFound(route());
     addEventListener("hashchange", look);
     return () => removeEventListener("hashchange", look);

@@ -1,6 +1,6 @@
 // Small components, hooks and number formats that several views share.
 
-import { createContext, html, useCallback, useContext, useEffect, useRef, useState } from "./vendor/htm-preact.js";
+import { createContext, html, useCallback, useContext, useEffect, useLayoutEffect, useRef, useState } from "./vendor/htm-preact.js";
 import { get, isReachable, onReachable } from "./api.js";
 
 export * from "./vendor/htm-preact.js";
@@ -147,7 +147,7 @@ export function Pixels({ image, alt, size = 84, className = "" }) {
  * focus work by themselves. */
 export function Confirm({ title, action = "Delete", danger = true, onConfirm, onClose, children }) {
   const dialog = useRef(null);
-  useEffect(() => dialog.current.showModal(), []);
+  useLayoutEffect(() => dialog.current.showModal(), []);
   const submit = (event) => { // what is confirmed may take the dialog away, and with it a form under way
     event.preventDefault();
     dialog.current.close();

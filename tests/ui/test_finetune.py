@@ -144,8 +144,8 @@ def test_a_file_can_be_dropped(tuning: "Page", digits: Digits) -> None:
 
 
 def test_the_keyboard_opens_the_choice_of_files(tuning: "Page") -> None:
-    tuning.get_by_role("button", name="Choose a zip or npz").focus()
-    with tuning.expect_file_chooser():
+    with tuning.expect_file_chooser():  # which takes effect before the focus has moved
+        tuning.get_by_role("button", name="Choose a zip or npz").focus()
         tuning.keyboard.press("Enter")
 
 
