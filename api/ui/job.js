@@ -9,7 +9,7 @@ import { SearchView } from "./search_view.js";
 
 const STAGES = ["validating", "previewing", "searching", "training", "evaluating", "exporting", "publishing", "warming"];
 const FINISHED = ["succeeded", "failed", "cancelled"];
-const EVERY_MS = 2000;
+const EVERY_MS = 2000, PATIENCE_MS = 10_000;
 
 const Status = ({ status }) => html`<span class="status ${status}"><i aria-hidden="true"></i>${status}</span>`;
 
@@ -66,7 +66,9 @@ function useJob(id) {
     const state = asking.current;
     if (state.busy) return (state.again = true);
     Object.assign(state, { busy: true, again: false });
-    return get(`/finetune/${id}`).then(setJob, setError).finally(() => (state.busy = false, state.again && reload()));
+    const found = (next) => (setJob(next), setError(null), (state.over = FINISHED.includes(next.status)));
+    return get(`/finetune/${id}`, { signal: AbortSignal.timeout(PATIENCE_MS) }).then(found, setError)
+      .finally(() => (state.busy = false, state.again && reload()));
   };
   useEffect(() => {
     const ending = new AbortController();
@@ -83,7 +85,8 @@ function useJob(id) {
     };
     reload();
     stream(`/finetune/${id}/events`, onEvent, ending.signal).then(reload, setError);
-    return () => ending.abort();
+    const timer = setInterval(() => asking.current.over || reload(), PATIENCE_MS); // should an event be lost
+    return () => (ending.abort(), clearInterval(timer));
   }, [id]);
   return { job, events, error, reload };
 }
