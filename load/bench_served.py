@@ -106,8 +106,7 @@ def fine_tune(api: httpx.Client, seed: int) -> dict[str, float]:
             sys.exit("the new version does not answer correctly")
     total = time.perf_counter() - began
     stages: dict[str, float] = answer(api.get(f"/models/bench/versions/{job['version']}"))["report"]["cost"]["seconds"]
-    while answer(api.get(f"/finetune/{job['id']}"))["report_status"] != "complete":
-        time.sleep(POLL_S)
+    complete(api, job["id"])
     worked = job["finished_at"] - job["started_at"]
     return {
         "POST answered": posted - began,
@@ -126,6 +125,12 @@ def answer(response: httpx.Response) -> Any:
     if not response.is_success:
         sys.exit(f"{response.request.method} {response.request.url.path}: {response.status_code} {response.text}")
     return response.json()
+
+
+def complete(api: httpx.Client, id: str) -> None:
+    """Wait until the report is complete, after which the worker is idle again."""
+    while answer(api.get(f"/finetune/{id}"))["report_status"] != "complete":
+        time.sleep(POLL_S)
 
 
 def wait(api: httpx.Client, id: str, field: str) -> Any:

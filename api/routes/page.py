@@ -23,7 +23,8 @@ router = APIRouter(tags=["page"])
 
 API = Path(__file__).parent.parent
 UI, INDEX, STYLES = API / "ui", "index.html", "page.css"
-SHEETS = [API / "report/templates/report.css", UI / "style.css", UI / "views.css", UI / "vendor/uplot.css"]
+VENDOR = UI / "vendor"  # as it came from its authors
+SHEETS = [API / "report/templates/report.css", UI / "style.css", UI / "views.css", VENDOR / "uplot.css"]  # `STYLES`
 BLOCK = re.compile(rb"^[ \t]*/\*.*?\*/", re.MULTILINE | re.DOTALL)  # a comment that begins a line
 LINE = re.compile(rb"^[ \t]*//.*|^[ \t]+|(?<=[;{}(),]) // .*", re.MULTILINE)  # one to a line's end, or indentation
 SPACE = re.compile(rb"\s*([{};,>])\s*|(?<=:)\s+")  # that a style sheet does not need
@@ -44,11 +45,9 @@ class File:
 def files() -> dict[str, File]:
     """Every file of the page by its path below `/ui`; style sheets as one, which is smaller."""
     paths = [path for path in UI.rglob("*") if path.suffix in KINDS and path not in SHEETS]
-    texts = {path.relative_to(UI).as_posix(): path.read_bytes() for path in paths}
-    lean = {name: text if name.startswith("vendor/") else _lean(text) for name, text in texts.items()}
-    sheet = b"".join(_lean(sheet.read_bytes()) for sheet in SHEETS)
-    lean[STYLES] = SPACE.sub(lambda found: found[1] or b"", sheet)
-    return {name: _file(name, text) for name, text in lean.items()}
+    texts = {path.relative_to(UI).as_posix(): _lean(path) for path in paths}
+    texts[STYLES] = b"".join(map(_lean, SHEETS))
+    return {name: _file(name, text) for name, text in texts.items()}
 
 
 def _file(name: str, plain: bytes) -> File:
@@ -57,9 +56,13 @@ def _file(name: str, plain: bytes) -> File:
     return File(plain, gzip.compress(plain, 9, mtime=0), kind, f'W/"{digest}"')
 
 
-def _lean(text: bytes) -> bytes:
-    """A text without its comments and indentation, a tenth of what travels; lines keep their numbers."""
-    return LINE.sub(b"", BLOCK.sub(lambda comment: b"\n" * comment[0].count(b"\n"), text))
+def _lean(path: Path) -> bytes:
+    """A file of ours without comments and indentation, a tenth of what travels; a script's lines keep their numbers."""
+    text = path.read_bytes()
+    if path.is_relative_to(VENDOR):
+        return text
+    text = LINE.sub(b"", BLOCK.sub(lambda comment: b"\n" * comment[0].count(b"\n"), text))
+    return SPACE.sub(lambda found: found[1] or b"", text) if path.suffix == ".css" else text
 
 
 class KeyView(BaseModel):

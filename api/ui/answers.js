@@ -56,23 +56,20 @@ export function useAnswers(picture, targets, models) {
   const [answers, setAnswers] = useState({});
   const lanes = useRef({}); // by target: {busy, next}
   const current = useRef(null), last = useRef(null); // the picture now, and the last that was asked for
-  const fresh = useRef({}); // what has come since the last frame
+  const fresh = useRef([]); // [target, what has come] since the last frame
   const reachable = useReachable();
   current.current = picture;
 
   const answer = async (target, asked, from = asked.at) => {
     const found = await answerTo(target, asked, models, from);
-    if (!Object.keys(fresh.current).length) requestAnimationFrame(show); // all that come before it at once
-    if (!(fresh.current[target]?.at > found.at)) fresh.current[target] = found;
+    if (fresh.current.push([target, found]) === 1) requestAnimationFrame(show); // all that come before it at once
   };
   const show = () => {
-    const found = fresh.current;
-    fresh.current = {};
-    if (current.current) setAnswers((old) => { // else it has been cleared meanwhile
-      const all = { ...old };
-      for (const target in found) if (!(old[target]?.at > found[target].at)) all[target] = { ...old[target], ...found[target] };
-      return all;
-    });
+    const some = fresh.current;
+    fresh.current = [];
+    if (!current.current) return; // it has been cleared meanwhile
+    setAnswers((old) => some.reduce((all, [target, found]) =>
+      (all[target]?.at > found.at ? all : { ...all, [target]: { ...all[target], ...found } }), old));
   };
   const follow = async (target, asked) => {
     const lane = (lanes.current[target] ??= { busy: false, next: null });

@@ -1,11 +1,10 @@
 // Naming the right class of a picture that was answered wrongly; what was named so far, and training with it.
 
 import { get, send } from "./api.js";
-import { Notice, Pixels, html, plural, useEffect, useResource, useState } from "./parts.js";
+import { BASE, Notice, Pixels, html, plural, useEffect, useResource, useState } from "./parts.js";
 import { bodyFor, parse, queryOf } from "./answers.js";
 
 const focus = (node) => node?.focus();
-const BASE = "lenet5"; // learned from images that are not here
 const OFF = "Corrections are switched off on this service.";
 
 export function Correct({ target, picture, answer, models }) {

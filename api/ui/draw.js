@@ -4,7 +4,7 @@ import { AddTarget, Answer, MOST, nameOf, parse, useAnswers } from "./answers.js
 import { Correct } from "./correct.js";
 import { Explain } from "./explain.js";
 import { Pad, demonstrate } from "./pad.js";
-import { Busy, Notice, Pixels, html, useEffect, useMay, useRef, useResource, useState } from "./parts.js";
+import { BASE, Busy, Notice, Pixels, html, useEffect, useMay, useRef, useResource, useState } from "./parts.js";
 import { seen } from "./strokes.js";
 
 const exists = (models, target) => {
@@ -15,7 +15,7 @@ const exists = (models, target) => {
 
 /** What to ask without being told: the first model of the user's own, or else the base. */
 function usual(models, wanted) {
-  const first = models.find((each) => each.name === wanted) ?? models.find((each) => each.name !== "lenet5") ?? models[0];
+  const first = models.find((each) => each.name === wanted) ?? models.find((each) => each.name !== BASE) ?? models[0];
   if (!first) return [];
   return [first.labels.stable ? `${first.name}@stable` : `${first.name}:${first.versions[0]}`];
 }

@@ -1,7 +1,7 @@
 // Models: `#/models` lists them; `#/models/<name>` shows one, its versions with their key figures and the labels that say
 // which of them answers, and with `?compare=3,2` two side by side; `#/models/<name>/<version>` is a report card.
 
-import { Busy, Confirm, Notice, ago, html, percent, plural, useMay, useResource, useState } from "./parts.js";
+import { BASE, Busy, Confirm, Notice, ago, html, percent, plural, useMay, useResource, useState } from "./parts.js";
 import { send } from "./api.js";
 import { Corrections } from "./correct.js";
 import { Compare } from "./compare.js";
@@ -9,7 +9,6 @@ import { Spark, lowest } from "./curves.js";
 import { GateRefusal, LabelChip, LabelMark, Traffic } from "./labels.js";
 import { Figures, Report, accuracyOf } from "./report.js";
 
-const BASE = "lenet5"; // everyone's, so it is not deleted
 const EVERY_MS = 5000;
 
 const describe = ({ manifest, base }) => {

@@ -11,6 +11,9 @@ export const Session = createContext({ required: false, name: null, tenant: "def
 /** Whether the key may do this: "predict", "finetune" or "admin". */
 export const useMay = (scope) => useContext(Session).scopes.includes(scope);
 
+/** The base model: everyone's, so it is not deleted; its images are not here, so it learns from no corrections. */
+export const BASE = "lenet5";
+
 // ---- numbers
 
 export const percent = (share, digits = 1) => (share == null ? "–" : `${(100 * share).toFixed(digits)}%`);

@@ -69,7 +69,8 @@ function titleOf(name) {
   return NAMES[name] ?? name.replaceAll("_", " ").replace(/^./, (first) => first.toUpperCase());
 }
 
-const shown = (value) => (value === null || value === undefined ? "not set" : Array.isArray(value) ? value.join(", ") : String(value).replaceAll("_", " "));
+const NONE = "not set";
+const shown = (value) => (value === null || value === undefined ? NONE : Array.isArray(value) ? value.join(", ") : String(value).replaceAll("_", " "));
 const OFF = "\u0000off", ON = "\u0000on"; // values of options that no field can have
 let ids = 0;
 
@@ -93,7 +94,7 @@ export function Field({ name, path, schema, form }) {
     <label for=${id}>${titleOf(name)}</label>
     <div class="control"><${Control} ...${shared} name=${name} /></div>
     ${error && html`<p class="error" id=${wrong}>${error}</p>`}
-    <p class="quiet about" id=${about}>${field.description?.replaceAll("`", "").replace(/\bnull\b/, field.default == null ? shown(null) : "off")}</p>
+    <p class="quiet about" id=${about}>${field.description?.replaceAll("`", "").replace(/\bnull\b/, field.default == null ? NONE : "off")}</p>
     ${nested && field.kind === "object" && html`<${Fields} schema=${field.schema} path=${path} form=${form} />`}
     ${nested && field.kind === "variants" && html`<${Fields} schema=${field.variants[value[field.tag]]}
       path=${path} form=${form} without=${field.tag} />`}
@@ -140,7 +141,7 @@ function Select({ id, field, value, fallback, set, described, invalid }) {
     if (picked === OFF) return set(null);
     return set(!nests ? choice : field.tag ? { [field.tag]: picked } : {});
   };
-  const isDefaultOff = field.nullable && fallback === shown(null);
+  const isDefaultOff = field.nullable && fallback === NONE;
   return html`<select id=${id} value=${current} aria-describedby=${described} aria-invalid=${invalid} onChange=${pick}>
     <option value="">${fallback === "automatic" ? "automatic" : field.kind === "boolean" ? `${field.default ? "yes" : "no"} (default)` : `${fallback} (default)`}</option>
     ${field.nullable && !isDefaultOff && html`<option value=${OFF}>off</option>`}

@@ -34,9 +34,13 @@ import contextlib, io, json, runpy, sys
 found = {}
 for name in sys.argv[1:]:  # in one process, which imports TensorFlow once
     sys.argv = [name, "--help"]
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    found[name] = printed.getvalue()
+    code = None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except SystemExit as exc:
+            code = exc.code
+    found[name] = code, printed.getvalue()
 print(json.dumps(found))
 """
 INDENT = 2  # of a tree, for each level
@@ -177,8 +181,8 @@ def test_every_module_that_is_run_has_a_help_with_the_options_that_are_named() -
     command = [sys.executable, "-W", "ignore", "-c", HELP, *ours]  # the modules warn that they are imported already
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-1000:]
-    for name, help_text in json.loads(done.stdout.splitlines()[-1]).items():
-        assert help_text.startswith("Usage:"), name
+    for name, (status, help_text) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert (status, help_text[:6]) == (0, "Usage:"), f"{name}: {help_text[-300:]}{done.stderr[-300:]}"
         assert [option for option in named[name] if option not in help_text] == [], name
 
 
