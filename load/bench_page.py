@@ -5,7 +5,6 @@ loaded anew, and the time from the end of a stroke until the answers of one, two
 """
 
 import shutil
-import time
 from statistics import median
 
 import click
@@ -13,12 +12,14 @@ import httpx
 from playwright.sync_api import Browser, sync_playwright
 
 from demo import service
+from load.bench_served import answer, complete, wait
 from load.figures import note
 from quality.digits import all_digits
 from tests.conftest import npz
 from tests.ui.conftest import CHROMIUM, draw
 
 PAINT_MS, ANSWER_MS = 300.0, 50.0  # goals
+SETTLED_MS = 300.0
 
 
 @click.command()
@@ -31,7 +32,7 @@ def main(rounds: int) -> None:
     with service() as api, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         url = str(api.base_url).rstrip("/")
-        targets = ["lenet5@stable", *(f"digits:{version}" for version in versions(api, 3))]
+        targets = [f"digits:{version}" for version in versions(api, 4)]
         rows = {
             "first contentful paint": ([paint(browser, url) for _ in range(rounds)], PAINT_MS),
             **{
@@ -52,17 +53,11 @@ def versions(api: httpx.Client, number: int) -> list[int]:
     """Versions of a model of digits, fine-tuned at the same time."""
     images, labels = all_digits()
     spec, upload = '{"method": "head", "epochs": 1}', npz(images=images[:200], labels=labels[:200])
-    ids = [
-        api.post("/finetune", data={"model": "digits", "spec": spec}, files={"data": upload}).json()["id"]
-        for _ in range(number)
-    ]
-    found = []
-    for job_id in ids:
-        while (job := api.get(f"/finetune/{job_id}").json())["report_status"] != "complete":
-            if job["status"] in ("failed", "cancelled"):
-                raise click.ClickException(f"{job_id}: {job['error']}")
-            time.sleep(0.5)
-        found.append(int(job["version"]))
+    form = {"model": "digits", "spec": spec}
+    ids = [answer(api.post("/finetune", data=form, files={"data": upload}))["id"] for _ in range(number)]
+    found = [int(wait(api, job, "version")["version"]) for job in ids]
+    for job in ids:
+        complete(api, job)
     return found
 
 
@@ -86,6 +81,7 @@ def answers(browser: Browser, url: str, rounds: int) -> list[float]:
     for _ in range(rounds):
         draw(page)
         page.locator(".correct button").last.wait_for()  # which is for finished drawings
+        page.wait_for_timeout(SETTLED_MS)  # until then there may be answers to what was drawn before the pen lifted
         texts = page.locator(".sure .quiet").all_inner_texts()
         found.append(max(float(text.rpartition(",")[2].removesuffix("ms")) for text in texts))
         page.get_by_role("button", name="Clear").click()
