@@ -50,7 +50,7 @@ class Dispatcher:
         self._pool = gevent.pool.Pool(cap)
         self._random = np.random.default_rng(seed)
         self._rates: dict[Send, float] = {}
-        self._changed = gevent.event.Event()
+        self._changed, self._changed_at = gevent.event.Event(), 0.0
         self._greenlet: gevent.Greenlet | None = None
 
     @property
@@ -68,6 +68,7 @@ class Dispatcher:
             self._rates[source] = rate
         else:
             self._rates.pop(source, None)
+        self._changed_at = time.perf_counter()
         self._changed.set()
         if self._rates and not self._greenlet:
             self._greenlet = gevent.spawn(self._run)
@@ -90,7 +91,7 @@ class Dispatcher:
             self._changed.clear()
             if not self._rates:
                 self._changed.wait()
-                due = time.perf_counter()
+                due = self._changed_at
                 continue
             sources, rates = list(self._rates), np.array(list(self._rates.values()))
             shares = rates.cumsum() / rates.sum()
@@ -101,8 +102,10 @@ class Dispatcher:
                 wait_s = due - time.perf_counter()
                 if wait_s <= 0:
                     gevent.sleep(0)  # requests must go out while the dispatcher catches up
-                elif self._changed.wait(wait_s):
-                    due = time.perf_counter()
+                else:
+                    self._changed.wait(wait_s)
+                if self._changed.is_set() and due > self._changed_at:
+                    due = self._changed_at
                     break
                 if self._pool.full():
                     self._recorder.drop(CLOCK.epoch_s(due))
