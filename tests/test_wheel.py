@@ -102,6 +102,7 @@ def test_alone_in_an_empty_environment_it_is_a_gateway(wheel: Path, tmp_path: Pa
     assert alone.stderr == "Error: this needs tensorflow, which is not installed: pip install 'temper[trainer]'\n"
 
 
+@pytest.mark.exhaustive
 def test_with_tensorflow_it_fine_tunes_and_predicts(
     wheel: Path, tmp_path: Path, digits: tuple[np.ndarray, np.ndarray], digits_zip: bytes
 ) -> None:

@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_refused_by_name(
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_event_is_lost_or_doubled_across_a_killed_gateway_and_another_one(tmp_path: Path, digits_zip: bytes) -> None:
     with running_service(tmp_path) as service:
         job_id = service.finetune(digits_zip, "m", '{"epochs": 60}').json()["id"]

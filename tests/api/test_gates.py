@@ -77,7 +77,7 @@ def test_a_model_whose_only_version_failed_answers_by_version(service: Service, 
     assert predicted(service, model="barred") == 404
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_models_gate_is_set_shown_and_taken_away(service: Service, digits_zip: bytes) -> None:
     url = "/models/ruled/gate"
     assert service.api.put(url, json={}).status_code == 404
@@ -96,7 +96,7 @@ def test_a_models_gate_is_set_shown_and_taken_away(service: Service, digits_zip:
     assert service.api.get("/models/ruled").json()["labels"] == {"stable": 3}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_gate_for_a_class_that_the_data_lacks_is_refused(service: Service, digits_zip: bytes) -> None:
     answer = service.finetune(digits_zip, "classy", json.dumps({"gate": {"class_recall": {"ten": 0.5}}}))
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "spec.gate.class_recall")

@@ -106,7 +106,7 @@ def test_a_damaged_store_is_found_and_logged_once(tmp_path: Path, caplog: pytest
     engine.dispose()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_readyz_says_that_the_store_is_damaged_and_the_log_stays_short(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -810,7 +810,7 @@ def test_a_rate_refuses_what_is_beyond_it_and_says_when_to_come_back(guarded: Gu
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_tenant_has_so_many_unfinished_jobs_and_another_has_its_own(tmp_path: Path) -> None:
     settings = {"TEMPER_MAX_JOBS": "1", "TEMPER_KEYS": "required"}
     with opened(f"sqlite:///{tmp_path / 'temper.db'}") as engine:

@@ -106,6 +106,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Behind]:
         yield Behind(stack, tmp_path_factory.mktemp("two"), servers=2)
 
 
+@pytest.mark.exhaustive
 def test_one_of_two_servers_dies_under_load_and_nobody_notices(two: Behind, digits_zip: bytes) -> None:
     for version in (1, 2):
         job = two.service.finetune(digits_zip, "shared", HEAD).json()["id"]
@@ -124,6 +125,7 @@ def test_one_of_two_servers_dies_under_load_and_nobody_notices(two: Behind, digi
     assert set(crowd.statuses) == {200}
 
 
+@pytest.mark.exhaustive
 def test_a_version_published_without_a_server_is_there_when_it_returns(two: Behind, digits_zip: bytes) -> None:
     two.kill()
     job = two.service.finetune(digits_zip, "late", HEAD).json()["id"]
@@ -160,6 +162,7 @@ def test_predictions_come_back_with_their_server(one: Behind) -> None:
     print(f"answered {time.monotonic() - began:.2f} s after the server listened again")
 
 
+@pytest.mark.exhaustive
 def test_nobody_waits_for_a_server_that_is_known_to_be_frozen(one: Behind, digits_zip: bytes) -> None:
     job = one.service.finetune(digits_zip, "unwanted", HEAD).json()["id"]
     assert one.service.finished(job)["status"] == "succeeded"

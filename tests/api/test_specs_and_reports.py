@@ -178,7 +178,7 @@ def test_five_folds_estimate_from_every_image(service: Service, digits: Digits) 
     assert low < across["accuracy"] < high
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_adapter_version_is_served_and_can_be_continued(service: Service, digits_zip: bytes) -> None:
     grown = service.finished(service.finetune(digits_zip, "grown", '{"method": "adapter", "epochs": 3}').json()["id"])
     assert grown["status"] == "succeeded", grown["error"]

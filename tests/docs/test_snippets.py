@@ -244,10 +244,10 @@ CHECKS = {
 RUN = {page: [found for found in SNIPPETS if found.page == page and not is_exception(found)] for page in SOURCES}
 
 
-SLOW = {"docs/tutorial.md", *(f"docs/how-to/{name}.md" for name in ("canary", "images", "jobs"))}  # train for long
-PARAMETERS = [
-    pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page, found in RUN.items() if found
-]
+MARKS = {"docs/tutorial.md": pytest.mark.slow} | {
+    f"docs/how-to/{name}.md": pytest.mark.exhaustive for name in ("canary", "images", "jobs")
+}  # these train for long
+PARAMETERS = [pytest.param(page, marks=MARKS.get(page, ())) for page, found in RUN.items() if found]
 
 
 @pytest.mark.parametrize("page", PARAMETERS)

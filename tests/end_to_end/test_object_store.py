@@ -107,7 +107,7 @@ def test_files_and_directories_reach_another_machine_complete_or_not_at_all(tmp_
         ours.share(homes[0].datasets / "d.npz")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_three_machines_exchange_data_sets_and_versions_through_a_bucket(
     tmp_path: Path, bucket: Any, empty_postgresql: str, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:

@@ -76,7 +76,7 @@ def attributes(span: Any) -> dict[str, Any]:
     return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in span.attributes}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_trace_goes_from_request_to_model_server_and_from_job_to_publication(
     tmp_path: Path, digits_zip: bytes, digits: tuple[np.ndarray, np.ndarray], collector: Collector
 ) -> None:

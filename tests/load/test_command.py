@@ -125,7 +125,7 @@ def test_a_missed_objective_decides_the_exit_code(service: Service, tmp_path: Pa
     assert "recovery_s" in summary(tmp_path)["figures"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_locust_itself_runs_the_users_with_a_master_and_two_workers(service: Service, tmp_path: Path) -> None:
     command = ["locust", "-f", str(LOCUSTFILE), "--headless", "--processes", "2", "--users", "4", "--spawn-rate", "4",
                "--run-time", "6", "--host", service.url, "Predictor"]  # fmt: skip

@@ -98,7 +98,7 @@ os.execv({python!r}, [{python!r}, "-m", "serving", "--address", address, "--rest
 """
 
 
-@pytest.mark.parametrize("how", ["auto", "path"])
+@pytest.mark.parametrize("how", ["auto", pytest.param("path", marks=pytest.mark.exhaustive)])
 @pytest.mark.slow
 def test_a_tensorflow_serving_that_is_installed_is_supervised(
     tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]

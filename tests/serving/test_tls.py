@@ -92,7 +92,7 @@ def running(module: str, keys: Path, part: str, home: Path, **more: str) -> Iter
             process.terminate()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gateway_and_worker_reach_a_model_server_that_lets_in_nobody_else(
     keys: Path, store: str, tmp_path: Path
 ) -> None:

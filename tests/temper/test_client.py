@@ -314,7 +314,7 @@ def test_labels_move_forth_and_back(temper: Client, job: Job) -> None:
         temper.rollback("typed", label="canary")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_version_that_failed_its_gate_needs_an_override(temper: Client, digits: Digits) -> None:
     upload = digits[0][:60], [str(label) for label in digits[1][:60]]
     quick: dict[str, Any] = {"method": "head", "epochs": 1}

@@ -221,7 +221,13 @@ def test_the_same_data_again_takes_the_label(place: Place) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fresh", [False, True], ids=["the same images", "other images"])
-@pytest.mark.parametrize("spec", [{}, {"folds": None, "validation_split": 0.2}], ids=["folds", "split"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param({}, id="folds"),
+        pytest.param({"folds": None, "validation_split": 0.2}, id="split", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_wrongly_labelled_data_does_not_take_stable(
     place: Place, digits: tuple[np.ndarray, np.ndarray], fresh: bool, spec: dict[str, Any]
 ) -> None:
@@ -267,7 +273,7 @@ def test_networks_are_asked_for_some_of_many_images(
     assert "of 50 held-out images" in condition(ran(place), "not_worse")["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_stables_base_was_trained_on_is_left_out(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     ran(place)
     uploaded(place, digits[0][100:200], digits[1][100:200])
@@ -287,7 +293,7 @@ def test_what_its_own_base_was_trained_on_is_left_out_too(place: Place, digits: 
     assert "of 100 held-out images" in condition(job, "not_worse")["message"]  # of the new ones alone
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_the_base_has_held_out_is_not_what_it_has_learned(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:

@@ -86,7 +86,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
 @pytest.mark.slow
 @pytest.mark.usefixtures("saved_always")
 @pytest.mark.parametrize(
-    ("spec", "moments"), [(SEARCH, (0.1, 0.5, 0.95)), (STOPPING, (0.6,))], ids=["searched", "stopped early"]
+    ("spec", "moments"),
+    [
+        pytest.param(SEARCH, (0.1, 0.5, 0.95), id="searched", marks=pytest.mark.exhaustive),
+        pytest.param(STOPPING, (0.6,), id="stopped early"),
+    ],
 )
 def test_a_job_that_is_killed_anywhere_ends_with_the_weights_of_one_that_is_not(
     place: Place, trained: Trained, spec: dict[str, Any], moments: tuple[float, ...]

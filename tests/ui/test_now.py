@@ -55,6 +55,7 @@ def test_events_show_as_they_come(browser: "Browser", service: Service, digits_z
         service.completed(job["id"])
 
 
+@pytest.mark.exhaustive
 def test_a_model_server_that_is_lost_shows(browser: "Browser", service: Service) -> None:
     with opened(browser, f"{service.url}/#/now", expected=("503",)) as page:
         server = page.locator(".states li", has_text="Model server").first
