@@ -39,7 +39,7 @@ test: $(READY) ## Run the tests (MARKED='not exhaustive' for the slow ones, too)
 test-slow: $(READY) ## Run the tests that kill and freeze processes, or train for long
 	$(BIN)/pytest -m 'slow and not exhaustive' $(TWO)
 
-test-exhaustive: $(READY) ## Run the tests that take a quarter of a minute or more each: kills in every stage, thousands of histories
+test-exhaustive: $(READY) ## Run the tests that CI has no time for: kills in every stage, thousands of histories
 	$(BIN)/pytest -m exhaustive $(TWO)
 
 test-contract: $(READY) ## Run the contract suite against the embedded server or TEMPER_TFS_BINARY

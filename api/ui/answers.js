@@ -44,18 +44,18 @@ async function answerTo(target, picture, models, from) {
     const answer = await send("POST", `/predict?${queryOf(target)}`, await bodyFor(picture, target, models));
     return { answer, error: null, at: picture.at, ms: performance.now() - from };
   } catch (error) {
-    return { error, at: picture.at, ...(error.status >= 400 && error.status < 500 && { answer: null }) }; // of this picture
+    return { error, at: picture.at, answer: null };
   }
 }
 
 /**
- * The latest answer of every target: {answer, error, ms}. While the pen moves, one request for each target is under way
+ * The latest answer of every target: {answer, error, ms, at}, of the picture of that time. While the pen moves, one request for each target is under way
  * at a time, and only the newest drawing is sent when it is back. When the pen lifts, nothing is waited for.
  */
 export function useAnswers(picture, targets, models) {
   const [answers, setAnswers] = useState({});
   const lanes = useRef({}); // by target: {busy, next}
-  const current = useRef(null), last = useRef(null); // the picture now, and the last that was asked for
+  const current = useRef(null), last = useRef(null); // the picture now, and before
   const fresh = useRef([]); // [target, what has come] since the last frame
   const reachable = useReachable();
   current.current = picture;
@@ -93,8 +93,8 @@ export function useAnswers(picture, targets, models) {
     if (!picture) {
       for (const lane of Object.values(lanes.current)) lane.next = null;
       setAnswers({});
-    } else if (models.length && reachable) {
-      targets.forEach(ask);
+    } else {
+      if (models.length && reachable) targets.forEach(ask);
       last.current = picture;
     }
   }, [picture, targets.join(), models.length, reachable]);

@@ -44,7 +44,7 @@ async function request(method, path, { body, headers = {}, signal } = {}) {
     const options = { method, body, signal, credentials: "omit", cache: "no-store" };
     answer = await fetch(path, { ...options, headers: { Accept: "application/json", ...authorization(), ...headers } });
   } catch (failure) {
-    if (failure.name === "AbortError") throw failure;
+    if (signal?.aborted) throw failure; // or its time is up
     setReachable(false);
     throw new ApiError(0, { code: "unreachable", message: "The service does not answer." });
   }
@@ -83,6 +83,7 @@ export async function send(method, path, body, options = {}) {
 /** Send a form; `onProgress` gets the share that is sent, 0 to 1. fetch cannot tell that, so this is an XMLHttpRequest. */
 export function upload(path, form, onProgress = () => {}, signal) {
   return new Promise((resolve, reject) => {
+    signal?.throwIfAborted();
     const call = new XMLHttpRequest();
     call.open("POST", path);
     for (const [name, value] of Object.entries({ Accept: "application/json", ...authorization() })) {
@@ -136,7 +137,7 @@ export async function stream(path, onEvent, signal) {
       fruitless = last === before ? fruitless + 1 : 1;
     } catch (failure) {
       if (signal?.aborted) return;
-      if (failure instanceof ApiError && failure.status && failure.status < 500) throw failure;
+      if (failure instanceof ApiError && failure.status && failure.status < 500 && failure.status !== 429) throw failure;
       await pause(Math.min(5000, 250 * 2 ** broken++), signal);
     }
   }

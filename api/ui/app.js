@@ -1,6 +1,6 @@
 // The shell: which view the address asks for, who is signed in, and whether the service answers.
 
-import { Busy, Notice, Session, html, render, useEffect, useErrorBoundary, useLayoutEffect, useReachable, useState } from "./parts.js";
+import { Busy, Notice, Session, html, render, useEffect, useErrorBoundary, useLayoutEffect, useReachable, useRef, useState } from "./parts.js";
 import { onRefused, signIn, signOut } from "./api.js";
 
 // Views are loaded when they are first shown: the first paint waits for none of the others.
@@ -37,8 +37,11 @@ function View({ name, parts, query }) {
     if (broken) mend(); // another place may work
   }, [name, parts.join(), query.toString()]);
   useEffect(() => {
+    let ended = false;
+    const show = (found) => ended || setState({ name, ...found });
     document.title = `${VIEWS[name].title} · Temper`;
-    VIEWS[name].load().then((module) => setState({ name, Shown: module.default }), (error) => setState({ name, error }));
+    VIEWS[name].load().then((module) => show({ Shown: module.default }), (error) => show({ error }));
+    return () => (ended = true);
   }, [name]);
   if (broken) return html`<${Notice} kind="bad" title="This view failed." error=${broken} />`;
   if (state.name !== name) return html`<${Busy} />`;
@@ -87,14 +90,18 @@ function Header({ session, current, onSignOut }) {
   </header>`;
 }
 
+const leave = () => (signOut(), location.reload());
+
 function App() {
   const [session, setSession] = useState(null);
   const [problem, setProblem] = useState(null);
-  const reachable = useReachable();
+  const reachable = useReachable(), signedIn = useRef(false);
   const { name, parts, query } = useRoute();
+  signedIn.current = Boolean(session);
 
   const ask = () => signIn(null).then((found) => (setSession(found), setProblem(null)), setProblem);
-  useEffect(() => onRefused((error) => (setSession(null), setProblem(error))), []);
+  // A key that is refused from now on: the next one may be another tenant's, for whom nothing may be left over.
+  useEffect(() => onRefused((error) => (signedIn.current ? leave() : setProblem(error))), []);
   useEffect(() => void (reachable && !session && ask()), [reachable]);
 
   const first = session && Object.keys(VIEWS).find((each) => may(session, VIEWS[each]));
@@ -106,7 +113,7 @@ function App() {
 
   return html`<${Session.Provider} value=${session ?? { scopes: [] }}>
     <a class="skip" href="#main" onClick=${(event) => (event.preventDefault(), document.getElementById("main").focus())}>Skip to content</a>
-    <${Header} session=${session} current=${current} onSignOut=${() => (signOut(), location.reload())} />
+    <${Header} session=${session} current=${current} onSignOut=${leave} />
     ${!reachable && html`<p class="lost" role="alert">The service does not answer. This page goes on by itself when it is back.</p>`}
     <main id="main" tabindex="-1">${content}</main>
   <//>`;

@@ -98,7 +98,7 @@ const KINDS = {
   f8: Float64Array, i8: BigInt64Array, u8: BigUint64Array, b1: Uint8Array,
 };
 
-/** The array in an .npy: {shape, values}. Throws for what it cannot read: Fortran order, big endian, objects, text. */
+/** The array in an .npy: {shape, values}. Throws for what it cannot read: Fortran order, big endian, objects. */
 function readNpy(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset);
   const wide = bytes[6] > 1;
@@ -107,9 +107,12 @@ function readNpy(bytes) {
   const header = new TextDecoder("latin1").decode(bytes.subarray(start - length, start));
   const [, order, kind] = /'descr':\s*'([<>|=])(\w+)'/.exec(header) ?? [];
   const shape = (/'shape':\s*\(([^)]*)\)/.exec(header)?.[1] ?? "").split(",").filter((part) => part.trim()).map(Number);
-  const Kind = KINDS[kind];
+  const [, text, width] = /^([US])(\d+)$/.exec(kind) ?? [], Kind = text ? { U: Uint32Array, S: Uint8Array }[text] : KINDS[kind];
   if (!Kind || order === ">" || /'fortran_order':\s*True/.test(header)) throw new Error("an array that is not shown here");
-  return { shape, values: new Kind(bytes.slice(start).buffer, 0, shape.reduce((all, one) => all * one, 1)) };
+  const count = shape.reduce((all, one) => all * one, 1), values = new Kind(bytes.slice(start).buffer, 0, count * (width ?? 1));
+  if (!text) return { shape, values };
+  const word = (_, at) => String.fromCodePoint(...values.subarray(at * width, (at + 1) * width)).replace(/\0+$/, "");
+  return { shape, values: Array.from({ length: count }, word) };
 }
 
 const IMAGE = /\.(png|jpe?g|webp|bmp)$/i;

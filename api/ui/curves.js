@@ -56,6 +56,8 @@ export function Chart({ title, note, x, series, log: wantsLog = false, format = 
   const place = useRef(null), plot = useRef(null), [at, setAt] = useState(null), [scheme, setScheme] = useState(0);
   const log = wantsLog && isWide(series), drawn = stacked ? [...series].reverse() : series;
   const data = () => [x, ...(stacked ? stack(series) : series.map(({ values }) => values.map((value) => (value == null || (log && value <= 0) ? null : value))))];
+  const latest = useRef(data); // uPlot may come later than newer values
+  latest.current = data;
   const shape = `${log} ${drawn.map(({ label }) => label)} ${scheme} ${x.length < 3}`;
   useEffect(() => {
     let ended = false, observer = null;
@@ -63,7 +65,7 @@ export function Chart({ title, note, x, series, log: wantsLog = false, format = 
       if (ended) return;
       const options = optionsOf({ series: drawn, log, format, range, stacked, xLabel }, place.current.clientWidth);
       options.hooks = { setCursor: [({ cursor }) => setAt(cursor.idx ?? null)] };
-      plot.current = new Plot(options, data(), place.current);
+      plot.current = new Plot(options, latest.current(), place.current);
       observer = new ResizeObserver(() => plot.current.setSize({ width: place.current.clientWidth, height: HEIGHT }));
       observer.observe(place.current);
     });

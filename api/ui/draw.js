@@ -1,8 +1,8 @@
 // Draw: a picture on the left, the answers of up to four versions on the right, the reasons below.
 
+import { get } from "./api.js";
 import { AddTarget, Answer, MOST, nameOf, parse, useAnswers } from "./answers.js";
-import { Correct } from "./correct.js";
-import { Explain } from "./explain.js";
+import { Correct, Explain } from "./explain.js";
 import { Pad, demonstrate } from "./pad.js";
 import { BASE, Busy, Notice, Pixels, html, useEffect, useMay, useRef, useResource, useState } from "./parts.js";
 import { seen } from "./strokes.js";
@@ -57,8 +57,17 @@ function Seen({ picture }) {
   return html`<${Pixels} image=${picture && (picture.url ?? seen(picture))} size=${84} className="network" alt="The picture at 28 by 28 pixels" />`;
 }
 
+/** The models by name, up to a thousand. */
+async function listed(path, options) {
+  for (const data = []; ;) {
+    const page = await get(`${path}&after=${data.at(-1)?.name ?? ""}`, options);
+    data.push(...page.data);
+    if (!page.has_more || data.length >= 1000) return { data };
+  }
+}
+
 export default function Draw({ query }) {
-  const { data, error, loading } = useResource("/models?limit=100", 5000);
+  const { data, error, loading } = useResource("/models?limit=100", 5000, listed);
   const models = data?.data ?? [];
   const [targets, setTargets] = useTargets(query, models);
   const [picture, setPicture] = useState(null);
@@ -91,7 +100,8 @@ export default function Draw({ query }) {
 
   const classes = models.find((each) => each.name === parse(targets[0]).model)?.classes ?? [];
   const hint = classes.every((name) => /^\d$/.test(name)) ? "Draw a digit" : "Draw something";
-  const spoken = targets.map((target) => answers[target]?.answer && `${nameOf(target)} says ${answers[target].answer.predictions[0].label}`).filter(Boolean);
+  const answerOf = (target) => (answers[target]?.at === picture?.at ? answers[target]?.answer : null); // to this picture, no earlier one
+  const spoken = targets.map((target) => answerOf(target) && `${nameOf(target)} says ${answerOf(target).predictions[0].label}`).filter(Boolean);
   return html`<h1 class="sr-only">Draw</h1><div class="draw ${over ? "over" : ""}">
     <section class="desk" aria-label="Picture">
       <${Pad} picture=${picture} onPicture=${show} hint=${hint} />
@@ -111,7 +121,7 @@ export default function Draw({ query }) {
         ${targets.map((target, at) => html`<${Answer} key=${target} target=${target} found=${answers[target]} models=${models}
           onChange=${(value) => setTargets(targets.with(at, value))}
           onRemove=${targets.length > 1 ? () => setTargets(targets.filter((each) => each !== target)) : null}>
-          ${mayTrain && html`<${Correct} target=${target} picture=${picture} answer=${answers[target]?.answer} models=${models} />`}
+          ${mayTrain && html`<${Correct} target=${target} picture=${picture} answer=${answerOf(target)} models=${models} />`}
         <//>`)}
       </div>
       ${targets.length < MOST && html`<${AddTarget} models=${models} onAdd=${(value) => setTargets([...targets, value])} />`}

@@ -22,22 +22,21 @@ const kindOf = ({ type, data }) => (data.error ? "bad" : data.version && type ==
 /** The newest events of the jobs. Pages, not streams: a browser has six connections for all tabs of a service. */
 function useEvents(jobs) {
   const [events, setEvents] = useState([]);
-  const known = useRef({}); // by job: the last event's number, or true if nothing more will come
+  const known = useRef({}); // by job: the last event's number, or Infinity if nothing more will come
   useEffect(() => {
-    let ended = false;
     const look = async (job, at) => {
       const after = known.current[job.id] ?? 0;
       const over = job.finished_at && job.report_status !== "quick";
-      if (after === true || (after === 0 && at >= FIRST && over)) return [];
+      if (after === Infinity || (after === 0 && at >= FIRST && over)) return [];
       const page = await get(`/finetune/${job.id}/events?after=${after}&limit=1000`);
-      known.current[job.id] = over && !page.has_more ? true : page.data.at(-1)?.seq ?? after;
-      return page.data.map((event) => ({ ...event, job }));
+      const fresh = page.data.filter(({ seq }) => seq > (known.current[job.id] ?? 0)); // another look may have been faster
+      known.current[job.id] = over && !page.has_more ? Infinity : Math.max(known.current[job.id] ?? 0, page.data.at(-1)?.seq ?? after);
+      return fresh.map((event) => ({ ...event, job }));
     };
-    Promise.all(jobs.map(look)).then((found) => {
-      const fresh = found.flat();
-      if (!ended && fresh.length) setEvents((old) => [...fresh, ...old].sort((a, b) => b.created_at - a.created_at || b.seq - a.seq).slice(0, SHOWN));
-    }, () => {}); // the next look asks again
-    return () => (ended = true);
+    Promise.allSettled(jobs.map(look)).then((found) => { // of a job that failed, the next look asks again
+      const fresh = found.flatMap(({ value }) => value ?? []);
+      if (fresh.length) setEvents((old) => [...fresh, ...old].sort((a, b) => b.created_at - a.created_at || b.seq - a.seq).slice(0, SHOWN));
+    });
   }, [jobs]);
   return events;
 }

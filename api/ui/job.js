@@ -4,10 +4,9 @@
 import { Busy, Confirm, Notice, ago, duration, html, useEffect, useMay, useRef, useResource, useState } from "./parts.js";
 import { get, send, stream } from "./api.js";
 import { Curves } from "./curves.js";
-import { Live } from "./live.js";
-import { SearchView } from "./search_view.js";
+import { Live, SearchView } from "./results.js";
 
-const STAGES = ["validating", "previewing", "searching", "training", "evaluating", "exporting", "publishing", "warming"];
+const STAGES = ["validating", "previewing", "searching", "training", "evaluating", "exporting", "publishing"];
 const FINISHED = ["succeeded", "failed", "cancelled"];
 const EVERY_MS = 2000, PATIENCE_MS = 10_000;
 
@@ -61,6 +60,7 @@ function withEpoch(runs, record) {
 /** {job, events, error, reload}: the job is asked for again whenever something has happened to it. */
 function useJob(id) {
   const [job, setJob] = useState(null), [events, setEvents] = useState(NOTHING), [error, setError] = useState(null);
+  const [lost, setLost] = useState(null); // why its events do not come
   const asking = useRef({});
   const reload = () => {
     const state = asking.current;
@@ -84,11 +84,11 @@ function useJob(id) {
       if (waiting.length === 1) setTimeout(settle, 30);
     };
     reload();
-    stream(`/finetune/${id}/events`, onEvent, ending.signal).then(reload, setError);
+    stream(`/finetune/${id}/events`, onEvent, ending.signal).then(reload, setLost);
     const timer = setInterval(() => asking.current.over || reload(), PATIENCE_MS); // should an event be lost
     return () => (ending.abort(), clearInterval(timer));
   }, [id]);
-  return { job, events, error, reload };
+  return { job, events, error: error ?? lost, reload };
 }
 
 function useNow(isRunning) {
@@ -102,10 +102,9 @@ function useNow(isRunning) {
 
 /** The stages of a job, those that it does not need left out. */
 function Stages({ job, events }) {
-  const searches = Object.values(job.spec).includes("auto");
-  const isSkipped = { warming: true, searching: !searches, previewing: !events.preview && job.stage !== "previewing" };
+  const isSkipped = { searching: !job.spec.search, previewing: !events.preview && job.stage !== "previewing" };
   const needed = STAGES.filter((stage) => !isSkipped[stage]);
-  const at = needed.indexOf(job.stage);
+  const at = needed.indexOf(job.stage === "warming" ? "publishing" : job.stage);
   const done = (index) => job.status === "succeeded" || (at >= 0 && index < at);
   return html`<ol class="stages" aria-label="Stages">${needed.map((stage, index) => html`<li key=${stage}
     class=${done(index) ? "done" : index === at ? "now" : ""} aria-current=${index === at ? "step" : null}>${stage}
@@ -167,7 +166,7 @@ export function Job({ id }) {
     </header>
     ${job.status !== "succeeded" && html`<${Stages} job=${job} events=${events} />`}
     ${isOpen && html`<${Actions} job=${job} onDone=${reload} />`}
-    ${error && html`<${Notice} kind="bad" title="The events of this job do not come." error=${error} />`}
+    ${error && html`<${Notice} kind="bad" title="This job could not be refreshed." error=${error} />`}
     ${job.status === "failed" && html`<${Failure} job=${job} />`}
     ${job.status === "cancelled" && html`<${Notice}
       title="It was cancelled.">Your images are kept: start again from <a href="#/finetune">Fine-tune</a>.<//>`}

@@ -69,11 +69,14 @@ function Share({ label, version, weight, most, onShare, onDrop }) {
   useEffect(() => timer.current === null && setValue(weight), [weight]);
   const slide = (event) => {
     const next = Math.min(most, event.target.value / 100);
+    event.target.value = Math.round(100 * next);
     setValue(next);
     clearTimeout(timer.current);
     const mine = setTimeout(async () => {
-      await onShare(label, version, next);
-      if (timer.current === mine) timer.current = null;
+      const done = await onShare(label, version, next);
+      if (timer.current !== mine) return;
+      timer.current = null;
+      if (!done) setValue(weight);
     }, REST_MS);
     timer.current = mine;
   };

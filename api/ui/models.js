@@ -3,7 +3,7 @@
 
 import { BASE, Busy, Confirm, Notice, ago, html, percent, plural, useMay, useResource, useState } from "./parts.js";
 import { send } from "./api.js";
-import { Corrections } from "./correct.js";
+import { Corrections } from "./explain.js";
 import { Compare } from "./compare.js";
 import { Spark, lowest } from "./curves.js";
 import { GateRefusal, LabelChip, LabelMark, Traffic } from "./labels.js";
@@ -74,18 +74,21 @@ function Model({ name, query }) {
     error=${error} />` : html`<${Busy} />`;
   const numbers = data.versions.map((one) => one.version), { labels, weights } = data, low = lowest(data.versions);
 
-  /** Change a label, and say what to do about it: undo it, or override the gate that refused it. */
+  /** Change a label, and say what to do about it: undo it, or override the gate that refused it. Whether it changed. */
   const put = async (label, version, more = {}, isUndo = false) => {
     const before = labels[label];
+    let done = true;
     try {
       await send("PUT", `${path}/labels/${label}`, { version, ...more });
       const moved = before !== version;
       setState(moved ? { moved: { label, version, before: isUndo ? null : before } } : {});
     } catch (failure) {
+      done = false;
       const gate = data.versions.find((one) => one.version === version)?.report.gate;
       setState(failure.code === "gate_failed" ? { refused: { label, version, gate, message: failure.message } } : { error: failure });
     }
     reload();
+    return done;
   };
   const dropLabel = async (label) => {
     try {
@@ -141,7 +144,7 @@ function Model({ name, query }) {
       low=${low} chips=${chips(version.version)} />`)}</ul></section>
     ${may && name !== BASE && html`<${Corrections} model=${name} />`}
     ${compared.length === 2 && compared.every((one) => numbers.includes(one)) && html`<${Compare}
-      key=${compared} model=${name}
+      key=${compared.join()} model=${name}
       versions=${compared.map((one) => data.versions.find((each) => each.version === one))} />`}`;
 }
 

@@ -26,8 +26,10 @@ export function Pad({ picture, onPicture, hint }) {
     context.strokeStyle = getComputedStyle(node).color;
     paint(context, strokes.current, side);
   };
+  const raise = () => setPen((old) => old && { ...old, down: false });
   useLayoutEffect(() => { // not at every render: the pen may be ahead of the picture
     strokes.current = picture?.strokes ?? [];
+    if (!strokes.current.length) raise();
     show();
   }, [picture]);
   useEffect(() => {
@@ -46,7 +48,7 @@ export function Pad({ picture, onPicture, hint }) {
     else frame.current = requestAnimationFrame(now);
   };
   const begin = (point) => (strokes.current = [...strokes.current, [point]]);
-  const extend = (points) => strokes.current.at(-1).push(...points);
+  const extend = (points) => (strokes.current.length ? strokes.current.at(-1).push(...points) : (strokes.current = [points]));
 
   const pointOf = ({ clientX, clientY }) => {
     const box = canvas.current.getBoundingClientRect();
@@ -87,6 +89,7 @@ export function Pad({ picture, onPicture, hint }) {
       setPen(null);
       onPicture(null);
     } else if (/^[0-9]$/.test(key) && !event.ctrlKey && !event.metaKey && !event.altKey) {
+      raise();
       strokes.current = handwritten(Number(key));
       tell(true);
     } else return;

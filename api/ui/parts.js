@@ -44,6 +44,8 @@ const sentence = (message) => message.charAt(0).toUpperCase() + message.slice(1)
 
 // ---- hooks
 
+const PATIENCE_MS = 10_000; // for an answer, before the same is asked for again
+
 /**
  * What GET finds at `path` (null: nothing is asked), again every `everyMs` while the page is visible, and at once when
  * the service comes back. Returns {data, error, loading, reload}; data stays while a later request fails.
@@ -54,17 +56,22 @@ export function useResource(path, everyMs = 0, load = get) {
   useEffect(() => {
     if (!path) return undefined;
     const aborting = new AbortController();
+    let asked = 0, settled = 0, at = 0;
     const ask = async () => {
+      const mine = ++asked;
+      const settle = (next) => mine > settled && !aborting.signal.aborted && ((settled = mine), setState(next)); // no older answer
+      at = performance.now();
       try {
         const data = await load(path, { signal: aborting.signal });
-        setState({ path, data, error: null });
+        settle({ path, data, error: null });
       } catch (error) {
-        if (!aborting.signal.aborted) setState((old) => ({ path, data: old.path === path ? old.data : null, error }));
+        settle((old) => ({ path, data: old.path === path ? old.data : null, error }));
       }
     };
+    const waits = () => asked > settled && performance.now() < at + PATIENCE_MS;
     reloads.current = ask;
     ask();
-    const timer = everyMs ? setInterval(() => document.hidden || !isReachable() || ask(), everyMs) : null;
+    const timer = everyMs ? setInterval(() => document.hidden || !isReachable() || waits() || ask(), everyMs) : null;
     const stop = onReachable((now) => now && ask());
     return () => {
       aborting.abort();

@@ -86,17 +86,19 @@ export function Upload() {
   const depth = useRef(0), files = useRef(null), folder = useRef(null), aborting = useRef(null);
 
   const take = async (getting) => {
-    aborting.current = new AbortController();
+    aborting.current?.abort();
+    const { signal } = (aborting.current = new AbortController());
+    const show = (next) => signal.aborted || setState(next); // cancelled, or something newer was brought
     let file = null, pictures = null;
-    setState({ busy: "Reading", share: 0 });
+    show({ busy: "Reading", share: 0 });
     try {
       file = await getting();
       pictures = await picturesOf(file);
-      setState({ busy: `Sending ${file.name}`, share: 0 });
-      const onProgress = (share) => setState({ busy: share < 1 ? `Sending ${file.name}` : `Looking at ${file.name}`, share });
-      await send(file, pictures, onProgress, aborting.current.signal);
+      show({ busy: `Sending ${file.name}`, share: 0 });
+      const onProgress = (share) => show({ busy: share < 1 ? `Sending ${file.name}` : `Looking at ${file.name}`, share });
+      await send(file, pictures, onProgress, signal);
     } catch (error) {
-      setState(error.name === "AbortError" ? {} : { error: { details: [], ...error, message: error.message }, file, pictures });
+      show({ error: { details: [], ...error, message: error.message }, file, pictures });
     }
   };
   const drop = (event) => {
@@ -119,7 +121,7 @@ export function Upload() {
       onDragOver=${(event) => event.preventDefault()} onDrop=${drop}>
     ${state.busy ? html`<div class="sending"><${Busy} label=${state.busy} />
         <progress value=${state.share} max="1" aria-label="Sent"></progress>
-        <button class="plain" onClick=${() => aborting.current.abort()}>Cancel</button></div>`
+        <button class="plain" onClick=${() => (aborting.current.abort(), setState({}))}>Cancel</button></div>`
       : html`<div class="invite">
         <span class="stack" aria-hidden="true"><i></i><i></i><i></i></span>
         <h2 id="drop-title">Drop your images here</h2>

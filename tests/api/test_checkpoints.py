@@ -113,7 +113,7 @@ def test_a_published_checkpoint_answers_with_the_logits_of_the_weights_that_were
     assert f"the checkpoint of epoch 3 of {job['id']}" in page
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_last_checkpoint_of_a_search_gives_the_version_again(service: Service, upload: bytes) -> None:
     spec = {"epochs": 2, "checkpoints": 1, "search": {"trials": 2, "folds": 2, "preview": False}}
     job = service.finished(service.finetune(upload, "kept-searched", json.dumps(spec)).json()["id"])
@@ -198,7 +198,7 @@ def test_a_checkpoint_without_its_images_or_its_base_is_not_published(
     assert error_of(publish(service, based["id"], 1)) == (404, "unknown_checkpoint", "epoch")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_checkpoints_of_a_model_go_with_it_and_stay_away_from_the_next_of_its_name(
     service: Service, upload: bytes
 ) -> None:

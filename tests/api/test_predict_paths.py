@@ -444,7 +444,7 @@ def test_a_head_without_end_is_cut_off(service: Service) -> None:
             client.sendall(b"a" * (64 << 20))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_large_bodies_that_nobody_finishes_are_bounded(service: Service, images: np.ndarray) -> None:
     address = ("127.0.0.1", int(service.url.rpartition(":")[2]))
     head = b"POST /predict?model=lenet5 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"

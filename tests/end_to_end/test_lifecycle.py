@@ -216,7 +216,7 @@ def test_a_killed_gateway_comes_back_and_jobs_go_on(own: Service, digits_zip: by
     assert answer.status_code in (200, 503)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_that_is_told_to_stop_puts_its_job_back(own: Service, digits_zip: bytes) -> None:
     job_id = begun(own, digits_zip, "later")
     (pid,) = own.children("trainer")

@@ -99,7 +99,7 @@ def predicted(service: Service) -> float:
     return sum(float(line.split()[-1]) for line in mine)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_workers_share_the_rate_and_their_samples_are_judged_together(service: Service, tmp_path: Path) -> None:
     command = ["load", "mixed", "--url", service.url, "--workers", "2", "--rate", "60", "--duration-s", "6"]
     done = started(tmp_path, *command, "--finetuners", "0", "--accuracy", "0.8")

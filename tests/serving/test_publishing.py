@@ -325,7 +325,7 @@ def test_parity_is_relative_to_the_scale_of_the_logits(scale: float, accepted: b
         prove(Server(), "m", 1, Probe(PIXELS, known))  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_frozen_server_holds_up_neither_other_servers_nor_other_processes(press: Press) -> None:
     port = free_port()
     with running_model_server(port) as process, ModelServer(f"127.0.0.1:{port}") as frozen:

@@ -98,8 +98,8 @@ os.execv({python!r}, [{python!r}, "-m", "serving", "--address", address, "--rest
 """
 
 
-@pytest.mark.parametrize("how", ["auto", pytest.param("path", marks=pytest.mark.exhaustive)])
-@pytest.mark.slow
+@pytest.mark.parametrize("how", ["auto", "path"])
+@pytest.mark.exhaustive
 def test_a_tensorflow_serving_that_is_installed_is_supervised(
     tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

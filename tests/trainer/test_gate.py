@@ -262,7 +262,7 @@ def test_more_data_is_compared_without_the_images_that_stable_was_trained_on(
     assert f"of {len(new.images) - left_out} held-out images" in condition(job, "not_worse")["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_networks_are_asked_for_some_of_many_images(
     place: Place, digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +285,7 @@ def test_what_stables_base_was_trained_on_is_left_out(place: Place, digits: tupl
     assert "100 are left out because one of them has learned them" in condition(job, "not_worse")["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_its_own_base_was_trained_on_is_left_out_too(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     ran(place)
     uploaded(place, digits[0][100:200], digits[1][100:200])
@@ -309,7 +309,7 @@ def test_what_the_base_has_held_out_is_not_what_it_has_learned(
     assert "80 are left out because one of them has learned them" in condition(job, "not_worse")["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_image_and_its_near_copies_count_once(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     images = digits[0][:60]
     uploaded(place, np.concatenate([images, images, images - (images > 200)]), np.tile(digits[1][:60], 3))
@@ -317,7 +317,7 @@ def test_an_image_and_its_near_copies_count_once(place: Place, digits: tuple[np.
     assert "of 60 held-out images" in condition(ran(place), "not_worse")["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_near_copies_are_the_same_picture_to_versions_with_folds(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -330,7 +330,7 @@ def test_near_copies_are_the_same_picture_to_versions_with_folds(
     assert " of 100 held-out images" in condition(job, "not_worse")["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_near_copies_of_what_stable_was_trained_on_are_left_out(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -342,7 +342,7 @@ def test_near_copies_of_what_stable_was_trained_on_are_left_out(
     assert f"of {len(old.images)} held-out images" in condition(job, "not_worse")["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_images_with_shifted_labels_do_not_take_stable(
     place: Place, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -397,7 +397,7 @@ def test_corrected_labels_take_stable_with_a_doubt_and_spoilt_ones_do_not(
     assert not gate_of(ran(place))["passed"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("by", ["the base", "the upload"])
 def test_having_learned_the_images_of_stable_does_not_excuse_wrong_labels(
     place: Place, digits: tuple[np.ndarray, np.ndarray], by: str
@@ -456,7 +456,7 @@ def test_a_version_of_dark_images_does_not_take_stable_from_one_of_light_ones(
     assert card.validation.accuracy > 0.7
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_classes_do_not_take_the_label_by_themselves(place: Place, digits: tuple[np.ndarray, np.ndarray]) -> None:
     ran(place)
     few = digits[1][:200] < 5

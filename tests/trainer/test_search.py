@@ -467,7 +467,7 @@ def test_a_calibrated_version_names_the_same_classes_with_honest_probabilities(p
     np.testing.assert_array_equal(after["dense2/kernel"], before["dense2/kernel"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_variants_that_would_take_the_time_of_the_training_are_left_out(
     problem: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -559,7 +559,7 @@ def test_a_cheap_recipe_does_not_win_because_the_best_one_had_no_time(
     assert {len(trial.scores) for trial in found.trials} == {1}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_epochs_that_overfit_are_taken_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"method": "full", "checkpoints": 1, "search": {"trials": 4, "folds": 3, "preview": False}}
     monkeypatch.setattr("trainer.search.OVERFITTED", -math.inf)  # as if any figures showed that, equal ones too

@@ -207,20 +207,67 @@ def explained(falls: float | None) -> dict[str, Any]:
 def test_the_slider_shows_when_each_version_falls(browser: "Browser", studio: Gateway) -> None:
     """The page's part of it: the answers of /explain are made up, as the studio's versions are copies of each other."""
     with opened(browser, f"{studio.url}/#/draw?on=digits:1,digits:2") as page:
-        for version, falls in ((1, 0.125), (2, None)):
+        for version, falls in ((1, 0.1), (2, None)):  # between two points of the path
             body = json.dumps(explained(falls))
             page.route(f"**/explain?*version={version}&*", lambda route, _, body=body: route.fulfill(body=body))
         draw(page)
-        page.get_by_text("Falls at ε = 0.125").wait_for()
+        page.get_by_text("Falls at ε = 0.100").wait_for()
         page.get_by_text("up to ε = 0.500").wait_for()
         page.get_by_text("The training images are not kept.").first.wait_for()
         slider = page.get_by_label("Worst-case change of each pixel")
-        for epsilon, labels in (("0.1", ["7", "7"]), ("0.2", ["1", "7"]), ("0.5", ["1", "7"])):
+        for epsilon, labels in (("0.095", ["7", "7"]), ("0.1", ["1", "7"]), ("0.2", ["1", "7"]), ("0.5", ["1", "7"])):
             slider.fill(epsilon)
             assert page.locator(".why .now b").all_inner_texts() == labels, epsilon
         assert page.locator(".why.fallen").count() == 1
         assert "digits version 1 says 1" in (slider.get_attribute("aria-valuetext") or "")
         assert page.locator(".fall").count() == 1
+
+
+def test_a_picture_that_got_no_answer_does_not_get_that_of_an_earlier_one(browser: "Browser", studio: Gateway) -> None:
+    with opened(browser, f"{studio.url}/#/draw?on=digits@stable", expected=("status of 503",)) as page:
+        draw(page)
+        answer(page, "7")
+        page.locator(".correct button").wait_for()
+        error = {"error": {"code": "model_server_unavailable", "message": "no server answers"}}
+        page.route("**/predict?*", lambda route: route.fulfill(status=503, body=json.dumps(error)))
+        draw(page, [(0.2, 0.2), (0.2, 0.8)])
+        page.get_by_text("No server answers").wait_for()
+        assert page.locator(".bars .best").count() == 0
+        assert page.get_by_role("button", name="Wrong answer?").count() == 0
+        assert page.get_by_role("status").filter(has_text="says").count() == 0
+
+
+def test_a_correction_is_noted_under_its_own_picture_only(browser: "Browser", studio: Gateway) -> None:
+    held: list[Route] = []
+    with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
+        page.route("**/feedback", held.append)
+        page.route("**/feedback?*", lambda route: route.fulfill(body=json.dumps({"data": [], "has_more": False})))
+        draw(page)
+        page.get_by_role("button", name="Wrong answer?").click()
+        with page.expect_request("**/feedback"):
+            page.get_by_role("group", name="What is it really?").get_by_role("button", name="1", exact=True).click()
+        draw(page, [(0.2, 0.2), (0.2, 0.8)])
+        with page.expect_response("**/feedback?*"):
+            eventually(lambda: bool(held), "the correction is sent")
+            held[0].fulfill(body=json.dumps({"id": "correction"}))
+        page.get_by_role("button", name="Wrong answer?").wait_for()
+        assert page.get_by_text("Noted:").count() == 0
+
+
+def test_the_keyboards_pen_goes_on_after_the_pad_was_cleared(browser: "Browser", studio: Gateway) -> None:
+    with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
+        pad = page.locator(".pad canvas")
+        for way in ("Clear", "Undo"):
+            pad.focus()
+            page.keyboard.press("Space")
+            for _ in range(12):
+                page.keyboard.press("ArrowDown")
+            answer(page, "")
+            page.get_by_role("button", name=way).click()
+            assert page.locator(".pen.down").count() == 0
+            pad.focus()
+            page.keyboard.press("ArrowUp")  # which draws nothing
+            page.get_by_text("Draw a digit").wait_for()
 
 
 @pytest.mark.slow

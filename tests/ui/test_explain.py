@@ -81,6 +81,6 @@ def test_a_correction_is_one_click_from_a_fine_tune(browser: "Browser", models: 
         page.goto(f"{models.url}/#/models/undefended")
         corrections = page.get_by_role("region", name="Corrections")
         corrections.get_by_role("button", name="Fine-tune with 1 correction").wait_for()
-        corrections.get_by_role("button", name="Remove the correction to").click()
+        corrections.get_by_role("button", name="Remove correction 1").click()
         corrections.wait_for(state="detached")
     assert models.api.get("/feedback", params={"model": "undefended"}).json()["data"] == []

@@ -168,6 +168,8 @@ def test_a_deletion_asks_first(model: "Page", tuned: Service, digits_zip: bytes)
 
 def test_two_versions_are_compared(model: "Page", tuned: Service) -> None:
     row(model, 1).get_by_label("Compare").check()
+    asked: list[str] = []
+    model.on("request", lambda request: asked.append(f"{request.method} {request.url.rpartition('/')[2]}"))
     row(model, 3).get_by_label("Compare").check()
     compare = model.locator(".compare")
     compare.get_by_role("heading", name="Version 1 and version 3").wait_for()
@@ -177,6 +179,9 @@ def test_two_versions_are_compared(model: "Page", tuned: Service) -> None:
     assert "intervals" in accuracy.inner_text()
     assert compare.locator(".matrix").count() == 3
     compare.locator(".disagree p.quiet", has_text="that their report cards show").wait_for()
+    polls = asked.count(f"GET {MODEL}")
+    eventually(lambda: model.evaluate("1") and asked.count(f"GET {MODEL}") >= polls + 2, "it is asked for again")
+    assert (asked.count("GET report"), sum("predict" in one for one in asked)) == (2, 2)  # and not with every poll
     compare.get_by_role("link", name="Close").click()
     compare.wait_for(state="detached")
 

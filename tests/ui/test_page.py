@@ -16,7 +16,7 @@ from tests.conftest import Service
 from tests.ui.conftest import UI, Gateway, answer, draw, opened
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 VIEWS = {
     "draw": ".pad",
@@ -235,14 +235,32 @@ def test_a_key_sees_only_what_it_may_do(browser: "Browser", guarded: Gateway) ->
     }
 
 
+def test_a_view_that_loads_late_does_not_take_the_place_of_the_one_that_was_asked_for_then(
+    browser: "Browser", service: Service
+) -> None:
+    held: list[Route] = []
+    with opened(browser, service.url) as page:
+        page.route("**/ui/models.js", held.append)
+        page.get_by_role("link", name="Models").click()
+        page.get_by_text("Loading…").wait_for()
+        page.get_by_role("link", name="Now").click()
+        page.get_by_role("heading", name="Fine-tunes").wait_for()
+        with page.expect_response("**/ui/models.js"):
+            held[0].continue_()
+        page.evaluate("import('/ui/models.js')")  # which comes after it
+        assert page.get_by_role("heading", name="Fine-tunes").count() == 1
+
+
 @pytest.mark.slow
 def test_a_key_that_is_revoked_leads_back_to_the_sign_in(browser: "Browser", guarded: Gateway) -> None:
     key, token = guarded.keys.create("short-lived", scopes=["predict"])
     with opened(browser, guarded.url, expected=("401",)) as page:
         sign_in(page, token)
         page.locator(".pad").wait_for()
+        page.evaluate("window.left = true")
         guarded.keys.revoke(key.id)
         page.get_by_label("API key").wait_for()
+        assert not page.evaluate("window.left")  # nothing of this tenant is left for the next one
 
 
 def sign_in(page: "Page", token: str) -> None:
