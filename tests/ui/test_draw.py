@@ -240,7 +240,7 @@ def test_a_picture_that_got_no_answer_does_not_get_that_of_an_earlier_one(browse
 def test_a_correction_is_noted_under_its_own_picture_only(browser: "Browser", studio: Gateway) -> None:
     held: list[Route] = []
     with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
-        page.route("**/feedback", held.append)
+        page.route("**/feedback", lambda route: held.append(route))
         page.route("**/feedback?*", lambda route: route.fulfill(body=json.dumps({"data": [], "has_more": False})))
         draw(page)
         page.get_by_role("button", name="Wrong answer?").click()

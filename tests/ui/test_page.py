@@ -240,7 +240,7 @@ def test_a_view_that_loads_late_does_not_take_the_place_of_the_one_that_was_aske
 ) -> None:
     held: list[Route] = []
     with opened(browser, service.url) as page:
-        page.route("**/ui/models.js", held.append)
+        page.route("**/ui/models.js", lambda route: held.append(route))
         page.get_by_role("link", name="Models").click()
         page.get_by_text("Loading…").wait_for()
         page.get_by_role("link", name="Now").click()
