@@ -49,14 +49,19 @@ def keys() -> None:
 @click.option("--name", required=True, help="What the key is for.")
 @click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose models and jobs it sees.")
 @click.option(
-    "--scope", default="predict", show_default=True, help=f"What it may do: {', '.join(SCOPES)}, with commas."
+    "--scope",
+    "scopes",
+    default=["predict"],
+    show_default=True,
+    multiple=True,
+    help=f"What it may do: {', '.join(SCOPES)}. With commas, or several times.",
 )
 @click.option("--rate", type=float, help="Most predict requests a second.  [default: TEMPER_MAX_RATE]")
 @as_json
-def create(name: str, tenant: str, scope: str, rate: float | None, as_json: bool) -> None:
+def create(name: str, tenant: str, scopes: tuple[str, ...], rate: float | None, as_json: bool) -> None:
     """Create a key and print it, once."""
     with _keys() as stored:
-        key, token = stored.create(name, tenant, [part.strip() for part in scope.split(",")], rate)
+        key, token = stored.create(name, tenant, [part.strip() for part in ",".join(scopes).split(",")], rate)
     if as_json:
         print_json({**_shown(key), "key": token})
         return

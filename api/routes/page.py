@@ -25,8 +25,8 @@ API = Path(__file__).parent.parent
 UI, INDEX, STYLES = API / "ui", "index.html", "page.css"
 VENDOR = UI / "vendor"  # as it came from its authors
 SHEETS = [API / "report/templates/report.css", UI / "style.css", UI / "views.css", VENDOR / "uplot.css"]  # `STYLES`
-BLOCK = re.compile(rb"^[ \t]*/\*.*?\*/", re.MULTILINE | re.DOTALL)  # a comment that begins a line
-LINE = re.compile(rb"^[ \t]*//.*|^[ \t]+|(?<=[;{}(),]) // .*", re.MULTILINE)  # one to a line's end, or indentation
+BLOCK = re.compile(rb"^[ \t]*/\*.*?\*/\n?", re.MULTILINE | re.DOTALL)  # a comment that begins a line
+LINE = re.compile(rb"^[ \t]*//.*\n|^\s+|(?<=[;{}(),]) // .*", re.MULTILINE)  # one to a line's end, or what is empty
 SPACE = re.compile(rb"\s*([{};,>])\s*|(?<=:)\s+")  # that a style sheet does not need
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -57,11 +57,11 @@ def _file(name: str, plain: bytes) -> File:
 
 
 def _lean(path: Path) -> bytes:
-    """A file of ours without comments and indentation, a tenth of what travels; a script's lines keep their numbers."""
+    """A file of ours without comments, indentation and empty lines, a tenth of what travels."""
     text = path.read_bytes()
     if path.is_relative_to(VENDOR):
         return text
-    text = LINE.sub(b"", BLOCK.sub(lambda comment: b"\n" * comment[0].count(b"\n"), text))
+    text = LINE.sub(b"", BLOCK.sub(b"", text))
     return SPACE.sub(lambda found: found[1] or b"", text) if path.suffix == ".css" else text
 
 

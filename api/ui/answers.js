@@ -5,6 +5,7 @@ import { Bars, Notice, html, percent, useEffect, useLayoutEffect, useReachable, 
 import { seen } from "./strokes.js";
 
 export const MOST = 4;
+const AGAIN_MS = 2000; // after which a picture is sent again that the service could not answer
 const GAP_MS = 40; // times the number of targets: between two requests for one of them while the pen moves
 
 /** A target is "model@label" or "model:version". */
@@ -62,6 +63,7 @@ export function useAnswers(picture, targets, models) {
 
   const answer = async (target, asked, from = asked.at) => {
     const found = await answerTo(target, asked, models, from);
+    if (found.error?.status >= 500) setTimeout(() => current.current === asked && answer(target, asked, performance.now()), AGAIN_MS);
     if (fresh.current.push([target, found]) === 1) requestAnimationFrame(show); // all that come before it at once
   };
   const show = () => {

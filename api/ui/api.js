@@ -165,7 +165,7 @@ async function* events(body) {
 /** What the key may do, or what everybody may (null): the answer of GET /key. The key is kept only if it is valid. */
 export async function signIn(candidate) {
   const before = key;
-  key = candidate?.trim() || null;
+  key = candidate?.replace(/[^!-~]/g, "") || null; // what a header cannot carry was not meant
   try {
     return await get("/key");
   } catch (failure) {

@@ -64,6 +64,7 @@ function SignIn({ onSession }) {
   };
   return html`<form class="signin" onSubmit=${submit}>
     <h1>Sign in</h1>
+    ${location.hash.endsWith(REFUSED) && html`<${Notice} kind="poor">Your key is not valid any more.<//>`}
     <p class="quiet">This service asks for an API key. It stays in this tab’s memory and is gone when you close or reload it.</p>
     <label>API key
       <input name="key" type="password" autocomplete="off" spellcheck="false" placeholder="tmp_…" required
@@ -90,7 +91,13 @@ function Header({ session, current, onSignOut }) {
   </header>`;
 }
 
-const leave = () => (signOut(), location.reload());
+/** Forget everything of a key, the address too. */
+function leave(why = "") {
+  signOut();
+  history.replaceState(null, "", `/#/${why}`);
+  location.reload();
+}
+const REFUSED = "refused";
 
 function App() {
   const [session, setSession] = useState(null);
@@ -101,7 +108,7 @@ function App() {
 
   const ask = () => signIn(null).then((found) => (setSession(found), setProblem(null)), setProblem);
   // A key that is refused from now on: the next one may be another tenant's, for whom nothing may be left over.
-  useEffect(() => onRefused((error) => (signedIn.current ? leave() : setProblem(error))), []);
+  useEffect(() => onRefused((error) => (signedIn.current ? leave(REFUSED) : setProblem(error))), []);
   useEffect(() => void (reachable && !session && ask()), [reachable]);
 
   const first = session && Object.keys(VIEWS).find((each) => may(session, VIEWS[each]));
@@ -113,7 +120,7 @@ function App() {
 
   return html`<${Session.Provider} value=${session ?? { scopes: [] }}>
     <a class="skip" href="#main" onClick=${(event) => (event.preventDefault(), document.getElementById("main").focus())}>Skip to content</a>
-    <${Header} session=${session} current=${current} onSignOut=${leave} />
+    <${Header} session=${session} current=${current} onSignOut=${() => leave()} />
     ${!reachable && html`<p class="lost" role="alert">The service does not answer. This page goes on by itself when it is back.</p>`}
     <main id="main" tabindex="-1">${content}</main>
   <//>`;

@@ -117,7 +117,8 @@ export function Compare({ model, versions: chosen }) {
   const reports = versions.map((one) => one.report), heading = useRef(null);
   useEffect(() => heading.current.scrollIntoView({ block: "start", behavior: "smooth" }), []);
   const matrices = reports.map((report) => report.validation?.confusion_matrix);
-  const comparable = matrices[0] && matrices[1] && a.classes.join() === b.classes.join();
+  const sizes = (matrix) => matrix.map((row) => row.reduce((sum, one) => sum + one, 0)).join();
+  const comparable = matrices[0] && matrices[1] && a.classes.join() === b.classes.join() && sizes(matrices[0]) === sizes(matrices[1]);
   const sameImages = a.manifest.dataset?.id && a.manifest.dataset.id === b.manifest.dataset?.id;
   return html`<section class="compare" aria-labelledby="compare-title"><header>
     <h2 id="compare-title" ref=${heading}>Version ${a.version} and version ${b.version}</h2>

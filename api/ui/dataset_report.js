@@ -27,8 +27,9 @@ function Classes({ classes, pictures }) {
   const samples = useMemo(() => {
     const found = new Map();
     for (const name of pictures?.names ?? []) {
-      const some = found.get(pictures.classOf(name)) ?? [];
-      if (some.length < STRIP) found.set(pictures.classOf(name), [...some, name]);
+      const folders = [pictures.classOf(name), ...String(name).split("/")]; // a class may have folders of its own
+      const its = folders.find((each) => Object.hasOwn(classes, each)), some = found.get(its) ?? [];
+      if (some.length < STRIP) found.set(its, [...some, name]);
     }
     return found;
   }, [pictures]);

@@ -31,7 +31,11 @@ function useTargets(query, models) {
     setChosen(unique);
     history.replaceState(null, "", `#/draw?on=${unique.join(",")}`);
   };
-  return [valid.length ? valid : usual(models, query.get("model")), choose];
+  const model = query.get("model"), own = useRef({}); // what was taken without being told stays, whatever comes
+  if (own.current.model !== model || !own.current.targets.length || !own.current.targets.every((each) => exists(models, each))) {
+    own.current = { model, targets: usual(models, model) };
+  }
+  return [valid.length ? valid : own.current.targets, choose];
 }
 
 /** Take images that are dropped or pasted anywhere on the page. */
@@ -81,7 +85,7 @@ export default function Draw({ query }) {
     setProblem(null);
     setPicture((old) => (old?.url && URL.revokeObjectURL(old.url), next));
   };
-  const bring = (file) => file
+  const bring = (file) => /^image\/(png|jpeg|webp|bmp)$/.test(file?.type)
     ? show({ file, url: URL.createObjectURL(file), final: true, at: performance.now() })
     : setProblem("That is not an image. PNG, JPEG, WebP and BMP work.");
   const over = useBrought(bring);
@@ -128,5 +132,5 @@ export default function Draw({ query }) {
       <p class="sr-only" role="status">${picture?.final ? spoken.join(", ") : ""}</p>
     </section>
   </div>
-  <${Explain} picture=${picture} targets=${targets} models=${models} />`;
+  <${Explain} picture=${picture} targets=${targets} models=${models} hold=${targets.some((each) => answers[each]?.error?.status >= 500)} />`;
 }

@@ -13,9 +13,9 @@ const reasonOf = (error) => {
 };
 
 /** The explanation of each target: {explanation, label, reason}, and the picture. */
-function useExplanations(picture, targets, models) {
+function useExplanations(picture, targets, models, hold) {
   const [found, setFound] = useState({ picture: null });
-  const reachable = useReachable();
+  const reachable = useReachable() && !hold;
   useEffect(() => {
     if (!picture?.final || !models.length || !reachable) return undefined;
     const aborting = new AbortController();
@@ -66,7 +66,7 @@ function Why({ target, found, epsilon }) {
       ${explanation.nearest?.length > 0 && html`<figure class="nearest"><ul>${explanation.nearest.slice(0, 5).map((each) => html`
         <li><${Pixels} image=${each.image} size=${48} alt="Labelled ${each.label}" /><span>${each.label}</span></li>`)}</ul>
         <figcaption>The most similar images that it learned from</figcaption></figure>`}
-      ${explanation.nearest_reason && html`<p class="quiet">${explanation.nearest_reason}</p>`}
+      ${explanation.nearest_reason && html`<p class="quiet">No similar images: ${explanation.nearest_reason}</p>`}
     </div>
   </article>`;
 }
@@ -82,8 +82,9 @@ function Slider({ epsilon, limit, falls, onChange, described }) {
   </div>`;
 }
 
-export function Explain({ picture, targets, models }) {
-  const found = useExplanations(picture, targets, models);
+/** `hold`: the service cannot answer at the moment. */
+export function Explain({ picture, targets, models, hold }) {
+  const found = useExplanations(picture, targets, models, hold);
   const [epsilon, setEpsilon] = useState(0);
   useEffect(() => setEpsilon(0), [picture]);
   const explained = useMemo(() => targets.filter((target) => found.of?.[target]?.explanation), [found, targets.join()]);

@@ -114,7 +114,7 @@ function Start({ draft, plan, error }) {
     }
   };
   const field = (name) => ({
-    value: draft[name], onInput: (event) => change({ [name]: event.target.value }),
+    value: draft[name], onInput: (event) => (setState({}), change({ [name]: event.target.value })),
     "aria-invalid": Boolean(reasons[name]), "aria-describedby": `start-${name}`,
   });
   const exists = models.includes(draft.model), general = state.error ?? (error && !error.param?.match(/^(spec|model|label)/) && error);

@@ -36,7 +36,7 @@ export function JobList() {
   </section>`;
 }
 
-const NOTHING = { runs: [], trials: [], best: null, resolved: null, preview: null, seq: 0 };
+const NOTHING = { runs: [], trials: [], best: null, resolved: null, preview: null, stage: null, seq: 0 };
 
 /** What is known after one more event. `runs` are trainings, of a fold or the final one, each with its epochs. */
 function after(state, { seq, type, data }) {
@@ -45,6 +45,7 @@ function after(state, { seq, type, data }) {
   if (type === "epoch") next.runs = withEpoch(state.runs, data);
   if (type === "trial") [next.trials, next.best] = [[...state.trials, data], data.best];
   if (type === "resolved") next.resolved = data.spec;
+  if (type === "status" && data.stage) next.stage = data.stage;
   if (type === "preview") next.preview = data.version;
   return next;
 }
@@ -104,7 +105,8 @@ function useNow(isRunning) {
 function Stages({ job, events }) {
   const isSkipped = { searching: !job.spec.search, previewing: !events.preview && job.stage !== "previewing" };
   const needed = STAGES.filter((stage) => !isSkipped[stage]);
-  const at = needed.indexOf(job.stage === "warming" ? "publishing" : job.stage);
+  const stage = job.stage ?? events.stage; // the last one, of a job that is paused or over
+  const at = needed.indexOf(stage === "warming" ? "publishing" : stage);
   const done = (index) => job.status === "succeeded" || (at >= 0 && index < at);
   return html`<ol class="stages" aria-label="Stages">${needed.map((stage, index) => html`<li key=${stage}
     class=${done(index) ? "done" : index === at ? "now" : ""} aria-current=${index === at ? "step" : null}>${stage}
@@ -134,7 +136,7 @@ function Actions({ job, onDone }) {
       disabled=${state.busy === action || pending(action)}
         onClick=${() => (action === "cancel" ? setState({ asks: true }) : act(action))}>
       ${words[action][pending(action) ? 1 : 0]}</button>`)}
-    ${state.asks && html`<${Confirm} title="Cancel this fine-tune?" action="Cancel it"
+    ${state.asks && html`<${Confirm} title="Cancel this fine-tune?" action="Cancel the fine-tune" keep="Let it go on"
       onConfirm=${() => act("cancel")} onClose=${() => setState((old) => ({ ...old, asks: false }))}>
       <p>What it has learned so far is thrown away. To go on later, pause it instead.</p><//>`}
     ${state.error && html`<${Notice} kind="bad" title="That did not work." error=${state.error} />`}
@@ -149,10 +151,10 @@ function Failure({ job }) {
 
 export function Job({ id }) {
   const { job, events, error, reload } = useJob(id);
-  const isOpen = job && !FINISHED.includes(job.status), now = useNow(isOpen), mayPredict = useMay("predict");
+  const isOpen = job && !FINISHED.includes(job.status), now = useNow(job?.status === "running"), mayPredict = useMay("predict");
   if (!job) return error ? html`<${Notice} kind="bad" title="There is nothing to show."
     error=${error} />` : html`<${Busy} />`;
-  const spent = job.started_at && (job.finished_at ?? now) - job.started_at;
+  const spent = job.started_at && job.status !== "paused" && (job.finished_at ?? now) - job.started_at;
   const left = isOpen && job.estimated_end_at && job.estimated_end_at - now;
   const preview = events.preview ?? job.preview_version;
   return html`<article class="job">
@@ -162,7 +164,7 @@ export function Job({ id }) {
         <p class="jobline" role="status"><${Status} status=${job.status} /><span class="quiet">${wordsOf(job)}</span>
           </p></div>
       <div class="clock"><b>${spent ? duration(Math.max(0, spent)) : "–"}</b><span class="quiet">
-        ${left > 0 ? `about ${duration(left)} to go` : isOpen ? "so far" : "in all"}</span></div>
+        ${left >= 1 ? `about ${duration(left)} to go` : isOpen ? "so far" : "in all"}</span></div>
     </header>
     ${job.status !== "succeeded" && html`<${Stages} job=${job} events=${events} />`}
     ${isOpen && html`<${Actions} job=${job} onDone=${reload} />`}

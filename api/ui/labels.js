@@ -42,7 +42,7 @@ export function LabelChip({ label, version, versions, weight, onTarget, onMove }
     if (!state.far) return;
     setOffset([x, y]);
     state.over = versionAt(event.clientX, event.clientY);
-    if (state.over !== target) aim(state.over);
+    aim(state.over);
   };
   const press = (event) => {
     const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];

@@ -1,8 +1,7 @@
 // Now: what the service does at this moment, for those who keep an eye on it.
 
 import { text } from "./api.js";
-import { Jobs } from "./feed.js";
-import { hits, quantile, rate, reading } from "./metrics.js";
+import { Jobs, hits, quantile, rate, reading } from "./activity.js";
 import { Busy, Notice, count, duration, html, percent, plural, useEffect, useMay, useResource, useState } from "./parts.js";
 
 const EVERY_MS = 1000;

@@ -107,7 +107,7 @@ export function loadPlot() {
 
 /** A message: kind "note", "poor" (a warning) or "bad" (an error). Errors and warnings are announced. */
 export function Notice({ kind = "note", title, error, children }) {
-  const details = error?.details ?? [];
+  const details = (error?.details ?? []).filter(({ reason }) => !error.message.endsWith(reason)); // which was said
   return html`<aside class="notice ${kind}" role=${kind === "note" ? "status" : "alert"}>
     ${title && html`<strong>${title} </strong>`}
     ${error && html`<span>${sentence(error.message)}</span>`}
@@ -155,7 +155,7 @@ export function Pixels({ image, alt, size = 84, className = "" }) {
 
 /** A dialog that asks before something is done that cannot be undone. The element is the browser's, so Escape and the
  * focus work by themselves. */
-export function Confirm({ title, action = "Delete", danger = true, onConfirm, onClose, children }) {
+export function Confirm({ title, action = "Delete", keep = "Cancel", danger = true, onConfirm, onClose, children }) {
   const dialog = useRef(null);
   useLayoutEffect(() => dialog.current.showModal(), []);
   const submit = (event) => { // what is confirmed may take the dialog away, and with it a form under way
@@ -168,7 +168,7 @@ export function Confirm({ title, action = "Delete", danger = true, onConfirm, on
       <h2 id="confirm-title">${title}</h2>
       ${children}
       <p class="actions">
-        <button type="button" class="plain" onClick=${() => dialog.current.close()}>Cancel</button>
+        <button type="button" class="plain" onClick=${() => dialog.current.close()}>${keep}</button>
         <button class=${danger ? "danger" : "primary"}>${action}</button>
       </p>
     </form>

@@ -64,7 +64,7 @@ async function send(file, pictures, onProgress, signal) {
 
 function Refusal({ error, pictures, onWithout }) {
   const { details } = error, bad = new Set(details.map((each) => each.file));
-  const rest = pictures?.entries?.filter((entry) => !bad.has(entry.name));
+  const rest = pictures?.entries?.filter(({ name }) => !bad.has(name) && !isIgnored(name));
   const areFiles = details.every((each) => each.file);
   const canLeaveOut = rest?.length > 0 && details.length > 0 && details.every((each) => each.file && !each.file.endsWith("/"));
   return html`<div class="notice bad refusal" role="alert">

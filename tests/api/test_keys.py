@@ -651,6 +651,8 @@ def test_the_command_makes_lists_and_revokes_keys(tmp_path: Path) -> None:
     assert token not in shown
     assert run("revoke", key_id).returncode == 0
     assert run("revoke", "key-none").stderr == "Error: there is no key 'key-none'\n"
+    both = run("create", "--name", "both", "--scope", "finetune", "--scope", "predict")
+    assert "with predict, finetune" in both.stderr
     assert run("create", "--name", "x", "--scope", "root").stderr.startswith("Error: scope: must be some of predict")
 
 

@@ -235,6 +235,29 @@ def test_a_picture_that_got_no_answer_does_not_get_that_of_an_earlier_one(browse
         assert page.locator(".bars .best").count() == 0
         assert page.get_by_role("button", name="Wrong answer?").count() == 0
         assert page.get_by_role("status").filter(has_text="says").count() == 0
+        page.unroute("**/predict?*")
+        page.locator(".bars .best").wait_for()  # it asks again by itself
+
+
+def test_the_version_that_answers_stays_when_another_model_appears(browser: "Browser", studio: Gateway) -> None:
+    def more(route: Route) -> None:
+        found = route.fetch().json()
+        found["data"].insert(0, {**found["data"][0], "name": "another"})
+        route.fulfill(body=json.dumps(found))
+
+    with opened(browser, studio.url) as page:
+        draw(page)
+        answer(page, "7")
+        page.route("**/models?*", more)
+        page.locator("optgroup[label='another']").first.wait_for(state="attached")
+        assert page.get_by_label("Version that answers").input_value() == "digits@stable"
+
+
+def test_only_images_are_opened(browser: "Browser", studio: Gateway) -> None:
+    with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
+        file: FilePayload = {"name": "digits.zip", "mimeType": "application/zip", "buffer": b"PK"}
+        page.set_input_files("input[type=file]", file)
+        page.get_by_text("That is not an image.").wait_for()
 
 
 def test_a_correction_is_noted_under_its_own_picture_only(browser: "Browser", studio: Gateway) -> None:

@@ -124,6 +124,12 @@ def test_arrays_are_drawn_without_asking_the_gateway(tuning: "Page", digits: Dig
     eventually(lambda: strips.count() >= 10, "the pictures are drawn")
 
 
+def test_the_images_of_a_class_with_folders_of_its_own_are_shown(tuning: "Page", digits: Digits) -> None:
+    images, labels = digits
+    choose(tuning, "deep.zip", zipped({f"{labels[at]}/some/{at}.png": png(images[at]) for at in range(60)}))
+    eventually(lambda: tuning.locator(".classes .strip img").count() >= 30, "the pictures are shown")
+
+
 def test_a_folder_is_packed_in_the_browser(tuning: "Page", tmp_path: Path, digits: Digits) -> None:
     images, labels = digits
     for at in range(400, 460):

@@ -254,13 +254,16 @@ def test_a_view_that_loads_late_does_not_take_the_place_of_the_one_that_was_aske
 @pytest.mark.slow
 def test_a_key_that_is_revoked_leads_back_to_the_sign_in(browser: "Browser", guarded: Gateway) -> None:
     key, token = guarded.keys.create("short-lived", scopes=["predict"])
-    with opened(browser, guarded.url, expected=("401",)) as page:
+    with opened(browser, guarded.url, expected=("401", "404")) as page:
         sign_in(page, token)
         page.locator(".pad").wait_for()
         page.evaluate("window.left = true")
+        page.goto(f"{guarded.url}/#/models/secret")
         guarded.keys.revoke(key.id)
         page.get_by_label("API key").wait_for()
+        page.get_by_text("Your key is not valid any more.").wait_for()
         assert not page.evaluate("window.left")  # nothing of this tenant is left for the next one
+        assert "secret" not in page.url
 
 
 def sign_in(page: "Page", token: str) -> None:
