@@ -240,7 +240,7 @@ def test_a_picture_that_got_no_answer_does_not_get_that_of_an_earlier_one(browse
 
 
 def test_the_version_that_answers_stays_when_another_model_appears(browser: "Browser", studio: Gateway) -> None:
-    def more(route: Route) -> None:
+    def more(route: "Route") -> None:
         found = route.fetch().json()
         found["data"].insert(0, {**found["data"][0], "name": "another"})
         route.fulfill(body=json.dumps(found))
@@ -261,7 +261,7 @@ def test_only_images_are_opened(browser: "Browser", studio: Gateway) -> None:
 
 
 def test_a_correction_is_noted_under_its_own_picture_only(browser: "Browser", studio: Gateway) -> None:
-    held: list[Route] = []
+    held: list["Route"] = []
     with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
         page.route("**/feedback", lambda route: held.append(route))
         page.route("**/feedback?*", lambda route: route.fulfill(body=json.dumps({"data": [], "has_more": False})))

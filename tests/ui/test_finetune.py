@@ -170,10 +170,10 @@ def test_a_job_pauses_goes_on_and_asks_before_it_is_cancelled(
     status.get_by_text("running").wait_for(timeout=60_000)
     tuning.get_by_role("button", name="Cancel").click()
     dialog = tuning.get_by_role("dialog", name="Cancel this fine-tune?")
-    dialog.get_by_role("button", name="Cancel", exact=True).click()
+    dialog.get_by_role("button", name="Let it go on").click()
     assert service.api.get(f"/finetune/{job}").json()["cancel_requested"] is False
     tuning.get_by_role("button", name="Cancel").click()
-    dialog.get_by_role("button", name="Cancel it").click()
+    dialog.get_by_role("button", name="Cancel the fine-tune").click()
     status.get_by_text("cancelled").wait_for()
     assert service.api.get(f"/finetune/{job}").json()["status"] == "cancelled"
 

