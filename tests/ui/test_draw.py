@@ -261,7 +261,7 @@ def test_only_images_are_opened(browser: "Browser", studio: Gateway) -> None:
 
 
 def test_a_correction_is_noted_under_its_own_picture_only(browser: "Browser", studio: Gateway) -> None:
-    held: list["Route"] = []
+    held: list[Route] = []
     with opened(browser, f"{studio.url}/#/draw?on=digits@stable") as page:
         page.route("**/feedback", lambda route: held.append(route))
         page.route("**/feedback?*", lambda route: route.fulfill(body=json.dumps({"data": [], "has_more": False})))

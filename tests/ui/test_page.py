@@ -237,7 +237,7 @@ def test_a_key_sees_only_what_it_may_do(browser: "Browser", guarded: Gateway) ->
 def test_a_view_that_loads_late_does_not_take_the_place_of_the_one_that_was_asked_for_then(
     browser: "Browser", service: Service
 ) -> None:
-    held: list["Route"] = []
+    held: list[Route] = []
     with opened(browser, service.url) as page:
         page.route("**/ui/models.js", lambda route: held.append(route))
         page.get_by_role("link", name="Models").click()
