@@ -12,14 +12,16 @@ READY := $(VENV)/.installed
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# uv takes a third of pip's time, but does not read pip's settings: where they name another index, pip does it.
+install = $(BIN)/uv pip install --quiet --compile-bytecode --python $(1)/bin/python --require-hashes -r $(2) || \
+	$(1)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $(2)
+
 $(READY): requirements/uv.txt requirements/dev.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Temper needs Python 3.11, 3.12 or 3.13 (set PYTHON=...)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
-	@# uv takes a third of pip's time, but does not read pip's settings: where they name another index, pip does it.
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements/dev.txt || \
-		$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(call install,$(VENV),requirements/dev.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -50,12 +52,12 @@ test-gpu: $(READY) ## Run the trainer's tests and a training benchmark on a GPU
 
 test-art: $(READY) ## Compare the attacks with the Adversarial Robustness Toolbox's, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-art
-	$(VENV)-art/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/art.txt
+	$(call install,$(VENV)-art,requirements/art.txt)
 	$(VENV)-art/bin/python -m pytest tests/trainer/test_art.py
 
 test-onnx: $(READY) ## Convert versions to ONNX and run them, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-onnx
-	$(VENV)-onnx/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/onnx.txt
+	$(call install,$(VENV)-onnx,requirements/onnx.txt)
 	$(VENV)-onnx/bin/python -m pytest tests/trainer/test_convert.py
 
 SECONDS ?= 600
@@ -63,9 +65,9 @@ torture: $(READY) ## Kill and freeze the processes of a service for SECONDS=600,
 	$(BIN)/python -m tests.torture --seconds $(SECONDS)
 
 SECURITY := $(VENV)-security
-$(SECURITY)/.installed: requirements/security.txt
+$(SECURITY)/.installed: requirements/security.txt $(READY)
 	$(PYTHON) -m venv $(SECURITY)
-	$(SECURITY)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	$(call install,$(SECURITY),$<)
 	@touch $@
 
 CASES ?= 1000

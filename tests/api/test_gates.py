@@ -110,7 +110,7 @@ def test_a_gate_for_a_class_that_the_data_lacks_is_refused(service: Service, dig
     assert finetuned(service, digits_zip, "classy", gate={})["status"] == "succeeded"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_list_of_models_has_the_classes_of_stable(service: Service, digits_zip: bytes) -> None:
     finetuned(service, digits_zip, "listed")
     with zipfile.ZipFile(io.BytesIO(digits_zip)) as archive:

@@ -374,7 +374,7 @@ def test_a_file_replaces_a_file_and_nothing_else(service: Service, job: str, tmp
     assert "name a file" in called(service, "download", LONG, "--output", "-", code=2).stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_version_is_downloaded_as_tflite_with_its_classes(
     service: Service, job: str, upload: Path, tmp_path: Path
 ) -> None:

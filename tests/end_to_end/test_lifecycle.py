@@ -87,7 +87,7 @@ def test_a_cancelled_job_ends_within_an_epoch_and_leaves_nothing(own: Service, d
     assert [path for path in (own.home / "staging").iterdir() if not path.name.startswith("uploads-")] == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_paused_job_leaves_its_worker_to_others_and_goes_on_when_it_is_resumed(
     own: Service, digits_zip: bytes
 ) -> None:

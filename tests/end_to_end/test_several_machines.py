@@ -108,10 +108,8 @@ def postgres(tmp_path: Path) -> Iterator[PostgreSQL]:
     server.stop()
 
 
-@pytest.mark.parametrize(
-    ("count", "kills"),
-    [pytest.param(10, 2, marks=pytest.mark.slow), pytest.param(200, 25, marks=pytest.mark.exhaustive)],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("count", "kills"), [(24, 4), (200, 25)])
 def test_every_job_is_done_exactly_once_whatever_is_killed(
     tmp_path: Path, postgres: PostgreSQL, digits: tuple[np.ndarray, np.ndarray], count: int, kills: int
 ) -> None:

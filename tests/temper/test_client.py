@@ -78,7 +78,7 @@ def test_a_finetune_that_is_waited_for_tells_its_progress_and_returns_the_versio
     assert all(earlier != later for earlier, later in itertools.pairwise(states))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_folder_a_zip_bytes_and_arrays_are_the_same_upload(temper: Client, digits: Digits, tmp_path: Path) -> None:
     images, labels = digits[0][:40], digits[1][:40]
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):

@@ -51,7 +51,7 @@ def asked(**given: Any) -> Asked:
     return parse_asked(json.dumps(given))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_that_is_sent_back_as_a_spec_gives_the_same_weights_and_report(place: Place) -> None:
     place.run(job := place.claimed(QUICK))
     done = place.jobs.get(job.id)

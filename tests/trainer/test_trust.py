@@ -93,7 +93,7 @@ def test_a_group_of_several_classes_is_held_out_as_one_and_a_class_of_one_group_
     assert [int(labels[held_out].sum()) for held_out in stratified_folds(labels, 0, 5, groups)] == [2] * 5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_images_with_random_labels_do_not_score_by_their_copies(place: Place, digits: Digits) -> None:
     """Each image five times, with a label that says nothing: what a copy gives away would be 100%."""
     images, rng = np.repeat(digits[0][:40], 5, axis=0), np.random.default_rng(0)
