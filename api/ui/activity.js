@@ -103,6 +103,9 @@ const SAID = {
 };
 const kindOf = ({ type, data }) => (data.error ? "bad" : data.version && type === "status" ? "good" : "");
 
+/** Whether an event of a list is to be shown: of the epochs of a job, only the newest. */
+const isNewest = ({ type, job }, at, all) => type !== "epoch" || all.findIndex((one) => one.type === type && one.job.id === job.id) === at;
+
 /** The newest events of the jobs. Pages, not streams: a browser has six connections for all tabs of a service. */
 function useEvents(jobs) {
   const [events, setEvents] = useState([]);
@@ -119,7 +122,7 @@ function useEvents(jobs) {
     };
     Promise.allSettled(jobs.map(look)).then((found) => { // of a job that failed, the next look asks again
       const fresh = found.flatMap(({ value }) => value ?? []);
-      if (fresh.length) setEvents((old) => [...fresh, ...old].sort((a, b) => b.created_at - a.created_at || b.seq - a.seq).slice(0, SHOWN));
+      if (fresh.length) setEvents((old) => [...fresh, ...old].sort((a, b) => b.created_at - a.created_at || b.seq - a.seq).filter(isNewest).slice(0, SHOWN));
     });
   }, [jobs]);
   return events;

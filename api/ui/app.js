@@ -65,7 +65,7 @@ function SignIn({ onSession }) {
   return html`<form class="signin" onSubmit=${submit}>
     <h1>Sign in</h1>
     ${location.hash.endsWith(REFUSED) && html`<${Notice} kind="poor">Your key is not valid any more.<//>`}
-    <p class="quiet">This service asks for an API key. It stays in this tab’s memory and is gone when you close or reload it.</p>
+    <p class="quiet">This service asks for an API key. It stays in this tab’s memory until you close or reload it.</p>
     <label>API key
       <input name="key" type="password" autocomplete="off" spellcheck="false" placeholder="tmp_…" required
         aria-describedby="signin-error" autofocus />

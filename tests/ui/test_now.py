@@ -50,6 +50,7 @@ def test_events_show_as_they_come(browser: "Browser", service: Service, digits_z
         page.set_default_timeout(120_000)
         page.locator(".feed li", has_text="seen-now").filter(has_text="epoch 2 of 2").wait_for()
         page.locator(".feed li", has_text="seen-now").filter(has_text="version 1 is live").wait_for()
+        assert page.locator(".feed li", has_text="seen-now").filter(has_text="epoch").count() == 1  # the newest
         page.locator(f".feed a[href='#/finetune/{job['id']}']").first.click()
         page.wait_for_url("**/#/finetune/ftjob-*")
         service.completed(job["id"])
