@@ -4,10 +4,9 @@
 import { Notice, duration, html, plural, useEffect, useMemo, useReachable, useResource, useState } from "./parts.js";
 import { send } from "./api.js";
 import { DatasetReport } from "./dataset_report.js";
-import { change, current, formOf, reset, specOf, useDraft } from "./draft.js";
 import { Job, JobList } from "./job.js";
 import { Field, Fields, fieldOf, grouped, withValue } from "./spec_fields.js";
-import { Kept, Upload } from "./upload.js";
+import { Kept, Upload, change, current, formOf, reset, specOf, useDraft } from "./upload.js";
 
 const SETTLE_MS = 350; // after the last change, before the gateway is asked what it would make of it
 

@@ -4,7 +4,7 @@
 import { Notice, count, html, percent, useEffect, useMay, useResource, useState } from "./parts.js";
 import { get, send } from "./api.js";
 import { Findings } from "./dataset_report.js";
-import { change } from "./draft.js";
+import { change } from "./upload.js";
 import { GateRefusal } from "./labels.js";
 import { galleryOf } from "./report.js";
 

@@ -1,9 +1,47 @@
-// Labelled images: a folder, a zip or an npz, by drag and drop or by a button; or a data set that is kept already.
+// Labelled images: a folder, a zip or an npz, by drag and drop or by a button; or a data set that is kept already. And the
+// fine-tune that is prepared with them. It lives in this module, so that a look at another view loses nothing.
 
-import { Busy, Notice, ago, count, html, plural, useResource, useRef, useState } from "./parts.js";
+import { Busy, Notice, ago, count, html, plural, useEffect, useResource, useRef, useState } from "./parts.js";
 import { upload } from "./api.js";
 import { entriesOf, isIgnored, picturesOf, writeZip } from "./archive.js";
-import { change } from "./draft.js";
+
+const EMPTY = { file: null, pictures: null, dataset: null, excluded: new Set(), automatic: true, given: {}, model: "", label: "stable" };
+let draft = EMPTY;
+const listeners = new Set();
+
+/** The draft as it is now, which a component may not have drawn yet. */
+export const current = () => draft;
+
+/** Change some fields. */
+export function change(fields) {
+  draft = { ...draft, ...fields };
+  for (const listener of [...listeners]) listener(draft);
+}
+
+export const reset = () => change(EMPTY);
+
+export function useDraft() {
+  const [found, setFound] = useState(draft);
+  useEffect(() => (listeners.add(setFound), setFound(draft), () => listeners.delete(setFound)), []);
+  return found;
+}
+
+/** What the user has asked for, as POST /finetune takes it; null if everything is left to the search. */
+export function specOf({ automatic, given }) {
+  const { search = {}, ...fields } = given;
+  if (automatic) return Object.keys(fields).length || Object.keys(search).length ? { ...fields, search } : null;
+  return fields;
+}
+
+/** The form of POST /finetune. */
+export function formOf(wanted, extra = {}) {
+  const form = new FormData();
+  const { dataset, excluded, model, label } = wanted, spec = specOf(wanted);
+  const fields = { model, dataset: dataset.id, ...(label !== "stable" && { label }), ...(spec && { spec: JSON.stringify(spec) }) };
+  if (excluded.size) fields.exclude = JSON.stringify([...excluded]);
+  for (const [name, value] of Object.entries({ ...fields, ...extra })) form.set(name, value);
+  return form;
+}
 
 const LISTED = 50; // files of an error that are shown
 const ARCHIVE = /\.(zip|npz)$/i;
