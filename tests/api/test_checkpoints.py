@@ -156,6 +156,7 @@ def test_what_there_is_not_cannot_be_published(service: Service, job: dict[str, 
     assert len(service.api.get("/finetune", params={"model": "kept", "limit": 100}).json()["data"]) == before
 
 
+@pytest.mark.slow
 def test_nothing_is_published_before_the_job_has_succeeded_or_after_it_was_cancelled(
     service: Service, upload: bytes
 ) -> None:

@@ -74,6 +74,7 @@ def test_what_cannot_be_corrected_is_said(service: Service, model: str, digits: 
     assert "id" not in plain
 
 
+@pytest.mark.slow
 def test_a_fine_tune_learns_from_corrections_and_its_report_says_what_they_changed(
     service: Service, model: str, digits: Digits
 ) -> None:

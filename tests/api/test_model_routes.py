@@ -130,6 +130,7 @@ def test_verifying_finds_what_has_changed_on_disk(service: Service, digits_zip: 
     assert "variables.data-00000-of-00001" in found["failures"]["files"]
 
 
+@pytest.mark.slow
 def test_the_steps_and_the_warming_can_be_seen_on_the_job(service: Service, digits_zip: bytes) -> None:
     job = service.finetune(digits_zip, "steps", QUICK).json()["id"]
     steps = eventually(lambda: service.api.get(f"/finetune/{job}").json()["progress"].get("publishing"), "it publishes")

@@ -11,6 +11,7 @@ from tests.conftest import Service, npz, png, zipped
 Digits = tuple[np.ndarray, np.ndarray]
 
 
+@pytest.mark.slow
 def test_the_costly_part_of_the_report_follows_and_the_page_shows_it(service: Service, digits_zip: bytes) -> None:
     done = service.finished(service.finetune(digits_zip, "reported", '{"epochs": 2}').json()["id"])
     assert done["report_status"] in ("quick", "complete")
@@ -43,6 +44,7 @@ def test_a_version_that_is_not_there_has_no_parts(service: Service, part: str) -
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_model")
 
 
+@pytest.mark.slow
 def test_a_validation_upload_is_what_is_measured_on(service: Service, digits: Digits) -> None:
     images, labels = digits
     train = npz(images=images[:100], labels=labels[:100])
@@ -133,6 +135,7 @@ def test_validation_images_are_given_once_and_have_no_parts(service: Service, di
         assert service.api.delete(f"/datasets/{name}").status_code == 200
 
 
+@pytest.mark.slow
 def test_validation_images_of_unknown_classes_are_refused(service: Service, digits: Digits) -> None:
     images, labels = digits
     train = npz(images=images[:100], labels=labels[:100])

@@ -664,6 +664,7 @@ def test_tls_is_verified_for_the_name_and_not_for_the_address(
         assert len(receiver.received) == 1
 
 
+@pytest.mark.slow
 def test_a_fine_tune_is_told_from_its_creation_to_its_complete_report(
     service: Service, receiver: Receiver, digits_zip: bytes
 ) -> None:

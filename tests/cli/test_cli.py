@@ -193,6 +193,7 @@ def test_a_directory_without_class_folders_is_refused_before_the_upload(tmp_path
     assert "one folder per class" in line
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_csv_or_with_parts_is_uploaded_and_what_is_wrong_is_told(
     service: Service, digits: Digits, tmp_path: Path
 ) -> None:
@@ -289,6 +290,7 @@ def job(service: Service, upload: Path) -> str:
     return str(done["id"])
 
 
+@pytest.mark.slow
 def test_every_command_prints_json_and_nothing_else(
     service: Service, job: str, upload: Path, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,6 +573,7 @@ def test_a_spec_may_be_in_a_file(service: Service, upload: Path, tmp_path: Path)
     assert "no-such" in called(service, "finetune", str(upload), "--model", LONG, "--spec", "@no-such", code=1).stderr
 
 
+@pytest.mark.slow
 def test_the_schema_of_the_store_is_shown_and_upgraded(tmp_path: Path) -> None:
     home = {"TEMPER_HOME": str(tmp_path)}
     assert json.loads(run("db", "status", "--json", **home).stdout)["revision"] is None

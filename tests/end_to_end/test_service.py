@@ -134,6 +134,7 @@ def test_dark_on_light_uploads_and_predictions_agree(service: Service, digits: D
     assert np.mean([p["label"] == str(label) for p, label in zip(found, labels[200:400], strict=True)]) > 0.9
 
 
+@pytest.mark.slow
 def test_a_fine_tune_can_go_on_from_any_published_version(service: Service, job: Any, digits_zip: bytes) -> None:
     spec = json.dumps({"base": "numerals:1", "epochs": 1, "method": "head"})
     done = service.finished(service.finetune(digits_zip, "digits-next", spec).json()["id"])

@@ -483,6 +483,7 @@ def test_a_first_version_that_fails_leaves_the_model_without_stable(place: Place
     assert place.registry.labels("m")["stable"].version == 2
 
 
+@pytest.mark.slow
 def test_the_models_gate_holds_unless_the_spec_has_one(place: Place) -> None:
     ran(place)
     place.registry.set_gate("m", Gate(calibration_error=0.0).model_dump())
@@ -525,6 +526,7 @@ def test_a_preview_that_misses_a_limit_is_not_published(place: Place) -> None:
     assert place.registry.labels("n")["stable"].version == 2
 
 
+@pytest.mark.slow
 def test_it_is_judged_again_if_stable_moves_meanwhile(
     place: Place, digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

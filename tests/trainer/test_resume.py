@@ -171,6 +171,7 @@ def test_a_job_that_is_paused_frees_its_worker_and_goes_on_where_it_was(
     assert [epoch["epoch"] for epoch in epochs] == list(range(1, 7))  # each is told once
 
 
+@pytest.mark.slow
 def test_a_preview_is_published_once(place: Place, trained: Trained) -> None:
     spec = {"epochs": 4, "search": {"trials": 2, "folds": 2}}
     job = place.claimed(spec)

@@ -62,6 +62,7 @@ def test_answers_come_while_the_pen_moves_and_when_it_lifts(browser: "Browser", 
         assert page.locator(".sure .quiet").inner_text().endswith(" ms")  # since the pen has lifted
 
 
+@pytest.mark.slow
 def test_up_to_four_versions_answer_side_by_side_and_the_address_remembers_them(
     browser: "Browser", studio: Gateway
 ) -> None:
@@ -137,6 +138,7 @@ def bodies(page: "Page", act: Callable[[], object]) -> list[bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_a_version_gets_its_picture_as_it_learned_them(browser: "Browser", studio: Gateway) -> None:
     grounds = {}
     for target in ("digits@stable", "paper@stable"):
@@ -147,6 +149,7 @@ def test_a_version_gets_its_picture_as_it_learned_them(browser: "Browser", studi
     assert grounds == {"digits@stable": 0, "paper@stable": 255}
 
 
+@pytest.mark.slow
 def test_an_image_is_opened_pasted_or_dropped_and_goes_as_it_is(
     browser: "Browser", studio: Gateway, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -177,6 +180,7 @@ def test_an_image_is_opened_pasted_or_dropped_and_goes_as_it_is(
         page.get_by_role("alert").filter(has_text="not an image").wait_for()
 
 
+@pytest.mark.slow
 def test_versions_that_cannot_be_explained_say_so(browser: "Browser", studio: Gateway) -> None:
     refusal = {"error": {"code": "not_explainable", "message": "it was exported by a release without explanations"}}
     with opened(browser, f"{studio.url}/#/draw?on=digits@stable", expected=("/explain",)) as page:

@@ -209,6 +209,7 @@ def test_the_key_is_in_memory_only(browser: "Browser", guarded: Gateway) -> None
         page.get_by_label("API key").wait_for()
 
 
+@pytest.mark.slow
 def test_a_key_sees_only_what_it_may_do(browser: "Browser", guarded: Gateway) -> None:
     shown = {}
     for scope in SCOPES:
