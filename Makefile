@@ -65,7 +65,7 @@ torture: $(READY) ## Kill and freeze the processes of a service for SECONDS=600,
 	$(BIN)/python -m tests.torture --seconds $(SECONDS)
 
 SECURITY := $(VENV)-security
-$(SECURITY)/.installed: requirements/security.txt $(READY)
+$(SECURITY)/.installed: requirements/security.txt | $(READY)
 	$(PYTHON) -m venv $(SECURITY)
 	$(call install,$(SECURITY),$<)
 	@touch $@
@@ -110,12 +110,13 @@ reference: $(READY) ## Write docs/reference anew, from the code
 quality: $(READY) ## Measure the recipes on MNIST, Fashion-MNIST and digits (takes hours; resumes where it stopped)
 	$(BIN)/python -m quality
 
-LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+LOCK := $(COMPILE) pyproject.toml
 GATEWAY := --extra postgres --extra s3 --extra otel
 DEV := $(GATEWAY) --extra ray --extra trainer --extra bench --extra dev
 lock: $(READY) ## Update the lock files
 	rm -f requirements/*.txt
-	echo uv | $(subst pyproject.toml,-,$(LOCK)) -o requirements/uv.txt
+	echo uv | $(COMPILE) - -o requirements/uv.txt
 	$(LOCK) $(GATEWAY) -o requirements/gateway.txt
 	$(LOCK) -c requirements/gateway.txt $(GATEWAY) --extra ray --extra trainer -o requirements/trainer.txt
 	$(LOCK) -c requirements/trainer.txt $(GATEWAY) --extra ray --extra gpu -o requirements/gpu.txt

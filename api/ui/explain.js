@@ -15,9 +15,9 @@ const reasonOf = (error) => {
 /** The explanation of each target: {explanation, label, reason}, and the picture. */
 function useExplanations(picture, targets, models, hold) {
   const [found, setFound] = useState({ picture: null });
-  const reachable = useReachable() && !hold;
+  const canAsk = useReachable() && !hold;
   useEffect(() => {
-    if (!picture?.final || !models.length || !reachable) return undefined;
+    if (!picture?.final || !models.length || !canAsk) return undefined;
     const aborting = new AbortController();
     const explain = async (target) => {
       try {
@@ -33,7 +33,7 @@ function useExplanations(picture, targets, models, hold) {
       if (!aborting.signal.aborted) setFound({ picture, of: Object.fromEntries(all.map((each, at) => [targets[at], each])) });
     }, CALM_MS);
     return () => (clearTimeout(timer), aborting.abort());
-  }, [picture, targets.join(), models.length, reachable]);
+  }, [picture, targets.join(), models.length, canAsk]);
   return found;
 }
 
@@ -173,7 +173,7 @@ export function Corrections({ model }) {
   const { data: kept, error, reload } = useResource(`/feedback?limit=100&model=${model}${after && `&after=${after}`}`);
   const problem = failure ?? error;
   if (!kept?.data.length && !after && !problem) return null;
-  const some = kept?.data ?? [], is = { all: kept && !after && !kept.has_more };
+  const some = kept?.data ?? [], isAll = kept && !after && !kept.has_more;
   const remove = async (id) => {
     await send("DELETE", `/feedback/${id}`).then(() => setFailure(null), setFailure);
     title.current?.focus();
@@ -184,7 +184,7 @@ export function Corrections({ model }) {
       <${Pixels} image=${image} alt="" size=${56} /><span><b>${label}</b>, not ${predicted}</span>
       <button class="plain" aria-label=${`Remove correction ${at + 1}, ${label}, not ${predicted}`} onClick=${() => remove(id)}>Remove</button></span></li>`)}</ul>
     ${problem && html`<${Notice} kind="bad" error=${problem} />`}
-    <p class="jobactions"><${Train} model=${model} count=${is.all ? some.length : null} />
+    <p class="jobactions"><${Train} model=${model} count=${isAll ? some.length : null} />
       ${kept?.has_more && html`<button onClick=${() => setAfter(some.at(-1).id)}>Show the next</button>`}
       ${after && html`<button onClick=${() => setAfter("")}>Show the first</button>`}</p></section>`;
 }

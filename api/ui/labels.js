@@ -41,8 +41,8 @@ export function LabelChip({ label, version, versions, weight, onTarget, onMove }
     state.far ||= Math.hypot(x, y) > NEAR;
     if (!state.far) return;
     setOffset([x, y]);
-    state.over = versionAt(event.clientX, event.clientY);
-    aim(state.over);
+    const over = versionAt(event.clientX, event.clientY);
+    if (over !== state.over) aim((state.over = over));
   };
   const press = (event) => {
     const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];

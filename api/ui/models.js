@@ -77,18 +77,18 @@ function Model({ name, query }) {
   /** Change a label, and say what to do about it: undo it, or override the gate that refused it. Whether it changed. */
   const put = async (label, version, more = {}, isUndo = false) => {
     const before = labels[label];
-    let done = true;
     try {
       await send("PUT", `${path}/labels/${label}`, { version, ...more });
       const moved = before !== version;
       setState(moved ? { moved: { label, version, before: isUndo ? null : before } } : {});
+      return true;
     } catch (failure) {
-      done = false;
       const gate = data.versions.find((one) => one.version === version)?.report.gate;
       setState(failure.code === "gate_failed" ? { refused: { label, version, gate, message: failure.message } } : { error: failure });
+      return false;
+    } finally {
+      reload();
     }
-    reload();
-    return done;
   };
   const dropLabel = async (label) => {
     try {
